@@ -1,0 +1,101 @@
+"""Convert, fine-tune, merge and audit checkpoints in the singular-value basis.
+
+Each pretrained weight is written as ``W = U diag(S) Vh``; ``U`` and ``Vh`` stay frozen and only the
+singular values ``S`` are trained (Sun et al., NeurIPS 2022, arXiv 2206.06122).
+
+Files in, files out::
+
+    svftool.decompose("model.safetensors", "factors")
+    svftool.finetune("factors", data="images", output="tuned.svf.safetensors")
+    svftool.merge("factors", ["tuned.svf.safetensors"], output="merged.safetensors")
+    svftool.audit("model.safetensors", ["merged.safetensors"])
+
+On a live model: `attach`, `detach`, `save_tuned`, `load_tuned`. Importing this package loads no
+torch; the names below are resolved at first use.
+"""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+from svftool.errors import (
+    CheckpointError,
+    DataError,
+    FactorsError,
+    GateError,
+    MissingDependencyError,
+    ModelError,
+    NumericalError,
+    ResourceError,
+    SvftoolError,
+    UsageError,
+)
+
+if TYPE_CHECKING:
+    from svftool.attaching import Attachment, attach, detach, load_tuned, save_tuned
+    from svftool.checkpoints import open_checkpoint
+    from svftool.factors import open_factors, read_tuned
+    from svftool.stages.audit import audit
+    from svftool.stages.decompose import decompose
+    from svftool.stages.extract import extract
+    from svftool.stages.finetune import finetune
+    from svftool.stages.merge import merge
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "Attachment",
+    "CheckpointError",
+    "DataError",
+    "FactorsError",
+    "GateError",
+    "MissingDependencyError",
+    "ModelError",
+    "NumericalError",
+    "ResourceError",
+    "SvftoolError",
+    "UsageError",
+    "__version__",
+    "attach",
+    "audit",
+    "decompose",
+    "detach",
+    "extract",
+    "finetune",
+    "load_tuned",
+    "merge",
+    "open_checkpoint",
+    "open_factors",
+    "read_tuned",
+    "save_tuned",
+]
+
+_HOMES = {
+    "Attachment": "svftool.attaching",
+    "attach": "svftool.attaching",
+    "audit": "svftool.stages.audit",
+    "decompose": "svftool.stages.decompose",
+    "detach": "svftool.attaching",
+    "extract": "svftool.stages.extract",
+    "finetune": "svftool.stages.finetune",
+    "load_tuned": "svftool.attaching",
+    "merge": "svftool.stages.merge",
+    "open_checkpoint": "svftool.checkpoints",
+    "open_factors": "svftool.factors",
+    "read_tuned": "svftool.factors",
+    "save_tuned": "svftool.attaching",
+}
+
+
+def __getattr__(name: str) -> Any:
+    home = _HOMES.get(name)
+    if home is None:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    value = getattr(import_module(home), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted(__all__)

@@ -1,0 +1,99 @@
+"""The command line: one file a command; each parses, calls one stage and hands the result to report.
+
+No module here imports torch at its top, so that ``svftool --help`` answers at once.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+import sys
+from types import FrameType
+from typing import Annotated, Any
+
+import typer
+from typer.core import TyperGroup
+
+from svftool.cli import decompose, demo, extract, finetune, inspect, merge
+from svftool.cli.console import stderr
+from svftool.errors import SvftoolError
+
+INTERRUPTED = 130
+TERMINATED = 143
+
+
+class Terminated(BaseException):
+    """SIGTERM as an exception, so that cleaning up runs as for Ctrl-C."""
+
+
+class ErrorBoundary(TyperGroup):
+    """Turn expected failures into one line on stderr and the exit code of their class."""
+
+    def invoke(self, ctx: Any) -> Any:
+        """Run the command."""
+        try:
+            return super().invoke(ctx)
+        except SvftoolError as error:
+            _say_error(str(error))
+            raise typer.Exit(error.exit_code) from None
+        except KeyboardInterrupt:
+            _say_error("interrupted")
+            raise typer.Exit(INTERRUPTED) from None
+        except Terminated:
+            _say_error("terminated")
+            raise typer.Exit(TERMINATED) from None
+        except BrokenPipeError:
+            # The reader (`head`, a pager) has gone: nothing is wrong here.
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+            raise typer.Exit(0) from None
+
+
+def _say_error(message: str) -> None:
+    console = stderr()
+    console.print("error:", style="bold red", end=" ")
+    console.print(message, markup=False)
+
+
+app = typer.Typer(
+    name="svftool",
+    cls=ErrorBoundary,
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    rich_markup_mode="rich",
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+
+
+def _print_version(value: bool) -> None:
+    if value:
+        from svftool import __version__
+
+        typer.echo(f"svftool {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def svftool(
+    version: Annotated[
+        bool,
+        typer.Option("--version", callback=_print_version, is_eager=True, help="Print the version."),
+    ] = False,
+) -> None:
+    """Convert, fine-tune, merge and audit checkpoints in the singular-value basis.
+
+    Each weight is written as U diag(S) Vh; only the singular values S are trained.
+    """
+
+
+for module in (decompose, finetune, merge, inspect, extract, demo):
+    app.command(module.NAME, epilog=module.EXAMPLE)(module.command)
+
+
+def main() -> None:
+    """Run the command line; the entry point of the ``svftool`` script."""
+    signal.signal(signal.SIGTERM, _terminate)
+    app()
+
+
+def _terminate(signum: int, frame: FrameType | None) -> None:
+    raise Terminated

@@ -1,0 +1,58 @@
+"""Options that several commands share, and how a result is shown."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich.console import RenderableType
+
+from svftool.cli.console import stdout
+from svftool.report.json import to_json
+
+OutputOption = Annotated[
+    Path,
+    typer.Option(
+        "--output", "-o", help="What is written; its suffix decides between file and folder."
+    ),
+]
+ForceOption = Annotated[
+    bool, typer.Option("--force", help="Replace an existing output once the new one is complete.")
+]
+IncludeOption = Annotated[
+    list[str] | None,
+    typer.Option("--include", metavar="GLOB", help="Tensor names to take (repeatable)."),
+]
+ExcludeOption = Annotated[
+    list[str] | None,
+    typer.Option("--exclude", metavar="GLOB", help="Tensor names to leave out (repeatable)."),
+]
+DeviceOption = Annotated[str, typer.Option(metavar="auto|cpu|cuda[:i]", help="Where to compute.")]
+JsonOption = Annotated[
+    bool, typer.Option("--json", help="Print one JSON document instead of tables.")
+]
+QuietOption = Annotated[
+    bool, typer.Option("--quiet", "-q", help="No progress and no notes; warnings remain.")
+]
+VerboseOption = Annotated[
+    int, typer.Option("--verbose", "-v", count=True, help="Show the log (-vv: all of it).")
+]
+
+
+def emit(document: dict[str, Any], view: RenderableType, *, as_json: bool) -> None:
+    """Print a result on stdout.
+
+    Parameters
+    ----------
+    document : dict
+        The result for scripts, from a ``report`` module.
+    view : RenderableType
+        The result for people.
+    as_json : bool
+        Which of the two is printed.
+    """
+    if as_json:
+        typer.echo(to_json(document))
+    else:
+        stdout().print(view)

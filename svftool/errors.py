@@ -1,0 +1,115 @@
+"""Every error that svftool raises on purpose, with the exit code of the command line.
+
+::
+
+    SvftoolError                 1
+    ├── UsageError               2   options that contradict each other, an existing output
+    ├── CheckpointError          3   a checkpoint cannot be read, or is not the expected one
+    ├── FactorsError             4   a factor checkpoint or tuned file does not fit
+    ├── NumericalError           5   non-finite weights, a bound that cannot be met
+    ├── DataError                6   images, labels or text of a data set
+    ├── ModelError               7   a model cannot be built, or does not take the weights
+    ├── ResourceError            8   memory, disk space or permission
+    ├── MissingDependencyError   9   an optional package is not installed
+    └── GateError               10   a threshold or policy of ``inspect`` tripped
+
+Messages read ``<file>: <tensor or layer>: <found>, expected <what>`` and end with the way out.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import ClassVar
+
+
+class SvftoolError(Exception):
+    """Base of all errors that name a cause the user can act on."""
+
+    exit_code: ClassVar[int] = 1
+
+
+class UsageError(SvftoolError):
+    """Options or paths that cannot be used together."""
+
+    exit_code = 2
+
+
+class CheckpointError(SvftoolError):
+    """A checkpoint that cannot be read or is not the expected one."""
+
+    exit_code = 3
+
+
+class FactorsError(SvftoolError):
+    """A factor checkpoint or tuned file that is broken or belongs to another base."""
+
+    exit_code = 4
+
+
+class NumericalError(SvftoolError):
+    """Weights that are not finite, or an accuracy bound that cannot be met."""
+
+    exit_code = 5
+
+
+class DataError(SvftoolError):
+    """A data set that cannot be read or does not hold what was asked for."""
+
+    exit_code = 6
+
+
+class ModelError(SvftoolError):
+    """A model that cannot be built or does not take the weights."""
+
+    exit_code = 7
+
+
+class ResourceError(SvftoolError):
+    """Not enough memory or disk space, or no permission."""
+
+    exit_code = 8
+
+
+class MissingDependencyError(SvftoolError):
+    """An optional package that is not installed.
+
+    Parameters
+    ----------
+    package : str
+        Name of the package as it is imported.
+    extra : str
+        svftool's extra that installs it.
+    purpose : str
+        What needs the package, as the start of a sentence.
+    """
+
+    exit_code = 9
+
+    def __init__(self, package: str, *, extra: str, purpose: str) -> None:
+        super().__init__(
+            f"{purpose} needs the package {package!r}, which is not installed. "
+            f"Install it with: pip install 'svftool[{extra}]'"
+        )
+        self.package = package
+        self.extra = extra
+
+
+class GateError(SvftoolError):
+    """A threshold or policy of ``svftool inspect`` that was exceeded."""
+
+    exit_code = 10
+
+
+def shortlist(items: Iterable[object], limit: int = 10) -> str:
+    """Join the first items with commas and count the rest.
+
+    Examples
+    --------
+    >>> shortlist(["a", "b", "c"], limit=2)
+    'a, b and 1 more'
+    >>> shortlist(["a", "b"])
+    'a, b'
+    """
+    texts = [str(item) for item in items]
+    head = ", ".join(texts[:limit])
+    return head if len(texts) <= limit else f"{head} and {len(texts) - limit} more"

@@ -1,0 +1,1 @@
+"""Result dataclasses to tables, JSON, CSV, HTML and plots; the only place that formats."""

@@ -1,0 +1,76 @@
+"""Numbers, names and paths as people read them in a terminal."""
+
+from __future__ import annotations
+
+import re
+
+_CONTROL = re.compile(r"[\x00-\x1f\x7f-\x9f\u200e\u200f\u202a-\u202e\u2066-\u2069]")
+
+
+def safe(text: str) -> str:
+    """Replace control characters, which a tensor or file name may carry, by their escapes.
+
+    Examples
+    --------
+    >>> safe("a\\x1b[31mb")
+    'a\\\\x1b[31mb'
+    """
+    return _CONTROL.sub(lambda match: match.group().encode("unicode_escape").decode(), text)
+
+
+def shape(sizes: tuple[int, ...]) -> str:
+    """Write a shape with multiplication signs.
+
+    Examples
+    --------
+    >>> shape((64, 3, 7, 7))
+    '64×3×7×7'
+    """
+    return "×".join(map(str, sizes))
+
+
+def size(count: float) -> str:
+    """Write bytes in decimal units, as shard sizes are given.
+
+    Examples
+    --------
+    >>> size(1532), size(25_600_000)
+    ('1.5 kB', '25.6 MB')
+    """
+    for unit in ("B", "kB", "MB", "GB"):
+        if count < 1000:
+            return f"{count:.0f} B" if unit == "B" else f"{count:.1f} {unit}"
+        count /= 1000
+    return f"{count:.1f} TB"
+
+
+def seconds(count: float) -> str:
+    """Write a duration.
+
+    Examples
+    --------
+    >>> seconds(0.0042), seconds(12.34), seconds(3723)
+    ('4 ms', '12.3 s', '1 h 02 min')
+    """
+    if count < 1:
+        return f"{1000 * count:.0f} ms"
+    if count < 60:
+        return f"{count:.1f} s"
+    minutes, rest = divmod(round(count), 60)
+    if minutes < 60:
+        return f"{minutes} min {rest:02d} s"
+    return f"{minutes // 60} h {minutes % 60:02d} min"
+
+
+def short(name: str, width: int) -> str:
+    """Shorten a name in the middle, so that its end, which differs most, stays.
+
+    Examples
+    --------
+    >>> short("encoder.layers.11.mlp.fc1.weight", 20)
+    'encode…lp.fc1.weight'
+    """
+    if len(name) <= width:
+        return name
+    head = (width - 1) // 3
+    return f"{name[:head]}…{name[len(name) - (width - 1 - head) :]}"
