@@ -67,13 +67,16 @@ class BaseRecord:
 
     Attributes
     ----------
-    place : str or None
-        A hub id, or the path relative to the factor folder; never an absolute path.
+    place : str
+        The path relative to the factor folder, never an absolute one; or a hub id.
+    hub : bool
+        Whether `place` is a hub id.
     fingerprint : str
         SHA-256 over all its tensors, see `svftool.checkpoints.fingerprint`.
     """
 
-    place: str | None
+    place: str
+    hub: bool
     fingerprint: str
 
 

@@ -1,0 +1,202 @@
+"""Read a factor checkpoint: one layer at a time, checked against its configuration."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from types import TracebackType
+from typing import Self
+
+from torch import Tensor
+
+from svftool.checkpoints import Checkpoint, fingerprint_checkpoint, open_checkpoint
+from svftool.errors import CheckpointError, FactorsError, shortlist
+from svftool.factors.schema import CONFIG_FILE, FactorConfig, LayerRecord, read_config
+from svftool.progress import SILENT, Progress
+
+STEM = "svf"
+
+
+@dataclass(frozen=True)
+class LayerFactors:
+    """Factors of one layer, ``W = U diag(S) Vh`` up to truncation and rounding.
+
+    Attributes
+    ----------
+    U : (..., m, k) Tensor
+        Left singular vectors as columns, in the storage dtype.
+    S : (..., k) Tensor
+        Singular values, non-increasing, float32 or better.
+    Vh : (..., k, n) Tensor
+        Right singular vectors as rows, in the storage dtype.
+    """
+
+    U: Tensor
+    S: Tensor
+    Vh: Tensor
+
+
+def is_factors(path: str | os.PathLike[str]) -> bool:
+    """Whether a path looks like a factor checkpoint."""
+    return (Path(path) / CONFIG_FILE).is_file()
+
+
+def open_factors(path: str | os.PathLike[str]) -> FactorStore:
+    """Open a factor checkpoint written by `svftool.decompose`.
+
+    Parameters
+    ----------
+    path : path-like
+        The folder.
+
+    Returns
+    -------
+    FactorStore
+        Reads lazily; a context manager.
+
+    Raises
+    ------
+    FactorsError
+        If the folder, its configuration or its tensors are not what they should be.
+    """
+    folder = Path(path)
+    config = read_config(folder)
+    index = folder / f"{STEM}.safetensors.index.json"
+    file = index if index.is_file() else folder / f"{STEM}.safetensors"
+    try:
+        tensors = open_checkpoint(file)
+    except CheckpointError as error:
+        raise FactorsError(str(error)) from error
+    return FactorStore(folder, config, tensors)
+
+
+class FactorStore:
+    """A factor checkpoint opened for reading; see `open_factors`.
+
+    Attributes
+    ----------
+    path : Path
+        The folder.
+    config : FactorConfig
+        What ``svf_config.json`` says.
+    layers : mapping of str to LayerRecord
+        The decomposed tensors, in file order.
+    whole : tuple of str
+        Names of the tensors kept whole in the folder.
+    """
+
+    def __init__(self, path: Path, config: FactorConfig, tensors: Checkpoint) -> None:
+        self.path = path
+        self.config = config
+        self.layers: Mapping[str, LayerRecord] = config.layers
+        self._tensors = tensors
+        factor_names = {f"{name}.{part}" for name in self.layers for part in ("U", "S", "Vh")}
+        self.whole = tuple(name for name in tensors.infos if name not in factor_names)
+        self._check(factor_names)
+
+    @property
+    def base_fingerprint(self) -> str:
+        """Fingerprint of the checkpoint that was decomposed."""
+        return self.config.base.fingerprint
+
+    @property
+    def fingerprint(self) -> str:
+        """Fingerprint of the factors themselves."""
+        return self.config.fingerprint
+
+    def read(self, name: str) -> LayerFactors:
+        """Read the factors of one layer."""
+        parts = (self._tensors.read(f"{name}.{part}") for part in ("U", "S", "Vh"))
+        return LayerFactors(*parts)
+
+    def read_S(self, name: str) -> Tensor:
+        """Read the singular values of one layer, shape (k,) or (E, k)."""
+        return self._tensors.read(f"{name}.S")
+
+    def read_whole(self, name: str) -> Tensor:
+        """Read a tensor that was not decomposed."""
+        return self._tensors.read(name)
+
+    def open_base(
+        self, override: str | os.PathLike[str] | None = None, *, progress: Progress = SILENT
+    ) -> Checkpoint:
+        """Open the base checkpoint and check that it is the one that was decomposed.
+
+        Parameters
+        ----------
+        override : path-like, optional
+            Where the base is; the recorded place if None.
+        progress : Progress
+            Told how far the fingerprint is.
+
+        Raises
+        ------
+        FactorsError
+            If no base is at the recorded place.
+        CheckpointError
+            If it cannot be read or its fingerprint is another.
+        """
+        base = open_checkpoint(self._place() if override is None else override)
+        try:
+            found = fingerprint_checkpoint(base, progress=progress)
+            if found != self.base_fingerprint:
+                raise CheckpointError(
+                    f"{base.path}: fingerprint {found[:12]}, expected {self.base_fingerprint[:12]} "
+                    f"as recorded in {self.path}. Give the checkpoint that was decomposed with "
+                    "--base, or decompose this one."
+                )
+        except BaseException:
+            base.close()
+            raise
+        return base
+
+    def _place(self) -> str | Path:
+        base = self.config.base
+        if base.hub:
+            return base.place
+        path = Path(os.path.normpath(self.path / base.place))
+        if not path.exists():
+            raise FactorsError(
+                f"{self.path}: its base is not at the recorded place {base.place!r}. "
+                "Give the checkpoint that was decomposed with --base."
+            )
+        return path
+
+    def _check(self, factor_names: set[str]) -> None:
+        missing = sorted(factor_names - set(self._tensors.infos))
+        if missing:
+            raise FactorsError(
+                f"{self.path}: {len(missing)} factors that {CONFIG_FILE} names are missing "
+                f"({shortlist(missing, 3)}). Run 'svftool decompose' again."
+            )
+        for name, layer in self.layers.items():
+            self._check_layer(name, layer)
+
+    def _check_layer(self, name: str, layer: LayerRecord) -> None:
+        *batch, m, n = layer.matrix
+        expected = {"U": (*batch, m, layer.rank), "S": (*batch, layer.rank)}
+        expected["Vh"] = (*batch, layer.rank, n)
+        for part, shape in expected.items():
+            found = self._tensors.infos[f"{name}.{part}"].shape
+            if found != shape:
+                raise FactorsError(
+                    f"{self.path}: layer {name!r}: {part} has shape {found}, expected {shape}. "
+                    "Run 'svftool decompose' again."
+                )
+
+    def close(self) -> None:
+        """Close the files."""
+        self._tensors.close()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self.close()

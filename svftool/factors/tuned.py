@@ -1,0 +1,252 @@
+"""The tuned file: trained singular values of some layers and whatever was trained along.
+
+It is the unit that people keep, share and mix: tens of kilobytes for a 25-million-parameter network.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from svftool.checkpoints import Checkpoint, SafetensorsWriter, open_checkpoint
+from svftool.errors import CheckpointError, FactorsError, shortlist
+from svftool.factors.probe import Probe, decode_probe, encode_probe, probe
+from svftool.factors.store import FactorStore
+
+METADATA_KEY = "svftool"
+SCHEMA_VERSION = 1
+PROBE_TOLERANCE = 1e-2
+"""Largest share of a delta that may land on other singular vectors, see `Probe.mismatch`."""
+
+S_TOLERANCE = 1e-4
+"""Largest distance of two decompositions' singular values, relative to the largest of the layer."""
+
+
+@dataclass(frozen=True)
+class TunedFile:
+    """Contents of a tuned file.
+
+    Attributes
+    ----------
+    path : Path
+        Where it was read from.
+    S : mapping of str to Tensor
+        Trained singular values by tensor name, float32, shape (k,) or (E, k).
+    S_base : mapping of str to Tensor
+        Singular values that training started from.
+    whole : mapping of str to Tensor
+        Other tensors that were trained along (a head, norms, biases), by name.
+    base_fingerprint, factors_fingerprint : str
+        What the values belong to.
+    probes : mapping of str to Probe
+        A seeded probe of each layer's singular vectors.
+    task : str or None
+        What was trained for.
+    classes : tuple of str or None
+        Class names in the order of the head's outputs.
+    training : mapping
+        Summary of the training run.
+    """
+
+    path: Path
+    S: Mapping[str, Tensor]
+    S_base: Mapping[str, Tensor]
+    whole: Mapping[str, Tensor]
+    base_fingerprint: str
+    factors_fingerprint: str
+    probes: Mapping[str, Probe]
+    task: str | None = None
+    classes: tuple[str, ...] | None = None
+    training: Mapping[str, Any] = field(default_factory=dict)
+
+    def delta(self, name: str) -> Tensor:
+        """Change of one layer's singular values, ``S - S_base``, in float64."""
+        return self.S[name].double() - self.S_base[name].double()
+
+
+def is_tuned(path: str | os.PathLike[str]) -> bool:
+    """Whether a path looks like a tuned file."""
+    file = Path(path)
+    if not file.is_file() or file.suffix != ".safetensors":
+        return False
+    try:
+        with open_checkpoint(file) as tensors:
+            return METADATA_KEY in tensors.metadata
+    except CheckpointError:
+        return False
+
+
+def read_tuned(path: str | os.PathLike[str]) -> TunedFile:
+    """Read a tuned file written by `write_tuned`.
+
+    Raises
+    ------
+    FactorsError
+        If it is missing, broken, or no tuned file.
+    """
+    file = Path(path)
+    try:
+        tensors = open_checkpoint(file)
+    except CheckpointError as error:
+        raise FactorsError(str(error)) from error
+    with tensors:
+        facts = _read_facts(file, tensors.metadata)
+        try:
+            return _tuned_from(file, tensors, facts)
+        except (KeyError, TypeError, ValueError) as error:
+            raise FactorsError(
+                f"{file}: a broken tuned file ({type(error).__name__}: {error}). Train again."
+            ) from error
+
+
+def _read_facts(path: Path, metadata: Mapping[str, str]) -> dict[str, Any]:
+    if METADATA_KEY not in metadata:
+        raise FactorsError(
+            f"{path}: no {METADATA_KEY!r} metadata, expected a tuned file written by "
+            "'svftool finetune' or 'svftool extract'."
+        )
+    try:
+        facts = dict(json.loads(metadata[METADATA_KEY]))
+    except ValueError as error:
+        raise FactorsError(f"{path}: unreadable {METADATA_KEY!r} metadata. Train again.") from error
+    if facts.get("schema_version") != SCHEMA_VERSION:
+        raise FactorsError(
+            f"{path}: schema version {facts.get('schema_version')!r}, expected {SCHEMA_VERSION}. "
+            "Use the svftool version that wrote it."
+        )
+    return facts
+
+
+def _tuned_from(path: Path, tensors: Checkpoint, facts: Mapping[str, Any]) -> TunedFile:
+    layers = [str(name) for name in facts["layers"]]
+    factor_names = {f"{name}{suffix}" for name in layers for suffix in (".S", ".S_base")}
+    S = {name: tensors.read(f"{name}.S").clone() for name in layers}
+    packed = facts["probes"]
+    return TunedFile(
+        path=path,
+        S=S,
+        S_base={name: tensors.read(f"{name}.S_base").clone() for name in layers},
+        whole={
+            name: tensors.read(name).clone() for name in tensors.infos if name not in factor_names
+        },
+        base_fingerprint=str(facts["base_fingerprint"]),
+        factors_fingerprint=str(facts["factors_fingerprint"]),
+        probes={name: decode_probe(packed[name], tuple(S[name].shape)) for name in layers},
+        task=facts["task"],
+        classes=None if facts["classes"] is None else tuple(facts["classes"]),
+        training=dict(facts["training"]),
+    )
+
+
+def write_tuned(
+    path: Path,
+    *,
+    store: FactorStore,
+    S: Mapping[str, Tensor],
+    whole: Mapping[str, Tensor] | None = None,
+    task: str | None = None,
+    classes: Sequence[str] | None = None,
+    training: Mapping[str, Any] | None = None,
+) -> None:
+    """Write a tuned file at exactly `path`; the caller takes care of partial files.
+
+    Parameters
+    ----------
+    path : Path
+        The file.
+    store : FactorStore
+        The factors that the values belong to; their ``S`` becomes ``S_base``.
+    S : mapping of str to Tensor
+        Trained singular values by tensor name, shape (k,) or (E, k); stored as float32.
+    whole : mapping of str to Tensor, optional
+        Other trained tensors by name, stored as they are.
+    task : str, optional
+        What was trained for.
+    classes : sequence of str, optional
+        Class names in the order of the head's outputs.
+    training : mapping, optional
+        JSON-ready summary of the run; no times and no absolute paths, so that the same run gives
+        the same bytes.
+    """
+    tensors: dict[str, Tensor] = {}
+    for name in S:
+        tensors[f"{name}.S"] = S[name].detach().float().cpu()
+        tensors[f"{name}.S_base"] = store.read_S(name).float()
+    tensors |= {name: value.detach().cpu() for name, value in (whole or {}).items()}
+    facts = {
+        "schema_version": SCHEMA_VERSION,
+        "base_fingerprint": store.base_fingerprint,
+        "factors_fingerprint": store.fingerprint,
+        "task": task,
+        "classes": None if classes is None else list(classes),
+        "training": dict(training or {}),
+        "layers": list(S),
+        "probes": {name: encode_probe(_probe_layer(store, name)) for name in S},
+    }
+    metadata = {"format": "pt", METADATA_KEY: json.dumps(facts, sort_keys=True)}
+    layout = {name: (value.dtype, tuple(value.shape)) for name, value in tensors.items()}
+    with SafetensorsWriter(path, layout, metadata=metadata) as writer:
+        for name, value in tensors.items():
+            writer.write(name, value)
+
+
+def _probe_layer(store: FactorStore, name: str) -> Probe:
+    factors = store.read(name)
+    return probe(name, factors.U, factors.Vh)
+
+
+def check_tuned(tuned: TunedFile, store: FactorStore) -> None:
+    """Refuse a tuned file that does not belong to these factors.
+
+    The same factors are accepted by their fingerprint. Other factors of the same base (a colleague's
+    own decomposition) are accepted where the singular vectors that were trained agree.
+
+    Raises
+    ------
+    FactorsError
+        If the base is another, or layers are missing, truncated differently or rotated; each such
+        layer is named.
+    """
+    if tuned.base_fingerprint != store.base_fingerprint:
+        raise FactorsError(
+            f"{tuned.path}: was trained on the base {tuned.base_fingerprint[:12]}, expected "
+            f"{store.base_fingerprint[:12]}, the base of {store.path}. "
+            "Use the factors of the base it was trained on."
+        )
+    if tuned.factors_fingerprint == store.fingerprint:
+        return
+    wrong = list(_disagreements(tuned, store))
+    if wrong:
+        raise FactorsError(
+            f"{tuned.path}: {len(wrong)} layers do not fit the factors in {store.path}: "
+            f"{shortlist(wrong, 3)}. Use the factors it was trained on."
+        )
+
+
+def _disagreements(tuned: TunedFile, store: FactorStore) -> Iterable[str]:
+    for name in tuned.S:
+        if name not in store.layers:
+            yield f"{name} (not decomposed)"
+            continue
+        ours, theirs = store.read_S(name).double(), tuned.S_base[name].double()
+        if ours.shape != theirs.shape:
+            yield f"{name} (rank {ours.shape[-1]}, expected {theirs.shape[-1]})"
+        elif float((ours - theirs).abs().max()) > S_TOLERANCE * float(theirs.abs().max()):
+            yield f"{name} (other singular values)"
+        elif _rotated(tuned, store, name):
+            yield f"{name} (other singular vectors)"
+
+
+def _rotated(tuned: TunedFile, store: FactorStore, name: str) -> bool:
+    delta = tuned.delta(name)
+    if not torch.any(delta):
+        return False
+    found = tuned.probes[name].mismatch(_probe_layer(store, name), delta.numpy())
+    return found > PROBE_TOLERANCE
