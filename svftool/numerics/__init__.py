@@ -1,0 +1,32 @@
+"""Decompositions, spectra and subspaces: arrays in, arrays out, no files, no modules."""
+
+from __future__ import annotations
+
+from svftool.numerics.decompose import Method, singular_values, svd
+from svftool.numerics.results import Svd, fix_signs, reconstruct, truncate
+from svftool.numerics.spectrum import (
+    effective_rank,
+    energy,
+    energy_rank,
+    nuclear_rank,
+    numerical_rank,
+    participation_ratio,
+    stable_rank,
+)
+
+__all__ = [
+    "Method",
+    "Svd",
+    "effective_rank",
+    "energy",
+    "energy_rank",
+    "fix_signs",
+    "nuclear_rank",
+    "numerical_rank",
+    "participation_ratio",
+    "reconstruct",
+    "singular_values",
+    "stable_rank",
+    "svd",
+    "truncate",
+]
