@@ -1,4 +1,4 @@
-"""The progress protocol that the library reports to; the command line draws it, the API ignores it."""
+"""The progress protocol that the library reports to; the command line draws it."""
 
 from __future__ import annotations
 

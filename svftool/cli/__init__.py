@@ -1,4 +1,4 @@
-"""The command line: one file a command; each parses, calls one stage and hands the result to report.
+"""The command line: one file a command; each parses, calls one stage, hands the result to report.
 
 No module here imports torch at its top, so that ``svftool --help`` answers at once.
 """
@@ -76,7 +76,9 @@ def _print_version(value: bool) -> None:
 def svftool(
     version: Annotated[
         bool,
-        typer.Option("--version", callback=_print_version, is_eager=True, help="Print the version."),
+        typer.Option(
+            "--version", callback=_print_version, is_eager=True, help="Print the version."
+        ),
     ] = False,
 ) -> None:
     """Convert, fine-tune, merge and audit checkpoints in the singular-value basis.

@@ -1,4 +1,4 @@
-"""Factor checkpoints and tuned files: their schema, reading, writing and the merge of one weight."""
+"""Factor checkpoints and tuned files: schema, reading, writing, and the merge of one weight."""
 
 from svftool.factors.delta import Merged, add_delta, rebuild
 from svftool.factors.schema import (

@@ -1,8 +1,8 @@
 """A seeded probe of each layer's singular vectors, small enough to travel in a tuned file.
 
-A tuned file holds singular values only, so it is meaningful only with the singular vectors that it was
-trained on. Another decomposition of the same base gives the same vectors up to rounding and a
-common sign, except where singular values repeat: there any rotation is as good. The probe tells
+A tuned file holds singular values only, so it means something only with the singular vectors that
+it was trained on. Another decomposition of the same base gives the same vectors up to rounding and
+a common sign, except where singular values repeat: there any rotation is as good. The probe tells
 these cases apart: for fixed random signs ``g`` and ``h`` it keeps ``g'u_i`` and ``vh_i h``.
 """
 

@@ -139,17 +139,14 @@ class FactorStore:
             If it cannot be read or its fingerprint is another.
         """
         base = open_checkpoint(self._place() if override is None else override)
-        try:
-            found = fingerprint_checkpoint(base, progress=progress)
-            if found != self.base_fingerprint:
-                raise CheckpointError(
-                    f"{base.path}: fingerprint {found[:12]}, expected {self.base_fingerprint[:12]} "
-                    f"as recorded in {self.path}. Give the checkpoint that was decomposed with "
-                    "--base, or decompose this one."
-                )
-        except BaseException:
+        found = fingerprint_checkpoint(base, progress=progress)
+        if found != self.base_fingerprint:
             base.close()
-            raise
+            raise CheckpointError(
+                f"{base.path}: fingerprint {found[:12]}, expected {self.base_fingerprint[:12]} "
+                f"as recorded in {self.path}. Give the checkpoint that was decomposed with "
+                "--base, or decompose this one."
+            )
         return base
 
     def _place(self) -> str | Path:

@@ -1,6 +1,6 @@
 """The tuned file: trained singular values of some layers and whatever was trained along.
 
-It is the unit that people keep, share and mix: tens of kilobytes for a 25-million-parameter network.
+It is what people keep, share and mix: tens of kilobytes for a 25-million-parameter network.
 """
 
 from __future__ import annotations
@@ -205,8 +205,8 @@ def _probe_layer(store: FactorStore, name: str) -> Probe:
 def check_tuned(tuned: TunedFile, store: FactorStore) -> None:
     """Refuse a tuned file that does not belong to these factors.
 
-    The same factors are accepted by their fingerprint. Other factors of the same base (a colleague's
-    own decomposition) are accepted where the singular vectors that were trained agree.
+    The same factors are accepted by their fingerprint. Other factors of the same base (a
+    colleague's own decomposition) are accepted where the singular vectors that were trained agree.
 
     Raises
     ------

@@ -8,12 +8,12 @@ _CONTROL = re.compile(r"[\x00-\x1f\x7f-\x9f\u200e\u200f\u202a-\u202e\u2066-\u206
 
 
 def safe(text: str) -> str:
-    """Replace control characters, which a tensor or file name may carry, by their escapes.
+    r"""Replace control characters, which a tensor or file name may carry, by their escapes.
 
     Examples
     --------
-    >>> safe("a\\x1b[31mb")
-    'a\\\\x1b[31mb'
+    >>> safe("a\x1b[31mb")
+    'a\\x1b[31mb'
     """
     return _CONTROL.sub(lambda match: match.group().encode("unicode_escape").decode(), text)
 

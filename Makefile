@@ -1,0 +1,46 @@
+# make demo    set up and run the whole loop on an embedded model and data set
+# make test    set up with everything and run the tests
+# make check   formatting, lint, types, import layers, doctests
+#
+# Dependencies live in a cache folder keyed by pyproject.toml's dependency lists, shared by all
+# clones on this machine; `.venv` in the clone is a thin environment on top that holds svftool itself.
+
+PYTHON ?= python3
+PYTEST_ARGS ?=
+RUN := .venv/bin/python
+
+.PHONY: help demo test check format cov docs-check benchmark-quick clean
+
+help:
+	@sed -n 's/^# //p' Makefile | head -3
+
+demo:
+	@$(PYTHON) .ci/environment.py demo
+	.venv/bin/svftool demo --force demo
+
+test: .environment-all
+	$(RUN) -m pytest $(PYTEST_ARGS)
+
+check: .environment-all
+	$(RUN) -m ruff format --check .
+	$(RUN) -m ruff check .
+	$(RUN) -m mypy
+	$(RUN) -c "from importlinter.cli import lint_imports_command as run; run()"
+	$(RUN) -m pytest --doctest-modules svftool -q -p no:cacheprovider
+
+format: .environment-all
+	$(RUN) -m ruff format .
+	$(RUN) -m ruff check --fix .
+
+cov: .environment-all
+	$(RUN) -m pytest --cov --cov-report=term-missing:skip-covered $(PYTEST_ARGS)
+
+benchmark-quick: .environment-all
+	$(RUN) benchmarks/decompose.py --quick
+
+.PHONY: .environment-all
+.environment-all:
+	@$(PYTHON) .ci/environment.py all dev
+
+clean:
+	rm -rf .venv .pytest_cache .mypy_cache .ruff_cache demo build dist
