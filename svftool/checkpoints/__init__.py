@@ -1,0 +1,63 @@
+"""Checkpoints: reading in any format, choosing tensors, fingerprints, complete-or-absent outputs."""
+
+from svftool.checkpoints.base import Checkpoint, Shard, TensorInfo, wrapper_prefix
+from svftool.checkpoints.dtypes import dtype_name, dtype_named
+from svftool.checkpoints.failures import write_errors
+from svftool.checkpoints.fingerprint import (
+    Fingerprint,
+    fingerprint,
+    fingerprint_checkpoint,
+    tensor_digest,
+)
+from svftool.checkpoints.folder import WEIGHT_SUFFIXES, side_files
+from svftool.checkpoints.opening import open_checkpoint
+from svftool.checkpoints.output import PARTIAL, replace_output
+from svftool.checkpoints.roles import is_expert_stack, output_heads, table_role
+from svftool.checkpoints.selection import (
+    Choice,
+    LeftWhole,
+    Selection,
+    check_patterns,
+    matches,
+    select,
+)
+from svftool.checkpoints.sizes import parse_size
+from svftool.checkpoints.views import View, from_matrix, matrix_shape, to_matrix
+from svftool.checkpoints.writer import CheckpointWriter, SafetensorsWriter, plan_shards, shard_names
+
+__all__ = [
+    "PARTIAL",
+    "WEIGHT_SUFFIXES",
+    "Checkpoint",
+    "CheckpointWriter",
+    "Choice",
+    "Fingerprint",
+    "LeftWhole",
+    "SafetensorsWriter",
+    "Selection",
+    "Shard",
+    "TensorInfo",
+    "View",
+    "check_patterns",
+    "dtype_name",
+    "dtype_named",
+    "fingerprint",
+    "fingerprint_checkpoint",
+    "from_matrix",
+    "is_expert_stack",
+    "matches",
+    "matrix_shape",
+    "open_checkpoint",
+    "output_heads",
+    "parse_size",
+    "plan_shards",
+    "replace_output",
+    "select",
+    "shard_names",
+    "side_files",
+    "table_role",
+    "tensor_digest",
+    "to_matrix",
+    "wrapper_prefix",
+    "write_errors",
+]

@@ -1,0 +1,238 @@
+"""A checkpoint open for reading: what it holds, where, and one tensor at a time."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from types import MappingProxyType, TracebackType
+from typing import Any, Literal, Protocol, Self
+
+import torch
+from torch import Tensor
+
+from svftool.checkpoints.dtypes import byte_size
+
+Format = Literal["safetensors", "pickle"]
+Layout = Literal["dense", "sparse", "quantised"]
+
+
+@dataclass(frozen=True)
+class TensorInfo:
+    """What is known of a tensor without reading it.
+
+    Attributes
+    ----------
+    name : str
+        As in the file.
+    dtype : torch.dtype
+    shape : tuple of int
+    file : str
+        Name of the weight file that holds it, without folder.
+    layout : {"dense", "sparse", "quantised"}
+        How pickles may hold a tensor; always ``dense`` in safetensors.
+    """
+
+    name: str
+    dtype: torch.dtype
+    shape: tuple[int, ...]
+    file: str
+    layout: Layout = "dense"
+
+    @property
+    def numel(self) -> int:
+        """Number of values."""
+        return math.prod(self.shape)
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the values, stored densely."""
+        return byte_size(self.dtype, self.shape)
+
+
+@dataclass(frozen=True)
+class Shard:
+    """One weight file of a checkpoint: its name, its tensors in file order, its own metadata."""
+
+    file: str
+    names: tuple[str, ...]
+    metadata: Mapping[str, str]
+
+
+class WeightFile(Protocol):
+    """One weight file open for reading, whatever its format."""
+
+    path: Path
+    infos: Mapping[str, TensorInfo]
+    metadata: Mapping[str, str]
+    nesting: tuple[str, ...]
+    notes: tuple[str, ...]
+    tied: tuple[tuple[str, ...], ...]
+
+    def read(self, name: str) -> Tensor:
+        """Return one tensor that the caller owns."""
+
+    def close(self) -> None:
+        """Give the file back; reading is over."""
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where a checkpoint was found.
+
+    Attributes
+    ----------
+    path : Path
+        The file or folder.
+    index_file : str or None
+        Name of the shard index.
+    index_metadata : mapping
+        What the index says beside its weight map.
+    weight_map : mapping of str to str, or None
+        Tensor name to shard name, where there is an index.
+    config : mapping or None
+        ``config.json`` beside the weights.
+    notes : tuple of str
+        Sentences for the user.
+    hub_id : str or None
+        ``owner/name`` where it came from the hub.
+    """
+
+    path: Path
+    index_file: str | None = None
+    index_metadata: Mapping[str, Any] = field(default_factory=dict)
+    weight_map: Mapping[str, str] | None = None
+    config: Mapping[str, Any] | None = None
+    notes: tuple[str, ...] = ()
+    hub_id: str | None = None
+
+
+class Checkpoint:
+    """A checkpoint open for reading; a context manager. Made by `open_checkpoint`.
+
+    Attributes
+    ----------
+    path : Path
+        The file or folder that was opened.
+    is_folder : bool
+    format : {"safetensors", "pickle"}
+    infos : mapping of str to TensorInfo
+        In file order, shard after shard; names exactly as in the files.
+    shards : tuple of Shard
+    index_file : str or None
+        Name of the shard index, where there is one.
+    index_metadata : mapping
+        The index's own metadata (``total_size`` and what else it holds).
+    metadata : mapping of str to str
+        Metadata of the first shard.
+    prefix : str
+        Wrapper that every name starts with, such as ``module.``; empty where there is none.
+    nesting : tuple of str
+        Dictionary keys under which a pickle holds its tensors, outermost first.
+    tied : tuple of tuple of str
+        Groups of names that share one storage (pickles only).
+    notes : tuple of str
+        Sentences for the user: what was chosen, found, or costs memory.
+    config : mapping or None
+        ``config.json`` beside the weights, unread by anything here.
+    hub_id : str or None
+        Repository on the hub, where the checkpoint came from there.
+    """
+
+    def __init__(self, place: Place, files: Sequence[WeightFile], *, format: Format) -> None:  # noqa: A002
+        self.path = place.path
+        self.is_folder = place.path.is_dir()
+        self.format: Format = format
+        self.files = tuple(files)
+        self.index_file = place.index_file
+        self.index_metadata = place.index_metadata
+        self.config = place.config
+        self.hub_id = place.hub_id
+        self.metadata: Mapping[str, str] = files[0].metadata if files else {}
+        self._home: dict[str, WeightFile] = {}
+        self.shards = tuple(self._adopt(file, place.weight_map) for file in files)
+        self.infos: Mapping[str, TensorInfo] = MappingProxyType(
+            {name: self._home[name].infos[name] for shard in self.shards for name in shard.names}
+        )
+        self.prefix = wrapper_prefix(self.infos)
+        self.nesting = files[0].nesting if files else ()
+        self.tied = tuple(group for file in files for group in file.tied)
+        self.notes = (
+            *place.notes,
+            *(note for file in files for note in file.notes),
+            *self._prefix_note(),
+        )
+
+    def read(self, name: str) -> Tensor:
+        """Return one tensor: on the CPU, contiguous, dtype and shape as in the file, the caller's own.
+
+        Safe to call from several threads.
+
+        Raises
+        ------
+        KeyError
+            If the checkpoint has no tensor of that name.
+        CheckpointError
+            If the file changed or became unreadable since it was opened.
+        """
+        return self._home[name].read(name)
+
+    def close(self) -> None:
+        """Close all files; the checkpoint cannot be read any more."""
+        for file in self.files:
+            file.close()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self.close()
+
+    def __repr__(self) -> str:
+        return f"Checkpoint({str(self.path)!r}, {self.format}, {len(self.infos)} tensors)"
+
+    def _adopt(self, file: WeightFile, weight_map: Mapping[str, str] | None) -> Shard:
+        """Take in the tensors of one file; a tensor that several hold belongs where the index says."""
+        assigned = weight_map or {}
+        names = [
+            name for name in file.infos if assigned.get(name, file.path.name) == file.path.name
+        ]
+        names = [name for name in names if name not in self._home]
+        self._home.update(dict.fromkeys(names, file))
+        return Shard(file.path.name, tuple(names), file.metadata)
+
+    def _prefix_note(self) -> tuple[str, ...]:
+        if not self.prefix:
+            return ()
+        return (
+            f"{self.path.name}: all tensor names start with {self.prefix!r} (a wrapper's); they are kept",
+        )
+
+
+_WRAPPERS = ("module.", "_orig_mod.")
+
+
+def wrapper_prefix(names: Mapping[str, object] | Sequence[str]) -> str:
+    """Return what wrappers (data parallel, compiled modules) put before every name, or ``""``.
+
+    Examples
+    --------
+    >>> wrapper_prefix(["module.conv.weight", "module.fc.bias"])
+    'module.'
+    >>> wrapper_prefix(["module.conv.weight", "fc.bias"])
+    ''
+    """
+    prefix = ""
+    while names:
+        longer = [prefix + wrapper for wrapper in _WRAPPERS]
+        found = next((one for one in longer if all(name.startswith(one) for name in names)), None)
+        if found is None:
+            break
+        prefix = found
+    return prefix

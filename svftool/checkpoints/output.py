@@ -1,0 +1,259 @@
+"""Outputs that appear complete or not at all."""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import fcntl
+import logging
+import os
+import shutil
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+
+from svftool.checkpoints.failures import write_errors
+from svftool.errors import UsageError
+
+logger = logging.getLogger(__name__)
+
+PARTIAL = ".partial"
+"""Suffix of work in progress, beside the output."""
+_LOCK = ".partial.lock"
+_REPLACED = ".replaced"
+
+
+@contextmanager
+def replace_output(
+    target: Path,
+    *,
+    force: bool,
+    inputs: Sequence[Path],
+    keep_partial: bool = False,
+    resume: bool = False,
+) -> Iterator[Path]:
+    """Write an output beside its place and rename it there when the block ends without an error.
+
+    Whatever happens, the target does not exist, or is what it was, or is the complete new one.
+
+    Parameters
+    ----------
+    target : Path
+        File or folder to be written; missing folders above it are created.
+    force : bool
+        Whether an existing target may be replaced, once the new one is complete.
+    inputs : sequence of Path
+        Files and folders that are read; none may lie at, inside or around the target.
+    keep_partial : bool
+        Leave the work in progress when the block fails, for a later call with `resume`.
+    resume : bool
+        Leave the work in progress of an earlier call where it is; otherwise it is removed.
+
+    Yields
+    ------
+    Path
+        ``TARGET.partial``: make a file or a folder of that name. Locked against other processes.
+
+    Raises
+    ------
+    UsageError
+        If the target exists and `force` is not given, overlaps with an input, or is being
+        written by another process.
+    ResourceError
+        If there is no room or no permission.
+    """
+    place = _Place(target)
+    place.check(force, inputs)
+    created = _make_parents(place.target.parent)
+    try:
+        with _locked(place):
+            place.recover()
+            if not resume:
+                remove(place.partial)
+            try:
+                with write_errors(place.partial):
+                    yield place.partial
+                    sync_tree(place.partial)
+                    place.check(force, inputs)
+                    place.finish()
+            except BaseException:
+                if not (keep_partial or resume):
+                    remove(place.partial)
+                raise
+    except BaseException:
+        for folder in reversed(created):
+            with contextlib.suppress(OSError):
+                folder.rmdir()
+        raise
+
+
+class _Place:
+    """The paths of one output."""
+
+    def __init__(self, target: Path) -> None:
+        self.given = target
+        # Made absolute here, so that a later change of folder does not move it; links are kept.
+        self.target = Path(os.path.abspath(target))  # noqa: PTH100
+        if not self.target.name:
+            raise UsageError(f"{target}: a whole file system, expected a file or folder to write")
+        self.partial = self._beside(PARTIAL)
+        self.lock = self._beside(_LOCK)
+        self.replaced = self._beside(_REPLACED)
+
+    def _beside(self, suffix: str) -> Path:
+        return self.target.with_name(self.target.name + suffix)
+
+    def check(self, force: bool, inputs: Sequence[Path]) -> None:
+        """Refuse a target that stands in the way of an input, or that may not be replaced."""
+        for path in inputs:
+            for mine in (self.target, self.partial, self.replaced):
+                relation = overlap(mine, path)
+                if relation:
+                    raise UsageError(
+                        f"{self.given}: the output is {relation} the input {path}, expected a place apart"
+                    )
+        if not os.path.lexists(self.target):
+            return
+        if not force:
+            raise UsageError(
+                f"{self.given}: exists already, expected a new output. Use --force to replace it."
+            )
+        if self.target.is_dir() and (
+            os.path.ismount(self.target) or _holds(self.target.resolve(), Path.cwd(), Path.home())
+        ):
+            raise UsageError(
+                f"{self.given}: holds the current or the home folder, expected a folder that may be replaced"
+            )
+
+    def recover(self) -> None:
+        """Finish or undo the replacement that a killed process left half way."""
+        with write_errors(self.target):
+            if not os.path.lexists(self.replaced):
+                return
+            if os.path.lexists(self.target):
+                remove(self.replaced)
+            else:
+                self.replaced.rename(self.target)
+
+    def finish(self) -> None:
+        """Put the finished work in its place; the old one stands until the new one does."""
+        folder = self.target.is_dir() and not self.target.is_symlink()
+        if os.path.lexists(self.target) and (folder or self.partial.is_dir()):
+            self._exchange()
+        else:
+            self.partial.replace(self.target)
+        sync(self.target.parent)
+
+    def _exchange(self) -> None:
+        self.target.rename(self.replaced)
+        try:
+            self.partial.rename(self.target)
+        except BaseException:
+            self.replaced.rename(self.target)
+            raise
+        sync(self.target.parent)
+        remove(self.replaced)
+
+
+def _holds(folder: Path, *places: Path) -> bool:
+    return any(place.resolve().is_relative_to(folder) for place in places)
+
+
+def overlap(output: Path, path: Path) -> str:
+    """Say how an output lies to an input: ``the same as``, ``inside``, ``around``, or ``""``.
+
+    Both are compared as written and with all links followed.
+    """
+    for one, two in (
+        (Path(os.path.abspath(output)), Path(os.path.abspath(path))),  # noqa: PTH100
+        (output.resolve(), path.resolve()),
+    ):
+        if one == two:
+            return "the same as"
+        if one.is_relative_to(two):
+            return "inside"
+        if two.is_relative_to(one):
+            return "around"
+    return ""
+
+
+def _make_parents(folder: Path) -> list[Path]:
+    """Create missing folders and return them, outermost first."""
+    missing = [path for path in (folder, *folder.parents) if not path.exists()]
+    created: list[Path] = []
+    with write_errors(folder):
+        try:
+            for path in reversed(missing):
+                path.mkdir(exist_ok=True)
+                created.append(path)
+        except (FileExistsError, NotADirectoryError):
+            raise UsageError(f"{folder}: not a folder, expected one to write into") from None
+    return created
+
+
+@contextmanager
+def _locked(place: _Place) -> Iterator[None]:
+    """Hold the output's lock, which the system gives back whenever the process ends."""
+    with write_errors(place.lock):
+        handle = _acquire(place)
+    try:
+        yield
+    finally:
+        # Removed while still held: whoever waits on the old file finds it gone and takes a new one.
+        with contextlib.suppress(OSError):
+            place.lock.unlink()
+        os.close(handle)
+
+
+def _acquire(place: _Place) -> int:
+    while True:
+        handle = os.open(place.lock, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o666)
+        try:
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            os.close(handle)
+            raise UsageError(
+                f"{place.given}: another process is writing it, expected to be alone. Wait for it, or choose another output."
+            ) from None
+        except OSError as error:
+            if error.errno not in (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP, errno.EINVAL):
+                os.close(handle)
+                raise
+            logger.warning(
+                "%s: the file system has no locks; start no second process on this output",
+                place.given,
+            )
+            return handle
+        with contextlib.suppress(FileNotFoundError):
+            if os.path.samestat(os.fstat(handle), place.lock.stat()):
+                return handle
+        os.close(handle)
+
+
+def remove(path: Path) -> None:
+    """Remove a file, a link, or a whole folder; nothing there is fine."""
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path)
+    else:
+        path.unlink(missing_ok=True)
+
+
+def sync(path: Path) -> None:
+    """Ask the system to put a file or a folder's entries on the disk."""
+    handle = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+    try:
+        os.fsync(handle)
+    except OSError as error:
+        # Some file systems cannot do this for folders; files must be safe.
+        if not (path.is_dir() and error.errno in (errno.EINVAL, errno.ENOTSUP)):
+            raise
+    finally:
+        os.close(handle)
+
+
+def sync_tree(path: Path) -> None:
+    """Put a file, or a folder and all in it, on the disk."""
+    if path.is_dir():
+        for entry in path.iterdir():
+            sync_tree(entry)
+    sync(path)

@@ -1,0 +1,79 @@
+"""Reading one safetensors file, one tensor at a time."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from types import MappingProxyType
+
+import torch
+from torch import Tensor
+
+from svftool.checkpoints.base import TensorInfo
+from svftool.checkpoints.header import read_header
+from svftool.errors import CheckpointError
+
+# Linux reads at most this many bytes in one call.
+_CHUNK = 1 << 30
+
+
+class SafetensorsFile:
+    """A safetensors file open for reading, its header checked.
+
+    Tensors are read by position into memory of their own, never mapped: a file that is cut off
+    while it is read raises an error where a mapping would kill the process.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self._file = path.open("rb")
+        try:
+            header = read_header(self._file, path, os.fstat(self._file.fileno()).st_size)
+        except BaseException:
+            self._file.close()
+            raise
+        self._spans = {entry.name: (entry.begin, entry.end) for entry in header.entries}
+        self.infos: Mapping[str, TensorInfo] = MappingProxyType(
+            {
+                entry.name: TensorInfo(entry.name, entry.dtype, entry.shape, path.name)
+                for entry in header.entries
+            }
+        )
+        self.metadata = header.metadata
+        self.nesting: tuple[str, ...] = ()
+        self.notes: tuple[str, ...] = ()
+        self.tied: tuple[tuple[str, ...], ...] = ()
+
+    def read(self, name: str) -> Tensor:
+        """Return one tensor that the caller owns.
+
+        Raises
+        ------
+        CheckpointError
+            If the file has been cut off since it was opened, or cannot be read.
+        """
+        info = self.infos[name]
+        begin, end = self._spans[name]
+        # A tensor's memory is aligned for its dtype even where its bytes in the file are not.
+        raw = torch.empty(end - begin, dtype=torch.uint8)
+        try:
+            self._fill(memoryview(raw.numpy()), begin)
+        except OSError as error:
+            raise CheckpointError(
+                f"{self.path}: {name}: reading failed ({error.strerror or error}), "
+                f"expected {end - begin} bytes at byte {begin}. Copy or download the file again."
+            ) from error
+        return raw.view(info.dtype).reshape(info.shape)
+
+    def close(self) -> None:
+        """Close the file."""
+        self._file.close()
+
+    def _fill(self, target: memoryview, offset: int) -> None:
+        done = 0
+        while done < len(target):
+            count = os.preadv(self._file.fileno(), [target[done : done + _CHUNK]], offset + done)
+            if count == 0:
+                raise OSError(f"the file ends at byte {offset + done}")
+            done += count

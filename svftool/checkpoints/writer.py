@@ -1,0 +1,344 @@
+"""Writing safetensors files with tensors in any order, and checkpoints of one or more shards."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import threading
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Self
+
+import torch
+from torch import Tensor
+
+from svftool.checkpoints.base import TensorInfo
+from svftool.checkpoints.dtypes import byte_size
+from svftool.checkpoints.failures import write_errors
+from svftool.checkpoints.header import format_header
+from svftool.errors import ResourceError, shortlist
+
+Layout = Mapping[str, tuple[torch.dtype, tuple[int, ...]]]
+
+_CHUNK = 1 << 30
+
+
+class SafetensorsWriter:
+    """A safetensors file that is written tensor by tensor, in any order, from any thread.
+
+    The header comes first, so the layout is fixed beforehand; the same layout, metadata and
+    tensors give the same bytes. As a context manager it checks completeness only when its block
+    ends without an error.
+
+    Parameters
+    ----------
+    path : Path
+        Must not exist.
+    layout : mapping of str to (dtype, shape)
+        Every tensor that will be written.
+    metadata : mapping of str to str, or None
+        Beside ``format``, best kept to one key: other writers do not order them.
+    keep_order : bool
+        Lay the tensors down in the order of `layout`. Otherwise wider dtypes come first, so that
+        every tensor is aligned.
+
+    Raises
+    ------
+    CheckpointError
+        If the format cannot hold a dtype.
+    ResourceError
+        If the disk has no room for the whole file, or refuses it.
+    """
+
+    def __init__(
+        self,
+        path: Path,
+        layout: Layout,
+        *,
+        metadata: Mapping[str, str] | None = None,
+        keep_order: bool = False,
+    ) -> None:
+        ordered = dict(layout) if keep_order else _aligned(layout)
+        header, self._spans = format_header(ordered, metadata)
+        self.path = path
+        self.layout: Layout = ordered
+        self._left = set(ordered)
+        self._lock = threading.Lock()
+        size = len(header) + sum(byte_size(dtype, shape) for dtype, shape in ordered.values())
+        check_room(path, size)
+        with write_errors(path):
+            self._file = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o666)
+            self._open = True
+            try:
+                os.ftruncate(self._file, size)
+                self._put(memoryview(header), 0)
+            except BaseException:
+                self.abort()
+                raise
+
+    def write(self, name: str, tensor: Tensor) -> None:
+        """Write one tensor at its place.
+
+        Raises
+        ------
+        KeyError
+            If the layout has no such name.
+        ValueError
+            If the tensor differs from the layout in dtype or shape, or was written before.
+        ResourceError
+            If the disk refuses it.
+        """
+        dtype, shape = self.layout[name]
+        if tensor.dtype != dtype or tuple(tensor.shape) != tuple(shape):
+            raise ValueError(
+                f"{name}: {tensor.dtype} {tuple(tensor.shape)}, expected {dtype} {tuple(shape)} as in the layout"
+            )
+        with self._lock:
+            if name not in self._left:
+                raise ValueError(f"{name}: written twice, expected once")
+            self._left.remove(name)
+        if tensor.numel():
+            raw = tensor.detach().cpu().resolve_conj().resolve_neg().contiguous()
+            with write_errors(self.path):
+                self._put(
+                    memoryview(raw.reshape(-1).view(torch.uint8).numpy()), self._spans[name][0]
+                )
+
+    def close(self) -> None:
+        """Finish the file.
+
+        Raises
+        ------
+        ValueError
+            If a tensor of the layout was never written.
+        ResourceError
+            If the disk refuses what was written.
+        """
+        missing = [name for name in self.layout if name in self._left]
+        if missing:
+            self.abort()
+            raise ValueError(
+                f"{self.path}: {shortlist(missing)}: never written, expected every tensor of the layout"
+            )
+        with write_errors(self.path):
+            self.abort()
+
+    def abort(self) -> None:
+        """Close the file as it is, complete or not."""
+        if self._open:
+            self._open = False
+            os.close(self._file)
+
+    @property
+    def complete(self) -> bool:
+        """Whether every tensor of the layout has been handed in."""
+        return not self._left
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        if kind is None:
+            self.close()
+        else:
+            self.abort()
+
+    def _put(self, data: memoryview, offset: int) -> None:
+        done = 0
+        while done < len(data):
+            done += os.pwrite(self._file, data[done : done + _CHUNK], offset + done)
+
+
+def _aligned(layout: Layout) -> dict[str, tuple[torch.dtype, tuple[int, ...]]]:
+    return dict(sorted(layout.items(), key=lambda item: -item[1][0].itemsize))
+
+
+def check_room(path: Path, size: int) -> None:
+    """Raise ResourceError now if `size` bytes at `path` would fill the disk later.
+
+    Raises
+    ------
+    ResourceError
+        If the disk has less room, or the folder cannot be looked at.
+    """
+    with write_errors(path):
+        free = shutil.disk_usage(path.parent).free
+    if free < size:
+        raise ResourceError(
+            f"{path}: {free} bytes free on the disk, expected {size}. Free some space, or choose another disk."
+        )
+
+
+class CheckpointWriter:
+    """A checkpoint in a folder: one safetensors file, or shards with their index.
+
+    Parameters
+    ----------
+    folder : Path
+        Exists.
+    shards : sequence of sequence of TensorInfo
+        What each weight file will hold; see `plan_shards`.
+    stem : str
+        ``STEM.safetensors``, or ``STEM-00001-of-0000N.safetensors`` with
+        ``STEM.safetensors.index.json``.
+    metadata : mapping, or sequence of one mapping a shard, or None
+        Of the weight files. None stands for ``{"format": "pt"}``.
+    index_metadata : mapping, optional
+        What the index says beside ``total_size``.
+    files : sequence of str, optional
+        Names of the weight files, where they are not to follow from `stem`.
+    index_file : str, optional
+        Name of the index, where it is not to follow from `stem`.
+    keep_order : bool
+        See `SafetensorsWriter`.
+    """
+
+    def __init__(
+        self,
+        folder: Path,
+        *,
+        shards: Sequence[Sequence[TensorInfo]],
+        stem: str = "model",
+        metadata: Mapping[str, str] | Sequence[Mapping[str, str]] | None = None,
+        index_metadata: Mapping[str, Any] | None = None,
+        files: Sequence[str] | None = None,
+        index_file: str | None = None,
+        keep_order: bool = False,
+    ) -> None:
+        self.folder = folder
+        self.files = tuple(files or shard_names(stem, len(shards)))
+        if len(self.files) != len(shards):
+            raise ValueError(f"{len(self.files)} file names for {len(shards)} shards")
+        self._index_file = index_file or (
+            f"{stem}.safetensors.index.json" if len(shards) > 1 else None
+        )
+        self._index_metadata = dict(index_metadata or {})
+        self._home = {info.name: number for number, shard in enumerate(shards) for info in shard}
+        if len(self._home) != sum(map(len, shards)):
+            raise ValueError("a tensor name stands in two places of the shards")
+        self._size = sum(info.nbytes for shard in shards for info in shard)
+        check_room(folder / self.files[0], self._size)
+        texts = (
+            metadata
+            if isinstance(metadata, Sequence)
+            else [metadata or {"format": "pt"}] * len(shards)
+        )
+        self._writers: list[SafetensorsWriter] = []
+        try:
+            for name, shard, text in zip(self.files, shards, texts, strict=True):
+                layout = {info.name: (info.dtype, info.shape) for info in shard}
+                writer = SafetensorsWriter(
+                    folder / name, layout, metadata=text, keep_order=keep_order
+                )
+                self._writers.append(writer)
+        except BaseException:
+            self.abort()
+            raise
+
+    def write(self, name: str, tensor: Tensor) -> None:
+        """Write one tensor at its place, in any order, from any thread.
+
+        Raises
+        ------
+        KeyError, ValueError, ResourceError
+            As `SafetensorsWriter.write` does.
+        """
+        self._writers[self._home[name]].write(name, tensor)
+
+    def close(self) -> None:
+        """Finish all files and write the index.
+
+        Raises
+        ------
+        ValueError
+            If a tensor was never written.
+        ResourceError
+            If the disk refuses what was written.
+        """
+        for writer in self._writers:
+            writer.close()
+        if self._index_file is not None:
+            path = self.folder / self._index_file
+            with write_errors(path):
+                path.write_text(self._index(), encoding="utf-8")
+
+    def abort(self) -> None:
+        """Close all files as they are; no index is written."""
+        for writer in self._writers:
+            writer.abort()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        if kind is None:
+            self.close()
+        else:
+            self.abort()
+
+    def _index(self) -> str:
+        weight_map = {name: self.files[number] for name, number in self._home.items()}
+        index = {
+            "metadata": {**self._index_metadata, "total_size": self._size},
+            "weight_map": weight_map,
+        }
+        return json.dumps(index, indent=2, sort_keys=True) + "\n"
+
+
+def shard_names(stem: str, count: int) -> list[str]:
+    """Return the names of a checkpoint's weight files.
+
+    Examples
+    --------
+    >>> shard_names("model", 1)
+    ['model.safetensors']
+    >>> shard_names("model", 2)
+    ['model-00001-of-00002.safetensors', 'model-00002-of-00002.safetensors']
+    """
+    if count == 1:
+        return [f"{stem}.safetensors"]
+    return [f"{stem}-{number:05d}-of-{count:05d}.safetensors" for number in range(1, count + 1)]
+
+
+def plan_shards(infos: Iterable[TensorInfo], max_bytes: int | None) -> list[list[str]]:
+    """Share tensors out over shards in their order, as huggingface_hub does.
+
+    Parameters
+    ----------
+    infos : iterable of TensorInfo
+    max_bytes : int or None
+        Most bytes of tensors a shard may hold; a larger tensor gets a shard of its own. None
+        puts everything into one.
+
+    Returns
+    -------
+    list of list of str
+        Names, shard by shard; one empty shard when there are no tensors.
+    """
+    shards: list[list[str]] = []
+    current: list[str] = []
+    filled = 0
+    for info in infos:
+        if max_bytes is not None and info.nbytes > max_bytes:
+            shards.append([info.name])
+            continue
+        if max_bytes is not None and filled + info.nbytes > max_bytes:
+            shards.append(current)
+            current, filled = [], 0
+        current.append(info.name)
+        filled += info.nbytes
+    if current or not shards:
+        shards.append(current)
+    return shards
