@@ -1,0 +1,239 @@
+"""A folder of classes, each a folder of images with binary masks: FSS-1000 and its like.
+
+``CLASS/X.jpg`` goes with ``CLASS/X.png``. The 20 classes of PASCAL VOC make the folds of Pascal-5i;
+lists ``trn.txt``, ``val.txt`` and ``test.txt`` of class names make the one fold of FSS-1000; other
+classes are split into quarters of their sorted names.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections import defaultdict
+from collections.abc import Iterable, Mapping, Sequence
+from itertools import zip_longest
+from pathlib import Path
+
+import numpy as np
+
+from svftool.errors import DataError, shortlist
+from svftool.progress import SILENT, Progress
+from svftool.tasks.few_shot_segmentation.folds import (
+    FOLDS,
+    ClassSplit,
+    in_voc_order,
+    split_classes,
+)
+from svftool.tasks.few_shot_segmentation.layouts.files import sizes_differ
+from svftool.tasks.few_shot_segmentation.masks import mapped, read_binary
+from svftool.tasks.few_shot_segmentation.pool import FoldData, Pair, Pool, allow
+from svftool.tasks.images import image_size
+
+IMAGE_SUFFIXES = frozenset({".jpg", ".jpeg", ".webp", ".bmp"})
+HELD_OUT_SHARE = 0.2
+HELD_OUT_LEAST = 6
+"""Enough for one 5-shot episode; never more than half of a class."""
+
+
+class PairsSource:
+    """A folder of class folders with image and mask pairs.
+
+    Parameters
+    ----------
+    root : Path
+        The folder.
+    lists : Path or None
+        A folder with ``trn.txt``, ``val.txt`` and ``test.txt``, a class name a line.
+
+    Raises
+    ------
+    DataError
+        If masks are missing, or there are no classes.
+    """
+
+    def __init__(self, root: Path, lists: Path | None = None) -> None:
+        self._root = root
+        folders = class_folders(root)
+        _require_masks(folders)
+        names = sorted(folders)
+        self._lists = lists
+        self._parts = None if lists is None else _read_parts(lists, names)
+        ordered = in_voc_order(names)
+        self.names = ordered or tuple(names)
+        if self._parts is not None:
+            self.dataset = "fss-1000"
+        else:
+            self.dataset = "pascal-5i pairs" if ordered else "pairs"
+        self._folders = folders
+        self._pairs: list[Pair] | None = None
+
+    @property
+    def folds(self) -> int:
+        """How many folds there are: 4, or 1 where lists give the parts."""
+        return FOLDS if self._parts is None else 1
+
+    def fold(
+        self, index: int, *, remove_novel: bool = False, progress: Progress = SILENT
+    ) -> FoldData:
+        """Give the data of one fold.
+
+        Pictures that stand in the folders of several classes are one picture: they are held out
+        together, and a training pair whose picture also stands under a novel class holds that class.
+
+        Parameters
+        ----------
+        index : int
+            The fold, from 0.
+        remove_novel : bool
+            Leave out training pairs whose picture stands under a novel class.
+        progress : Progress
+            Told of the masks that are read.
+
+        Raises
+        ------
+        DataError
+            If the fold does not exist, sizes differ or masks are empty.
+        """
+        split, chosen_by = self._split(index)
+        pairs = self._read(progress)
+        base = allow(pairs, query=split.base, support=split.base)
+        test = allow(pairs, query=split.novel, support=split.novel)
+        seen_novel = {pair.identity for pair in test}
+        held = _held_out(base) if chosen_by is None else set[str]()
+        if chosen_by is None:
+            chosen = [pair for pair in base if pair.identity in held]
+        else:
+            chosen = allow(pairs, query=chosen_by, support=chosen_by)
+        train = [pair for pair in base if pair.identity not in held]
+        novel = {pair.identity for pair in train if pair.identity in seen_novel}
+        if remove_novel:
+            train = [pair for pair in train if pair.identity not in novel]
+        return FoldData(
+            dataset=self.dataset,
+            split=split,
+            train=Pool(tuple(train), split.base),
+            held_out=Pool(_interleaved(chosen), split.base if chosen_by is None else chosen_by),
+            test=Pool(_interleaved(test), split.novel),
+            novel_images=len(novel),
+            removed=remove_novel,
+        )
+
+    def _split(self, index: int) -> tuple[ClassSplit, tuple[int, ...] | None]:
+        if self._parts is None:
+            return split_classes(self.names, index), None
+        if index != 0:
+            raise DataError(f"fold {index} does not exist, expected 0: {self._lists} makes one")
+        numbers = {name: label for label, name in enumerate(self.names, start=1)}
+        train, val, test = (
+            tuple(sorted(numbers[name] for name in self._parts[part]))
+            for part in ("trn", "val", "test")
+        )
+        return ClassSplit(self.names, train, test, 0), val
+
+    def _read(self, progress: Progress) -> list[Pair]:
+        if self._pairs is None:
+            self._pairs = _read_pairs(self._folders, self.names, progress)
+        return self._pairs
+
+
+def class_folders(root: Path) -> dict[str, list[Path]]:
+    """List the images of every class folder below `root`, by the folder's name."""
+    found = {}
+    for folder in sorted(root.iterdir()):
+        if folder.is_dir() and not folder.name.startswith("."):
+            images = [f for f in sorted(folder.iterdir()) if f.suffix.lower() in IMAGE_SUFFIXES]
+            if images:
+                found[folder.name] = images
+    return found
+
+
+def _require_masks(folders: Mapping[str, Sequence[Path]]) -> None:
+    images = [image for files in folders.values() for image in files]
+    missing = [image for image in images if not image.with_suffix(".png").is_file()]
+    if missing:
+        raise DataError(
+            f"{len(missing)} of {len(images)} images have no mask, expected a .png of the same name "
+            f"beside each: {shortlist(missing, limit=3)}"
+        )
+
+
+def _read_parts(lists: Path, names: Sequence[str]) -> dict[str, list[str]]:
+    parts = {}
+    for part in ("trn", "val", "test"):
+        path = lists / f"{part}.txt"
+        try:
+            parts[part] = path.read_text(encoding="utf-8").split("\n")
+        except (OSError, UnicodeDecodeError) as error:
+            raise DataError(f"{path}: cannot be read ({type(error).__name__})") from error
+        parts[part] = [line.strip() for line in parts[part] if line.strip()]
+        unknown = [name for name in parts[part] if name not in set(names)]
+        if unknown:
+            raise DataError(
+                f"{path}: names {len(unknown)} classes without a folder: "
+                f"{shortlist(unknown, limit=3)}"
+            )
+    return parts
+
+
+def _read_pairs(
+    folders: Mapping[str, Sequence[Path]], names: Sequence[str], progress: Progress
+) -> list[Pair]:
+    files = [(image, label) for label, name in enumerate(names, 1) for image in folders[name]]
+
+    def look(file: tuple[Path, int]) -> tuple[bool, bool]:
+        mask = read_binary(file[0].with_suffix(".png"))
+        return mask.shape == image_size(file[0]), bool(mask.any())
+
+    looked = mapped(look, files, description="reading masks", progress=progress)
+    differing = [image for (image, _), (same, _) in zip(files, looked, strict=True) if not same]
+    if differing:
+        raise sizes_differ(differing)
+    empty = [image for (image, _), (_, filled) in zip(files, looked, strict=True) if not filled]
+    if empty:
+        raise DataError(
+            f"{len(empty)} masks are empty, expected the class in each: "
+            f"{shortlist((e.with_suffix('.png') for e in empty), limit=3)}"
+        )
+    identities = _identities([image for image, _ in files])
+    return [
+        Pair(image, image.with_suffix(".png"), (label,), (label,), label, identities[image])
+        for image, label in files
+    ]
+
+
+def _identities(images: Iterable[Path]) -> dict[Path, str]:
+    """Name each picture by its file, files of equal content by the first of them."""
+    by_size: dict[int, list[Path]] = defaultdict(list)
+    for image in images:
+        by_size[image.stat().st_size].append(image)
+    identities: dict[Path, str] = {}
+    for same_size in by_size.values():
+        first: dict[bytes, str] = {}
+        for image in same_size:
+            digest = hashlib.sha256(image.read_bytes()).digest() if len(same_size) > 1 else b""
+            identities[image] = first.setdefault(digest, str(image))
+    return identities
+
+
+def _held_out(pairs: Sequence[Pair]) -> set[str]:
+    """Choose pictures of every class to keep from training: always the same ones."""
+    by_class: dict[int, list[str]] = defaultdict(list)
+    for pair in pairs:
+        by_class[pair.query[0]].append(pair.identity)
+    held: set[str] = set()
+    for label, identities in sorted(by_class.items()):
+        wanted = max(round(HELD_OUT_SHARE * len(identities)), HELD_OUT_LEAST)
+        wanted = min(wanted, len(identities) // 2)
+        shuffled = np.random.default_rng([label, len(identities)]).permutation(len(identities))
+        already = sum(identity in held for identity in identities)
+        fresh = [identities[i] for i in shuffled if identities[i] not in held]
+        held.update(fresh[: max(wanted - already, 0)])
+    return held
+
+
+def _interleaved(pairs: Sequence[Pair]) -> tuple[Pair, ...]:
+    """Deal the pairs out class by class, so that any stretch of the order holds all classes."""
+    by_class: dict[int, list[Pair]] = defaultdict(list)
+    for pair in pairs:
+        by_class[pair.query[0]].append(pair)
+    rounds = zip_longest(*by_class.values())
+    return tuple(pair for dealt in rounds for pair in dealt if pair is not None)

@@ -1,0 +1,175 @@
+"""Images with their masks, and the pools that episodes are drawn from."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from functools import cached_property
+from pathlib import Path
+from typing import Literal
+
+from svftool.errors import DataError, shortlist
+from svftool.tasks.few_shot_segmentation.folds import ClassSplit
+
+MINIMUM_AREA = 2 * 32 * 32
+"""Pixels that a class must fill for an image to stand for it (Shaban et al., BMVC 2017)."""
+
+
+@dataclass(frozen=True)
+class Pair:
+    """An image with its mask.
+
+    Attributes
+    ----------
+    image, mask : Path
+        The two files, of one size.
+    query : tuple of int
+        Classes that an episode with this image as its query may ask for.
+    support : tuple of int
+        Classes that this image may be a support for.
+    label : int or None
+        Class of a binary mask; None where the mask is a map of class numbers.
+    identity : str
+        Equal for pairs that show the same picture.
+    """
+
+    image: Path
+    mask: Path
+    query: tuple[int, ...]
+    support: tuple[int, ...]
+    label: int | None = None
+    identity: str = ""
+
+
+@dataclass(frozen=True)
+class Pool:
+    """Pairs that episodes are drawn from.
+
+    Attributes
+    ----------
+    pairs : tuple of Pair
+        In the order that test episodes go through them.
+    classes : tuple of int
+        The classes that episodes ask for.
+    order : {"images", "classes"}
+        A query is the next image, and its class one of the image's; or a class drawn uniformly, and
+        its query one of its images.
+    """
+
+    pairs: tuple[Pair, ...]
+    classes: tuple[int, ...]
+    order: Literal["images", "classes"] = "images"
+
+    @cached_property
+    def support_of(self) -> Mapping[int, tuple[int, ...]]:
+        """Indices of the pairs that may support each class."""
+        return self._index("support")
+
+    @cached_property
+    def queries_of(self) -> Mapping[int, tuple[int, ...]]:
+        """Indices of the pairs that may be the query of each class."""
+        return self._index("query")
+
+    def _index(self, role: Literal["query", "support"]) -> dict[int, tuple[int, ...]]:
+        found: dict[int, list[int]] = {label: [] for label in self.classes}
+        for index, pair in enumerate(self.pairs):
+            for label in getattr(pair, role):
+                found[label].append(index)
+        return {label: tuple(indices) for label, indices in found.items()}
+
+    def too_small(self, shots: int) -> dict[int, int]:
+        """Give the classes that have fewer than `shots` + 1 different pictures, and how many."""
+        counts = {
+            label: len({self.pairs[index].identity for index in indices})
+            for label, indices in self.support_of.items()
+        }
+        return {label: count for label, count in counts.items() if count < shots + 1}
+
+    def only(self, classes: Iterable[int]) -> Pool:
+        """Restrict the pool to some of its classes."""
+        kept = tuple(label for label in self.classes if label in set(classes))
+        pairs = tuple(allow(self.pairs, query=kept, support=kept))
+        return Pool(pairs, kept, self.order)
+
+
+@dataclass(frozen=True)
+class FoldData:
+    """What one fold of a data set gives to train on, to choose by and to test on.
+
+    Attributes
+    ----------
+    dataset : str
+        ``pascal-5i``, ``coco-20i``, ``fss-1000`` or ``pairs``.
+    split : ClassSplit
+        The base and novel classes.
+    train : Pool
+        Training images, asked for base classes.
+    held_out : Pool
+        Images that are not in `train`, asked for base classes: what models are chosen by.
+    test : Pool
+        Images asked for novel classes.
+    novel_images : int or None
+        Training images that hold novel classes; None where the lists do not tell.
+    removed : bool
+        Those images were removed from `train`.
+    notes : tuple of str
+        Sentences for the user.
+    """
+
+    dataset: str
+    split: ClassSplit
+    train: Pool
+    held_out: Pool
+    test: Pool
+    novel_images: int | None = None
+    removed: bool = False
+    notes: tuple[str, ...] = field(default=())
+
+
+def allow(
+    pairs: Iterable[Pair], *, query: Iterable[int], support: Iterable[int]
+) -> list[Pair]:
+    """Keep the pairs that have one of the classes, with those classes alone."""
+    asked, given = set(query), set(support)
+    kept = []
+    for pair in pairs:
+        new = Pair(
+            pair.image,
+            pair.mask,
+            tuple(label for label in pair.query if label in asked),
+            tuple(label for label in pair.support if label in given),
+            pair.label,
+            pair.identity,
+        )
+        if new.query and new.support:
+            kept.append(new)
+    return kept
+
+
+def require_shots(pool: Pool, shots: int, split: ClassSplit, part: str) -> None:
+    """Refuse a pool where a class cannot make an episode.
+
+    Parameters
+    ----------
+    pool : Pool
+        The pool that episodes of `shots` shots will be drawn from.
+    shots : int
+        Support images of an episode.
+    split : ClassSplit
+        Gives the classes' names.
+    part : str
+        Which part of the data it is, for the message.
+
+    Raises
+    ------
+    DataError
+        If a class has fewer different pictures than `shots` + 1: names and counts.
+    """
+    small = pool.too_small(shots)
+    if small:
+        listed = shortlist((f"{split.name(c)} ({n})" for c, n in small.items()), limit=5)
+        raise DataError(
+            f"{len(small)} classes of the {part} data of fold {split.fold} have fewer than "
+            f"{shots + 1} images, expected {shots} for support and 1 to query: {listed}. "
+            "Use fewer --shots or add images."
+        )
