@@ -1,0 +1,24 @@
+"""Trainable singular values on live modules: attach, train, save, swap, detach."""
+
+from svftool.attaching.attachment import Attachment, attach, detach, find_attachment
+from svftool.attaching.layer import AttachedLayer, AttachedWeight, Mode
+from svftool.attaching.names import NameMap, map_names
+from svftool.attaching.parametrisation import Band, Parametrisation, parse_band
+from svftool.attaching.swap import load_tuned, save_tuned
+
+__all__ = [
+    "AttachedLayer",
+    "AttachedWeight",
+    "Attachment",
+    "Band",
+    "Mode",
+    "NameMap",
+    "Parametrisation",
+    "attach",
+    "detach",
+    "find_attachment",
+    "load_tuned",
+    "map_names",
+    "parse_band",
+    "save_tuned",
+]

@@ -1,0 +1,325 @@
+"""Attach trainable singular values to a live model, and take them off again."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator, Mapping, Sequence
+from fnmatch import fnmatchcase
+from pathlib import Path
+from typing import get_args
+
+import torch
+from torch import Tensor, nn
+
+from svftool.attaching.build import BuildOptions, build_weight
+from svftool.attaching.install import install, uninstall
+from svftool.attaching.layer import AttachedLayer, AttachedWeight, Mode, Region
+from svftool.attaching.names import NameMap, live_names, map_names
+from svftool.attaching.parametrisation import Parametrisation, check_parametrisation, parse_band
+from svftool.errors import FactorsError, ModelError, UsageError, shortlist
+from svftool.factors import FactorStore, open_factors
+
+_KEY = "_svf_attachment"
+
+
+class Attachment:
+    """Trainable singular values of a live model; made by `attach`.
+
+    Attributes
+    ----------
+    model : nn.Module
+        The model that was attached to.
+    layers : mapping of str to AttachedLayer
+        By tensor name of the file. Names of one tied parameter share a layer.
+    weights : mapping of str to AttachedWeight
+        By name of the live parameter.
+    names : NameMap
+        Names of the file to live parameters, and back.
+    factors : Path
+        The factor checkpoint.
+    replaced : mapping of str to Tensor
+        What a tuned file's whole tensors replaced, by name in the file; kept for the next swap.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        *,
+        layers: Mapping[str, AttachedLayer],
+        weights: Mapping[str, AttachedWeight],
+        names: NameMap,
+        factors: Path,
+    ) -> None:
+        self.model = model
+        self.layers = dict(layers)
+        self.weights = dict(weights)
+        self.names = names
+        self.factors = factors
+        self._required = {name: p.requires_grad for name, p in model.named_parameters()}
+        self._buffers = {name: b.detach().clone() for name, b in model.named_buffers()}
+        self.replaced: dict[str, Tensor] = {}
+
+    def was_trainable(self, name: str, default: bool) -> bool:
+        """Whether a parameter required a gradient before the model was attached to."""
+        return self._required.get(name, default)
+
+    def parameters(self) -> Iterator[nn.Parameter]:
+        """Yield the trainable numbers, one parameter for each layer."""
+        yield from dict.fromkeys(layer.theta for layer in self.layers.values())
+
+    def named_parameters(self) -> Iterator[tuple[str, nn.Parameter]]:
+        """Yield the trainable numbers with the file's tensor names."""
+        seen: set[nn.Parameter] = set()
+        for name, layer in self.layers.items():
+            if layer.theta not in seen:
+                seen.add(layer.theta)
+                yield name, layer.theta
+
+    @torch.no_grad()
+    def singular_values(self) -> dict[str, Tensor]:
+        """Return the present singular values by tensor name, on the CPU."""
+        return {name: layer.values().cpu() for name, layer in self.layers.items()}
+
+    def base_singular_values(self) -> dict[str, Tensor]:
+        """Return the base's singular values by tensor name, on the CPU."""
+        return {name: layer.S_base.detach().cpu() for name, layer in self.layers.items()}
+
+    def set_singular_values(self, values: Mapping[str, Tensor]) -> None:
+        """Set the singular values of some layers; the others keep theirs.
+
+        Parameters
+        ----------
+        values : mapping of str to (..., k) Tensor
+            By tensor name.
+
+        Raises
+        ------
+        FactorsError
+            If a name is not attached or a shape does not fit; nothing is set then.
+        """
+        self.set_deltas(
+            {
+                name: S - self.layers[name].S_base.detach().to(S)
+                if name in self.layers and S.shape == self.layers[name].S_base.shape
+                else S
+                for name, S in values.items()
+            }
+        )
+
+    def set_deltas(self, deltas: Mapping[str, Tensor]) -> None:
+        """Set ``S - S_base`` of some layers; as `set_singular_values`."""
+        wrong = []
+        for name, delta in deltas.items():
+            layer = self.layers.get(name)
+            if layer is None:
+                wrong.append(f"{name} (not attached)")
+            elif delta.shape != layer.S_base.shape:
+                wrong.append(f"{name} ({tuple(delta.shape)}, expected {tuple(layer.S_base.shape)})")
+        if wrong:
+            raise FactorsError(
+                f"{self.factors}: singular values for {len(wrong)} layers do not fit the attached "
+                f"model: {shortlist(wrong)}. Attach the factors that they were trained on."
+            )
+        for name, delta in deltas.items():
+            self.layers[name].set_delta(delta.detach())
+
+    def whole_tensors(self) -> dict[str, Tensor]:
+        """Return every other tensor that training changes, by its name in the file.
+
+        These are the parameters that require a gradient, and buffers (running statistics) that no
+        longer are what they were when the model was attached to.
+        """
+        found = {}
+        for name, parameter in self.model.named_parameters():
+            if parameter.requires_grad and is_own(name):
+                found[self.names.file_name(name)] = parameter.detach()
+        for name, buffer in self.model.named_buffers():
+            before = self._buffers.get(name)
+            if before is not None and not same(before, buffer):
+                found[self.names.file_name(name)] = buffer.detach()
+        return found
+
+
+def is_own(name: str) -> bool:
+    """Whether a parameter name is the model's own, not one of svftool's."""
+    return ".svf_" not in f".{name}"
+
+
+def same(a: Tensor, b: Tensor) -> bool:
+    """Whether two tensors agree in shape and every value, wherever they are."""
+    return a.shape == b.shape and torch.equal(a.to(b.device), b)
+
+
+def attach(
+    model: nn.Module,
+    factors: str | os.PathLike[str] | FactorStore,
+    *,
+    include: Sequence[str] = (),
+    exclude: Sequence[str] = (),
+    parametrisation: Parametrisation = "scale",
+    mode: Mode = "auto",
+    train_rank: str | int | None = None,
+    nonnegative: bool = False,
+) -> Attachment:
+    """Make the singular values of a model's weights trainable and freeze everything else.
+
+    The model keeps its modules, its parameters and the keys of its state dictionary, which holds
+    the merged weights. To train something along, a head say, call ``requires_grad_(True)`` on it
+    afterwards.
+
+    Parameters
+    ----------
+    model : nn.Module
+        A model that holds the weights the factors were computed from; changed in place.
+    factors : path-like or FactorStore
+        The factor checkpoint.
+    include, exclude : sequence of str
+        Globs of tensor names; every decomposed layer by default.
+    parametrisation : {"scale", "shift", "absolute"}
+        ``S_base (1 + theta)``, ``S_base + theta`` or ``theta``.
+    mode : {"auto", "factored", "composed", "residual"}
+        How layers run, see `svftool.attaching.ways`; all give the same gradients.
+    train_rank : str or int, optional
+        Train only a band of singular values, such as ``"top:64"``.
+    nonnegative : bool
+        Keep singular values from going below zero.
+
+    Returns
+    -------
+    Attachment
+        Its `parameters` go to an optimiser.
+
+    Raises
+    ------
+    FactorsError
+        If a layer has no place in the model, another shape or other weights; all are named.
+    ModelError
+        If the model is attached to already, or the globs leave no layer.
+    UsageError
+        If an option has no such value.
+    """
+    check_parametrisation(parametrisation)
+    if mode not in get_args(Mode):
+        raise UsageError(f"mode {mode!r}, expected one of {', '.join(get_args(Mode))}.")
+    options = BuildOptions(parametrisation, mode, parse_band(train_rank), nonnegative)
+    if find_attachment(model) is not None:
+        raise ModelError("the model has attached singular values already. Call detach first.")
+    if isinstance(factors, FactorStore):
+        return _attach(model, factors, _chosen(factors, include, exclude), options)
+    with open_factors(factors) as store:
+        return _attach(model, store, _chosen(store, include, exclude), options)
+
+
+def _chosen(store: FactorStore, include: Sequence[str], exclude: Sequence[str]) -> list[str]:
+    chosen = [
+        name
+        for name in store.layers
+        if (not include or any(fnmatchcase(name, glob) for glob in include))
+        and not any(fnmatchcase(name, glob) for glob in exclude)
+    ]
+    if not chosen:
+        raise ModelError(
+            f"{store.path}: none of {len(store.layers)} decomposed layers is left to attach. "
+            "Widen --include or --exclude."
+        )
+    return chosen
+
+
+def _attach(
+    model: nn.Module, store: FactorStore, chosen: list[str], options: BuildOptions
+) -> Attachment:
+    names = map_names(model, [*store.layers, *store.config.left_whole])
+    homeless = [name for name in chosen if name not in names.placements]
+    if homeless:
+        raise FactorsError(
+            f"{store.path}: {len(homeless)} of {len(chosen)} layers have no place in the model "
+            f"({shortlist(homeless)}); the model has {shortlist(sorted(live_names(model)), 3)}. "
+            "Check the model, or leave them out with --exclude."
+        )
+    built = {
+        live: build_weight(model.get_parameter(live), parts, store, options)
+        for live, parts in _by_parameter(model, names, chosen).items()
+    }
+    faults = [fault for item in built.values() for fault in item.faults]
+    if faults:
+        raise FactorsError(
+            f"{store.path}: {len(faults)} layers are not those of the model: "
+            f"{shortlist(faults, 5)}. "
+            "Load the checkpoint that was decomposed into the model before attaching."
+        )
+    weights = {live: item.weight for live, item in built.items() if item.weight is not None}
+    layers = {name: layer for item in built.values() for name, layer in item.layers.items()}
+    attachment = Attachment(
+        model,
+        layers={name: layers[name] for name in chosen},
+        weights=weights,
+        names=names,
+        factors=store.path.resolve(),
+    )
+    model.requires_grad_(False)
+    install(model, {model.get_parameter(live): weight for live, weight in weights.items()})
+    model.__dict__[_KEY] = attachment
+    return attachment
+
+
+def _by_parameter(
+    model: nn.Module, names: NameMap, chosen: Sequence[str]
+) -> dict[str, list[tuple[str, Region]]]:
+    """Group tensors of the file by the live parameter that holds them, tied names as one."""
+    first: dict[nn.Parameter, str] = {}
+    grouped: dict[str, list[tuple[str, Region]]] = {}
+    for name in chosen:
+        placement = names.placements[name]
+        live = first.setdefault(model.get_parameter(placement.live), placement.live)
+        grouped.setdefault(live, []).append((name, placement.region))
+    return grouped
+
+
+def find_attachment(model: nn.Module) -> Attachment | None:
+    """Return the attachment of a model, or of the model inside a wrapper; None if there is none."""
+    for module in model.modules():
+        found = module.__dict__.get(_KEY)
+        if isinstance(found, Attachment):
+            return found
+    return None
+
+
+def require_attachment(model: nn.Module) -> Attachment:
+    """Return the attachment of a model.
+
+    Raises
+    ------
+    ModelError
+        If the model has none.
+    """
+    found = find_attachment(model)
+    if found is None:
+        raise ModelError("the model has no attached singular values. Call svftool.attach first.")
+    return found
+
+
+def detach(model: nn.Module, *, merge: bool = True) -> None:
+    """Take the singular values off a model and leave a plain model behind.
+
+    Parameters
+    ----------
+    model : nn.Module
+        A model that was attached to, or a wrapper around one; changed in place.
+    merge : bool
+        Write the merged weights into the parameters. Otherwise the base's weights stay.
+
+    Raises
+    ------
+    ModelError
+        If nothing is attached.
+    """
+    attachment = require_attachment(model)
+    for live, weight in attachment.weights.items():
+        parameter = attachment.model.get_parameter(live)
+        if merge:
+            with torch.no_grad():
+                parameter.copy_(weight.merged(parameter))
+    uninstall(attachment.model)
+    del attachment.model.__dict__[_KEY]
+    for name, parameter in attachment.model.named_parameters():
+        parameter.requires_grad_(attachment.was_trainable(name, parameter.requires_grad))

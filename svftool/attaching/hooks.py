@@ -1,0 +1,119 @@
+"""Hooks that place stand-ins for a forward pass and keep state dictionaries those of a plain model."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from svftool.attaching.layer import AttachedWeight
+from svftool.attaching.standin import StandIn
+
+PREFIX = "svf_"
+"""A parameter ``weight`` has its `AttachedWeight` beside it as submodule ``svf_weight``."""
+
+_STACK = "_svf_placed"
+
+Place = tuple[nn.Module, str, AttachedWeight]
+
+
+class Places:
+    """Paths from a module to the attached parameters that its forward pass may use.
+
+    Paths rather than modules, so that a copied or unpickled model finds its own.
+    """
+
+    def __init__(self, places: Sequence[tuple[str, str]]) -> None:
+        self.places = tuple(places)
+        self._found: tuple[nn.Module, list[Place]] | None = None
+
+    def __getstate__(self) -> dict[str, Any]:
+        return self.__dict__ | {"_found": None}
+
+    def of(self, root: nn.Module) -> list[Place]:
+        """Return owner, attribute and attached weight of every place below `root`."""
+        if self._found is None or self._found[0] is not root:
+            owners = [(root.get_submodule(path), attribute) for path, attribute in self.places]
+            found = [(owner, name, getattr(owner, PREFIX + name)) for owner, name in owners]
+            self._found = (root, found)
+        return self._found[1]
+
+
+class Enter(Places):
+    """Forward pre-hook: shadow each parameter by what this pass is to use."""
+
+    def __call__(self, module: nn.Module, args: Any) -> None:
+        """Place a stand-in, or the dense weight where no gradient is asked for."""
+        shared: dict[int, Tensor] = {}
+        placed: list[tuple[nn.Module, str]] = []
+        module.__dict__.setdefault(_STACK, []).append(placed)
+        for owner, attribute, attached in self.of(module):
+            if attribute in owner.__dict__:
+                continue
+            if id(attached) not in shared:
+                shared[id(attached)] = _present(owner.get_parameter(attribute), attached)
+            owner.__dict__[attribute] = shared[id(attached)]
+            placed.append((owner, attribute))
+
+
+class Leave:
+    """Forward hook, called whatever happens: uncover the parameters that `Enter` shadowed."""
+
+    def __call__(self, module: nn.Module, args: Any, output: Any) -> None:
+        """Take away what was placed last."""
+        stack = module.__dict__.get(_STACK)
+        for owner, attribute in stack.pop() if stack else ():
+            owner.__dict__.pop(attribute, None)
+
+
+def _present(base: Tensor, attached: AttachedWeight) -> Tensor:
+    if torch.is_grad_enabled() and attached.trains:
+        attached.forget()
+        return StandIn.of(attached, base)
+    return attached.dense(base)
+
+
+class SaveMerged(Places):
+    """State-dict hook: the merged weights under the parameters' own names."""
+
+    def __call__(
+        self, module: nn.Module, state: dict[str, Any], prefix: str, metadata: Any
+    ) -> None:
+        """Replace the base's weights; parameters that are tied stay tied."""
+        for owner, attribute, attached in self.of(module):
+            if prefix + attribute in state:
+                state[prefix + attribute] = attached.merged(owner.get_parameter(attribute))
+
+
+class LoadMerged(Places):
+    """Load pre-hook: take singular values out of the weights of a state dictionary.
+
+    The base stays as it is. A weight that differs from it by more than singular values is refused.
+    """
+
+    def __call__(
+        self,
+        module: nn.Module,
+        state: dict[str, Any],
+        prefix: str,
+        metadata: Any,
+        strict: bool,
+        missing: list[str],
+        unexpected: list[str],
+        errors: list[str],
+    ) -> None:
+        """Set the singular values, and hand the base itself on to be loaded."""
+        for owner, attribute, attached in self.of(module):
+            key = prefix + attribute
+            base = owner.get_parameter(attribute)
+            if key not in state or state[key].shape != base.shape:
+                continue
+            share = attached.absorb(base, state[key])
+            if share > 1.0:
+                errors.append(
+                    f"{key}: differs from the base by more than its singular values; "
+                    "detach the model before loading other weights."
+                )
+            state[key] = base.detach()

@@ -1,0 +1,74 @@
+"""Put attached weights on a model's modules, with their hooks, and take them off again."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Mapping
+
+from torch import nn
+
+from svftool.attaching.hooks import PREFIX, Enter, Leave, LoadMerged, SaveMerged
+from svftool.attaching.layer import AttachedWeight
+
+_HANDLES = "_svf_handles"
+
+
+def install(model: nn.Module, weights: Mapping[nn.Parameter, AttachedWeight]) -> None:
+    """Register attached weights beside their parameters, with the hooks that use them.
+
+    The forward pass of the model places them all, so that code which reads a submodule's weight
+    without calling it (attention, tied heads, fused fast paths) meets them too. The owner and its
+    parent do so again, for callers that run a part of the model.
+
+    Parameters
+    ----------
+    model : nn.Module
+        The root.
+    weights : mapping of Parameter to AttachedWeight
+        By the live parameter, whatever modules own it.
+    """
+    places: dict[str, list[tuple[str, str]]] = defaultdict(list)
+    for path, owner in model.named_modules():
+        for attribute, parameter in owner._parameters.items():
+            if parameter is None or parameter not in weights:
+                continue
+            parent = path.rpartition(".")[0]
+            for place in {"", parent, path}:
+                places[place].append((path[len(place) :].lstrip("."), attribute))
+    for path, owner in list(model.named_modules()):
+        own = [attribute for place, attribute in places.get(path, []) if not place]
+        for attribute in own:
+            owner.add_module(PREFIX + attribute, weights[_parameter(owner, attribute)])
+    for path, inside in places.items():
+        _hook(model.get_submodule(path), inside)
+
+
+def _parameter(owner: nn.Module, attribute: str) -> nn.Parameter:
+    parameter = owner._parameters[attribute]
+    if parameter is None:
+        raise RuntimeError(f"parameter {attribute} was removed")
+    return parameter
+
+
+def _hook(module: nn.Module, places: list[tuple[str, str]]) -> None:
+    own = [place for place in places if not place[0]]
+    handles = [
+        module.register_forward_pre_hook(Enter(places)),
+        module.register_forward_hook(Leave(), always_call=True),
+    ]
+    if own:
+        handles += [
+            module.register_state_dict_post_hook(SaveMerged(own)),  # type: ignore[no-untyped-call]
+            module.register_load_state_dict_pre_hook(LoadMerged(own)),  # type: ignore[no-untyped-call]
+        ]
+    module.__dict__[_HANDLES] = handles
+
+
+def uninstall(model: nn.Module) -> None:
+    """Remove everything that `install` put on the model."""
+    for module in list(model.modules()):
+        for handle in module.__dict__.pop(_HANDLES, ()):
+            handle.remove()
+        module.__dict__.pop("_svf_placed", None)
+        for name in [name for name in module._modules if name.startswith(PREFIX)]:
+            delattr(module, name)

@@ -1,0 +1,46 @@
+"""Which of the three ways a layer runs: factored, composed or residual."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from svftool.attaching.layer import AttachedLayer, AttachedWeight
+
+Way = Literal["factored", "composed", "residual"]
+
+
+def choose_way(weight: AttachedWeight, positions: int) -> Way:
+    """Choose how to run a layer whose map can be split at its singular values.
+
+    Operations of one training step, counted in multiply-adds for N positions of an m x n weight of
+    rank k: factored ``2 N k (m + n)``; residual that and ``2 N m n``; composed ``3 N m n`` for the
+    layer and its weight gradient and ``2 m n k`` for the weight and its projection.
+
+    Parameters
+    ----------
+    weight : AttachedWeight
+        A weight that is one tensor of the file.
+    positions : int
+        Positions of the activations: batch times pixels or tokens.
+    """
+    layer = weight.single
+    if layer is None or weight.mode == "composed":
+        return "composed"
+    if weight.mode == "residual":
+        return "residual"
+    if weight.mode == "factored":
+        return "factored" if replaces_weight(layer) else "residual"
+    m, k = layer.U.shape
+    n = layer.Vh[0].numel()
+    split = 2 * positions * k * (m + n)
+    if not replaces_weight(layer):
+        split += 2 * positions * m * n
+    composed = 3 * positions * m * n + 2 * m * n * k
+    if composed < split:
+        return "composed"
+    return "factored" if replaces_weight(layer) else "residual"
+
+
+def replaces_weight(layer: AttachedLayer) -> bool:
+    """Whether the factors stand for the weight: full rank, and in single precision or better."""
+    return layer.exact and layer.U.dtype.itemsize >= 4
