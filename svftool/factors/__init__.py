@@ -11,6 +11,7 @@ from svftool.factors.schema import (
 )
 from svftool.factors.store import STEM, FactorStore, LayerFactors, is_factors, open_factors
 from svftool.factors.tuned import TunedFile, check_tuned, is_tuned, read_tuned, write_tuned
+from svftool.factors.writer import FactorWriter, LayerLayout, write_config
 
 __all__ = [
     "CONFIG_FILE",
@@ -18,7 +19,9 @@ __all__ = [
     "BaseRecord",
     "FactorConfig",
     "FactorStore",
+    "FactorWriter",
     "LayerFactors",
+    "LayerLayout",
     "LayerRecord",
     "Merged",
     "TunedFile",
@@ -31,5 +34,6 @@ __all__ = [
     "read_config",
     "read_tuned",
     "rebuild",
+    "write_config",
     "write_tuned",
 ]

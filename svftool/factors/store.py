@@ -11,7 +11,12 @@ from typing import Self
 
 from torch import Tensor
 
-from svftool.checkpoints import Checkpoint, fingerprint_checkpoint, open_checkpoint
+from svftool.checkpoints import (
+    Checkpoint,
+    TensorInfo,
+    fingerprint_checkpoint,
+    open_checkpoint,
+)
 from svftool.errors import CheckpointError, FactorsError, shortlist
 from svftool.factors.schema import CONFIG_FILE, FactorConfig, LayerRecord, read_config
 from svftool.progress import SILENT, Progress
@@ -63,10 +68,8 @@ def open_factors(path: str | os.PathLike[str]) -> FactorStore:
     """
     folder = Path(path)
     config = read_config(folder)
-    index = folder / f"{STEM}.safetensors.index.json"
-    file = index if index.is_file() else folder / f"{STEM}.safetensors"
     try:
-        tensors = open_checkpoint(file)
+        tensors = open_checkpoint(folder, stem=STEM)
     except CheckpointError as error:
         raise FactorsError(str(error)) from error
     return FactorStore(folder, config, tensors)
@@ -114,6 +117,10 @@ class FactorStore:
     def read_S(self, name: str) -> Tensor:
         """Read the singular values of one layer, shape (k,) or (E, k)."""
         return self._tensors.read(f"{name}.S")
+
+    def whole_info(self, name: str) -> TensorInfo:
+        """Dtype and shape of a tensor that was not decomposed."""
+        return self._tensors.infos[name]
 
     def read_whole(self, name: str) -> Tensor:
         """Read a tensor that was not decomposed."""

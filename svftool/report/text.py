@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import os
 import re
+from collections.abc import Iterable
 
 _CONTROL = re.compile(r"[\x00-\x1f\x7f-\x9f\u200e\u200f\u202a-\u202e\u2066-\u2069]")
 
@@ -74,3 +76,29 @@ def short(name: str, width: int) -> str:
         return name
     head = (width - 1) // 3
     return f"{name[:head]}…{name[len(name) - (width - 1 - head) :]}"
+
+
+def display_names(names: Iterable[str], width: int) -> dict[str, str]:
+    """Shorten names for one table: what all of them share is left out, then long middles.
+
+    Parameters
+    ----------
+    names : iterable of str
+        Tensor names; control characters are escaped.
+    width : int
+        Most characters of a result.
+
+    Examples
+    --------
+    >>> display_names(["module.layer1.0.weight", "module.layer2.0.weight"], 40)
+    {'module.layer1.0.weight': 'layer1.0', 'module.layer2.0.weight': 'layer2.0'}
+    >>> display_names(["fc.weight"], 40)
+    {'fc.weight': 'fc.weight'}
+    """
+    listed = list(names)
+    if len(listed) < 2:
+        return {name: short(safe(name), width) for name in listed}
+    head = os.path.commonprefix(listed)
+    head = head[: head.rfind(".") + 1]
+    tail = ".weight" if all(name.endswith(".weight") for name in listed) else ""
+    return {name: short(safe(name.removeprefix(head).removesuffix(tail)), width) for name in listed}

@@ -1,0 +1,64 @@
+"""``svftool merge``."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from svftool.cli.common import (
+    ForceOption,
+    JsonOption,
+    OutputOption,
+    QuietOption,
+    VerboseOption,
+    emit,
+)
+from svftool.cli.console import progress_for
+
+NAME = "merge"
+EXAMPLE = "Example: svftool merge factors birds.svf.safetensors@0.7 -o merged.safetensors --verify"
+
+
+def command(
+    factors: Annotated[Path, typer.Argument(help="Factor checkpoint from 'svftool decompose'.")],
+    tuned: Annotated[
+        list[str] | None,
+        typer.Argument(help="Tuned files, each with an optional weight: FILE@0.5."),
+    ] = None,
+    *,
+    output: OutputOption,
+    base: Annotated[
+        Path | None, typer.Option(help="The checkpoint that was decomposed, where it has moved.")
+    ] = None,
+    without_base: Annotated[
+        bool, typer.Option("--without-base", help="Rebuild weights from the factors alone.")
+    ] = False,
+    max_shard_size: Annotated[
+        str | None, typer.Option(help="Reshard, such as 5GB; shards as the base's by default.")
+    ] = None,
+    verify: Annotated[
+        bool, typer.Option("--verify", help="Read the result again and derive it anew.")
+    ] = False,
+    force: ForceOption = False,
+    json: JsonOption = False,
+    quiet: QuietOption = False,
+    verbose: VerboseOption = 0,
+) -> None:
+    """Fold tuned singular values back into dense weights."""
+    from svftool.report import merge as report
+    from svftool.stages.merge import merge
+
+    result = merge(
+        factors,
+        tuned or [],
+        output=output,
+        base=base,
+        without_base=without_base,
+        max_shard_size=max_shard_size,
+        verify=verify,
+        force=force,
+        progress=progress_for(quiet=quiet, verbose=verbose),
+    )
+    emit(report.document(result), report.view(result), as_json=json)

@@ -1,0 +1,162 @@
+"""Factor checkpoint + tuned files -> dense checkpoint, as a delta on the base's own weights."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
+from pathlib import Path
+
+from svftool.checkpoints import (
+    Checkpoint,
+    open_checkpoint,
+    parse_size,
+    replace_output,
+    tensor_digest,
+)
+from svftool.errors import NumericalError, UsageError, shortlist
+from svftool.factors import check_tuned, open_factors
+from svftool.progress import SILENT, Progress
+from svftool.stages.dense import write_dense
+from svftool.stages.mixture import Expert, LayerChange, Mixture
+
+Weighted = str | os.PathLike[str] | tuple[str | os.PathLike[str], float]
+
+
+@dataclass(frozen=True)
+class MergeResult:
+    """What `merge` did.
+
+    Attributes
+    ----------
+    output : Path
+        The dense checkpoint.
+    layers : tuple of LayerChange
+        Every decomposed layer, in file order.
+    unchanged : int
+        Tensors of the base that kept their bytes.
+    added : tuple of str
+        Tensors that the base does not have.
+    replaced : tuple of str
+        Tensors that were trained whole.
+    verified : bool or None
+        True where the result was read again and equals, bit for bit, what was derived anew (a
+        difference is an error); None if not asked for.
+    rebuilt_error : float or None
+        Largest relative reconstruction error of a layer where the base was not used.
+    """
+
+    output: Path
+    layers: tuple[LayerChange, ...]
+    unchanged: int
+    added: tuple[str, ...]
+    replaced: tuple[str, ...]
+    verified: bool | None
+    rebuilt_error: float | None = None
+
+
+def merge(
+    factors: str | os.PathLike[str],
+    tuned: Sequence[Weighted] = (),
+    *,
+    output: str | os.PathLike[str],
+    base: str | os.PathLike[str] | None = None,
+    without_base: bool = False,
+    max_shard_size: str | None = None,
+    verify: bool = False,
+    force: bool = False,
+    progress: Progress = SILENT,
+) -> MergeResult:
+    """Fold tuned singular values back into dense weights.
+
+    Computes ``W + sum_i a_i U diag(S_i - S_base) Vh`` in float64 and rounds once to the weight's
+    dtype. A layer whose singular values did not change keeps its bytes.
+
+    Parameters
+    ----------
+    factors : path-like
+        Factor checkpoint.
+    tuned : sequence
+        Tuned files, each a path, ``"PATH@WEIGHT"`` or a pair of path and weight.
+    output : path-like
+        ``.safetensors`` writes one file, ``.pt``, ``.pth``, ``.bin``, ``.th`` a pickle nested as
+        the base, anything else a folder with the base's names, shards and side files.
+    base : path-like, optional
+        Where the base is, if not at its recorded place.
+    without_base : bool
+        Use ``U diag(S') Vh`` alone; what truncation dropped is lost.
+    max_shard_size : str, optional
+        Reshard, such as ``"5GB"``.
+    verify : bool
+        Read the result again and compare every tensor with one derived anew.
+    force : bool
+        Replace an existing output once the new one is complete.
+    progress : Progress
+        Told how far the work is.
+
+    Returns
+    -------
+    MergeResult
+
+    Raises
+    ------
+    FactorsError
+        If factors or tuned files are broken or do not belong together.
+    CheckpointError
+        If the base cannot be read or is another one.
+    UsageError
+        If options contradict each other or the output exists.
+    """
+    if without_base and base is not None:
+        raise UsageError("--without-base and --base: give one of the two")
+    target = Path(output)
+    experts = [Expert.parse(one) for one in tuned]
+    shard_bytes = None if max_shard_size is None else parse_size(max_shard_size)
+    with open_factors(factors) as store:
+        for expert in experts:
+            check_tuned(expert.tuned, store)
+        opened: AbstractContextManager[Checkpoint | None] = (
+            nullcontext(None) if without_base else store.open_base(base, progress=progress)
+        )
+        with opened as checkpoint:
+            mixture = Mixture(store, checkpoint, experts)
+            inputs = [store.path, *(one.tuned.path for one in experts)]
+            inputs += [] if checkpoint is None else [checkpoint.path]
+            with replace_output(target, force=force, inputs=inputs) as partial:
+                changes = write_dense(
+                    mixture, partial, target=target, max_bytes=shard_bytes, progress=progress
+                )
+                if verify:
+                    _verify(mixture, partial, target, progress)
+    changed = {one.name for one in changes if one.changed}
+    return MergeResult(
+        output=target,
+        layers=tuple(changes),
+        unchanged=len(mixture.infos) - len(changed) - len(mixture.added) - len(mixture.replaced),
+        added=mixture.added,
+        replaced=mixture.replaced,
+        verified=True if verify else None,
+        rebuilt_error=mixture.rebuilt_error,
+    )
+
+
+def _verify(mixture: Mixture, partial: Path, target: Path, progress: Progress) -> None:
+    """Read what was written again and compare it, bit for bit, with what is derived anew."""
+    with (
+        open_checkpoint(partial) as written,
+        progress.task("verifying", len(mixture.infos), unit="tensors") as task,
+    ):
+        wrong = sorted(written.infos.keys() ^ mixture.infos.keys())
+        for name in mixture.infos.keys() & written.infos.keys():
+            expected, _ = mixture.tensor(name)
+            found = written.read(name)
+            same = found.dtype == expected.dtype and found.shape == expected.shape
+            if not same or tensor_digest(found) != tensor_digest(expected):
+                wrong.append(name)
+            task.advance(detail=name)
+    if wrong:
+        raise NumericalError(
+            f"{target}: {len(wrong)} tensors read back differ from what was computed: "
+            f"{shortlist(wrong)}. Expected identical bytes; check the disk and the memory."
+        )
