@@ -1,0 +1,121 @@
+"""What a task gives to the training loop: the protocol that every kind of data is behind.
+
+A task knows its data, its loss and its metrics, and nothing of optimisers, schedules or regimes.
+The loop knows nothing of labels, masks or text. A new task is one module that offers `Task` and
+`Draw`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, Literal, Protocol
+
+import torch
+from torch import Tensor, nn
+
+from svftool.progress import SILENT, Progress
+
+Part = Literal["query", "held_out"]
+
+
+@dataclass(frozen=True)
+class Metric:
+    """A number that `Draw.evaluate` gives.
+
+    Attributes
+    ----------
+    name : str
+        Its key in the results, such as ``accuracy``.
+    higher_is_better : bool
+        Its direction.
+    """
+
+    name: str
+    higher_is_better: bool
+
+    def better(self, value: float, than: float) -> bool:
+        """Whether `value` is a better result than `than`."""
+        return value > than if self.higher_is_better else value < than
+
+
+@dataclass(frozen=True)
+class HeadInfo:
+    """What `Draw.prepare` did to the model's head.
+
+    Attributes
+    ----------
+    module : str or None
+        Name of the module that is the head; None where the task trains none.
+    new : bool
+        The head is not the checkpoint's: it was made for this data.
+    """
+
+    module: str | None = None
+    new: bool = False
+
+
+class Draw(Protocol):
+    """The data of one seed: a support set to train on, and a query set to measure with."""
+
+    @property
+    def size(self) -> int:
+        """Training examples in one epoch."""
+
+    @property
+    def held_out(self) -> int:
+        """Support examples kept from training to choose the best weights by; 0 for none."""
+
+    def prepare(self, model: nn.Module) -> HeadInfo:
+        """Fit the model to the data in place, before anything is attached: a new head, say."""
+
+    def order(self, generator: torch.Generator) -> Tensor:
+        """Give the order in which one epoch goes through the examples: (size,) integers."""
+
+    def batch(self, indices: Tensor, generator: torch.Generator) -> Any:
+        """Load the examples at `indices`; all randomness comes from `generator`."""
+
+    def loss(self, model: nn.Module, batch: Any) -> Tensor:
+        """Run the model on a batch that is on the model's device: a 0-d tensor."""
+
+    def evaluate(
+        self, model: nn.Module, part: Part = "query", *, progress: Progress = SILENT
+    ) -> dict[str, float]:
+        """Measure the model, in evaluation mode, by every metric of the task."""
+
+
+class Task(Protocol):
+    """One kind of data with its loss and metrics."""
+
+    @property
+    def name(self) -> str:
+        """The value of ``--task``."""
+
+    @property
+    def primary(self) -> Metric:
+        """The metric that summaries, and selection on a held-out part, go by."""
+
+    @property
+    def shots(self) -> int | None:
+        """Examples a class in the support set; None for all of them."""
+
+    @property
+    def classes(self) -> tuple[str, ...] | None:
+        """Class names in the order of the head's outputs; None where there are none."""
+
+    def describe(self) -> dict[str, Any]:
+        """Plain values that say what was trained on, for the tuned file; no paths."""
+
+    def draw(self, seed: int) -> Draw:
+        """Draw the support and query sets of one seed; the same seed gives the same sets."""
+
+
+def to_device(batch: Any, device: torch.device) -> Any:
+    """Move every tensor in nested tuples, lists and mappings to `device`."""
+    if isinstance(batch, Tensor):
+        return batch.to(device, non_blocking=True)
+    if isinstance(batch, Mapping):
+        return {key: to_device(value, device) for key, value in batch.items()}
+    if isinstance(batch, (tuple, list)):
+        return type(batch)(to_device(value, device) for value in batch)
+    return batch

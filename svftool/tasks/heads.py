@@ -1,0 +1,161 @@
+"""Classifier heads: whether the checkpoint's fits the data, and a new one from class means."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import cross_entropy, normalize
+
+from svftool.errors import ModelError
+
+HEAD = "head"
+"""Name of the module that is added to a network that has no classifier."""
+
+_SCALES = (5.0, 10.0, 15.0, 20.0, 30.0, 40.0, 60.0, 80.0)
+_ONE_SHOT_SCALE = 15.0
+
+
+def logits_of(output: Any) -> Tensor:
+    """Find the logits in what a model returns: a tensor, ``.logits``, or the first of a tuple.
+
+    Raises
+    ------
+    ModelError
+        If there is no tensor to be found.
+    """
+    for candidate in (output, getattr(output, "logits", None)):
+        if isinstance(candidate, Tensor):
+            return candidate
+    if isinstance(output, (tuple, list)) and output and isinstance(output[0], Tensor):
+        return output[0]
+    raise ModelError(
+        f"the model returns {type(output).__name__}, expected logits: a tensor, an object with "
+        "'.logits' or a tuple that starts with a tensor"
+    )
+
+
+def pool(features: Tensor) -> Tensor:
+    """Average a feature map (N, F, H, W) or a sequence (N, T, F) to (N, F); pass (N, F) through."""
+    if features.ndim == 4:
+        return features.mean((2, 3))
+    return features.mean(1) if features.ndim == 3 else features
+
+
+def new_head(model: nn.Module, module: str | None, classes: int, features: int) -> str:
+    """Put an untrained classifier in the place of the model's own, or behind a model without one.
+
+    Parameters
+    ----------
+    model : nn.Module
+        Changed in place.
+    module : str or None
+        Name of the head to replace: a linear layer or a 1x1 convolution. None adds a linear layer
+        named ``head`` that is applied to the model's (pooled) output.
+    classes : int
+        Outputs of the new head.
+    features : int
+        Its inputs, where `module` is None.
+
+    Returns
+    -------
+    str
+        Name of the head's module.
+
+    Raises
+    ------
+    ModelError
+        If the head is another kind of layer, or the name ``head`` is taken.
+    """
+    if module is None:
+        if hasattr(model, HEAD):
+            raise ModelError(
+                f"no classifier was found in the model, and the name {HEAD!r} is taken. "
+                "Name the classifier's module with --head-name"
+            )
+        like = next(model.parameters())
+        model.add_module(HEAD, nn.Linear(features, classes, device=like.device, dtype=like.dtype))
+        model.register_forward_hook(_apply_head)
+        return HEAD
+    old = model.get_submodule(module)
+    parent, _, name = module.rpartition(".")
+    setattr(model.get_submodule(parent), name, _resized(old, module, classes))
+    return module
+
+
+def _apply_head(model: nn.Module, arguments: Any, output: Any) -> Tensor:
+    result: Tensor = model.get_submodule(HEAD)(pool(logits_of(output)))
+    return result
+
+
+def _resized(old: nn.Module, name: str, classes: int) -> nn.Module:
+    options: dict[str, Any] = {}
+    if isinstance(old, (nn.Linear, nn.Conv2d)):
+        options = {"device": old.weight.device, "dtype": old.weight.dtype}
+        options["bias"] = old.bias is not None
+    if isinstance(old, nn.Linear):
+        return nn.Linear(old.in_features, classes, **options)
+    if isinstance(old, nn.Conv2d) and old.kernel_size == (1, 1) and old.groups == 1:
+        return nn.Conv2d(old.in_channels, classes, 1, **options)
+    raise ModelError(
+        f"head {name!r} is a {type(old).__name__}, expected a linear layer or a 1x1 convolution "
+        "for a new head"
+    )
+
+
+def head_inputs(model: nn.Module, head: str, batches: Iterable[Tensor]) -> Tensor:
+    """Run the model and catch what its head sees, pooled: (N, F) float32."""
+    caught: list[Tensor] = []
+
+    def catch(module: nn.Module, arguments: tuple[Tensor, ...]) -> None:
+        caught.append(pool(arguments[0]).float())
+
+    handle = model.get_submodule(head).register_forward_pre_hook(catch)
+    try:
+        for batch in batches:
+            model(batch)
+    finally:
+        handle.remove()
+    return torch.cat(caught)
+
+
+def class_means(features: Tensor, labels: Tensor, classes: int) -> Tensor:
+    """Weights of a linear classifier that goes by the cosine to each class's mean direction.
+
+    The scale is the one that explains the examples best when each is left out of its own class's
+    mean (of the scales 5 to 80); with one example a class it is 15.
+
+    Parameters
+    ----------
+    features : (N, F) Tensor
+        Inputs of the head.
+    labels : (N,) int64 Tensor
+        Classes; each must occur.
+    classes : int
+        Number of classes.
+
+    Returns
+    -------
+    (classes, F) Tensor
+        For features of typical length the logits are scale times cosine.
+    """
+    directions = normalize(features, dim=1)
+    sums = directions.new_zeros(classes, features.shape[1]).index_add_(0, labels, directions)
+    weights = normalize(sums, dim=1)
+    scale = _ONE_SHOT_SCALE
+    if int(torch.bincount(labels, minlength=classes).min()) > 1:
+        cosines = directions @ weights.T
+        others = normalize(sums[labels] - directions, dim=1)
+        cosines[torch.arange(len(labels)), labels] = (others * directions).sum(1)
+        scale = min(_SCALES, key=lambda s: float(cross_entropy(s * cosines, labels)))
+    return weights * (scale / features.norm(dim=1).mean())
+
+
+def set_head(head: nn.Module, weights: Tensor) -> None:
+    """Give a new head these weights, (classes, F), and no bias."""
+    with torch.no_grad():
+        for name, parameter in head.named_parameters():
+            value = weights if name == "weight" else torch.zeros(())
+            parameter.copy_(value.reshape(parameter.shape) if name == "weight" else value)

@@ -1,0 +1,167 @@
+"""Labelled images on disk: how they are listed, and how one is decoded."""
+
+from __future__ import annotations
+
+import csv
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from torch import Tensor
+
+from svftool.errors import DataError, MissingDependencyError
+
+if TYPE_CHECKING:
+    from PIL.Image import Image
+
+SUFFIXES = frozenset(
+    {".bmp", ".gif", ".jpeg", ".jpg", ".pgm", ".png", ".ppm", ".tif", ".tiff", ".webp"}
+)
+_EXIF_ORIENTATION = 0x0112
+
+
+@dataclass(frozen=True)
+class LabelledImage:
+    """A file and the name of its class."""
+
+    path: Path
+    label: str
+
+
+def list_images(data: Path) -> list[LabelledImage]:
+    """List the images of a folder of class folders, or of a CSV file of path,label.
+
+    Parameters
+    ----------
+    data : Path
+        A folder whose sub-folders are the classes, or a CSV file. A first row that names the
+        columns ``path`` and ``label`` is a header; without one the first two columns are taken.
+        Paths are relative to the CSV file's folder.
+
+    Returns
+    -------
+    list of LabelledImage
+        By class and path for a folder, in the order of the rows for a CSV file.
+
+    Raises
+    ------
+    DataError
+        If nothing is there, a class folder is empty, or a row is not a path and a label.
+    """
+    if data.is_dir():
+        images = _list_folder(data)
+    elif data.is_file():
+        images = _list_csv(data)
+    else:
+        raise DataError(f"{data}: not found, expected a folder of class folders or a CSV file")
+    if not images:
+        raise DataError(f"{data}: no images, expected a folder for each class with images in it")
+    return images
+
+
+def _list_folder(folder: Path) -> list[LabelledImage]:
+    images = []
+    for sub in sorted(folder.iterdir()):
+        if not sub.is_dir() or sub.name.startswith("."):
+            continue
+        files = sorted(file for file in sub.rglob("*") if file.suffix.lower() in SUFFIXES)
+        if not files:
+            raise DataError(
+                f"{sub}: no images, expected some in each class folder "
+                f"({', '.join(sorted(SUFFIXES))}). Fill the folder or remove it."
+            )
+        images += [LabelledImage(file, sub.name) for file in files]
+    return images
+
+
+def _list_csv(file: Path) -> list[LabelledImage]:
+    rows = _rows(file)
+    names = [name.strip().lower() for name in rows[0][1]] if rows else []
+    path_column, label_column = 0, 1
+    if "path" in names and "label" in names:
+        path_column, label_column = names.index("path"), names.index("label")
+        rows = rows[1:]
+    images = []
+    for line, row in rows:
+        if len(row) <= max(path_column, label_column) or not row[label_column].strip():
+            raise DataError(f"{file}: line {line}: {','.join(row)!r}, expected path,label")
+        path = file.parent / row[path_column].strip()
+        if not path.is_file():
+            raise DataError(
+                f"{file}: line {line}: {row[path_column]!r} is no file, expected an image"
+            )
+        images.append(LabelledImage(path, row[label_column].strip()))
+    return images
+
+
+def _rows(file: Path) -> list[tuple[int, list[str]]]:
+    try:
+        with file.open(encoding="utf-8-sig", newline="") as stream:
+            reader = csv.reader(stream)
+            return [(reader.line_num, row) for row in reader if row]
+    except (UnicodeDecodeError, csv.Error) as error:
+        raise DataError(f"{file}: {error}, expected a CSV file of path,label in UTF-8") from error
+
+
+def open_image(path: Path) -> Image:
+    """Decode an image to RGB, turned upright by its EXIF orientation.
+
+    Raises
+    ------
+    DataError
+        If the file is no image, or only a part of one.
+    """
+    pillow = _pillow()
+    from PIL import ImageOps
+
+    try:
+        with pillow.open(path) as opened:
+            image = ImageOps.exif_transpose(opened)
+            if image.mode.startswith("I"):
+                # convert("RGB") clips 16-bit values at 255 instead of scaling them.
+                image = image.convert("I").point(lambda value: value / 256).convert("L")
+            return image.convert("RGB")
+    except Exception as error:  # Pillow's decoders raise whatever they meet
+        raise _unreadable(path, error) from error
+
+
+def image_size(path: Path) -> tuple[int, int]:
+    """Read (height, width) of the upright image from the file's header.
+
+    Raises
+    ------
+    DataError
+        If the file is no image.
+    """
+    try:
+        with _pillow().open(path) as opened:
+            width, height = opened.size
+            turned = opened.getexif().get(_EXIF_ORIENTATION, 1) >= 5
+    except MissingDependencyError:
+        raise
+    except Exception as error:  # Pillow's decoders raise whatever they meet
+        raise _unreadable(path, error) from error
+    return (width, height) if turned else (height, width)
+
+
+def to_tensor(image: Image) -> Tensor:
+    """Copy an RGB image to a (3, height, width) uint8 tensor."""
+    from torchvision.transforms.v2.functional import pil_to_tensor
+
+    tensor: Tensor = pil_to_tensor(image)
+    return tensor
+
+
+def _pillow() -> Any:
+    try:
+        from PIL import Image
+    except ImportError:
+        raise MissingDependencyError("PIL", extra="vision", purpose="reading images") from None
+    return Image
+
+
+def _unreadable(path: Path, error: Exception) -> DataError:
+    return DataError(
+        f"{path}: {type(error).__name__} while decoding, expected an image. "
+        "Replace the file or remove it"
+    )

@@ -1,0 +1,196 @@
+"""How images become the network's input: size, crop, normalisation and augmentation."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from functools import reduce
+from pathlib import Path
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from svftool.errors import UsageError
+from svftool.models import Preprocessing
+from svftool.tasks.images import image_size, open_image, to_tensor
+
+Augment = Literal["none", "light", "strong"]
+Transform = Callable[[Tensor], Tensor]
+
+DEFAULT_SIZE = 224
+DEFAULT_CROP = 0.875
+"""Share of the resized short side that the centre crop keeps, where the checkpoint names none."""
+
+CACHE_BYTES = 1 << 30
+DECODERS = 4
+
+
+@dataclass(frozen=True)
+class ImageView:
+    """The fixed part of the way from a file to the network.
+
+    Attributes
+    ----------
+    size : tuple of int
+        Height and width that the network sees.
+    short_side : int or None
+        The short side is resized to this before cropping; None keeps the images as they are.
+    interpolation : str
+        Name of a torchvision ``InterpolationMode``: ``bilinear``, ``bicubic`` ...
+    mean, std : tuple of float
+        Of the channels, in units of the full range.
+    """
+
+    size: tuple[int, int]
+    short_side: int | None
+    interpolation: str
+    mean: tuple[float, ...]
+    std: tuple[float, ...]
+
+    def load(self, path: Path) -> Tensor:
+        """Decode and resize one image: (3, height, width) uint8, both sides at least `size`."""
+        from torchvision.transforms.v2 import InterpolationMode
+        from torchvision.transforms.v2.functional import resize
+
+        image = open_image(path)
+        if self.short_side is not None:
+            image = resize(image, [self.short_side], InterpolationMode(self.interpolation))
+        return to_tensor(image)
+
+    def centre(self, images: Sequence[Tensor]) -> Tensor:
+        """Crop the centre and normalise: (N, 3, height, width) float32."""
+        from torchvision.transforms.v2.functional import center_crop
+
+        return self._normalise([center_crop(image, list(self.size)) for image in images])
+
+    def augmented(
+        self, images: Sequence[Tensor], augment: Augment | Transform, generator: torch.Generator
+    ) -> Tensor:
+        """Augment each image on its own and normalise: (N, 3, height, width) float32.
+
+        Parameters
+        ----------
+        images : sequence of (3, h, w) uint8 Tensor
+            As `load` gives them.
+        augment : {"none", "light", "strong"} or callable
+            ``light`` crops at random and flips, ``strong`` distorts colours and shapes besides; a
+            callable, such as a torchvision transform, must give images of `size`.
+        generator : torch.Generator
+            Source of all randomness.
+        """
+        if augment == "none":
+            return self.centre(images)
+        transform = self._augmentation(augment) if isinstance(augment, str) else augment
+        # torchvision draws from the global generator alone.
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(int(torch.randint(2**62, (), generator=generator)))
+            return self._normalise([transform(image) for image in images])
+
+    def _augmentation(self, augment: str) -> Transform:
+        from torchvision.transforms import v2
+
+        height, width = self.size
+        whole = self.short_side is None or self.short_side == min(self.size)
+        steps: list[Transform] = [v2.TrivialAugmentWide()] if augment == "strong" else []
+        steps += [
+            v2.RandomCrop((height, width), padding=[width // 8, height // 8] if whole else None),
+            v2.RandomHorizontalFlip(),
+        ]
+        return lambda image: reduce(lambda value, step: step(value), steps, image)
+
+    def _normalise(self, images: Sequence[Tensor]) -> Tensor:
+        from torchvision.transforms.v2.functional import normalize
+
+        batch = torch.stack(list(images)).to(torch.float32).div_(255)
+        result: Tensor = normalize(batch, list(self.mean), list(self.std), inplace=True)
+        return result
+
+
+def choose_view(
+    paths: Sequence[Path], preprocessing: Preprocessing, *, size: int | None = None
+) -> ImageView:
+    """Choose the size that the network sees, and how images get there.
+
+    Parameters
+    ----------
+    paths : sequence of Path
+        All images, of which only the headers are read.
+    preprocessing : Preprocessing
+        The checkpoint's own, or the default.
+    size : int or None
+        The user's choice; None takes the checkpoint's, else the images' own where all agree, else
+        224.
+
+    Raises
+    ------
+    DataError
+        If a file is no image.
+    UsageError
+        If `size` is not positive.
+    """
+    if size is not None and size < 1:
+        raise UsageError(f"--image-size is {size}, expected at least 1")
+    target, crop = preprocessing.size, preprocessing.crop_pct
+    if size is not None:
+        target, crop = (size, size), crop or 1.0
+    if target is None:
+        own = {image_size(path) for path in paths}
+        target = own.pop() if len(own) == 1 else None
+        if target is not None:
+            return _view(target, None, preprocessing)
+    target = target or (DEFAULT_SIZE, DEFAULT_SIZE)
+    return _view(target, round(max(target) / (crop or DEFAULT_CROP)), preprocessing)
+
+
+def _view(size: tuple[int, int], short_side: int | None, source: Preprocessing) -> ImageView:
+    return ImageView(size, short_side, source.interpolation, source.mean, source.std)
+
+
+class ImageSet:
+    """Images of one view, decoded by threads and kept while they fit in memory.
+
+    Parameters
+    ----------
+    paths : sequence of Path
+        The files.
+    view : ImageView
+        How they are loaded.
+    cache_bytes : int
+        Decoded images are kept up to this many bytes.
+    """
+
+    def __init__(
+        self, paths: Sequence[Path], view: ImageView, *, cache_bytes: int = CACHE_BYTES
+    ) -> None:
+        self.paths = tuple(paths)
+        self.view = view
+        self._cache: dict[int, Tensor] = {}
+        self._free = cache_bytes
+
+    def __len__(self) -> int:
+        return len(self.paths)
+
+    def load(self, indices: Sequence[int]) -> list[Tensor]:
+        """Give the images at `indices` as (3, h, w) uint8 tensors.
+
+        Raises
+        ------
+        DataError
+            If a file is no image.
+        """
+        missing = [index for index in dict.fromkeys(indices) if index not in self._cache]
+        loaded = dict(zip(missing, self._decode(missing), strict=True))
+        result = [
+            self._cache[index] if index in self._cache else loaded[index] for index in indices
+        ]
+        for index, image in loaded.items():
+            if image.nbytes <= self._free:
+                self._cache[index] = image
+                self._free -= image.nbytes
+        return result
+
+    def _decode(self, indices: Sequence[int]) -> list[Tensor]:
+        with ThreadPoolExecutor(max(1, min(DECODERS, len(indices)))) as pool:
+            return list(pool.map(lambda index: self.view.load(self.paths[index]), indices))

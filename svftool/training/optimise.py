@@ -1,0 +1,98 @@
+"""Optimiser, schedule and decay of a run, from its groups of parameters."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+
+import torch
+from torch import Tensor, nn
+
+from svftool.training.settings import Settings
+
+MOMENTUM = 0.9
+
+
+def rate_factor(step: int, steps: int, warmup: float) -> float:
+    """Share of the peak learning rate at a step: linear up, cosine down to 0.
+
+    Examples
+    --------
+    >>> [round(rate_factor(step, 10, 0.2), 2) for step in (0, 1, 2, 6, 9)]
+    [0.5, 1.0, 1.0, 0.5, 0.04]
+    """
+    rise = math.ceil(warmup * steps)
+    if step < rise:
+        return (step + 1) / rise
+    return 0.5 * (1 + math.cos(math.pi * (step - rise) / max(1, steps - rise)))
+
+
+class Optimiser:
+    """One optimiser over named groups of parameters, each with its own peak learning rate.
+
+    Parameters
+    ----------
+    groups : mapping of str to sequence of Parameter
+        Parameters by kind: ``singular_values``, ``head`` ...
+    regime : str
+        Chooses the default learning rates.
+    settings : Settings
+        Everything else.
+    steps : int
+        Length of the schedule.
+    """
+
+    def __init__(
+        self,
+        groups: Mapping[str, Sequence[nn.Parameter]],
+        regime: str,
+        settings: Settings,
+        *,
+        steps: int,
+    ) -> None:
+        self.parameters = [parameter for group in groups.values() for parameter in group]
+        self._settings = settings
+        self._steps = steps
+        peaks = {name: settings.learning_rate(name, regime) for name in groups}
+        self._inner = _build(
+            [
+                {"params": list(parameters), "lr": peaks[name], "peak": peaks[name]}
+                for name, parameters in groups.items()
+                if parameters
+            ],
+            settings,
+        )
+        device = self.parameters[0].device.type
+        self._scaler = torch.amp.GradScaler(device, enabled=settings.precision == "fp16")
+        self._start: list[Tensor] = []
+        if settings.decay:
+            self._start = [parameter.detach().clone() for parameter in self.parameters]
+
+    def step(self, loss: Tensor, step: int) -> None:
+        """Update every parameter by the gradient of `loss`, at the rate of this step."""
+        factor = rate_factor(step, self._steps, self._settings.warmup)
+        for group in self._inner.param_groups:
+            group["lr"] = group["peak"] * factor
+        torch.autograd.backward(self._scaler.scale(loss))
+        if self._settings.clip is not None:
+            self._scaler.unscale_(self._inner)
+            nn.utils.clip_grad_norm_(self.parameters, self._settings.clip)
+        self._decay()
+        self._scaler.step(self._inner)
+        self._scaler.update()
+        self._inner.zero_grad(set_to_none=True)
+
+    @torch.no_grad()
+    def _decay(self) -> None:
+        if not self._start:
+            return
+        start = iter(self._start)
+        for group in self._inner.param_groups:
+            for parameter in group["params"]:
+                parameter.lerp_(next(start), group["lr"] * self._settings.decay)
+
+
+def _build(groups: list[dict[str, object]], settings: Settings) -> torch.optim.Optimizer:
+    if settings.optimizer == "sgd":
+        return torch.optim.SGD(groups, momentum=MOMENTUM)
+    return torch.optim.AdamW(groups, weight_decay=0.0)

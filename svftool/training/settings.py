@@ -1,0 +1,106 @@
+"""How a run trains: budget, optimiser, schedule, precision.
+
+How the defaults were chosen is written down in docs/results.md.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+from svftool.errors import UsageError
+
+Precision = Literal["fp32", "bf16", "fp16"]
+OptimizerName = Literal["adamw", "sgd"]
+
+SHORTEST_RUN = 60
+EPOCHS = 20
+
+LEARNING_RATES = {
+    "head": 1e-3,
+    "svf": 1e-3,
+    "bias": 1e-3,
+    "norm": 1e-3,
+    "lora": 1e-3,
+    "full": 1e-5,
+}
+"""Peak learning rate of a regime's backbone parameters with AdamW."""
+
+HEAD_LEARNING_RATE = 1e-3
+"""Peak learning rate of a head, in every regime."""
+
+SGD_FACTOR = 10.0
+"""What the rates above are multiplied by for SGD with momentum."""
+
+
+@dataclass(frozen=True)
+class Settings:
+    """Choices of one comparison; all its runs share them.
+
+    Attributes
+    ----------
+    steps : int or None
+        Optimiser steps; None goes by `epochs`.
+    epochs : float or None
+        Passes over the support set; with neither, 20 epochs and at least 60 steps.
+    batch_size : int
+        Examples a step; a smaller support set is taken whole.
+    optimizer : {"adamw", "sgd"}
+        SGD has momentum 0.9.
+    lr, head_lr : float or None
+        Peak learning rates of the backbone and the head; None takes the regime's default.
+    decay : float
+        Decoupled decay of every trained tensor towards where it started.
+    warmup : float
+        Share of the steps in which the rate rises linearly; a cosine takes it to 0 afterwards.
+    clip : float or None
+        Largest norm of the gradient of all trained tensors together.
+    precision : {"fp32", "bf16", "fp16"}
+        Precision of the network's products, by autocast; trained tensors stay float32.
+    """
+
+    steps: int | None = None
+    epochs: float | None = None
+    batch_size: int = 32
+    optimizer: OptimizerName = "adamw"
+    lr: float | None = None
+    head_lr: float | None = None
+    decay: float = 0.0
+    warmup: float = 0.1
+    clip: float | None = 1.0
+    precision: Precision = "fp32"
+
+    def __post_init__(self) -> None:
+        if self.steps is not None and self.epochs is not None:
+            raise UsageError(
+                "--steps and --epochs both set the length of training. Give one of them"
+            )
+        for name, value in (("steps", self.steps), ("epochs", self.epochs), ("lr", self.lr)):
+            if value is not None and value <= 0:
+                raise UsageError(f"--{name} is {value}, expected more than 0")
+        if self.batch_size < 1:
+            raise UsageError(f"--batch-size is {self.batch_size}, expected at least 1")
+
+    def step_count(self, examples: int) -> int:
+        """Optimiser steps for a support set of this many examples.
+
+        Examples
+        --------
+        >>> Settings().step_count(100), Settings().step_count(10), Settings(steps=7).step_count(100)
+        (63, 60, 7)
+        """
+        if self.steps is not None:
+            return self.steps
+        batch = min(self.batch_size, examples)
+        if self.epochs is not None:
+            return max(1, round(self.epochs * examples / batch))
+        return max(SHORTEST_RUN, round(EPOCHS * examples / batch))
+
+    def learning_rate(self, group: str, regime: str) -> float:
+        """Peak learning rate of a group of parameters (``head`` or another) in a regime."""
+        factor = SGD_FACTOR if self.optimizer == "sgd" else 1.0
+        if group == "head":
+            return self.head_lr if self.head_lr is not None else factor * HEAD_LEARNING_RATE
+        if self.lr is not None:
+            return self.lr
+        return factor * LEARNING_RATES[regime.partition(":")[0].partition("+")[0]]

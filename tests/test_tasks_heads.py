@@ -1,0 +1,104 @@
+"""Classifier heads: logits found, heads replaced or added, class means."""
+
+from __future__ import annotations
+
+import copy
+from types import SimpleNamespace
+
+import pytest
+import torch
+from torch import nn
+
+from svftool.errors import ModelError
+from svftool.tasks.heads import class_means, head_inputs, logits_of, new_head, pool, set_head
+
+
+def clusters(count: int, spread: float, seed: int = 0) -> tuple[torch.Tensor, torch.Tensor]:
+    generator = torch.Generator().manual_seed(seed)
+    centres = torch.randn(4, 24, generator=torch.Generator().manual_seed(9)).abs()
+    labels = torch.arange(4).repeat_interleave(count)
+    return centres[labels] + spread * torch.randn(4 * count, 24, generator=generator), labels
+
+
+def test_logits_are_found_in_what_models_return() -> None:
+    logits = torch.ones(2, 3)
+    for output in (logits, SimpleNamespace(logits=logits), (logits, None), [logits]):
+        assert logits_of(output) is logits
+    with pytest.raises(ModelError, match="returns dict, expected logits"):
+        logits_of({"out": logits})
+
+
+def test_maps_and_sequences_are_pooled() -> None:
+    maps = torch.randn(2, 5, 3, 4)
+    torch.testing.assert_close(pool(maps), maps.mean((2, 3)))
+    torch.testing.assert_close(pool(maps[..., 0]), maps[..., 0].mean(1))
+    assert pool(maps[..., 0, 0]).shape == (2, 5)
+
+
+def test_class_means_separate_new_examples() -> None:
+    features, labels = clusters(5, 0.3)
+    weights = class_means(features, labels, 4)
+    queries, answers = clusters(50, 0.3, seed=1)
+    assert ((queries @ weights.T).argmax(1) == answers).float().mean() > 0.95
+
+
+def test_class_means_are_surer_of_tighter_classes() -> None:
+    scales = [class_means(*clusters(8, spread), 4).norm() for spread in (1.5, 0.5, 0.05)]
+    assert scales[0] < scales[1] < scales[2]
+
+
+def test_one_example_a_class_is_enough() -> None:
+    features, labels = clusters(1, 0.1)
+    weights = class_means(features, labels, 4)
+    assert torch.equal((features @ weights.T).argmax(1), labels)
+    torch.testing.assert_close(weights.norm(dim=1), (15 / features.norm(dim=1).mean()).expand(4))
+
+
+@pytest.mark.parametrize("bias", [True, False])
+def test_a_linear_head_is_replaced(bias: bool) -> None:
+    model = nn.Sequential(nn.Flatten(), nn.Sequential(nn.Linear(12, 7, bias=bias)))
+    assert new_head(model, "1.0", 4, 7) == "1.0"
+    weights = torch.randn(4, 12)
+    set_head(model.get_submodule("1.0"), weights)
+    images = torch.randn(2, 3, 2, 2)
+    torch.testing.assert_close(model(images), images.flatten(1) @ weights.T)
+    assert set(model.state_dict()) == ({"1.0.weight", "1.0.bias"} if bias else {"1.0.weight"})
+
+
+def test_a_convolutional_head_is_replaced() -> None:
+    model = nn.Sequential(nn.Conv2d(3, 9, 1), nn.AdaptiveAvgPool2d(1), nn.Flatten())
+    new_head(model, "0", 4, 9)
+    weights = torch.randn(4, 3)
+    set_head(model[0], weights)
+    images = torch.randn(2, 3, 5, 5)
+    torch.testing.assert_close(model(images), images.mean((2, 3)) @ weights.T)
+
+
+def test_a_headless_network_gets_one_that_survives_copying() -> None:
+    model = nn.Sequential(nn.Conv2d(3, 6, 1), nn.ReLU())
+    assert new_head(model, None, 4, 6) == "head"
+    images = torch.randn(2, 3, 5, 5)
+    expected = model.head(model[0](images).relu().mean((2, 3)))
+    torch.testing.assert_close(model(images), expected)
+    copied = copy.deepcopy(model)
+    set_head(copied.head, torch.zeros(4, 6))
+    assert not copied(images).any()
+    torch.testing.assert_close(model(images), expected)
+    assert list(model.state_dict()) == ["0.weight", "0.bias", "head.weight", "head.bias"]
+
+
+def test_other_heads_are_refused() -> None:
+    model = nn.Sequential(nn.Linear(3, 4), nn.LayerNorm(4))
+    with pytest.raises(ModelError, match="head '1' is a LayerNorm"):
+        new_head(model, "1", 2, 4)
+    model = nn.ModuleDict({"head": nn.Identity(), "body": nn.Linear(3, 4)})
+    with pytest.raises(ModelError, match="'head' already"):
+        new_head(model, None, 2, 4)
+
+
+def test_the_inputs_of_a_head_are_caught_and_let_go() -> None:
+    model = nn.Sequential(nn.Linear(5, 3), nn.Linear(3, 2))
+    batches = [torch.randn(4, 5), torch.randn(1, 5)]
+    caught = head_inputs(model, "1", batches)
+    torch.testing.assert_close(caught, model[0](torch.cat(batches)))
+    assert not model[1]._forward_pre_hooks

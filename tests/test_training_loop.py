@@ -1,0 +1,278 @@
+"""The loop on a problem whose answer is known: least squares."""
+
+from __future__ import annotations
+
+import math
+import os
+import signal
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from svftool.errors import ResourceError, UsageError
+from svftool.progress import SILENT, Progress
+from svftool.tasks import HeadInfo, Metric, Part
+from svftool.training import Interruption, Outcome, Settings, train
+from svftool.training.optimise import Optimiser, rate_factor
+from svftool.training.randomness import Sampler
+
+ERROR = Metric("error", higher_is_better=False)
+GENERATOR = torch.Generator().manual_seed(0)
+TRUE = torch.randn(6, generator=GENERATOR)
+INPUTS = torch.randn(40, 6, generator=GENERATOR)
+
+
+class LeastSquares:
+    """A draw whose model is one linear layer; records the examples it was asked for."""
+
+    size = len(INPUTS)
+
+    def __init__(self, *, held_out: int = 0, noise: float = 0.0) -> None:
+        self.held_out = held_out
+        self.noise = noise
+        self.asked: list[list[int]] = []
+        self.parts: list[str] = []
+
+    def prepare(self, model: nn.Module) -> HeadInfo:
+        return HeadInfo()
+
+    def order(self, generator: torch.Generator) -> Tensor:
+        return torch.randperm(self.size, generator=generator)
+
+    def batch(self, indices: Tensor, generator: torch.Generator) -> tuple[Tensor, Tensor]:
+        self.asked.append(indices.tolist())
+        noise = self.noise * torch.randn(len(indices), generator=generator)
+        return INPUTS[indices], INPUTS[indices] @ TRUE + noise
+
+    def loss(self, model: nn.Module, batch: Any) -> Tensor:
+        inputs, targets = batch
+        return (model(inputs).squeeze(1) - targets).square().mean()
+
+    def evaluate(
+        self, model: nn.Module, part: Part = "query", *, progress: Progress = SILENT
+    ) -> dict[str, float]:
+        self.parts.append(part)
+        model.eval()
+        with torch.no_grad():
+            return {"error": float((model(INPUTS).squeeze(1) - INPUTS @ TRUE).square().mean())}
+
+
+def linear() -> nn.Module:
+    torch.manual_seed(0)
+    return nn.Sequential(nn.BatchNorm1d(6), nn.Dropout(0.2), nn.Linear(6, 1, bias=False))
+
+
+def fit(model: nn.Module, draw: LeastSquares, seed: int = 0, **options: Any) -> Outcome:
+    chosen = {"steps": 100, "batch_size": 16, "lr": 0.1} | options
+    extra = {key: chosen.pop(key) for key in ("interruption", "log") if key in chosen}
+    return train(
+        model,
+        {"head": list(model[2].parameters())},
+        draw,
+        Settings(**chosen, head_lr=chosen["lr"]),
+        regime="full",
+        seed=seed,
+        metric=ERROR,
+        **extra,
+    )
+
+
+@pytest.mark.parametrize("optimizer", ["adamw", "sgd"])
+def test_the_answer_is_found(optimizer: str) -> None:
+    model, draw = linear(), LeastSquares()
+    model[1].p = 0.0
+    outcome = fit(model, draw, optimizer=optimizer, steps=300)
+    assert outcome.ending == "finished"
+    assert outcome.steps == outcome.kept == 300
+    assert draw.evaluate(model)["error"] < 1e-3
+    assert outcome.last_loss < 0.01 * outcome.first_loss
+    assert 0 < outcome.step_seconds <= outcome.seconds
+
+
+def test_the_query_set_is_not_looked_at() -> None:
+    draw = LeastSquares()
+    fit(linear(), draw)
+    assert draw.parts == []
+    draw = LeastSquares(held_out=5)
+    fit(linear(), draw)
+    assert set(draw.parts) == {"held_out"}
+
+
+def test_the_same_seed_gives_the_same_bytes() -> None:
+    def weights(seed: int) -> Tensor:
+        model = linear()
+        torch.rand(seed + 1)
+        fit(model, LeastSquares(noise=0.3), seed)
+        return model[2].weight.detach()
+
+    assert torch.equal(weights(1), weights(1))
+    assert not torch.equal(weights(1), weights(2))
+
+
+def test_global_randomness_is_left_as_it_was() -> None:
+    model = linear()
+    before = torch.get_rng_state()
+    fit(model, LeastSquares())
+    assert torch.equal(before, torch.get_rng_state())
+
+
+def test_batch_norm_stays_in_evaluation_mode_and_dropout_acts() -> None:
+    model = linear()
+    seen: list[tuple[bool, bool]] = []
+    model[2].register_forward_hook(lambda *_: seen.append((model[0].training, model[1].training)))
+    fit(model, LeastSquares(held_out=3))
+    assert (False, True) in seen
+    assert not any(norm for norm, _ in seen)
+    assert torch.equal(model[0].running_mean, torch.zeros(6))
+    assert not model.training
+
+
+def test_held_out_examples_choose_the_weights() -> None:
+    class Rising(LeastSquares):
+        """Says that the fourth measurement was the best."""
+
+        def evaluate(self, model: nn.Module, part: Part = "query", **_: Any) -> dict[str, float]:
+            super().evaluate(model, part)
+            self.values.append(model[2].weight.detach().clone())
+            return {"error": 1.0 if len(self.values) == 4 else 2.0}
+
+    model, draw = linear(), Rising(held_out=5)
+    draw.values = []
+    outcome = fit(model, draw)
+    assert outcome.kept == 40
+    assert outcome.steps == 100
+    assert torch.equal(model[2].weight, draw.values[3])
+
+
+@pytest.mark.parametrize("lr", [1e4, math.inf])
+def test_a_divergence_stops_and_keeps_the_best(lr: float) -> None:
+    model = linear()
+    start = model[2].weight.detach().clone()
+    outcome = fit(model, LeastSquares(), lr=lr, clip=None, optimizer="sgd")
+    assert outcome.ending == "diverged"
+    assert outcome.steps < 30
+    assert outcome.kept == 0
+    assert torch.equal(model[2].weight, start)
+
+
+def test_an_interruption_keeps_the_step_it_came_in() -> None:
+    model, draw = linear(), LeastSquares()
+
+    class Press:
+        def scalars(self, step: int, values: Any) -> None:
+            if step == 9:
+                os.kill(os.getpid(), signal.SIGINT)
+
+    with Interruption() as interruption:
+        outcome = fit(model, draw, interruption=interruption, log=Press())
+    assert interruption.signum == signal.SIGINT
+    assert (outcome.ending, outcome.steps, outcome.kept) == ("interrupted", 10, 10)
+    shorter = linear()
+    fit(shorter, LeastSquares(), steps=100)
+    assert not torch.equal(shorter[2].weight, model[2].weight)
+
+
+def test_a_second_signal_means_what_it_always_did() -> None:
+    with Interruption() as interruption:
+        os.kill(os.getpid(), signal.SIGINT)
+        assert interruption.signum == signal.SIGINT
+        with pytest.raises(KeyboardInterrupt):
+            os.kill(os.getpid(), signal.SIGINT)
+    with pytest.raises(KeyboardInterrupt):
+        os.kill(os.getpid(), signal.SIGINT)
+
+
+def test_a_lack_of_memory_says_what_to_lower() -> None:
+    class Hungry(LeastSquares):
+        def loss(self, model: nn.Module, batch: Any) -> Tensor:
+            return torch.empty(2**60).sum()
+
+    with pytest.raises(ResourceError, match=r"batch of 16 .*--batch-size"):
+        fit(linear(), Hungry())
+
+    class Wrong(LeastSquares):
+        def loss(self, model: nn.Module, batch: Any) -> Tensor:
+            raise RuntimeError("shapes do not fit")
+
+    with pytest.raises(RuntimeError, match="shapes do not fit"):
+        fit(linear(), Wrong())
+
+
+@pytest.mark.parametrize("precision", ["bf16", "fp16"])
+def test_half_precision_trains_float32_weights(precision: str) -> None:
+    model, draw = linear(), LeastSquares()
+    model[1].p = 0.0
+    inside: list[torch.dtype] = []
+    model[2].register_forward_hook(lambda _m, _a, output: inside.append(output.dtype))
+    fit(model, draw, precision=precision, steps=200)
+    assert inside[0] == {"bf16": torch.bfloat16, "fp16": torch.float16}[precision]
+    assert model[2].weight.dtype == torch.float32
+    assert draw.evaluate(model)["error"] < 0.05
+
+
+def test_decay_pulls_to_the_start() -> None:
+    free, held = linear(), linear()
+    start = free[2].weight.detach().clone()
+    fit(free, LeastSquares(), steps=300)
+    fit(held, LeastSquares(), steps=300, decay=5.0)
+    moved = [float((m[2].weight.detach() - start).norm()) for m in (free, held)]
+    assert moved[1] < 0.5 * moved[0]
+
+
+def test_the_gradient_is_clipped_as_one() -> None:
+    parameters = [nn.Parameter(torch.zeros(3)), nn.Parameter(torch.zeros(2))]
+    groups = {"svf": parameters[:1], "head": parameters[1:]}
+    settings = Settings(optimizer="sgd", clip=1.0, lr=1.0, head_lr=1.0, warmup=0.0)
+    optimiser = Optimiser(groups, "svf", settings, steps=10)
+    optimiser.step(100 * (parameters[0].sum() + parameters[1].sum()), 0)
+    moved = torch.cat([p.detach() for p in parameters])
+    torch.testing.assert_close(moved, torch.full((5,), -1 / math.sqrt(5)))
+
+
+def test_each_group_has_its_own_rate() -> None:
+    parameters = [nn.Parameter(torch.zeros(1)), nn.Parameter(torch.zeros(1))]
+    settings = Settings(lr=1e-4, head_lr=1e-2, warmup=0.0, clip=None)
+    optimiser = Optimiser(
+        {"singular_values": parameters[:1], "head": parameters[1:]}, "svf", settings, steps=10
+    )
+    optimiser.step(sum(p.sum() for p in parameters), 0)
+    assert [round(-p.item(), 6) for p in parameters] == [1e-4, 1e-2]
+
+
+def test_the_rate_rises_then_falls_to_nothing() -> None:
+    rates = [rate_factor(step, 50, 0.1) for step in range(50)]
+    assert rates[:5] == sorted(rates[:5])
+    assert max(rates) == rates[4] == 1.0
+    assert rates[5:] == sorted(rates[5:], reverse=True)
+    assert rates[-1] < 0.01
+    assert rate_factor(0, 1, 0.0) == 1.0
+
+
+def test_batches_go_through_every_epoch_in_full() -> None:
+    draw = LeastSquares()
+    sampler = Sampler(draw, 16, seed=3)
+    row = torch.cat([sampler.indices(step) for step in range(5)])
+    assert sorted(row[:40].tolist()) == sorted(row[40:].tolist()) == list(range(40))
+    assert row[:40].tolist() != row[40:].tolist()
+    late = Sampler(draw, 16, seed=3)
+    assert torch.equal(late.indices(4), row[64:80])
+    assert torch.equal(late.indices(2), row[32:48])
+    whole = Sampler(draw, 1000, seed=3)
+    assert sorted(whole.indices(7).tolist()) == list(range(40))
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"steps": 3, "epochs": 2}, "--steps and --epochs"),
+        ({"steps": 0}, "--steps is 0"),
+        ({"epochs": -1}, "--epochs is -1"),
+        ({"lr": 0.0}, "--lr is 0"),
+        ({"batch_size": 0}, "--batch-size is 0"),
+    ],
+)
+def test_settings_that_cannot_be_are_refused(options: dict[str, Any], message: str) -> None:
+    with pytest.raises(UsageError, match=message):
+        Settings(**options)
