@@ -58,7 +58,7 @@ def view(result: DecomposeResult) -> RenderableType:
     shown = records[:MOST_ROWS]
     names = display_names((one.name for one in shown), NAME_WIDTH)
     for one in shown:
-        table.add_row(names[one.name], *_row(one))
+        table.add_row(Text(names[one.name]), *_row(one))
     parts: list[RenderableType] = [table]
     if len(records) > MOST_ROWS:
         parts.append(
@@ -122,7 +122,7 @@ def plan_view(plan: Plan) -> RenderableType:
     shown = layers[:MOST_ROWS]
     names = display_names((one.info.name for one in shown), NAME_WIDTH)
     for one in shown:
-        table.add_row(names[one.info.name], *_plan_row(one))
+        table.add_row(Text(names[one.info.name]), *_plan_row(one))
     parts: list[RenderableType] = [table]
     if len(layers) > MOST_ROWS:
         parts.append(Text(f"and {len(layers) - MOST_ROWS} more layers, all smaller", "dim"))

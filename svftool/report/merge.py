@@ -56,7 +56,7 @@ def view(result: MergeResult) -> RenderableType:
         for one in changed[:MOST_ROWS]:
             style = "yellow" if one.rounding_loss > HEAVY_LOSS else ""
             loss = Text(f"{one.rounding_loss:.1e}", style)
-            table.add_row(names[one.name], f"{one.relative_change:.2%}", loss)
+            table.add_row(Text(names[one.name]), f"{one.relative_change:.2%}", loss)
         parts.append(table)
     if len(changed) > MOST_ROWS:
         parts.append(Text(f"and {len(changed) - MOST_ROWS} more layers, changed less", "dim"))

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import re
 from collections.abc import Iterable
 
@@ -98,7 +97,10 @@ def display_names(names: Iterable[str], width: int) -> dict[str, str]:
     listed = list(names)
     if len(listed) < 2:
         return {name: short(safe(name), width) for name in listed}
-    head = os.path.commonprefix(listed)
-    head = head[: head.rfind(".") + 1]
+    first, last = min(listed).split("."), max(listed).split(".")
+    shared = 0
+    while shared < min(len(first), len(last)) - 1 and first[shared] == last[shared]:
+        shared += 1
+    head = "".join(f"{part}." for part in first[:shared])
     tail = ".weight" if all(name.endswith(".weight") for name in listed) else ""
     return {name: short(safe(name.removeprefix(head).removesuffix(tail)), width) for name in listed}
