@@ -1,4 +1,4 @@
-"""Fixtures that every test file may use: the real data, a small real checkpoint, a quiet environment."""
+"""Fixtures that every test file may use: the real data, and a small real checkpoint."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ def data() -> Path:
 
 
 def tiny_tensors(seed: int = 0) -> dict[str, torch.Tensor]:
-    """Return one tensor of each kind that a checkpoint may hold; the tied pair shares its storage."""
+    """Return one tensor of each kind that a checkpoint may hold; one pair shares storage."""
     generator = torch.Generator().manual_seed(seed)
 
     def normal(*shape: int) -> torch.Tensor:

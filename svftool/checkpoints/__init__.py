@@ -1,4 +1,4 @@
-"""Checkpoints: reading in any format, choosing tensors, fingerprints, complete-or-absent outputs."""
+"""Checkpoints: reading in any format, choosing tensors, fingerprints, whole outputs."""
 
 from svftool.checkpoints.base import Checkpoint, Shard, TensorInfo, wrapper_prefix
 from svftool.checkpoints.dtypes import dtype_name, dtype_named
@@ -9,9 +9,10 @@ from svftool.checkpoints.fingerprint import (
     fingerprint_checkpoint,
     tensor_digest,
 )
-from svftool.checkpoints.folder import WEIGHT_SUFFIXES, side_files
+from svftool.checkpoints.folder import WEIGHT_SUFFIXES
 from svftool.checkpoints.opening import open_checkpoint
 from svftool.checkpoints.output import PARTIAL, replace_output
+from svftool.checkpoints.pickle_writer import save_pickled
 from svftool.checkpoints.roles import is_expert_stack, output_heads, table_role
 from svftool.checkpoints.selection import (
     Choice,
@@ -21,6 +22,7 @@ from svftool.checkpoints.selection import (
     matches,
     select,
 )
+from svftool.checkpoints.side_files import side_files
 from svftool.checkpoints.sizes import parse_size
 from svftool.checkpoints.views import View, from_matrix, matrix_shape, to_matrix
 from svftool.checkpoints.writer import CheckpointWriter, SafetensorsWriter, plan_shards, shard_names
@@ -52,6 +54,7 @@ __all__ = [
     "parse_size",
     "plan_shards",
     "replace_output",
+    "save_pickled",
     "select",
     "shard_names",
     "side_files",

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import MappingProxyType, TracebackType
@@ -158,16 +158,20 @@ class Checkpoint:
         self.prefix = wrapper_prefix(self.infos)
         self.nesting = files[0].nesting if files else ()
         self.tied = tuple(group for file in files for group in file.tied)
-        self.notes = (
-            *place.notes,
-            *(note for file in files for note in file.notes),
-            *self._prefix_note(),
-        )
+        self.notes = tuple(self._notes(place, files))
 
     def read(self, name: str) -> Tensor:
-        """Return one tensor: on the CPU, contiguous, dtype and shape as in the file, the caller's own.
+        """Return one tensor, which the caller owns. Safe to call from several threads.
 
-        Safe to call from several threads.
+        Parameters
+        ----------
+        name : str
+            As in `infos`.
+
+        Returns
+        -------
+        Tensor
+            On the CPU, contiguous, with the dtype and shape of the file.
 
         Raises
         ------
@@ -198,7 +202,7 @@ class Checkpoint:
         return f"Checkpoint({str(self.path)!r}, {self.format}, {len(self.infos)} tensors)"
 
     def _adopt(self, file: WeightFile, weight_map: Mapping[str, str] | None) -> Shard:
-        """Take in the tensors of one file; a tensor that several hold belongs where the index says."""
+        """Take in the tensors of one file; one that several hold is where the index says."""
         assigned = weight_map or {}
         names = [
             name for name in file.infos if assigned.get(name, file.path.name) == file.path.name
@@ -207,12 +211,15 @@ class Checkpoint:
         self._home.update(dict.fromkeys(names, file))
         return Shard(file.path.name, tuple(names), file.metadata)
 
-    def _prefix_note(self) -> tuple[str, ...]:
-        if not self.prefix:
-            return ()
-        return (
-            f"{self.path.name}: all tensor names start with {self.prefix!r} (a wrapper's); they are kept",
-        )
+    def _notes(self, place: Place, files: Sequence[WeightFile]) -> Iterator[str]:
+        yield from place.notes
+        for file in files:
+            yield from file.notes
+        if place.weight_map is not None and len(self.infos) > len(place.weight_map):
+            extra = len(self.infos) - len(place.weight_map)
+            yield f"{place.index_file}: {extra} tensors of the shards are not in the index; kept"
+        if self.prefix:
+            yield f"{self.path.name}: every tensor name starts with {self.prefix!r}; names are kept"
 
 
 _WRAPPERS = ("module.", "_orig_mod.")

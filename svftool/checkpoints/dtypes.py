@@ -72,7 +72,7 @@ def dtype_named(name: str) -> torch.dtype:
     """
     found = getattr(torch, name, None)
     if not isinstance(found, torch.dtype):
-        raise ValueError(f"{name!r} is not the name of a dtype")
+        raise ValueError(f"{name!r} is not the name of a dtype")  # noqa: TRY004
     return found
 
 

@@ -19,8 +19,14 @@ _WAYS_OUT = {
         "room in the quota. Free some, or choose another disk",
     ),
     errno.EFBIG: ("the file system does not take files of this size", "room. Choose another disk"),
-    errno.EACCES: ("no permission", "to be allowed to write. Choose another place"),
-    errno.EPERM: ("no permission", "to be allowed to write. Choose another place"),
+    errno.EACCES: (
+        "no permission",
+        "permission to write. Choose another place, or change the permissions",
+    ),
+    errno.EPERM: (
+        "no permission",
+        "permission to write. Choose another place, or change the permissions",
+    ),
     errno.EROFS: ("the file system is read-only", "a writable one. Choose another place"),
     errno.EMFILE: ("too many open files", "a higher limit. Raise it with ulimit -n"),
     errno.ENFILE: ("too many open files", "a higher limit. Close other programs"),

@@ -90,7 +90,7 @@ def _dense_parts(tensor: Tensor) -> list[Tensor]:
         return [tensor.int_repr(), *_quantisation(tensor)]
     if tensor.layout is torch.strided:
         return [tensor.resolve_conj().resolve_neg()]
-    coordinates = tensor.to_sparse_coo().coalesce()
+    coordinates = tensor.to_sparse(layout=torch.sparse_coo).coalesce()
     return [coordinates.indices(), coordinates.values()]
 
 
@@ -109,7 +109,7 @@ def fingerprint(tensors: Iterable[tuple[str, Tensor]]) -> str:
 
 
 def fingerprint_checkpoint(checkpoint: Checkpoint, *, progress: Progress = SILENT) -> str:
-    """Return the fingerprint of all tensors of a checkpoint, read one at a time by a few threads."""
+    """Return the fingerprint of all tensors of a checkpoint, read by a few threads."""
     total = Fingerprint()
     infos = checkpoint.infos
     size = sum(info.nbytes for info in infos.values())

@@ -1,4 +1,4 @@
-"""Which files of a folder are its weights, which are its index, and which are copied along."""
+"""Which files of a folder are its weights, its index, and what is copied along."""
 
 from __future__ import annotations
 
@@ -7,30 +7,20 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from svftool.checkpoints.base import Place
+from svftool.checkpoints.base import Place, WeightFile
 from svftool.errors import CheckpointError, shortlist
 
 PICKLE_SUFFIXES = (".pt", ".pth", ".bin", ".th", ".tar", ".ckpt")
 WEIGHT_SUFFIXES = (".safetensors", *PICKLE_SUFFIXES)
 STEMS = ("model", "diffusion_pytorch_model", "open_clip_model", "pytorch_model")
-_PICKLE_STEMS = ("pytorch_model", "diffusion_pytorch_model", "open_clip_pytorch_model", "model")
+"""Names of weight files, without suffix, in the order in which they are looked for."""
 
-# Weights of other libraries, and pickles of the training state.
-_OTHER_WEIGHTS = (
-    ".h5", ".hdf5", ".keras", ".msgpack", ".onnx", ".onnx_data", ".pb", ".tflite", ".gguf", ".ggml",
-    ".npz", ".npy", ".ot", ".pkl", ".pickle", ".mlmodel", ".mlpackage", ".pdparams", ".engine",
-    ".safetensors.partial", ".zip", ".gz", ".xz", ".bz2", ".7z",
+_PICKLE_STEMS = ("pytorch_model", "diffusion_pytorch_model", "open_clip_pytorch_model", "model")
+_TRAINING_STATE = (
+    "training_args.", "optimizer.", "scheduler.", "scaler.", "rng_state", "random_states",
 )  # fmt: skip
-_TRAINING_FILES = (
-    "training_args.bin",
-    "optimizer.",
-    "scheduler.",
-    "rng_state",
-    "scaler.",
-    "optim_",
-)
-_CACHE_FOLDERS = ("__pycache__", "runs", "wandb", "node_modules")
 _MAX_JSON = 256_000_000
+_AGAIN = "Copy or download the file again."
 
 
 def find_weights(folder: Path, stem: str | None = None) -> tuple[tuple[Path, ...], Place]:
@@ -46,7 +36,7 @@ def find_weights(folder: Path, stem: str | None = None) -> tuple[tuple[Path, ...
     Returns
     -------
     files : tuple of Path
-        All of one format; more than one only with an index.
+        More than one only with an index; sorted by name.
     place : Place
         Folder, index, ``config.json``, and notes on what was passed over.
 
@@ -55,54 +45,54 @@ def find_weights(folder: Path, stem: str | None = None) -> tuple[tuple[Path, ...
     CheckpointError
         If there are no weights, several that cannot be told apart, or a broken index.
     """
-    names = sorted(
-        entry.name for entry in folder.iterdir() if entry.is_file() or entry.is_symlink()
-    )
-    candidates = _candidates(names, stem)
+    names = sorted(entry.name for entry in folder.iterdir() if not entry.is_dir())
+    candidates = weight_candidates(names, stem)
     if not candidates:
         raise CheckpointError(_nothing_found(folder, names))
     chosen = candidates[0]
-    notes = []
+    notes: tuple[str, ...] = ()
     if len(candidates) > 1:
         others = shortlist(candidates[1:], 3)
-        notes.append(f"{folder.name}: the folder also holds {others}; {chosen} was read")
+        notes = (f"{folder.name}: the folder also holds {others}; {chosen} was read",)
     config = read_config(folder)
     if not chosen.endswith(".json"):
-        return (folder / chosen,), Place(folder, config=config, notes=tuple(notes))
+        return (folder / chosen,), Place(folder, config=config, notes=notes)
     weight_map, metadata = read_index(folder / chosen)
-    files = tuple(folder / name for name in dict.fromkeys(weight_map.values()))
-    place = Place(folder, chosen, metadata, weight_map, config, tuple(notes))
-    return files, place
+    files = tuple(folder / name for name in sorted(set(weight_map.values())))
+    return files, Place(folder, chosen, metadata, weight_map, config, notes)
 
 
-def _candidates(names: Sequence[str], stem: str | None) -> list[str]:
-    """Return the possible weight files and indexes, the best first."""
+def weight_candidates(names: Sequence[str], stem: str | None = None) -> list[str]:
+    """Return the weight files and indexes among a folder's file names, the best first.
+
+    Examples
+    --------
+    >>> weight_candidates(["config.json", "pytorch_model.bin", "model.safetensors"])
+    ['model.safetensors', 'pytorch_model.bin']
+    """
     if stem is not None:
-        return [
-            name
-            for name in (f"{stem}.safetensors.index.json", f"{stem}.safetensors")
-            if name in names
-        ]
-    known = [
+        own = (f"{stem}.safetensors", f"{stem}.safetensors.index.json")
+        return [name for name in own if name in names]
+    usual = [
         name
         for stems, suffix in ((STEMS, ".safetensors"), (_PICKLE_STEMS, ".bin"))
         for one in stems
         for name in (f"{one}{suffix}", f"{one}{suffix}.index.json")
-        if name in names
     ]
-    return known or _unusual(names)
+    return [name for name in usual if name in names] or _unusual(names)
 
 
 def _unusual(names: Sequence[str]) -> list[str]:
-    """Return what can only be the weights when no usual name is there: a sole index, a sole file."""
-    indexes = [name for name in names if name.endswith(".json") and ".index." in name]
+    """Return what can only be the weights where no usual name is: a sole index, a sole file."""
+    indexes = [name for name in names if _is_index(name)]
     safetensors = [name for name in names if name.endswith(".safetensors")]
-    pickles = [
-        name
-        for name in names
-        if name.endswith(PICKLE_SUFFIXES) and not name.startswith(_TRAINING_FILES)
-    ]
+    pickles = [name for name in names if name.endswith(PICKLE_SUFFIXES)]
+    pickles = [name for name in pickles if not name.startswith(_TRAINING_STATE)]
     return next((kind for kind in (indexes, safetensors, pickles) if len(kind) == 1), [])
+
+
+def _is_index(name: str) -> bool:
+    return name.endswith(".json") and (".safetensors.index." in name or ".bin.index." in name)
 
 
 def _nothing_found(folder: Path, names: Sequence[str]) -> str:
@@ -112,39 +102,35 @@ def _nothing_found(folder: Path, names: Sequence[str]) -> str:
             f"{folder}: {len(several)} weight files and no index ({shortlist(several, 4)}), "
             "expected one file or an index. Name the file that is meant."
         )
-    below = sorted(
-        {path.parent.name for suffix in WEIGHT_SUFFIXES for path in folder.glob(f"*/*{suffix}")}
-    )
+    deeper = (path for suffix in WEIGHT_SUFFIXES for path in folder.glob(f"*/*{suffix}"))
+    below = sorted({path.parent.name for path in deeper})
     if below:
         return (
-            f"{folder}: no weights here, expected {STEMS[0]}.safetensors or an index. "
-            f"Name one of its folders: {shortlist(below, 6)}."
+            f"{folder}: no weights, expected {STEMS[0]}.safetensors or an index. "
+            f"Name one of the folders in it: {shortlist(below, 6)}."
         )
     return (
-        f"{folder}: no weights among its {len(names)} files, expected model.safetensors, a shard index, "
-        "or one file with the suffix .safetensors, .bin, .pt or .pth. Check the path."
+        f"{folder}: no weights among {len(names)} files, expected model.safetensors, "
+        "a shard index, or one file with the suffix .safetensors, .bin, .pt or .pth. "
+        "Check the path."
     )
 
 
-def read_json(path: Path) -> Any:
-    """Return what a JSON file holds.
-
-    Raises
-    ------
-    CheckpointError
-        If it is no JSON, or larger than any such file has reason to be.
-    """
-    if path.stat().st_size > _MAX_JSON:
-        raise CheckpointError(
-            f"{path}: {path.stat().st_size} bytes, expected a JSON file of less than {_MAX_JSON}."
-        )
+def _read_object(path: Path, expected: str) -> dict[str, Any]:
+    size = path.stat().st_size
+    if size > _MAX_JSON:
+        raise CheckpointError(f"{path}: {size} bytes, expected {expected} of less than {_MAX_JSON}")
     try:
-        return json.loads(path.read_bytes())
+        value = json.loads(path.read_bytes())
     except (ValueError, RecursionError) as error:
-        reason = str(error).splitlines()[0][:120]
+        reason = str(error).splitlines()[0][:100]
         raise CheckpointError(
-            f"{path}: not readable ({reason}), expected JSON. Copy or download the file again."
+            f"{path}: not readable ({reason}), expected {expected}. {_AGAIN}"
         ) from None
+    if not isinstance(value, dict):
+        kind = type(value).__name__
+        raise CheckpointError(f"{path}: a JSON {kind}, expected {expected}. {_AGAIN}")
+    return value
 
 
 def read_config(folder: Path) -> Mapping[str, Any] | None:
@@ -156,14 +142,7 @@ def read_config(folder: Path) -> Mapping[str, Any] | None:
         If it is no JSON object.
     """
     path = folder / "config.json"
-    if not path.is_file():
-        return None
-    config = read_json(path)
-    if not isinstance(config, dict):
-        raise CheckpointError(
-            f"{path}: a JSON {type(config).__name__}, expected an object. Copy or download the file again."
-        )
-    return config
+    return _read_object(path, "a JSON object") if path.is_file() else None
 
 
 def read_index(path: Path) -> tuple[dict[str, str], dict[str, Any]]:
@@ -181,32 +160,29 @@ def read_index(path: Path) -> tuple[dict[str, str], dict[str, Any]]:
     CheckpointError
         If it is no index, or names a file outside its folder or one that is missing.
     """
-    index = read_json(path)
-    weight_map = index.get("weight_map") if isinstance(index, dict) else None
+    index = _read_object(path, "a shard index")
+    weight_map = index.get("weight_map")
     if not isinstance(weight_map, dict) or not weight_map:
-        raise CheckpointError(
-            f"{path}: no weight_map, expected a shard index with tensor and file names. Copy or download it again."
-        )
+        raise CheckpointError(f"{path}: no weight_map, expected a shard index. {_AGAIN}")
     for name, file in weight_map.items():
         if not is_plain_name(file):
             raise CheckpointError(
-                f"{path}: {name}: the shard is {file!r}, expected the plain name of a file in the same folder. "
-                "Do not use this index unless you trust it."
+                f"{path}: {name}: the shard is {file!r}, expected the plain name of a weight "
+                "file in the same folder. Do not trust this index."
             )
-    missing = [
-        file for file in dict.fromkeys(weight_map.values()) if not (path.parent / file).is_file()
-    ]
+    shards = sorted(set(weight_map.values()))
+    missing = [file for file in shards if not (path.parent / file).is_file()]
     if missing:
         raise CheckpointError(
-            f"{path}: {shortlist(missing, 4)}: no such file, expected {len(set(weight_map.values()))} "
-            "shards beside the index. Copy or download what is missing."
+            f"{path}: {shortlist(missing, 4)}: no such file, expected {len(shards)} shards "
+            "beside the index. Copy or download what is missing."
         )
     metadata = index.get("metadata")
     return weight_map, metadata if isinstance(metadata, dict) else {}
 
 
 def is_plain_name(name: object) -> bool:
-    """Tell whether `name` is that of a weight file in the same folder, judged without looking there.
+    """Tell whether `name` is that of a weight file in the same folder, without looking there.
 
     Examples
     --------
@@ -218,43 +194,19 @@ def is_plain_name(name: object) -> bool:
     return not name.startswith(".") and name.endswith(WEIGHT_SUFFIXES)
 
 
-def side_files(folder: Path) -> list[Path]:
-    """Return what belongs to a checkpoint beside its weights: config, tokenizer, code, licence.
+def check_shards(place: Place, files: Sequence[WeightFile]) -> None:
+    """Check that each shard holds what the index says.
 
-    Weights in any format, shard indexes, training state, hidden files, caches, and subfolders
-    with weights of their own are left out. Judged by name; symbolic links count as files.
-
-    Returns
-    -------
-    list of Path
-        Files, sorted; those of subfolders keep their place relative to `folder`.
+    Raises
+    ------
+    CheckpointError
+        If a tensor of the index is not in its shard.
     """
-    found: list[Path] = []
-    for entry in sorted(folder.iterdir()):
-        if entry.name.startswith("."):
-            continue
-        if entry.is_file():
-            found += [entry] if _is_side_file(entry.name) else []
-        elif entry.is_dir() and not entry.is_symlink() and _is_side_folder(entry):
-            found += side_files(entry)
-    return found
-
-
-def _is_side_file(name: str) -> bool:
-    lower = name.lower()
-    if lower.endswith(
-        (*WEIGHT_SUFFIXES, *_OTHER_WEIGHTS, ".index.json", ".lock", ".partial", ".incomplete")
-    ):
-        return False
-    if ".index." in lower and lower.endswith(".json"):
-        return False
-    return not lower.startswith(("svf_config.json", "events.out.tfevents"))
-
-
-def _is_side_folder(folder: Path) -> bool:
-    if folder.name in _CACHE_FOLDERS:
-        return False
-    return not any(
-        path.name.lower().endswith((*WEIGHT_SUFFIXES, *_OTHER_WEIGHTS))
-        for path in folder.rglob("*")
-    )
+    held = {file.path.name: file.infos for file in files}
+    weight_map = place.weight_map or {}
+    missing = [name for name, file in weight_map.items() if name not in held[file]]
+    if missing:
+        raise CheckpointError(
+            f"{place.path / weight_map[missing[0]]}: {shortlist(missing, 4)}: not in the file, "
+            f"expected it there as {place.index_file} says. Copy or download the shards again."
+        )

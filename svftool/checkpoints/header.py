@@ -18,11 +18,13 @@ from svftool.checkpoints.dtypes import (
     stored_shape,
     torch_shape,
 )
+from svftool.checkpoints.foreign import describe_start, is_described
 from svftool.errors import CheckpointError
 
 MAX_HEADER = 100_000_000
 """Longest header, in bytes, that the format's own library accepts."""
 
+_METADATA = "__metadata__"
 _WAY_OUT = "Copy or download the file again."
 
 
@@ -62,38 +64,38 @@ def read_header(file: BinaryIO, path: Path, size: int) -> Header:
     CheckpointError
         If anything in it contradicts the format or the file's size.
     """
-    if size < 8:
-        raise CheckpointError(
-            f"{path}: the file has {size} bytes, expected a safetensors header of 8 or more. {_WAY_OUT}"
-        )
-    start = file.read(8)
-    length = int.from_bytes(start, "little")
-    if length > MAX_HEADER or length + 8 > size:
-        room = min(MAX_HEADER, size - 8)
-        raise CheckpointError(
-            f"{path}: {_foreign(start, length)}, expected a safetensors header of at most {room} bytes. {_WAY_OUT}"
-        )
-    raw = file.read(length)
-    if not raw.startswith(b"{"):
-        raise CheckpointError(
-            f"{path}: the header starts with {raw[:1]!r}, expected '{{' as in safetensors. {_WAY_OUT}"
-        )
+    raw = _read_text(file, path, size)
     fields = _parse(raw, path)
-    metadata = _metadata(fields.pop("__metadata__", {}), path)
-    entries = [_entry(name, value, path, 8 + length) for name, value in fields.items()]
+    metadata = _check_metadata(fields.pop(_METADATA, {}), path)
+    base = 8 + len(raw)
+    entries = [_entry(name, value, path, base) for name, value in fields.items()]
     entries.sort(key=lambda entry: (entry.begin, entry.end))
-    _check_cover(entries, path, 8 + length, size)
+    _check_cover(entries, path, base, size)
     return Header(tuple(entries), metadata)
 
 
-def _foreign(start: bytes, length: int) -> str:
-    if start.startswith(b"PK\x03\x04"):
-        return "the file is a zip archive (a pickle of torch under another suffix, perhaps)"
-    if start.startswith(b"version "):
-        return "the file is a Git LFS pointer (git lfs pull fetches the weights)"
-    if start.lstrip().startswith(b"<"):
-        return "the file is a web page"
-    return f"the first 8 bytes announce a header of {length} bytes"
+def _fault(path: Path, found: str, expected: str, *, name: str | None = None) -> CheckpointError:
+    where = f"{path}: {name}" if name is not None else f"{path}"
+    return CheckpointError(f"{where}: {found}, expected {expected}. {_WAY_OUT}")
+
+
+def _read_text(file: BinaryIO, path: Path, size: int) -> bytes:
+    """Return the header's text, its length checked against the file and the format."""
+    start = file.read(8)
+    if size < 8:
+        raise _fault(path, f"the file has {size} bytes", "safetensors, which has 8 or more")
+    length = int.from_bytes(start, "little")
+    if length > min(MAX_HEADER, size - 8):
+        found = (
+            describe_start(start)
+            if is_described(start)
+            else f"the first 8 bytes announce a header of {length} bytes in a file of {size}"
+        )
+        raise _fault(path, found, f"a safetensors header of at most {min(MAX_HEADER, size - 8)}")
+    raw = file.read(length)
+    if not raw.startswith(b"{"):
+        raise _fault(path, f"the header starts with {raw[:1]!r}", "'{' as in safetensors")
+    return raw
 
 
 def _parse(raw: bytes, path: Path) -> dict[str, Any]:
@@ -101,89 +103,66 @@ def _parse(raw: bytes, path: Path) -> dict[str, Any]:
         counts = Counter(key for key, _ in pairs)
         twice = [key for key, count in counts.items() if count > 1]
         if twice:
-            raise CheckpointError(
-                f"{path}: {twice[0]}: the header holds the name twice, expected once. {_WAY_OUT}"
-            )
+            raise _fault(path, "the header holds the name twice", "once", name=twice[0])
         for key in counts:
             key.encode("utf-8")  # half of a surrogate pair, which no writer can put down again
         return dict(pairs)
 
     try:
-        fields = json.loads(raw.decode("utf-8"), object_pairs_hook=unique)
+        fields: dict[str, Any] = json.loads(raw.decode("utf-8"), object_pairs_hook=unique)
     except (ValueError, RecursionError) as error:
-        raise CheckpointError(
-            f"{path}: the header is not readable ({_short(error)}), expected JSON in UTF-8. {_WAY_OUT}"
-        ) from None
-    if not isinstance(fields, dict):
-        raise CheckpointError(
-            f"{path}: the header is a {type(fields).__name__}, expected an object. {_WAY_OUT}"
-        )
+        reason = str(error).splitlines()[0][:100]
+        raise _fault(path, f"the header is not readable ({reason})", "JSON in UTF-8") from None
     return fields
 
 
-def _short(error: Exception) -> str:
-    return str(error).splitlines()[0][:120]
-
-
-def _metadata(value: object, path: Path) -> dict[str, str]:
+def _check_metadata(value: object, path: Path) -> dict[str, str]:
     if isinstance(value, dict) and all(isinstance(text, str) for text in value.values()):
         return value
-    raise CheckpointError(
-        f"{path}: __metadata__ is not an object of texts, expected text for text. {_WAY_OUT}"
-    )
+    raise _fault(path, f"{_METADATA} holds more than texts", "text for text")
 
 
 def _entry(name: str, value: object, path: Path, base: int) -> Entry:
-    def bad(found: str, expected: str) -> CheckpointError:
-        return CheckpointError(f"{path}: {name}: {found}, expected {expected}. {_WAY_OUT}")
-
     if not isinstance(value, dict) or set(value) != {"dtype", "shape", "data_offsets"}:
-        raise bad("the header's entry is incomplete", "dtype, shape and data_offsets")
+        raise _fault(path, "an odd entry in the header", "dtype, shape, data_offsets", name=name)
     code, shape, offsets = value["dtype"], value["shape"], value["data_offsets"]
     dtype = DTYPE_OF_CODE.get(code) if isinstance(code, str) else None
     if dtype is None:
-        raise bad(
-            f"the dtype is {code!r}, which torch {torch.__version__} cannot hold", "a known dtype"
-        )
-    if not _counts(shape):
-        raise bad(f"the shape is {shape!r}", "a list of numbers from 0 up")
-    if not _counts(offsets) or len(offsets) != 2 or offsets[0] > offsets[1]:
-        raise bad(f"data_offsets is {offsets!r}", "a begin and an end that is not before it")
-    begin, end = offsets
+        raise _fault(path, f"the dtype is {code!r}", "one that this torch knows", name=name)
+    if not _are_counts(shape):
+        raise _fault(path, f"the shape is {shape!r}", "a list of numbers from 0 up", name=name)
+    if not _are_counts(offsets) or len(offsets) != 2 or offsets[0] > offsets[1]:
+        raise _fault(path, f"data_offsets is {offsets!r}", "a begin and a later end", name=name)
     try:
         inner = torch_shape(code, shape)
     except ValueError as error:
-        raise bad(str(error), "an even last dimension") from None
+        raise _fault(path, str(error), "an even last dimension", name=name) from None
+    begin, end = offsets
     if byte_size(dtype, inner) != end - begin:
-        raise bad(f"{end - begin} bytes of data", f"{byte_size(dtype, inner)} for {code} {shape}")
+        expected = f"{byte_size(dtype, inner)} for {code} {shape}"
+        raise _fault(path, f"{end - begin} bytes of data", expected, name=name)
     return Entry(name, dtype, inner, base + begin, base + end)
 
 
-def _counts(value: object) -> bool:
+def _are_counts(value: object) -> bool:
     return isinstance(value, list) and all(type(one) is int and one >= 0 for one in value)
 
 
 def _check_cover(entries: Sequence[Entry], path: Path, base: int, size: int) -> None:
-    """Check that the tensors fill the file: no overlap, no hole, nothing missing, nothing behind."""
+    """Check that the tensors fill the file: no overlap, no hole, nothing cut off, no rest."""
     reached, last = base, "the header"
     for entry in entries:
         if entry.begin != reached:
-            fault = "overlaps with" if entry.begin < reached else "leaves a hole after"
-            raise CheckpointError(
-                f"{path}: {entry.name}: begins at byte {entry.begin} and {fault} {last}, "
-                f"expected to begin at byte {reached}. {_WAY_OUT}"
-            )
+            how = "overlaps with" if entry.begin < reached else "leaves a hole after"
+            found = f"begins at byte {entry.begin} and {how} {last}"
+            raise _fault(path, found, f"to begin at byte {reached}", name=entry.name)
         if entry.end > size:
-            raise CheckpointError(
-                f"{path}: {entry.name}: ends at byte {entry.end} of a file of {size} bytes, "
-                f"expected {entries[-1].end} bytes or more: the file is cut off. {_WAY_OUT}"
-            )
+            found = f"ends at byte {entry.end}, but the file is cut off at byte {size}"
+            raise _fault(path, found, f"{entries[-1].end} bytes", name=entry.name)
         reached, last = entry.end, entry.name
     if reached != size:
-        raise CheckpointError(
-            f"{path}: the file has {size} bytes, expected {reached}: {size - reached} bytes lie behind "
-            f"{last}. {_WAY_OUT}"
-        )
+        found = f"the file has {size} bytes, {size - reached} of them behind {last}"
+        raise _fault(path, found, f"{reached}")
 
 
 def format_header(
@@ -196,7 +175,7 @@ def format_header(
     layout : mapping of str to (dtype, shape)
         Every tensor of the file.
     metadata : mapping of str to str, or None
-        Written sorted by key; None leaves it out.
+        Written sorted by key; None and an empty mapping leave it out.
 
     Returns
     -------
@@ -208,27 +187,27 @@ def format_header(
     Raises
     ------
     CheckpointError
-        If the format has no code for a dtype.
+        If the format has no code for a dtype, or the name is taken by the format.
     """
-    fields: dict[str, Any] = {}
-    if metadata is not None:
-        fields["__metadata__"] = dict(sorted(metadata.items()))
+    fields: dict[str, Any] = {_METADATA: dict(sorted(metadata.items()))} if metadata else {}
     offsets: dict[str, tuple[int, int]] = {}
     reached = 0
     for name, (dtype, shape) in layout.items():
-        if name == "__metadata__":
-            raise CheckpointError(f"{name}: the name is taken by the format, expected another name")
+        if name == _METADATA:
+            raise CheckpointError(f"{name}: the name is safetensors' own, expected another name")
         if dtype not in CODE_OF_DTYPE:
             raise CheckpointError(
-                f"{name}: the dtype is {dtype}, expected one that safetensors can hold. Write a .pth file instead."
+                f"{name}: the dtype is {dtype}, expected one that safetensors can hold. "
+                "Write a .pth file instead, or leave the tensor out."
             )
         end = reached + byte_size(dtype, shape)
+        stored = list(stored_shape(dtype, shape))
+        offsets[name] = (reached, end)
         fields[name] = {
             "dtype": CODE_OF_DTYPE[dtype],
-            "shape": list(stored_shape(dtype, shape)),
+            "shape": stored,
             "data_offsets": [reached, end],
         }
-        offsets[name] = (reached, end)
         reached = end
     text = json.dumps(fields, ensure_ascii=False, separators=(",", ":")).encode("utf-8")
     text += b" " * (-len(text) % 8)

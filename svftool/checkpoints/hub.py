@@ -3,16 +3,21 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Sequence
 from pathlib import Path
+from types import ModuleType
 
-from svftool.checkpoints.folder import PICKLE_SUFFIXES, WEIGHT_SUFFIXES
+from svftool.checkpoints.folder import WEIGHT_SUFFIXES, weight_candidates
 from svftool.errors import CheckpointError, MissingDependencyError
 
 _ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
+_SIDE_FILES = (
+    ".json", ".txt", ".model", ".py", ".md", ".jinja", ".vocab", ".tiktoken", "LICENSE",
+)  # fmt: skip
 
 
 def looks_like_hub_id(text: str) -> bool:
-    """Tell whether `text` can only be a repository on the hub: ``owner/name``, no weight file.
+    """Tell whether `text` can be a repository on the hub: ``owner/name``, no weight file.
 
     Examples
     --------
@@ -35,35 +40,44 @@ def fetch(hub_id: str) -> Path:
     try:
         import huggingface_hub as hub
     except ImportError:
-        raise MissingDependencyError(
-            "huggingface_hub",
-            extra="language",
-            purpose=f"no file {hub_id!r} exists here; fetching it from the hub",
-        ) from None
+        purpose = f"there is no file or folder {hub_id!r} here; fetching it from the hub"
+        raise MissingDependencyError("huggingface_hub", extra="language", purpose=purpose) from None
     try:
-        wanted = _wanted(hub.list_repo_files(hub_id))
-    except Exception:  # noqa: BLE001 - whatever kept the list away, the cache may have the files
-        wanted = None
-    try:
-        return Path(
-            hub.snapshot_download(hub_id, allow_patterns=wanted, local_files_only=wanted is None)
-        )
+        wanted = wanted_files(hub.list_repo_files(hub_id))
     except Exception as error:  # noqa: BLE001 - the hub's client raises many kinds of its own
-        reason = " ".join(str(error).split())[:160]
-        raise CheckpointError(
-            f"{hub_id}: no such file or folder here, and the hub did not give it "
-            f"({type(error).__name__}: {reason}), expected a checkpoint. "
-            "Check the name, the connection, or download it beforehand."
-        ) from None
+        return _cached(hub, hub_id, error)
+    try:
+        return Path(hub.snapshot_download(hub_id, allow_patterns=wanted))
+    except Exception as error:  # noqa: BLE001 - as above
+        return _cached(hub, hub_id, error)
 
 
-def _wanted(files: list[str]) -> list[str]:
-    """Return the files to download: small ones at the top, and the weights in the best format."""
+def _cached(hub: ModuleType, hub_id: str, cause: Exception) -> Path:
+    """Return the repository's folder in the local cache, whatever kept the hub away."""
+    try:
+        return Path(hub.snapshot_download(hub_id, local_files_only=True))
+    except Exception:  # noqa: BLE001 - what matters to the user is why the hub did not answer
+        reason = str(cause).strip().partition("\n")[0][:160].rstrip(". ")
+    raise CheckpointError(
+        f"{hub_id}: no such file or folder here, and the hub did not give it "
+        f"({type(cause).__name__}: {reason}), expected a checkpoint. "
+        "Check the name and the connection."
+    ) from cause
+
+
+def wanted_files(files: Sequence[str]) -> list[str]:
+    """Return what to download of a repository: one set of weights, and the small files beside.
+
+    Examples
+    --------
+    >>> wanted_files(["config.json", "model.safetensors", "pytorch_model.bin", "onnx/model.onnx"])
+    ['config.json', 'model.safetensors']
+    """
     top = [file for file in files if "/" not in file]
-    safetensors = [file for file in top if file.endswith(".safetensors")]
-    pickles = [file for file in top if file.endswith(PICKLE_SUFFIXES)]
-    small = [file for file in top if not file.endswith(WEIGHT_SUFFIXES) and file.endswith(_SMALL)]
-    return [*small, *(safetensors or pickles)]
-
-
-_SMALL = (".json", ".txt", ".model", ".py", ".md", ".jinja", ".vocab", ".tiktoken", "LICENSE")
+    small = [file for file in top if file.endswith(_SIDE_FILES)]
+    chosen = weight_candidates(top)[:1]
+    if chosen and chosen[0].endswith(".json"):
+        stem, suffix = chosen[0].split(".")[:2]
+        shards = [file for file in top if file.startswith(f"{stem}-")]
+        chosen = [file for file in shards if file.endswith(f".{suffix}")]
+    return [*small, *chosen]

@@ -1,4 +1,4 @@
-"""Finding the tensors in what a pickle holds: dictionaries in dictionaries, training state beside."""
+"""Finding the tensors in what a pickle holds: dictionaries within dictionaries."""
 
 from __future__ import annotations
 
@@ -40,6 +40,7 @@ _TRAINING = (
     "config",
 )
 _DEPTH = 8
+_WAY_OUT = "Save the model's state_dict() instead."
 
 
 def tensor_names(mapping: Mapping[Any, Any]) -> list[str]:
@@ -73,26 +74,30 @@ def find_tensors(tree: object, where: str) -> tuple[tuple[str, ...], list[str]]:
     """
     path: tuple[str, ...] = ()
     passed_over: list[str] = []
-    here = tree
+    here = _dictionary(tree, where)
     for _ in range(_DEPTH):
-        if not isinstance(here, Mapping):
-            raise CheckpointError(
-                f"{where}: the pickle holds a {type(here).__name__}, expected a dictionary of tensors. "
-                "Save the model's state_dict() instead."
-            )
         inner = _inner(here)
         key = _choose(here, inner, where)
         if key is None:
             break
         passed_over += [one for one in inner if one != key]
         path, here = (*path, key), here[key]
-    if not isinstance(here, Mapping) or not tensor_names(here):
+    if not tensor_names(here):
+        keys = shortlist(map(repr, here), 5) or "no keys"
         raise CheckpointError(
-            f"{where}: no tensors among the keys {shortlist(map(repr, here), 5) if isinstance(here, Mapping) else ''}, "
-            "expected a dictionary of tensors, or one under 'state_dict' or 'model'. "
-            "Save the model's state_dict() instead."
+            f"{where}: no tensors ({keys}), expected a dictionary of tensors, or one under "
+            f"'state_dict' or 'model'. {_WAY_OUT}"
         )
     return path, passed_over
+
+
+def _dictionary(tree: object, where: str) -> Mapping[Any, Any]:
+    if isinstance(tree, Mapping):
+        return tree
+    kind = type(tree).__name__
+    raise CheckpointError(
+        f"{where}: the pickle holds a {kind}, expected a dictionary of tensors. {_WAY_OUT}"
+    )
 
 
 def _inner(mapping: Mapping[Any, Any]) -> list[str]:
@@ -125,6 +130,6 @@ def _choose(mapping: Mapping[Any, Any], inner: list[str], where: str) -> str | N
     if len(inner) == 1:
         return inner[0]
     raise CheckpointError(
-        f"{where}: several dictionaries of tensors ({shortlist(map(repr, inner), 5)}), expected one. "
-        "Save the one that is meant to a file of its own."
+        f"{where}: several dictionaries of tensors ({shortlist(map(repr, inner), 5)}), "
+        "expected one. Save the one that is meant to a file of its own."
     )

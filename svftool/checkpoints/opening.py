@@ -3,16 +3,26 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping, Sequence
+import re
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
 from svftool.checkpoints.base import Checkpoint, Format, Place, WeightFile
-from svftool.checkpoints.folder import PICKLE_SUFFIXES, STEMS, find_weights, read_config
+from svftool.checkpoints.folder import (
+    PICKLE_SUFFIXES,
+    STEMS,
+    check_shards,
+    find_weights,
+    read_config,
+)
+from svftool.checkpoints.foreign import describe_start
 from svftool.checkpoints.hub import fetch, looks_like_hub_id
 from svftool.checkpoints.pickle_file import ZIP_MAGIC, PickleFile
 from svftool.checkpoints.safetensors_file import SafetensorsFile
-from svftool.errors import CheckpointError, shortlist
+from svftool.errors import CheckpointError, ResourceError
+
+_SHARD = re.compile(r".+-(\d{5})-of-(\d{5})\.\w+")
 
 
 def open_checkpoint(path: str | os.PathLike[str], *, stem: str | None = None) -> Checkpoint:
@@ -35,30 +45,43 @@ def open_checkpoint(path: str | os.PathLike[str], *, stem: str | None = None) ->
     ------
     CheckpointError
         If there is no such checkpoint, or it is cut off, foreign, or carries code.
+    ResourceError
+        If it may not be read, or memory does not suffice for a pickle in the old format.
     MissingDependencyError
         If it could only be on the hub and huggingface_hub is not installed.
     """
     text = os.fspath(path)
     place = Path(text)
-    if not place.exists() and looks_like_hub_id(text):
-        return _open_folder(fetch(text), stem, hub_id=text)
     try:
+        if looks_like_hub_id(text) and not os.path.lexists(place) and not place.parent.exists():
+            return _open_folder(fetch(text), stem, hub_id=text)
         if place.is_dir():
             return _open_folder(place, stem)
         if place.is_file():
             return _open_file(place)
-    except OSError as error:
-        raise CheckpointError(
-            f"{text}: {error.strerror or error}, expected a readable checkpoint."
+    except PermissionError as error:
+        raise ResourceError(
+            f"{error.filename or text}: no permission to read, expected a readable checkpoint. "
+            "Change the permissions."
         ) from error
-    kind = "a broken link" if place.is_symlink() else "no such file or folder"
-    raise CheckpointError(f"{text}: {kind}, expected a checkpoint. Check the path.")
+    except OSError as error:
+        reason = error.strerror or error
+        raise CheckpointError(f"{text}: {reason}, expected a readable checkpoint.") from error
+    found = "a link that leads nowhere" if place.is_symlink() else "no such file or folder"
+    raise CheckpointError(f"{text}: {found}, expected a checkpoint. Check the path.")
 
 
 def _open_file(path: Path) -> Checkpoint:
-    stem = path.name.partition(".")[0]
-    config = read_config(path.parent) if stem in STEMS else None
-    return _open_all([path], Place(path, config=config))
+    usual = path.name.partition(".")[0] in STEMS
+    shard = _SHARD.fullmatch(path.name)
+    notes: tuple[str, ...] = ()
+    if shard is not None:
+        notes = (
+            f"{path.name}: shard {int(shard[1])} of {int(shard[2])}; only its tensors are read "
+            "(the folder's name reads all)",
+        )
+    config = read_config(path.parent) if usual else None
+    return _open_all([path], Place(path, config=config, notes=notes))
 
 
 def _open_folder(folder: Path, stem: str | None, *, hub_id: str | None = None) -> Checkpoint:
@@ -66,6 +89,11 @@ def _open_folder(folder: Path, stem: str | None, *, hub_id: str | None = None) -
         raise CheckpointError(
             f"{folder}: svf_config.json says that these are factors, expected a checkpoint. "
             "Run 'svftool merge' on the folder, or name the checkpoint it was made from."
+        )
+    if stem is None and (folder / "adapter_config.json").is_file():
+        raise CheckpointError(
+            f"{folder}: adapter_config.json says that this is an adapter, expected a whole "
+            "checkpoint. Merge the adapter into its base model first."
         )
     files, place = find_weights(folder, stem)
     return _open_all(files, replace(place, hub_id=hub_id))
@@ -76,64 +104,26 @@ def _open_all(paths: Sequence[Path], place: Place) -> Checkpoint:
     try:
         for path in paths:
             files.append(_weight_file(path))
-        if place.weight_map is not None:
-            _check_index(place.path / str(place.index_file), place.weight_map, files)
-        formats: set[Format] = {_format(file) for file in files}
-        if len(formats) > 1:
-            raise CheckpointError(
-                f"{place.path}: shards in several formats ({', '.join(sorted(formats))}), expected one format."
-            )
-        return Checkpoint(place, files, format=formats.pop())
+        check_shards(place, files)
     except BaseException:
         for file in files:
             file.close()
         raise
-
-
-def _format(file: WeightFile) -> Format:
-    return "safetensors" if isinstance(file, SafetensorsFile) else "pickle"
+    pickled = any(isinstance(file, PickleFile) for file in files)
+    kind: Format = "pickle" if pickled else "safetensors"
+    return Checkpoint(place, files, format=kind)
 
 
 def _weight_file(path: Path) -> WeightFile:
-    """Open one file by what its first bytes and its suffix say."""
+    """Open one file by its suffix, and by its first bytes where the suffix does not decide."""
     with path.open("rb") as file:
-        start = file.read(16)
+        start = file.read(32)
     pickled = start.startswith((ZIP_MAGIC, b"\x80"))
-    if path.suffix in PICKLE_SUFFIXES:
-        if not pickled:
-            raise CheckpointError(
-                f"{path}: {describe_start(path, start)}, expected a pickle of torch. Check where the file came from."
-            )
+    if path.suffix == ".safetensors" or (start[8:9] == b"{" and not pickled):
+        return SafetensorsFile(path)
+    if pickled:
         return PickleFile(path)
-    if path.suffix != ".safetensors" and start[8:9] != b"{":
-        if pickled:
-            return PickleFile(path)
-        raise CheckpointError(
-            f"{path}: {describe_start(path, start)}, expected safetensors or a pickle of torch. "
-            "Check where the file came from."
-        )
-    return SafetensorsFile(path)
-
-
-def describe_start(path: Path, start: bytes) -> str:
-    """Say what a file that is no checkpoint seems to be."""
-    if not start:
-        return "the file is empty"
-    if start.startswith(b"version https"):
-        return "the file is a Git LFS pointer (git lfs pull fetches the weights)"
-    if start.lstrip().lower().startswith((b"<!doctype", b"<html", b"<?xml")):
-        return "the file is a web page"
-    if start.startswith(b"GGUF"):
-        return "the file is in GGUF format"
-    return f"the file starts with {start[:8]!r}"
-
-
-def _check_index(index: Path, weight_map: Mapping[str, str], files: Sequence[WeightFile]) -> None:
-    """Check that each shard holds what the index says."""
-    held = {file.path.name: file.infos for file in files}
-    missing = [name for name, file in weight_map.items() if name not in held[file]]
-    if missing:
-        raise CheckpointError(
-            f"{index}: {weight_map[missing[0]]} does not hold {shortlist(missing, 4)}, expected every tensor that "
-            "the index names in its shard. Copy or download the shards again."
-        )
+    expected = "a pickle of torch" if path.suffix in PICKLE_SUFFIXES else "a checkpoint"
+    raise CheckpointError(
+        f"{path}: {describe_start(start)}, expected {expected}. Check where the file came from."
+    )

@@ -20,7 +20,7 @@ logger = logging.getLogger(__name__)
 PARTIAL = ".partial"
 """Suffix of work in progress, beside the output."""
 _LOCK = ".partial.lock"
-_REPLACED = ".replaced"
+_REPLACED = ".svftool-replaced"
 
 
 @contextmanager
@@ -110,7 +110,8 @@ class _Place:
                 relation = overlap(mine, path)
                 if relation:
                     raise UsageError(
-                        f"{self.given}: the output is {relation} the input {path}, expected a place apart"
+                        f"{self.given}: the output is {relation} the input {path}, "
+                        "expected a place apart. Choose another output."
                     )
         if not os.path.lexists(self.target):
             return
@@ -122,7 +123,8 @@ class _Place:
             os.path.ismount(self.target) or _holds(self.target.resolve(), Path.cwd(), Path.home())
         ):
             raise UsageError(
-                f"{self.given}: holds the current or the home folder, expected a folder that may be replaced"
+                f"{self.given}: holds the current or the home folder, expected one that may be "
+                "replaced. Choose another output."
             )
 
     def recover(self) -> None:
@@ -145,14 +147,19 @@ class _Place:
         sync(self.target.parent)
 
     def _exchange(self) -> None:
-        self.target.rename(self.replaced)
+        """Put a new folder in the place of an old one, or the old one back."""
         try:
+            self.target.rename(self.replaced)
             self.partial.rename(self.target)
         except BaseException:
-            self.replaced.rename(self.target)
+            if os.path.lexists(self.replaced) and not os.path.lexists(self.target):
+                self.replaced.rename(self.target)
             raise
         sync(self.target.parent)
-        remove(self.replaced)
+        try:
+            remove(self.replaced)
+        except OSError:
+            logger.warning("%s: the replaced folder could not be removed", self.replaced)
 
 
 def _holds(folder: Path, *places: Path) -> bool:
@@ -213,7 +220,8 @@ def _acquire(place: _Place) -> int:
         except BlockingIOError:
             os.close(handle)
             raise UsageError(
-                f"{place.given}: another process is writing it, expected to be alone. Wait for it, or choose another output."
+                f"{place.given}: another process is writing it, expected to be alone. "
+                "Wait for it, or choose another output."
             ) from None
         except OSError as error:
             if error.errno not in (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP, errno.EINVAL):

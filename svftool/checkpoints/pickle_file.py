@@ -1,16 +1,14 @@
-"""Reading one pickled weight file without running code from it; writing one with the same nesting."""
+"""Reading one pickled weight file without running code from it."""
 
 from __future__ import annotations
 
 import argparse
-import copy
-import io
 import pickle
 import re
 import threading
 import warnings
 from collections import defaultdict
-from collections.abc import Collection, Mapping, MutableMapping
+from collections.abc import Mapping
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any
@@ -19,9 +17,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from svftool.checkpoints.base import Checkpoint, Layout, TensorInfo
+from svftool.checkpoints.base import Layout, TensorInfo
 from svftool.checkpoints.nesting import find_tensors, tensor_names
-from svftool.errors import CheckpointError, UsageError
+from svftool.errors import CheckpointError, ResourceError, SvftoolError
 
 ZIP_MAGIC = b"PK\x03\x04"
 
@@ -32,16 +30,15 @@ _PLAIN: list[Any] = [
     np.dtype,
     np.ndarray,
     *(
-        (function, f"numpy.{package}.multiarray.{name}")
+        (getattr(_numpy_core, name), f"numpy.{package}.multiarray.{name}")
         for package in ("core", "_core")
-        for name, function in (
-            ("scalar", _numpy_core.scalar),
-            ("_reconstruct", _numpy_core._reconstruct),
-        )
+        for name in ("scalar", "_reconstruct")
     ),
     *(type(np.dtype(code)) for code in "?bhilqBHILQefdFD"),
 ]
 _LOADING = threading.Lock()
+_AGAIN = "Copy or download the file again."
+_SAVE = "Save the model's state_dict() with torch.save"
 
 
 class PickleFile:
@@ -55,7 +52,7 @@ class PickleFile:
         self.nesting, passed_over = find_tensors(self.tree, str(path))
         tensors = self._tensors()
         self.infos: Mapping[str, TensorInfo] = MappingProxyType(
-            {name: _info(name, tensor, path.name) for name, tensor in tensors.items()}
+            {name: _info(name, tensor, path) for name, tensor in tensors.items()}
         )
         self.metadata: Mapping[str, str] = {}
         self.tied = _tied(tensors)
@@ -64,15 +61,15 @@ class PickleFile:
     def read(self, name: str) -> Tensor:
         """Return one tensor that the caller owns."""
         tensor = self._tensors()[name].detach()
-        if tensor.layout is not torch.strided or tensor.is_quantized:
+        if self.infos[name].layout != "dense":
             return tensor.clone()
         return tensor.clone(memory_format=torch.contiguous_format)
 
     def close(self) -> None:
         """Let go of the tensors."""
-        self.tree = None
+        self.tree = {}
 
-    def _tensors(self) -> dict[str, Tensor]:
+    def _tensors(self) -> Mapping[str, Tensor]:
         here: Any = self.tree
         for key in self.nesting:
             here = here[key]
@@ -85,46 +82,54 @@ def _load(path: Path, lazy: bool) -> Any:
         with _LOADING, warnings.catch_warnings(), torch.serialization.safe_globals(_PLAIN):
             warnings.simplefilter("ignore")
             return torch.load(path, map_location="cpu", weights_only=True, mmap=lazy)  # noqa: TID251
-    except MemoryError:
+    except PermissionError:
         raise
     except Exception as error:  # noqa: BLE001 - a broken pickle can raise anything at all
         raise _refusal(path, error) from None
 
 
-def _refusal(path: Path, error: Exception) -> CheckpointError:
+def _refusal(path: Path, error: Exception) -> SvftoolError:
     """Say in one line why torch did not load a file."""
     text = str(error)
     named = re.search(r"GLOBAL ([\w.]+)", text)
     if named:
         return CheckpointError(
-            f"{path}: the pickle asks for {named[1]}, which could run code, expected tensors and plain "
-            "values only; nothing was run. Save the model's state_dict() where you trust the file."
+            f"{path}: the pickle asks for {named[1]}, which could run code, expected tensors and "
+            f"plain values only; nothing was run. {_SAVE} where you trust the file."
         )
     if "TorchScript" in text:
         return CheckpointError(
-            f"{path}: the file is a TorchScript program, expected a pickle of tensors. "
-            "Save the model's state_dict() instead."
+            f"{path}: a TorchScript program, expected a pickle of tensors. {_SAVE}."
         )
     if isinstance(error, pickle.UnpicklingError):
         return CheckpointError(
-            f"{path}: the pickle is not one that torch.save writes, expected tensors and plain values only; "
-            "nothing was run. Save the model's state_dict() with torch.save."
+            f"{path}: a pickle that torch.save did not write, expected tensors and plain values "
+            f"only; nothing was run. {_SAVE}."
         )
-    reason = f"{type(error).__name__}: {text}".splitlines()[0][:120].rstrip(": ")
+    if isinstance(error, MemoryError) or "allocate memory" in text or "not enough memory" in text:
+        return ResourceError(
+            f"{path}: no memory left to load the pickle, expected {path.stat().st_size} bytes or "
+            "more. Convert it to safetensors on a larger machine."
+        )
+    reason = f"{type(error).__name__}: {text}".strip().partition("\n")[0][:120].rstrip(": ")
     return CheckpointError(
-        f"{path}: the pickle is cut off or broken ({reason}), expected a file written by torch.save. "
-        "Copy or download the file again."
+        f"{path}: the pickle is cut off or broken ({reason}), expected a file that torch.save "
+        f"wrote. {_AGAIN}"
     )
+
+
+def _info(name: str, tensor: Tensor, path: Path) -> TensorInfo:
+    if tensor.is_nested or tensor.device.type != "cpu":
+        raise CheckpointError(
+            f"{path}: {name}: a tensor without values of its own, expected one with data. {_SAVE}."
+        )
+    return TensorInfo(name, tensor.dtype, tuple(tensor.shape), path.name, _layout(tensor))
 
 
 def _layout(tensor: Tensor) -> Layout:
     if tensor.is_quantized:
         return "quantised"
     return "dense" if tensor.layout is torch.strided else "sparse"
-
-
-def _info(name: str, tensor: Tensor, file: str) -> TensorInfo:
-    return TensorInfo(name, tensor.dtype, tuple(tensor.shape), file, _layout(tensor))
 
 
 def _tied(tensors: Mapping[str, Tensor]) -> tuple[tuple[str, ...], ...]:
@@ -142,7 +147,7 @@ def _notes(file: str, lazy: bool, nesting: tuple[str, ...], passed_over: list[st
     if nesting:
         notes.append(f"{file}: the tensors were found under {' > '.join(map(repr, nesting))}")
     if passed_over:
-        notes.append(f"{file}: not used: the tensors under {', '.join(map(repr, passed_over))}")
+        notes.append(f"{file}: tensors under {', '.join(map(repr, passed_over))} were not used")
     if not lazy:
         notes.append(f"{file}: a pickle in torch's old format, loaded into memory as a whole")
     return notes

@@ -1,4 +1,4 @@
-"""What a tensor is for, judged by its name: embedding, output head, bias table, scale, experts.
+"""What a tensor is for, judged by its name: embedding, output head, table, scale, experts.
 
 Names are all that a checkpoint tells. The rules follow the naming of torchvision, timm,
 transformers and the papers' own code; what they miss is brought in or left out by a pattern.
@@ -12,61 +12,70 @@ from typing import Any
 
 from svftool.checkpoints.base import TensorInfo
 
+QUANTISATION = "quantisation scale or packed integers"
+_TOKENS = "token embedding"
+
+# The first rule that matches the whole of a tensor's owner counts.
 _RULES: tuple[tuple[str, re.Pattern[str]], ...] = (
     (
-        "quantisation scale or packed integers",
+        QUANTISATION,
         re.compile(
-            r"(.+_)?scale(_inv|_2)|(weight|input|output|activation|act|k|v|q)_scale|scales?_and_zeros?"
-            r"|scales|q?zeros|(.+_)?zero_points?|qweight|weight_packed|weight_shape|g_idx|(nested_)?absmax"
-            r"|(nested_)?quant_map|SCB|.*_(blocks|scales)",
+            r"(.+_)?scale(_inv|_2)|(weight|input|output|activation|act|k|v|q)_scale|SCB"
+            r"|(.+_)?scales|scales?_and_zeros?|q?zeros|(.+_)?zero_points?|g_idx"
+            r"|qweight|weight_(packed|shape)|.+_blocks|(nested_)?(absmax|quant_map)"
         ),
     ),
     (
         "relative position table",
         re.compile(
-            r"rel(ative)?_pos(ition)?(_bias)?_(table|bias|index|embeddings?)|rel_pos_[hwdt]|rel_pos_bias"
-            r"|relative_attention_bias|relative_position_bias|rel_embeddings|relative_position_[kv]|rel_pos"
+            r"rel(ative)?_pos(ition)?s?(_bias|_embedding)?(_table|_index|_embeddings?|_[hwdtkv])?"
+            r"|relative_attention_bias|rel_embeddings|(height|width)_rel"
         ),
     ),
-    ("attention bias table", re.compile(r"attention_bias(es)?|attn_bias(es)?")),
+    (
+        "attention bias table",
+        re.compile(r"(attention|attn)_bias(es)?|pos_bias_[uv]|r_[wrs]_bias"),
+    ),
     ("attention mask", re.compile(r"(.+_)?mask")),
+    ("bias of several dimensions", re.compile(r"(.+_)?bias")),
     (
         "position embedding",
         re.compile(
-            r"wpe|pe|embed_positions?|(.*_)?pos(ition(al)?)?_?(emb|embed|embeds|embedding|embeddings|encoding|enc)(_.*)?"
-            r"|(cos|sin)_cached|(spatial|temporal)_pos.*|(temporal|time)_(embed|embedding|embeddings)s?"
+            r"(.+_)?pos(ition(al)?)?_?(emb|embed|embeds|embeddings?|encodings?|enc)(_.+)?"
+            r"|wpe|pe|embed_positions?|(cos|sin)_cached|(time|temporal)_(embed|embeddings?)"
         ),
     ),
     (
-        "token embedding",
+        _TOKENS,
         re.compile(
-            r"wte|(.*_)?embed_tokens(_.*)?|(.*_)?(word|tok|token|token_type|lang|language|type|entity|class|query|segment)"
-            r"_?(emb|embed|embeds|embedding|embeddings)|embed_in|emb|embed|embeds|embedding|embeddings|shared"
-            r"|(cls|dist|mask|reg|query|storage)_tokens?"
+            r"(?!patch|input|frame|audio|image|visual|pixel)(.+_)?(emb|embed|embeds|embeddings?)"
+            r"|wte|(.+_)?embed_tokens(_.+)?|embed_in|shared"
+            r"|(cls|dist|mask|reg|register|query|storage|latent)_tokens?"
         ),
     ),
 )
-_LEAVES = ("weight", "bias")
-_WRAPPERS = frozenset({"module", "_orig_mod", "model", "net", "network"})
 
-# Names that stand for an output head wherever they are; and, as a module at the top of the
-# network, only in second place: a network may have an inner layer of that name.
+# Modules around a whole network, which say nothing about the place of a layer in it.
+_WRAPPERS = frozenset({"module", "_orig_mod", "model", "net", "network", "backbone"})
+
 _HEAD_ANYWHERE = re.compile(
-    r"lm_head|embed_out|output_projection|qa_outputs|score|logits|(.+_)?classifier|last_linear|conv_seg"
+    r"lm_head|embed_out|output_projection|qa_outputs|logits|(.+_)?classifier|last_linear|conv_seg"
     r"|seq_relationship|cls_score|cls_logits|bbox_pred|mask_fcn_logits|class_embed"
 )
-_HEAD_BLOCK = re.compile(
-    r"heads?|head_dist|fc|(.+_)?classifier|lm_head|last_linear|classification_head"
+_HEAD_AT_TOP = re.compile(
+    r"heads?|head_dist|fc|score|(.+_)?classifier|last_linear|classification_head|segmentation_head"
 )
-_HEAD_LAST = ("linear", "output", "proj_out")
-_FINAL = re.compile(r"heads?|fc|linear|l|out_proj|out|decoder|last_layer|logits|classifier")
-_EXPERTS = re.compile(r"(^|[._])experts?([._]|$)")
-_MOE = re.compile(r"moe|expert", re.IGNORECASE)
+_HEAD_IF_NO_OTHER = ("linear", "output", "proj_out")
+_FINAL = re.compile(r"heads?|fc|linear|l|out_proj|out|decoder|last_layer|logits|score|classifier")
+
+# Not experts.0.w1: an expert with a module of its own has matrices like any layer.
+_EXPERTS = re.compile(r"(^|[._])experts?(?!\.\d)([._]|$)")
+_MIXTURE = re.compile(r"moe|expert", re.IGNORECASE)
 _EXPERT_COUNTS = ("num_local_experts", "num_experts", "n_routed_experts", "moe_num_experts")
 
 
 def owner(name: str) -> str:
-    """Return the module that a tensor belongs to, or the tensor's own name where it stands alone.
+    """Return the module of a weight, or a tensor's own name where it is no module's weight.
 
     Examples
     --------
@@ -74,23 +83,29 @@ def owner(name: str) -> str:
     ('wte', 'relative_position_bias_table')
     """
     parts = name.split(".")
-    return parts[-2] if len(parts) > 1 and parts[-1] in _LEAVES else parts[-1]
+    return parts[-2] if len(parts) > 1 and parts[-1] == "weight" else parts[-1]
 
 
 def table_role(info: TensorInfo) -> str | None:
-    """Return what a tensor is if it is a table rather than a weight that maps, else None."""
+    """Return what a tensor is if it is a table rather than a weight that maps, else None.
+
+    Examples
+    --------
+    >>> import torch
+    >>> info = TensorInfo("transformer.wpe.weight", torch.float32, (1024, 768), "model.safetensors")
+    >>> table_role(info)
+    'position embedding'
+    """
     who = owner(info.name)
-    for role, pattern in _RULES:
-        if pattern.fullmatch(who) and not (role == "token embedding" and _maps(info, who)):
-            return role
-    return None
+    role = next((role for role, pattern in _RULES if pattern.fullmatch(who)), None)
+    if role == _TOKENS and _is_layer(info, who):
+        return None
+    return role
 
 
-def _maps(info: TensorInfo, who: str) -> bool:
+def _is_layer(info: TensorInfo, who: str) -> bool:
     """Tell a convolution, or a deep layer called ``shared``, from an embedding of that name."""
-    if len(info.shape) > 3:
-        return True
-    return who == "shared" and info.name.count(".") > 2
+    return len(info.shape) > 3 or (who == "shared" and info.name.count(".") > 2)
 
 
 def output_heads(infos: Iterable[TensorInfo]) -> frozenset[str]:
@@ -104,39 +119,40 @@ def output_heads(infos: Iterable[TensorInfo]) -> frozenset[str]:
     paths = {
         info.name: _module_path(info.name)
         for info in infos
-        if len(info.shape) > 1 and owner(info.name) != info.name.rpartition(".")[2]
+        if len(info.shape) > 1 and re.search(r"\.weight(_\w+)?$", info.name)
     }
-    heads = {name for name, path in paths.items() if _HEAD_ANYWHERE.fullmatch(path[-1])}
-    heads |= {name for name, path in paths.items() if _is_named_output(path)}
-    heads |= _last_of_blocks(paths)
+    heads = {name for name, path in paths.items() if _is_head(path)}
+    heads |= _last_at_top(paths)
     if not heads:
-        heads = {name for name, path in paths.items() if len(path) == 1 and path[0] in _HEAD_LAST}
+        heads = {
+            name for name, path in paths.items() if len(path) == 1 and path[0] in _HEAD_IF_NO_OTHER
+        }
     return frozenset(heads)
 
 
 def _module_path(name: str) -> tuple[str, ...]:
-    """Return the modules that lead to a tensor, wrappers at the front left out."""
+    """Return the modules that lead to a tensor, without wrappers at the front."""
     parts = name.split(".")[:-1]
     while len(parts) > 1 and parts[0] in _WRAPPERS:
         parts = parts[1:]
     return tuple(parts)
 
 
-def _is_named_output(path: tuple[str, ...]) -> bool:
-    """Recognise output layers that have plain names inside a head of a known name."""
-    if len(path) < 2:
-        return False
-    inner, outer = path[-1], path[-2]
+def _is_head(path: tuple[str, ...]) -> bool:
+    """Recognise a head by its own name, or a plain name inside a head."""
+    inner, outer = path[-1], path[-2] if len(path) > 1 else ""
     if inner == "decoder":
         return outer in ("predictions", "lm_head")
-    return inner == "out_proj" and (outer == "classifier" or outer.endswith("classification_head"))
+    if inner == "out_proj":
+        return outer == "classifier" or outer.endswith("classification_head")
+    return bool(_HEAD_ANYWHERE.fullmatch(inner))
 
 
-def _last_of_blocks(paths: Mapping[str, tuple[str, ...]]) -> set[str]:
+def _last_at_top(paths: Mapping[str, tuple[str, ...]]) -> set[str]:
     """Return the last layer of each block at the top of the network that is a head by its name."""
     blocks: dict[str, list[str]] = {}
     for name, path in paths.items():
-        if _HEAD_BLOCK.fullmatch(path[0]):
+        if _HEAD_AT_TOP.fullmatch(path[0]):
             blocks.setdefault(path[0], []).append(name)
     found = set()
     for names in blocks.values():
@@ -146,6 +162,7 @@ def _last_of_blocks(paths: Mapping[str, tuple[str, ...]]) -> set[str]:
 
 
 def _natural(path: tuple[str, ...]) -> list[tuple[int, str]]:
+    """Return a key that sorts numbered modules by their number."""
     return [(int(part), "") if part.isdecimal() else (-1, part) for part in path]
 
 
@@ -162,15 +179,10 @@ def is_expert_stack(info: TensorInfo, config: Mapping[str, Any] | None = None) -
         return False
     if _EXPERTS.search(info.name):
         return True
-    return bool(_MOE.search(info.name)) and info.shape[0] in _expert_counts(config or {})
+    return bool(_MIXTURE.search(info.name)) and info.shape[0] in _expert_counts(config or {})
 
 
-def is_expert_bias(info: TensorInfo) -> bool:
-    """Tell whether a 2-D tensor is a stack of biases, one for each expert."""
-    last = info.name.rpartition(".")[2]
-    return len(info.shape) == 2 and bool(_EXPERTS.search(info.name)) and last.endswith("bias")
-
-
-def _expert_counts(config: Mapping[str, Any]) -> set[object]:
+def _expert_counts(config: Mapping[str, Any]) -> set[int]:
     nested = [value for value in config.values() if isinstance(value, Mapping)]
-    return {one[key] for one in (config, *nested) for key in _EXPERT_COUNTS if key in one}
+    counts = [one.get(key) for one in (config, *nested) for key in _EXPERT_COUNTS]
+    return {count for count in counts if isinstance(count, int)}

@@ -58,7 +58,7 @@ class SafetensorsFile:
         # A tensor's memory is aligned for its dtype even where its bytes in the file are not.
         raw = torch.empty(end - begin, dtype=torch.uint8)
         try:
-            self._fill(memoryview(raw.numpy()), begin)
+            self._fill(raw.numpy().data, begin)
         except OSError as error:
             raise CheckpointError(
                 f"{self.path}: {name}: reading failed ({error.strerror or error}), "

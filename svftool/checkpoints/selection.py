@@ -10,7 +10,12 @@ from typing import Any
 
 from svftool.checkpoints.base import TensorInfo
 from svftool.checkpoints.dtypes import DECOMPOSABLE, FLOAT8
-from svftool.checkpoints.roles import is_expert_bias, is_expert_stack, output_heads, table_role
+from svftool.checkpoints.roles import (
+    QUANTISATION,
+    is_expert_stack,
+    output_heads,
+    table_role,
+)
 from svftool.checkpoints.views import View, matrix_shape
 from svftool.errors import UsageError
 
@@ -117,17 +122,16 @@ def check_patterns(patterns: Iterable[str], names: Iterable[str]) -> None:
     for pattern in patterns:
         if not any(fnmatchcase(name, pattern) for name in known):
             raise UsageError(
-                f"pattern {pattern!r} matches none of {len(known)} tensors, {_suggestion(pattern, known)}"
+                f"pattern {pattern!r} matches none of {len(known)} tensors, expected names such as "
+                f"{_closest(pattern, known)}. A pattern is for whole names: * stands for any part."
             )
 
 
-def _suggestion(pattern: str, names: Sequence[str]) -> str:
-    plain = pattern.strip("*").replace("*", ".")
+def _closest(pattern: str, names: Sequence[str]) -> str:
+    plain = pattern.strip("*")
     inside = [name for name in names if plain and plain in name]
-    close = (
-        inside[:3] or difflib.get_close_matches(plain, names, n=3, cutoff=0.3) or list(names[:3])
-    )
-    return f"expected names such as {', '.join(close)}. Patterns match whole names: * stands for any part."
+    close = inside or difflib.get_close_matches(plain, names, n=3, cutoff=0.3) or names
+    return ", ".join(close[:3])
 
 
 def _check_views(views: Sequence[tuple[str, View]], infos: Mapping[str, TensorInfo]) -> None:
@@ -136,7 +140,8 @@ def _check_views(views: Sequence[tuple[str, View]], infos: Mapping[str, TensorIn
             len(info.shape) == 3 and fnmatchcase(name, pattern) for name, info in infos.items()
         ):
             raise UsageError(
-                f"view {pattern}=batch matches no tensor of three dimensions, expected stacks of matrices (E, m, n)"
+                f"view {pattern}=batch matches no tensor of three dimensions, "
+                "expected stacks of matrices (E, m, n)"
             )
 
 
@@ -171,11 +176,8 @@ def _impossible(info: TensorInfo, view: View) -> str | None:
     if info.layout != "dense":
         return f"{info.layout} storage"
     if info.dtype not in DECOMPOSABLE:
-        packed = (
-            table_role(info) == "quantisation scale or packed integers"
-            or info.dtype.is_floating_point
-        )
-        return "quantisation scale or packed integers" if packed else "not floating point"
+        packed = table_role(info) == QUANTISATION or info.dtype.is_floating_point
+        return QUANTISATION if packed else "not floating point"
     if info.numel == 0:
         return "empty"
     if len(info.shape) < 2:
@@ -188,6 +190,4 @@ def _by_default(info: TensorInfo, heads: frozenset[str]) -> str | None:
         return "float8 values of a quantised layer"
     if info.name in heads:
         return "output head"
-    if is_expert_bias(info):
-        return "biases of experts"
     return table_role(info)

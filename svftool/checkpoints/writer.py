@@ -93,7 +93,8 @@ class SafetensorsWriter:
         dtype, shape = self.layout[name]
         if tensor.dtype != dtype or tuple(tensor.shape) != tuple(shape):
             raise ValueError(
-                f"{name}: {tensor.dtype} {tuple(tensor.shape)}, expected {dtype} {tuple(shape)} as in the layout"
+                f"{name}: {tensor.dtype} {tuple(tensor.shape)}, "
+                f"expected {dtype} {tuple(shape)} as in the layout"
             )
         with self._lock:
             if name not in self._left:
@@ -102,9 +103,7 @@ class SafetensorsWriter:
         if tensor.numel():
             raw = tensor.detach().cpu().resolve_conj().resolve_neg().contiguous()
             with write_errors(self.path):
-                self._put(
-                    memoryview(raw.reshape(-1).view(torch.uint8).numpy()), self._spans[name][0]
-                )
+                self._put(raw.reshape(-1).view(torch.uint8).numpy().data, self._spans[name][0])
 
     def close(self) -> None:
         """Finish the file.
@@ -120,7 +119,7 @@ class SafetensorsWriter:
         if missing:
             self.abort()
             raise ValueError(
-                f"{self.path}: {shortlist(missing)}: never written, expected every tensor of the layout"
+                f"{self.path}: {shortlist(missing)}: never written, expected all of the layout"
             )
         with write_errors(self.path):
             self.abort()
@@ -172,7 +171,8 @@ def check_room(path: Path, size: int) -> None:
         free = shutil.disk_usage(path.parent).free
     if free < size:
         raise ResourceError(
-            f"{path}: {free} bytes free on the disk, expected {size}. Free some space, or choose another disk."
+            f"{path}: {free} bytes free on the disk, expected {size}. "
+            "Free some space, or choose another disk."
         )
 
 
