@@ -57,7 +57,7 @@ def test_one_example_a_class_is_enough() -> None:
 @pytest.mark.parametrize("bias", [True, False])
 def test_a_linear_head_is_replaced(bias: bool) -> None:
     model = nn.Sequential(nn.Flatten(), nn.Sequential(nn.Linear(12, 7, bias=bias)))
-    assert new_head(model, "1.0", 4, 7) == "1.0"
+    assert new_head(model, "1.0", 4, 7) == (model, "1.0")
     weights = torch.randn(4, 12)
     set_head(model.get_submodule("1.0"), weights)
     images = torch.randn(2, 3, 2, 2)
@@ -74,26 +74,27 @@ def test_a_convolutional_head_is_replaced() -> None:
     torch.testing.assert_close(model(images), images.mean((2, 3)) @ weights.T)
 
 
-def test_a_headless_network_gets_one_that_survives_copying() -> None:
-    model = nn.Sequential(nn.Conv2d(3, 6, 1), nn.ReLU())
-    assert new_head(model, None, 4, 6) == "head"
+@pytest.mark.parametrize("flat", [False, True])
+def test_a_headless_network_is_wrapped(flat: bool) -> None:
+    backbone = nn.Sequential(nn.Conv2d(3, 6, 1), nn.ReLU())
+    if flat:
+        backbone.extend([nn.AdaptiveAvgPool2d(1), nn.Flatten()])
+    model, head = new_head(backbone, None, 4, 6)
     images = torch.randn(2, 3, 5, 5)
-    expected = model.head(model[0](images).relu().mean((2, 3)))
-    torch.testing.assert_close(model(images), expected)
-    copied = copy.deepcopy(model)
-    set_head(copied.head, torch.zeros(4, 6))
-    assert not copied(images).any()
-    torch.testing.assert_close(model(images), expected)
-    assert list(model.state_dict()) == ["0.weight", "0.bias", "head.weight", "head.bias"]
+    features = backbone[0](images).relu().mean((2, 3))
+    torch.testing.assert_close(model(images), model.get_submodule(head)(features))
+    assert list(copy.deepcopy(model).state_dict()) == [
+        "backbone.0.weight",
+        "backbone.0.bias",
+        "head.weight",
+        "head.bias",
+    ]
 
 
 def test_other_heads_are_refused() -> None:
     model = nn.Sequential(nn.Linear(3, 4), nn.LayerNorm(4))
     with pytest.raises(ModelError, match="head '1' is a LayerNorm"):
         new_head(model, "1", 2, 4)
-    model = nn.ModuleDict({"head": nn.Identity(), "body": nn.Linear(3, 4)})
-    with pytest.raises(ModelError, match="'head' already"):
-        new_head(model, None, 2, 4)
 
 
 def test_the_inputs_of_a_head_are_caught_and_let_go() -> None:

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from svftool.errors import ResourceError, UsageError
 from svftool.progress import SILENT, Progress
-from svftool.tasks import HeadInfo, Metric, Part
+from svftool.tasks import Metric, Part, Prepared
 from svftool.training import Interruption, Outcome, Settings, train
 from svftool.training.optimise import Optimiser, rate_factor
 from svftool.training.randomness import Sampler
@@ -35,8 +35,8 @@ class LeastSquares:
         self.asked: list[list[int]] = []
         self.parts: list[str] = []
 
-    def prepare(self, model: nn.Module) -> HeadInfo:
-        return HeadInfo()
+    def prepare(self, model: nn.Module) -> Prepared:
+        return Prepared(model)
 
     def order(self, generator: torch.Generator) -> Tensor:
         return torch.randperm(self.size, generator=generator)

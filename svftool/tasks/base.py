@@ -40,19 +40,22 @@ class Metric:
 
 
 @dataclass(frozen=True)
-class HeadInfo:
-    """What `Draw.prepare` did to the model's head.
+class Prepared:
+    """A model that fits a task's data, before anything is attached.
 
     Attributes
     ----------
-    module : str or None
-        Name of the module that is the head; None where the task trains none.
-    new : bool
+    model : nn.Module
+        The model given, or a wrapper that holds it as ``backbone``.
+    head : str or None
+        Name of the module that is trained in every regime; None where there is none.
+    new_head : bool
         The head is not the checkpoint's: it was made for this data.
     """
 
-    module: str | None = None
-    new: bool = False
+    model: nn.Module
+    head: str | None = None
+    new_head: bool = False
 
 
 class Draw(Protocol):
@@ -66,8 +69,8 @@ class Draw(Protocol):
     def held_out(self) -> int:
         """Support examples kept from training to choose the best weights by; 0 for none."""
 
-    def prepare(self, model: nn.Module) -> HeadInfo:
-        """Fit the model to the data in place, before anything is attached: a new head, say."""
+    def prepare(self, model: nn.Module) -> Prepared:
+        """Fit a freshly loaded model to the data: a new head, say."""
 
     def order(self, generator: torch.Generator) -> Tensor:
         """Give the order in which one epoch goes through the examples: (size,) integers."""

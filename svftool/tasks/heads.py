@@ -11,9 +11,6 @@ from torch.nn.functional import cross_entropy, normalize
 
 from svftool.errors import ModelError
 
-HEAD = "head"
-"""Name of the module that is added to a network that has no classifier."""
-
 _SCALES = (5.0, 10.0, 15.0, 20.0, 30.0, 40.0, 60.0, 80.0)
 _ONE_SHOT_SCALE = 15.0
 
@@ -44,16 +41,41 @@ def pool(features: Tensor) -> Tensor:
     return features.mean(1) if features.ndim == 3 else features
 
 
-def new_head(model: nn.Module, module: str | None, classes: int, features: int) -> str:
+class WithHead(nn.Module):
+    """A network without a classifier, and a linear one on its pooled output.
+
+    Parameters
+    ----------
+    backbone : nn.Module
+        Gives features: (N, F), a map (N, F, H, W) or a sequence (N, T, F).
+    features, classes : int
+        Sizes of the head.
+    """
+
+    def __init__(self, backbone: nn.Module, features: int, classes: int) -> None:
+        super().__init__()
+        like = next(backbone.parameters())
+        self.backbone = backbone
+        self.head = nn.Linear(features, classes, device=like.device, dtype=like.dtype)
+
+    def forward(self, images: Tensor) -> Tensor:
+        """Logits, (N, classes)."""
+        logits: Tensor = self.head(pool(logits_of(self.backbone(images))))
+        return logits
+
+
+def new_head(
+    model: nn.Module, module: str | None, classes: int, features: int
+) -> tuple[nn.Module, str]:
     """Put an untrained classifier in the place of the model's own, or behind a model without one.
 
     Parameters
     ----------
     model : nn.Module
-        Changed in place.
+        Changed in place where it has a head.
     module : str or None
-        Name of the head to replace: a linear layer or a 1x1 convolution. None adds a linear layer
-        named ``head`` that is applied to the model's (pooled) output.
+        Name of the head to replace: a linear layer or a 1x1 convolution. None wraps the model in
+        a `WithHead`.
     classes : int
         Outputs of the new head.
     features : int
@@ -61,33 +83,20 @@ def new_head(model: nn.Module, module: str | None, classes: int, features: int) 
 
     Returns
     -------
-    str
-        Name of the head's module.
+    tuple of nn.Module and str
+        The model with the head, and the name of the head's module.
 
     Raises
     ------
     ModelError
-        If the head is another kind of layer, or the name ``head`` is taken.
+        If the head is another kind of layer.
     """
     if module is None:
-        if hasattr(model, HEAD):
-            raise ModelError(
-                f"no classifier was found in the model, and the name {HEAD!r} is taken. "
-                "Name the classifier's module with --head-name"
-            )
-        like = next(model.parameters())
-        model.add_module(HEAD, nn.Linear(features, classes, device=like.device, dtype=like.dtype))
-        model.register_forward_hook(_apply_head)
-        return HEAD
+        return WithHead(model, features, classes), "head"
     old = model.get_submodule(module)
     parent, _, name = module.rpartition(".")
     setattr(model.get_submodule(parent), name, _resized(old, module, classes))
-    return module
-
-
-def _apply_head(model: nn.Module, arguments: Any, output: Any) -> Tensor:
-    result: Tensor = model.get_submodule(HEAD)(pool(logits_of(output)))
-    return result
+    return model, module
 
 
 def _resized(old: nn.Module, name: str, classes: int) -> nn.Module:

@@ -1,0 +1,304 @@
+"""Image classification: a folder of class folders, or a CSV file of path,label."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import cross_entropy
+
+from svftool.errors import DataError, ModelError, UsageError, shortlist
+from svftool.models import DEFAULT_PREPROCESSING, Preprocessing, find_head
+from svftool.progress import SILENT, Progress
+from svftool.tasks.base import Metric, Part, Prepared
+from svftool.tasks.heads import class_means, head_inputs, logits_of, new_head, pool, set_head
+from svftool.tasks.images import LabelledImage, list_images
+from svftool.tasks.metrics import ClassificationCount
+from svftool.tasks.splits import draw_shots
+from svftool.tasks.views import Augment, ImageSet, Transform, choose_view
+
+HeadChoice = Literal["auto", "keep", "new"]
+
+PIXELS_PER_BATCH = 64 * 224 * 224
+LARGEST_BATCH = 256
+
+
+@dataclass(frozen=True)
+class Examples:
+    """Labelled images: where they are kept, which of them, and their classes."""
+
+    images: ImageSet
+    indices: tuple[int, ...]
+    labels: Tensor
+
+    def __len__(self) -> int:
+        return len(self.indices)
+
+    def take(self, positions: Sequence[int]) -> list[Tensor]:
+        """Load the images at positions of `indices`."""
+        return self.images.load([self.indices[position] for position in positions])
+
+    def batches(self, device: torch.device) -> Iterator[tuple[Tensor, Tensor]]:
+        """All images in order, centred and normalised, in batches that suit their size."""
+        height, width = self.images.view.size
+        size = max(1, min(LARGEST_BATCH, PIXELS_PER_BATCH // (height * width)))
+        for start in range(0, len(self), size):
+            positions = range(start, min(start + size, len(self)))
+            batch = self.images.view.centre(self.take(positions))
+            yield batch.to(device), self.labels[start : start + size].to(device)
+
+
+class Classification:
+    """The task ``classification``.
+
+    Parameters
+    ----------
+    data : Path
+        Images to draw the support set from; see `svftool.tasks.images.list_images`.
+    evaluation : Path or None
+        Images to measure with; None takes what the shots left over.
+    shots : int or None
+        Images a class in the support set; None takes all, which needs `evaluation`.
+    classes : Path or None
+        Text file with one class name a line, in the order of the head's outputs; None sorts the
+        names that `data` has.
+    head : {"auto", "keep", "new"}
+        ``auto`` keeps the checkpoint's head when it has as many outputs as there are classes.
+    head_name : str or None
+        Module that is the head, where it is not found by itself.
+    image_size : int or None
+        Overrides the checkpoint's; see `svftool.tasks.views.choose_view`.
+    augment : {"none", "light", "strong"} or callable
+        Augmentation of training images; see `svftool.tasks.views.ImageView.augmented`.
+    hold_out : float
+        Share of the support set that chooses the best weights instead of being trained on.
+    preprocessing : Preprocessing
+        Normalisation and size that the checkpoint was trained with.
+
+    Raises
+    ------
+    DataError
+        If files, classes and shots do not fit together.
+    """
+
+    name = "classification"
+    primary = Metric("accuracy", higher_is_better=True)
+
+    def __init__(
+        self,
+        data: Path,
+        *,
+        evaluation: Path | None = None,
+        shots: int | None = None,
+        classes: Path | None = None,
+        head: HeadChoice = "auto",
+        head_name: str | None = None,
+        image_size: int | None = None,
+        augment: Augment | Transform = "light",
+        hold_out: float = 0.0,
+        preprocessing: Preprocessing = DEFAULT_PREPROCESSING,
+    ) -> None:
+        images = list_images(data)
+        queries = list_images(evaluation) if evaluation is not None else []
+        self.shots = shots
+        self.classes = _class_names(images, classes)
+        self.head = head
+        self.head_name = head_name
+        self.augment = augment
+        self.hold_out = hold_out
+        _check_labels(images, self.classes, data)
+        _check_labels(queries, self.classes, evaluation or data)
+        if shots is None and evaluation is None:
+            raise UsageError(
+                "all images would be trained on and none measure the result. "
+                "Give --shots K, which leaves the rest for evaluation, or --eval PATH"
+            )
+        draw_shots([image.label for image in images], shots=shots)
+        every = [image.path for image in (*images, *queries)]
+        self.view = choose_view(every, preprocessing, size=image_size)
+        self._names = [image.label for image in images]
+        self._images = ImageSet([image.path for image in images], self.view)
+        self._queries = self._examples(
+            ImageSet([image.path for image in queries], self.view),
+            range(len(queries)),
+            [image.label for image in queries],
+        )
+
+    def describe(self) -> dict[str, Any]:
+        """Shots, image size, normalisation and augmentation."""
+        augment = self.augment if isinstance(self.augment, str) else "custom"
+        return {
+            "shots": self.shots,
+            "image_size": list(self.view.size),
+            "mean": list(self.view.mean),
+            "std": list(self.view.std),
+            "augment": augment,
+            "hold_out": self.hold_out,
+        }
+
+    def draw(self, seed: int) -> ClassificationDraw:
+        """Draw the support set of a seed.
+
+        Raises
+        ------
+        DataError
+            If nothing is left to evaluate on.
+        """
+        split = draw_shots(self._names, shots=self.shots, hold_out=self.hold_out, seed=seed)
+        query = self._queries
+        if not len(query):
+            query = self._examples(self._images, split.rest, self._names)
+        if not len(query):
+            raise DataError(
+                f"{self.shots} shots take every image and leave none to measure with. "
+                "Lower --shots or give --eval PATH"
+            )
+        support = self._examples(self._images, split.support, self._names)
+        held_out = self._examples(self._images, split.held_out, self._names)
+        return ClassificationDraw(self, support, held_out, query)
+
+    def _examples(self, images: ImageSet, indices: Sequence[int], names: list[str]) -> Examples:
+        order = {name: position for position, name in enumerate(self.classes)}
+        labels = torch.tensor([order[names[index]] for index in indices], dtype=torch.int64)
+        return Examples(images, tuple(indices), labels)
+
+
+class ClassificationDraw:
+    """Support, held-out and query images of one seed."""
+
+    def __init__(
+        self, task: Classification, support: Examples, held_out: Examples, query: Examples
+    ) -> None:
+        self._task = task
+        self._support = support
+        self._parts = {"held_out": held_out, "query": query}
+
+    @property
+    def size(self) -> int:
+        """Images to train on."""
+        return len(self._support)
+
+    @property
+    def held_out(self) -> int:
+        """Images held out of the support set."""
+        return len(self._parts["held_out"])
+
+    def prepare(self, model: nn.Module) -> Prepared:
+        """Keep the model's head, or make one from the class means of its features.
+
+        Raises
+        ------
+        ModelError
+            If the model does not take the images, or ``keep`` meets another number of classes.
+        """
+        task, head = self._task, self._task.head_name or find_head(model)
+        outputs = self._outputs(model)
+        if head is not None and outputs == len(task.classes) and task.head != "new":
+            return Prepared(model, head)
+        if task.head == "keep":
+            raise ModelError(
+                f"the checkpoint's head has {outputs} outputs, the data {len(task.classes)} "
+                "classes. Use --head new, or give the head's class names in order with --classes"
+            )
+        model, head = new_head(model, head, len(task.classes), outputs)
+        self._start_from_means(model, head)
+        return Prepared(model, head, new_head=True)
+
+    def _outputs(self, model: nn.Module) -> int:
+        batch = self._task.view.centre(self._support.take([0, self.size - 1]))
+        try:
+            with torch.inference_mode():
+                outputs = pool(logits_of(model.eval()(batch.to(_device_of(model)))))
+        except (RuntimeError, ValueError, AssertionError) as error:
+            height, width = self._task.view.size
+            raise ModelError(
+                f"the model does not take images of {height} x {width}: {_first_line(error)}. "
+                "Choose the size with --image-size"
+            ) from error
+        return outputs.shape[1]
+
+    def _start_from_means(self, model: nn.Module, head: str) -> None:
+        classes, labels = self._task.classes, self._support.labels
+        empty = [name for i, name in enumerate(classes) if not bool((labels == i).any())]
+        if empty:
+            raise DataError(
+                f"no images of class {shortlist(empty)}, expected some of each for a new head"
+            )
+        device = _device_of(model)
+        with torch.inference_mode():
+            inputs = head_inputs(model, head, (batch for batch, _ in self._support.batches(device)))
+            weights = class_means(inputs, labels.to(device), len(classes))
+        set_head(model.get_submodule(head), weights)
+
+    def order(self, generator: torch.Generator) -> Tensor:
+        """Shuffle the support set."""
+        return torch.randperm(self.size, generator=generator)
+
+    def batch(self, indices: Tensor, generator: torch.Generator) -> tuple[Tensor, Tensor]:
+        """Load and augment: (N, 3, height, width) float32 images and (N,) labels."""
+        images = self._support.take(indices.tolist())
+        view = self._task.view
+        return view.augmented(images, self._task.augment, generator), self._support.labels[indices]
+
+    def loss(self, model: nn.Module, batch: tuple[Tensor, Tensor]) -> Tensor:
+        """Mean cross-entropy of a batch."""
+        images, labels = batch
+        return cross_entropy(logits_of(model(images)).float(), labels)
+
+    def evaluate(
+        self, model: nn.Module, part: Part = "query", *, progress: Progress = SILENT
+    ) -> dict[str, float]:
+        """Accuracy and mean cross-entropy of the query or held-out images."""
+        examples, count = self._parts[part], ClassificationCount()
+        model.eval()
+        with (
+            torch.inference_mode(),
+            progress.task("evaluate", total=len(examples), unit="images") as bar,
+        ):
+            for images, labels in examples.batches(_device_of(model)):
+                count.add(logits_of(model(images)), labels)
+                bar.advance(len(labels))
+        return count.result()
+
+
+def _device_of(model: nn.Module) -> torch.device:
+    return next(model.parameters()).device
+
+
+def _class_names(images: Sequence[LabelledImage], file: Path | None) -> tuple[str, ...]:
+    if file is None:
+        names = tuple(sorted({image.label for image in images}))
+        where = "the data"
+    else:
+        names, where = _read_classes(file), str(file)
+    if len(names) < 2:
+        raise DataError(f"{where}: {len(names)} class, expected two or more ({shortlist(names)})")
+    return names
+
+
+def _read_classes(file: Path) -> tuple[str, ...]:
+    try:
+        lines = file.read_text(encoding="utf-8-sig").splitlines()
+    except (OSError, UnicodeDecodeError) as error:
+        raise DataError(f"{file}: {error}, expected a text file of class names") from error
+    names = tuple(line.strip() for line in lines if line.strip())
+    twice = sorted({name for name in names if names.count(name) > 1})
+    if twice:
+        raise DataError(f"{file}: {shortlist(twice)} twice, expected each class once")
+    return names
+
+
+def _check_labels(images: Sequence[LabelledImage], classes: Sequence[str], source: Path) -> None:
+    unknown = sorted({image.label for image in images} - set(classes))
+    if unknown:
+        raise DataError(
+            f"{source}: unknown class {shortlist(unknown)}, expected one of {shortlist(classes)}"
+        )
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error) or type(error).__name__).splitlines()[0]

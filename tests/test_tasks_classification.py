@@ -1,0 +1,188 @@
+"""Image classification as a task: classes, draws, heads, loss and metrics."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from pictures import write_pictures
+from PIL import Image
+from torch import Tensor, nn
+from torch.nn.functional import cross_entropy
+
+from svftool.errors import DataError, ModelError, UsageError
+from svftool.tasks.classification import Classification
+
+
+class ColourNet(nn.Module):
+    """Mean colour, mixed at random, then a linear head of its own."""
+
+    def __init__(self, classes: int = 3, *, size: int | None = None) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.size = size
+        self.conv = nn.Conv2d(3, 12, 1)
+        self.fc = nn.Linear(12, classes)
+
+    def forward(self, images: Tensor) -> Tensor:
+        if self.size is not None and images.shape[-1] != self.size:
+            raise RuntimeError(f"want {self.size} pixels")
+        return self.fc(self.conv(images).relu().mean((2, 3)))
+
+
+def test_the_rest_is_what_the_shots_left_over(tmp_path: Path) -> None:
+    task = Classification(write_pictures(tmp_path, count=6), shots=2)
+    assert task.classes == ("blue", "green", "red")
+    draw = task.draw(0)
+    assert (draw.size, draw.held_out) == (6, 0)
+    _, labels = draw.batch(torch.arange(6), torch.Generator())
+    assert labels.tolist() == [0, 0, 1, 1, 2, 2]
+    trained = set(draw._support.indices)
+    assert trained | set(draw._parts["query"].indices) == set(range(18))
+    assert not trained & set(draw._parts["query"].indices)
+
+
+def test_evaluation_images_are_their_own(tmp_path: Path) -> None:
+    data = write_pictures(tmp_path / "a", count=3)
+    other = write_pictures(tmp_path / "b", classes=["red"], count=5)
+    task = Classification(data, evaluation=other)
+    draw = task.draw(0)
+    assert draw.size == 9
+
+    class Red(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.weight = nn.Parameter(torch.ones(1))
+
+        def forward(self, images: Tensor) -> Tensor:
+            logits = self.weight * torch.tensor([0.0, 0.0, 2.0])
+            return logits.expand(len(images), 3)
+
+    metrics = draw.evaluate(Red())
+    assert metrics["accuracy"] == 1.0
+    expected = cross_entropy(torch.tensor([[0.0, 0.0, 2.0]]), torch.tensor([2]))
+    assert metrics["loss"] == pytest.approx(float(expected))
+
+
+def test_a_held_out_share_is_measured_apart(tmp_path: Path) -> None:
+    draw = Classification(write_pictures(tmp_path), shots=4, hold_out=0.25).draw(0)
+    assert (draw.size, draw.held_out) == (9, 3)
+    assert set(draw.evaluate(ColourNet(), "held_out")) == {"accuracy", "loss"}
+
+
+def test_a_head_of_as_many_classes_is_kept(tmp_path: Path) -> None:
+    model = ColourNet(3)
+    before = model.fc.weight.clone()
+    prepared = Classification(write_pictures(tmp_path), shots=2).draw(0).prepare(model)
+    assert (prepared.model, prepared.head, prepared.new_head) == (model, "fc", False)
+    assert torch.equal(model.fc.weight, before)
+
+
+@pytest.mark.parametrize(("outputs", "head"), [(7, "auto"), (3, "new")])
+def test_a_new_head_starts_from_class_means(tmp_path: Path, outputs: int, head: str) -> None:
+    model = ColourNet(outputs)
+    draw = Classification(write_pictures(tmp_path, count=12), shots=4, head=head).draw(0)
+    prepared = draw.prepare(model)
+    assert (prepared.model, prepared.head, prepared.new_head) == (model, "fc", True)
+    assert model.fc.out_features == 3
+    assert draw.evaluate(model)["accuracy"] > 0.9
+
+
+def test_a_network_without_a_head_gets_one(tmp_path: Path) -> None:
+    model = nn.Sequential(nn.Conv2d(3, 12, 1), nn.ReLU())
+    draw = Classification(write_pictures(tmp_path, count=12), shots=4).draw(0)
+    prepared = draw.prepare(model)
+    assert (prepared.head, prepared.new_head) == ("head", True)
+    assert prepared.model.backbone is model
+    assert draw.evaluate(prepared.model)["accuracy"] > 0.9
+
+
+def test_a_head_of_another_size_cannot_be_kept(tmp_path: Path) -> None:
+    draw = Classification(write_pictures(tmp_path), shots=2, head="keep").draw(0)
+    with pytest.raises(ModelError, match=r"7 outputs, the data 3 classes.*--head new"):
+        draw.prepare(ColourNet(7))
+
+
+def test_a_file_of_classes_gives_their_order(tmp_path: Path) -> None:
+    data = write_pictures(tmp_path / "data")
+    names = tmp_path / "names.txt"
+    names.write_text("red\nyellow\n\nblue\ngreen\n")
+    task = Classification(data, shots=2, classes=names)
+    assert task.classes == ("red", "yellow", "blue", "green")
+    _, labels = task.draw(0).batch(torch.arange(6), torch.Generator())
+    assert labels.tolist() == [2, 2, 3, 3, 0, 0]
+    with pytest.raises(DataError, match="no images of class yellow"):
+        task.draw(0).prepare(ColourNet(9))
+
+
+@pytest.mark.parametrize(
+    ("lines", "message"),
+    [
+        ("red\nblue\n", r"unknown class green, expected one of red, blue"),
+        ("red\nblue\nred\ngreen", r"names.txt: red twice"),
+        ("red", r"names.txt: 1 class, expected two or more"),
+    ],
+)
+def test_classes_that_do_not_fit_are_said(tmp_path: Path, lines: str, message: str) -> None:
+    (tmp_path / "names.txt").write_text(lines)
+    data = write_pictures(tmp_path / "data")
+    with pytest.raises(DataError, match=message):
+        Classification(data, shots=2, classes=tmp_path / "names.txt")
+    with pytest.raises(DataError, match=r"absent.txt: .*expected a text file"):
+        Classification(data, shots=2, classes=tmp_path / "absent.txt")
+
+
+def test_evaluation_images_of_an_unknown_class_are_said(tmp_path: Path) -> None:
+    data = write_pictures(tmp_path / "a", classes=["red", "blue"])
+    other = write_pictures(tmp_path / "b")
+    with pytest.raises(DataError, match=r"b: unknown class green, expected one of blue, red"):
+        Classification(data, evaluation=other, shots=2)
+
+
+def test_shots_that_do_not_fit_are_said(tmp_path: Path) -> None:
+    data = write_pictures(tmp_path, count=4)
+    with pytest.raises(DataError, match=r"class 'blue' has 4 images, expected at least 5"):
+        Classification(data, shots=5)
+    with pytest.raises(UsageError, match=r"--shots K.*--eval"):
+        Classification(data)
+    with pytest.raises(DataError, match="leave none to measure with"):
+        Classification(data, shots=4).draw(0)
+
+
+def test_a_model_that_wants_another_size_is_said(tmp_path: Path) -> None:
+    data = write_pictures(tmp_path)
+    with pytest.raises(ModelError, match=r"16 x 16: want 20 pixels.*--image-size"):
+        Classification(data, shots=2).draw(0).prepare(ColourNet(3, size=20))
+    Classification(data, shots=2, image_size=20).draw(0).prepare(ColourNet(3, size=20))
+
+
+def test_an_unreadable_image_is_named(tmp_path: Path) -> None:
+    data = write_pictures(tmp_path)
+    (data / "red" / "00.png").write_bytes(b"no image")
+    with pytest.raises(DataError, match=r"red/00\.png: .*expected an image"):
+        Classification(data, shots=2)
+    whole = (data / "red" / "01.png").read_bytes()
+    (data / "red" / "00.png").write_bytes(whole[: len(whole) - 200])
+    with pytest.raises(DataError, match=r"red/00\.png: .*expected an image"):
+        Classification(data, evaluation=data).draw(0).evaluate(ColourNet())
+
+
+def test_large_sets_are_measured_in_batches(tmp_path: Path) -> None:
+    for name in ("a", "b"):
+        (tmp_path / name).mkdir()
+        for index in range(150):
+            Image.new("RGB", (4, 4), (index, 0, 0)).save(tmp_path / name / f"{index}.png")
+    draw = Classification(tmp_path, evaluation=tmp_path, image_size=4).draw(0)
+    seen: list[int] = []
+    model = ColourNet(2)
+    model.register_forward_hook(lambda _m, inputs, _o: seen.append(len(inputs[0])))
+    assert 0 <= draw.evaluate(model)["accuracy"] <= 1
+    assert seen == [256, 44]
+
+
+def test_the_description_holds_no_paths(tmp_path: Path) -> None:
+    described = Classification(write_pictures(tmp_path), shots=2).describe()
+    assert described["shots"] == 2
+    assert described["image_size"] == [16, 16]
+    assert str(tmp_path) not in str(described)

@@ -1,0 +1,215 @@
+"""Listing, decoding and viewing of labelled images."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from pictures import write_pictures
+from PIL import Image
+from svftool.models import Preprocessing
+
+from svftool.errors import DataError, UsageError
+from svftool.tasks.images import image_size, list_images, open_image, to_tensor
+from svftool.tasks.views import ImageSet, choose_view
+
+PLAIN = Preprocessing(mean=(0.0, 0.0, 0.0), std=(1.0, 1.0, 1.0))
+
+
+def test_a_folder_lists_its_class_folders_in_order(tmp_path: Path) -> None:
+    data = write_pictures(tmp_path / "data", count=2)
+    (data / "red" / "notes.txt").write_text("no image")
+    (data / ".cache").mkdir()
+    images = list_images(data)
+    assert [(i.label, i.path.name) for i in images] == [
+        ("blue", "00.png"),
+        ("blue", "01.png"),
+        ("green", "00.png"),
+        ("green", "01.png"),
+        ("red", "00.png"),
+        ("red", "01.png"),
+    ]
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "red/00.png,red\nblue/01.png,blue\n",
+        "path,label\nred/00.png,red\nblue/01.png,blue\n",
+        "\ufefflabel,split,path\nred,train,red/00.png\nblue,train,blue/01.png\n\n",
+    ],
+)
+def test_a_csv_file_lists_paths_beside_it(tmp_path: Path, text: str) -> None:
+    data = write_pictures(tmp_path / "data", count=2)
+    file = data / "list.csv"
+    file.write_text(text, encoding="utf-8")
+    images = list_images(file)
+    assert [(i.label, i.path) for i in images] == [
+        ("red", data / "red" / "00.png"),
+        ("blue", data / "blue" / "01.png"),
+    ]
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("red/00.png,red\nred/09.png,red\n", r"list.csv: line 2: 'red/09.png' is no file"),
+        ("red/00.png,red\nred/00.png\n", r"list.csv: line 2: 'red/00.png', expected path,label"),
+        ("red/00.png, \n", r"list.csv: line 1: .*expected path,label"),
+        ("", r"list.csv: no images"),
+    ],
+)
+def test_a_csv_row_that_names_nothing_is_said(tmp_path: Path, text: str, message: str) -> None:
+    data = write_pictures(tmp_path / "data", count=1)
+    (data / "list.csv").write_text(text)
+    with pytest.raises(DataError, match=message):
+        list_images(data / "list.csv")
+
+
+def test_a_csv_file_in_another_encoding_is_said(tmp_path: Path) -> None:
+    (tmp_path / "list.csv").write_bytes(b"\xff\xfe\x00caf\xe9,1\n")
+    with pytest.raises(DataError, match=r"list.csv: .*UTF-8"):
+        list_images(tmp_path / "list.csv")
+
+
+def test_nothing_to_list_is_said(tmp_path: Path) -> None:
+    with pytest.raises(DataError, match="nowhere: not found"):
+        list_images(tmp_path / "nowhere")
+    with pytest.raises(DataError, match="no images"):
+        list_images(tmp_path)
+    (tmp_path / "cat").mkdir()
+    with pytest.raises(DataError, match="cat: no images"):
+        list_images(tmp_path)
+
+
+@pytest.mark.parametrize("content", [b"", b"not an image", None])
+def test_an_unreadable_image_is_named(tmp_path: Path, content: bytes | None) -> None:
+    file = tmp_path / "x.png"
+    whole = tmp_path / "whole.png"
+    Image.fromarray(np.random.default_rng(0).integers(0, 255, (32, 32, 3), np.uint8)).save(whole)
+    file.write_bytes(whole.read_bytes()[:900] if content is None else content)
+    with pytest.raises(DataError, match=r"x\.png: .*expected an image"):
+        open_image(file)
+    assert open_image(whole).size == (32, 32)
+
+
+def test_every_mode_becomes_rgb(tmp_path: Path) -> None:
+    grey = np.arange(0, 64, dtype=np.uint8).reshape(8, 8)
+    modes = {
+        "L": Image.fromarray(grey),
+        "I;16": Image.fromarray(grey.astype(np.uint16) * 256),
+        "RGBA": Image.fromarray(np.stack([grey, grey, grey, grey], -1)),
+        "P": Image.fromarray(grey).convert("P"),
+        "1": Image.fromarray(grey > 9),
+    }
+    for name, image in modes.items():
+        file = tmp_path / f"{name.replace(';', '')}.png"
+        image.save(file)
+        tensor = to_tensor(open_image(file))
+        assert tensor.shape == (3, 8, 8)
+        assert tensor.dtype == torch.uint8
+        if name != "1":
+            np.testing.assert_array_equal(tensor[0], grey, err_msg=name)
+
+
+def test_images_are_turned_upright(tmp_path: Path) -> None:
+    image = Image.fromarray(np.zeros((10, 20, 3), np.uint8))
+    exif = image.getexif()
+    exif[0x0112] = 6
+    image.save(tmp_path / "turned.jpg", exif=exif)
+    assert open_image(tmp_path / "turned.jpg").size == (10, 20)
+    assert image_size(tmp_path / "turned.jpg") == (20, 10)
+
+
+def test_the_images_own_size_is_kept_where_all_agree(tmp_path: Path) -> None:
+    data = write_pictures(tmp_path, count=2, size=(12, 20))
+    paths = [image.path for image in list_images(data)]
+    view = choose_view(paths, PLAIN)
+    assert (view.size, view.short_side) == ((12, 20), None)
+    images = ImageSet(paths, view).load([3, 0])
+    expected = torch.stack([to_tensor(open_image(paths[i])) for i in (3, 0)]) / 255
+    torch.testing.assert_close(view.centre(images), expected)
+
+
+def test_images_of_several_sizes_are_resized_to_224(tmp_path: Path) -> None:
+    write_pictures(tmp_path, classes=["red"], count=1, size=(30, 40))
+    write_pictures(tmp_path, classes=["blue"], count=1, size=(40, 30))
+    paths = [image.path for image in list_images(tmp_path)]
+    view = choose_view(paths, PLAIN)
+    assert (view.size, view.short_side) == ((224, 224), 256)
+    assert view.centre(ImageSet(paths, view).load([0, 1])).shape == (2, 3, 224, 224)
+
+
+def test_the_checkpoints_own_size_and_the_users_come_first(tmp_path: Path) -> None:
+    paths = [i.path for i in list_images(write_pictures(tmp_path, count=1))]
+    own = Preprocessing(
+        mean=PLAIN.mean, std=PLAIN.std, size=(48, 48), interpolation="bicubic", crop_pct=0.75
+    )
+    assert choose_view(paths, own).size == (48, 48)
+    assert choose_view(paths, own).short_side == 64
+    assert choose_view(paths, own, size=24).short_side == 32
+    assert choose_view(paths, PLAIN, size=24).short_side == 24
+    with pytest.raises(UsageError, match="--image-size is 0"):
+        choose_view(paths, own, size=0)
+
+
+def test_normalisation_is_by_channel(tmp_path: Path) -> None:
+    paths = [i.path for i in list_images(write_pictures(tmp_path, count=1))]
+    view = choose_view(paths, Preprocessing(mean=(0.1, 0.2, 0.3), std=(0.5, 0.25, 2.0)))
+    images = ImageSet(paths, view).load([0])
+    mean, std = torch.tensor([0.1, 0.2, 0.3]), torch.tensor([0.5, 0.25, 2.0])
+    expected = (images[0] / 255 - mean[:, None, None]) / std[:, None, None]
+    torch.testing.assert_close(view.centre(images)[0], expected)
+
+
+@pytest.mark.parametrize("augment", ["light", "strong"])
+def test_augmentation_repeats_with_its_generator_alone(tmp_path: Path, augment: str) -> None:
+    paths = [i.path for i in list_images(write_pictures(tmp_path, count=4))]
+    view = choose_view(paths, PLAIN)
+    images = ImageSet(paths, view).load(range(len(paths)))
+
+    def augmented(seed: int) -> torch.Tensor:
+        torch.manual_seed(torch.randint(1000, ()).item())
+        return view.augmented(images, augment, torch.Generator().manual_seed(seed))
+
+    before = torch.get_rng_state()
+    first = view.augmented(images, augment, torch.Generator().manual_seed(0))
+    assert torch.equal(before, torch.get_rng_state())
+    assert torch.equal(first, augmented(0))
+    assert not torch.equal(first, augmented(1))
+    assert first.shape == (len(paths), 3, 16, 16)
+
+
+def test_light_augmentation_shifts_by_an_eighth_at_most(tmp_path: Path) -> None:
+    image = torch.zeros(3, 16, 16, dtype=torch.uint8)
+    image[:, 8, 8] = 255
+    Image.fromarray(image.permute(1, 2, 0).numpy()).save(tmp_path / "dot.png")
+    view = choose_view([tmp_path / "dot.png"], PLAIN)
+    batch = view.augmented([image] * 300, "light", torch.Generator().manual_seed(0))
+    found = batch[:, 0].flatten(1).argmax(1)
+    assert set((found // 16).tolist()) == {6, 7, 8, 9, 10}
+    assert set((found % 16).tolist()) == {5, 6, 7, 8, 9, 10}
+
+
+def test_a_callable_augments_each_image(tmp_path: Path) -> None:
+    paths = [i.path for i in list_images(write_pictures(tmp_path, count=1))]
+    view = choose_view(paths, PLAIN)
+    images = ImageSet(paths, view).load([0, 1])
+    batch = view.augmented(images, lambda image: image * 0, torch.Generator())
+    assert not batch.any()
+
+
+def test_the_cache_keeps_what_fits_and_loads_the_rest_again(tmp_path: Path) -> None:
+    paths = [i.path for i in list_images(write_pictures(tmp_path, classes=["red"], count=3))]
+    view = choose_view(paths, PLAIN)
+    images = ImageSet(paths, view, cache_bytes=2 * 3 * 16 * 16)
+    first = images.load([0, 1, 2, 1])
+    assert torch.equal(first[1], first[3])
+    for path in paths[:2]:
+        path.unlink()
+    assert torch.equal(torch.stack(images.load([2, 1])), torch.stack([first[2], first[1]]))
+    paths[2].unlink()
+    with pytest.raises(DataError, match=paths[2].name):
+        images.load([2])
