@@ -1,0 +1,19 @@
+"""A model spec and a checkpoint -> a live model with exactly the checkpoint's weights."""
+
+from svftool.models.build import build_model
+from svftool.models.heads import find_head
+from svftool.models.load import load_weights
+from svftool.models.preprocessing import (
+    DEFAULT_PREPROCESSING,
+    Preprocessing,
+    find_preprocessing,
+)
+
+__all__ = [
+    "DEFAULT_PREPROCESSING",
+    "Preprocessing",
+    "build_model",
+    "find_head",
+    "find_preprocessing",
+    "load_weights",
+]

@@ -1,0 +1,193 @@
+"""Build the model that a spec names and load a checkpoint into it, strictly."""
+
+from __future__ import annotations
+
+import importlib
+import importlib.util
+import inspect
+import sys
+from collections.abc import Callable, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import nn
+
+from svftool.checkpoints import Checkpoint
+from svftool.errors import MissingDependencyError, ModelError
+from svftool.models.heads import find_head
+from svftool.models.load import load_weights
+from svftool.models.pretrained import load_transformers
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+FORMS = "'auto', 'timm:NAME', 'torchvision:NAME', 'FILE.py:FACTORY' or 'package.module:FACTORY'"
+
+
+def build_model(
+    spec: str,
+    *,
+    checkpoint: Checkpoint,
+    dtype: torch.dtype | None = torch.float32,
+    trust_remote_code: bool = False,
+) -> nn.Module:
+    """Build the model that a spec names and give it a checkpoint's weights.
+
+    Parameters
+    ----------
+    spec : str
+        ``auto`` (the checkpoint's ``config.json`` names a transformers or timm model),
+        ``timm:NAME``, ``torchvision:NAME``, ``FILE.py:FACTORY`` or
+        ``package.module:FACTORY``, where the factory is called without arguments.
+    checkpoint : Checkpoint
+        The weights.
+    dtype : torch.dtype or None
+        Of the model's floating tensors; None takes the checkpoint's.
+    trust_remote_code : bool
+        Whether code that lies beside the checkpoint may run.
+
+    Returns
+    -------
+    nn.Module
+        On the CPU, in evaluation mode.
+
+    Raises
+    ------
+    ModelError
+        If the spec names no model, or model and checkpoint differ: every missing, unexpected and
+        misshapen tensor is listed.
+    MissingDependencyError
+        If the library that the spec names is not installed.
+    """
+    if spec == "auto":
+        return _build_auto(checkpoint, dtype, trust_remote_code).eval()
+    source, _, name = spec.rpartition(":")
+    if not source or not name:
+        raise ModelError(f"model {spec!r}, expected {FORMS}.")
+    if source == "timm":
+        return load_weights(_build_timm(name, checkpoint, {}), checkpoint, dtype=dtype).eval()
+    if source == "torchvision":
+        return load_weights(_build_torchvision(name, checkpoint), checkpoint, dtype=dtype).eval()
+    return load_weights(_call_factory(source, name), checkpoint, dtype=dtype).eval()
+
+
+def _build_auto(
+    checkpoint: Checkpoint, dtype: torch.dtype | None, trust_remote_code: bool
+) -> nn.Module:
+    config = checkpoint.config or {}
+    if "architecture" in config:
+        model = _build_timm(str(config["architecture"]), checkpoint, config)
+        return load_weights(model, checkpoint, dtype=dtype)
+    if "model_type" in config or "architectures" in config:
+        return load_transformers(checkpoint, dtype=dtype, trust_remote_code=trust_remote_code)
+    raise ModelError(
+        f"{checkpoint.path}: no config.json that names a model, expected one for --model auto. "
+        f"Name the model with --model: {FORMS}."
+    )
+
+
+def _build_timm(name: str, checkpoint: Checkpoint, config: Mapping[str, Any]) -> nn.Module:
+    try:
+        import timm
+    except ImportError:
+        raise MissingDependencyError("timm", extra="vision", purpose=f"the model {name}") from None
+    options = dict(config.get("model_args") or {})
+    if "num_classes" in config:
+        options["num_classes"] = int(config["num_classes"])
+    if config.get("pretrained_cfg"):
+        options["pretrained_cfg"] = {**config["pretrained_cfg"], "architecture": name}
+
+    def create(**classes: int) -> nn.Module:
+        with _explained(f"timm has no model {name!r} like this"):
+            model: nn.Module = timm.create_model(name, pretrained=False, **{**options, **classes})
+            return model
+
+    return _with_classes(create, checkpoint)
+
+
+def _build_torchvision(name: str, checkpoint: Checkpoint) -> nn.Module:
+    try:
+        from torchvision import models
+    except ImportError:
+        purpose = f"the model {name}"
+        raise MissingDependencyError("torchvision", extra="vision", purpose=purpose) from None
+    with _explained(f"torchvision has no model {name!r}"):
+        builder = models.get_model_builder(name)
+    options: dict[str, Any] = {"weights": None}
+    if "weights_backbone" in inspect.signature(builder).parameters:
+        options["weights_backbone"] = None
+    if "aux_loss" in inspect.signature(builder).parameters:
+        options["aux_loss"] = any("aux_classifier." in tensor for tensor in checkpoint.infos)
+
+    def create(**classes: int) -> nn.Module:
+        with _explained(f"torchvision has no model {name!r} like this"):
+            model: nn.Module = builder(**options, **classes)
+            return model
+
+    return _with_classes(create, checkpoint)
+
+
+def _with_classes(create: Callable[..., nn.Module], checkpoint: Checkpoint) -> nn.Module:
+    """Build a model with as many classes as the checkpoint's head has."""
+    model = create()
+    head = find_head(model)
+    if head is None:
+        return model
+    info = checkpoint.infos.get(f"{checkpoint.prefix}{head}.weight")
+    if info is None:
+        no_head = not any(
+            tensor.startswith(checkpoint.prefix + head) for tensor in checkpoint.infos
+        )
+        return create(num_classes=0) if no_head and hasattr(model, "get_classifier") else model
+    rows = model.get_submodule(head).get_parameter("weight").shape[0]
+    return model if info.shape[0] == rows else create(num_classes=info.shape[0])
+
+
+def _call_factory(source: str, name: str) -> nn.Module:
+    module = _import_file(Path(source)) if source.endswith(".py") else _import_module(source)
+    factory = getattr(module, name, None)
+    if not callable(factory):
+        offered = ", ".join(sorted(key for key in vars(module) if not key.startswith("_"))[:10])
+        raise ModelError(f"{source}: no factory {name!r}, it has {offered}.")
+    with _explained(f"{source}:{name} failed"):
+        model = factory()
+    if not isinstance(model, nn.Module):
+        raise ModelError(f"{source}:{name} returned {type(model).__name__}, expected an nn.Module.")
+    return model
+
+
+def _import_file(path: Path) -> object:
+    if not path.is_file():
+        raise ModelError(f"{path}: no such file, expected Python code with a model factory.")
+    key = f"svftool_model_{path.stem}"
+    spec = importlib.util.spec_from_file_location(key, path)
+    if spec is None or spec.loader is None:
+        raise ModelError(f"{path}: not importable, expected a Python file.")
+    module = importlib.util.module_from_spec(spec)
+    # Registered, and its folder on the path, so that dataclasses, pickling and imports of
+    # neighbouring files work as in a script.
+    sys.modules[key] = module
+    sys.path.insert(0, str(path.resolve().parent))
+    try:
+        with _explained(f"{path} failed to import"):
+            spec.loader.exec_module(module)
+    finally:
+        sys.path.remove(str(path.resolve().parent))
+    return module
+
+
+def _import_module(name: str) -> object:
+    with _explained(f"module {name!r} failed to import"):
+        return importlib.import_module(name)
+
+
+@contextmanager
+def _explained(what: str) -> Iterator[None]:
+    """Turn whatever foreign code raises into an error that says where."""
+    try:
+        yield
+    except Exception as error:
+        text = (str(error).splitlines() or [""])[0]
+        raise ModelError(f"{what} ({type(error).__name__}: {text}). Expected {FORMS}.") from error

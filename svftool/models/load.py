@@ -1,0 +1,104 @@
+"""Load a checkpoint into a model, strictly: what is missing, unexpected or misshapen is listed."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+import torch
+from torch import Tensor, nn
+
+from svftool.checkpoints import Checkpoint
+from svftool.errors import ModelError
+
+
+def load_weights(
+    model: nn.Module, checkpoint: Checkpoint, *, dtype: torch.dtype | None = torch.float32
+) -> nn.Module:
+    """Load every tensor of a checkpoint into a model.
+
+    Parameters
+    ----------
+    model : nn.Module
+        Changed in place. The checkpoint's wrapper prefix (``module.``) is left out of the names.
+    checkpoint : Checkpoint
+        The weights.
+    dtype : torch.dtype or None
+        Of the model's floating tensors; None takes the one most of the checkpoint has.
+
+    Returns
+    -------
+    nn.Module
+        The model.
+
+    Raises
+    ------
+    ModelError
+        If a tensor is missing, unexpected or has another shape; nothing is loaded then.
+    """
+    names = {name.removeprefix(checkpoint.prefix): name for name in checkpoint.infos}
+    expected = dict(model.state_dict(keep_vars=True))
+    _compare(model, checkpoint, expected, names)
+    model.to(dtype or _main_dtype(checkpoint))
+    state = {short: checkpoint.read(name) for short, name in names.items() if short in expected}
+    model.load_state_dict(state, strict=False)
+    return model
+
+
+def _compare(
+    model: nn.Module,
+    checkpoint: Checkpoint,
+    expected: Mapping[str, Tensor],
+    names: Mapping[str, str],
+) -> None:
+    shapes = {short: checkpoint.infos[name].shape for short, name in names.items()}
+    loaded = {id(tensor) for name, tensor in expected.items() if name in shapes}
+    refuse_differences(
+        checkpoint,
+        type(model).__name__,
+        # A tied tensor arrives under another name; old checkpoints have no batch counters.
+        missing=[
+            name
+            for name, tensor in expected.items()
+            if name not in shapes
+            and id(tensor) not in loaded
+            and not name.endswith("num_batches_tracked")
+        ],
+        unexpected=[name for name in shapes if name not in expected],
+        misshapen=[
+            f"{name} {shape} (the model has {tuple(expected[name].shape)})"
+            for name, shape in shapes.items()
+            if name in expected and tuple(expected[name].shape) != shape
+        ],
+    )
+
+
+def refuse_differences(
+    checkpoint: Checkpoint,
+    model: str,
+    *,
+    missing: Sequence[str],
+    unexpected: Sequence[str],
+    misshapen: Sequence[str],
+) -> None:
+    """Raise an error that lists every tensor that model and checkpoint do not share.
+
+    Raises
+    ------
+    ModelError
+        If there is one.
+    """
+    kinds = {"missing": missing, "unexpected": unexpected, "of another shape": misshapen}
+    faults = [f"{len(names)} {kind}: {', '.join(names)}" for kind, names in kinds.items() if names]
+    if faults:
+        raise ModelError(
+            f"{checkpoint.path}: does not fit {model}; tensors {'; '.join(faults)}. "
+            "Name the model that the checkpoint was made for with --model."
+        )
+
+
+def _main_dtype(checkpoint: Checkpoint) -> torch.dtype:
+    sizes: dict[torch.dtype, int] = {}
+    for info in checkpoint.infos.values():
+        if info.dtype.is_floating_point:
+            sizes[info.dtype] = sizes.get(info.dtype, 0) + info.numel
+    return max(sizes, key=lambda key: sizes[key], default=torch.float32)

@@ -1,0 +1,126 @@
+"""Load a transformers model from a checkpoint folder, strictly and without code from the folder."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from types import ModuleType
+from typing import Any
+
+import torch
+from torch import nn
+
+from svftool.checkpoints import Checkpoint
+from svftool.errors import MissingDependencyError, ModelError
+from svftool.models.load import refuse_differences
+
+
+def load_transformers(
+    checkpoint: Checkpoint, *, dtype: torch.dtype | None, trust_remote_code: bool
+) -> nn.Module:
+    """Load the model that ``config.json`` names under ``architectures``.
+
+    Parameters
+    ----------
+    checkpoint : Checkpoint
+        A folder in transformers' layout.
+    dtype : torch.dtype or None
+        Of the weights; None takes the checkpoint's.
+    trust_remote_code : bool
+        Whether code that lies in the folder (``auto_map``) may run.
+
+    Raises
+    ------
+    ModelError
+        If the class is unknown, needs code that is not trusted, or takes other tensors.
+    MissingDependencyError
+        If transformers is not installed.
+    """
+    try:
+        import transformers
+    except ImportError:
+        purpose = f"the model of {checkpoint.path}"
+        raise MissingDependencyError("transformers", extra="language", purpose=purpose) from None
+    if not checkpoint.is_folder:
+        raise ModelError(
+            f"{checkpoint.path}: a single file, expected its folder for a transformers model. "
+            "Give the folder that also holds config.json."
+        )
+    factory, options = _factory(transformers, checkpoint, trust_remote_code)
+    try:
+        with _quiet(transformers):
+            model, report = factory.from_pretrained(
+                checkpoint.path,
+                local_files_only=True,
+                output_loading_info=True,
+                dtype="auto" if dtype is None else dtype,
+                **options,
+            )
+    except Exception as error:
+        text = (str(error).splitlines() or [""])[0]
+        raise ModelError(
+            f"{checkpoint.path}: transformers cannot load it ({type(error).__name__}: {text}). "
+            "Check config.json and the installed version of transformers."
+        ) from error
+    _check(checkpoint, report)
+    loaded: nn.Module = model
+    return loaded
+
+
+@contextmanager
+def _quiet(transformers: ModuleType) -> Iterator[None]:
+    """Keep transformers' bars and load reports off the terminal: the report is checked here."""
+    logging = transformers.utils.logging
+    verbosity, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        logging.set_verbosity(verbosity)
+        if bars:
+            logging.enable_progress_bar()
+
+
+def _factory(
+    transformers: ModuleType, checkpoint: Checkpoint, trust_remote_code: bool
+) -> tuple[Any, dict[str, Any]]:
+    config = checkpoint.config or {}
+    name = next(iter(config.get("architectures") or []), None)
+    own = getattr(transformers, name, None) if name else transformers.AutoModel
+    if own is not None:
+        return own, {}
+    remote = _remote_class(transformers, config, str(name))
+    if remote is None:
+        raise ModelError(
+            f"{checkpoint.path}: config.json names {name!r}, unknown to this transformers. "
+            "Install a newer transformers, or name the model with --model FILE.py:FACTORY."
+        )
+    if not trust_remote_code:
+        raise ModelError(
+            f"{checkpoint.path}: {name!r} needs Python code that lies beside the checkpoint. "
+            "Read that code, then allow it with --trust-remote-code."
+        )
+    return remote, {"trust_remote_code": True}
+
+
+def _remote_class(transformers: ModuleType, config: Mapping[str, Any], name: str) -> Any:
+    for auto, reference in (config.get("auto_map") or {}).items():
+        target = reference[0] if isinstance(reference, list) else reference
+        if auto.startswith("AutoModel") and str(target).endswith(f".{name}"):
+            return getattr(transformers, auto, None)
+    return None
+
+
+def _check(checkpoint: Checkpoint, report: Mapping[str, Any]) -> None:
+    misshapen = [
+        f"{name} {tuple(found)} (the model has {tuple(expected)})"
+        for name, found, expected in sorted(report.get("mismatched_keys", ()))
+    ]
+    refuse_differences(
+        checkpoint,
+        "the model of config.json",
+        missing=sorted(report.get("missing_keys", ())),
+        unexpected=sorted(report.get("unexpected_keys", ())),
+        misshapen=misshapen,
+    )
