@@ -72,7 +72,11 @@ def open_factors(path: str | os.PathLike[str]) -> FactorStore:
         tensors = open_checkpoint(folder, stem=STEM)
     except CheckpointError as error:
         raise FactorsError(str(error)) from error
-    return FactorStore(folder, config, tensors)
+    try:
+        return FactorStore(folder, config, tensors)
+    except FactorsError:
+        tensors.close()
+        raise
 
 
 class FactorStore:

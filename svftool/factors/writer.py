@@ -15,7 +15,7 @@ import svftool
 from svftool.checkpoints import CheckpointWriter, TensorInfo, plan_shards, tensor_digest
 from svftool.checkpoints.failures import write_errors
 from svftool.factors.schema import CONFIG_FILE, FactorConfig, config_to_json
-from svftool.factors.store import STEM
+from svftool.factors.store import STEM, LayerFactors
 
 
 @dataclass(frozen=True)
@@ -79,22 +79,17 @@ class FactorWriter:
             [infos[name] for name in names]
             for names in plan_shards(infos.values(), max_shard_bytes)
         ]
-        self._dtype = dtype
         self._writer = CheckpointWriter(folder, shards=shards, stem=STEM)
 
-    def write_layer(self, name: str, U: Tensor, S: Tensor, Vh: Tensor) -> dict[str, str]:
-        """Store the factors of one layer.
+    def write_layer(self, name: str, factors: LayerFactors) -> dict[str, str]:
+        """Store the factors of one layer, in the dtypes of the layout.
 
         Returns
         -------
         dict of str to str
-            SHA-256 of each stored tensor by its name, for the factors' fingerprint.
+            SHA-256 of each tensor by its name, for the factors' fingerprint.
         """
-        stored = {
-            f"{name}.U": U.to(self._dtype),
-            f"{name}.S": S.float(),
-            f"{name}.Vh": Vh.to(self._dtype),
-        }
+        stored = {f"{name}.U": factors.U, f"{name}.S": factors.S, f"{name}.Vh": factors.Vh}
         for key, tensor in stored.items():
             self._writer.write(key, tensor)
         return {key: tensor_digest(tensor) for key, tensor in stored.items()}

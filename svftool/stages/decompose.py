@@ -12,7 +12,7 @@ import os
 import shutil
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, TypedDict, Unpack
 
@@ -38,11 +38,12 @@ from svftool.factors import (
     BaseRecord,
     FactorConfig,
     FactorWriter,
+    LayerFactors,
     LayerLayout,
     LayerRecord,
     write_config,
 )
-from svftool.numerics import Svd
+from svftool.numerics import Svd, reconstruct
 from svftool.progress import SILENT, Progress
 from svftool.stages.examine import Examination, examine
 from svftool.stages.usage import peak_memory_bytes
@@ -370,7 +371,8 @@ class _Run:
             for info in kept:
                 writer.write_whole(info.name, self.source.read(info.name))
             for name, svd in self._svds(layers):
-                digests = writer.write_layer(name, svd.U, svd.S, svd.Vh)
+                svd = self._stored(name, svd, dtype)
+                digests = writer.write_layer(name, LayerFactors(svd.U, svd.S, svd.Vh))
                 for info in LayerLayout(name, plans[name].matrix, svd.rank).infos(dtype):
                     total.add_digest(
                         info.name, dtype_name(info.dtype), info.shape, digests[info.name]
@@ -378,6 +380,23 @@ class _Run:
                 records[name] = _record(plans[name], svd)
                 self.seconds[name] = svd.seconds
         return {one.info.name: records[one.info.name] for one in layers}, total.hexdigest()
+
+    def _stored(self, name: str, svd: Svd, dtype: torch.dtype) -> Svd:
+        """Round the factors to the storage dtype and measure what that costs."""
+        if dtype == torch.float32:
+            return svd
+        rounded = replace(svd, U=svd.U.to(dtype), Vh=svd.Vh.to(dtype))
+        weight = self.source.read(name).double().reshape(*svd.U.shape[:-1], svd.Vh.shape[-1])
+        U, Vh = rounded.U.double(), rounded.Vh.double()
+        norm = torch.linalg.vector_norm(weight)
+        residual = torch.linalg.vector_norm(weight - reconstruct(U, svd.S.double(), Vh))
+        identity = torch.eye(svd.rank, dtype=torch.float64)
+        defects = (U.mT @ U - identity).abs().max(), (Vh @ Vh.mT - identity).abs().max()
+        return replace(
+            rounded,
+            reconstruction_error=float(residual / norm) if norm > 0 else 0.0,
+            orthogonality_error=float(max(defects)),
+        )
 
     def _svds(self, layers: Sequence[LayerPlan]) -> Iterator[tuple[str, Svd]]:
         return run_svds(

@@ -15,6 +15,7 @@ from svftool.checkpoints import (
     SafetensorsWriter,
     TensorInfo,
     plan_shards,
+    save_pickled,
     side_files,
     write_errors,
 )
@@ -22,8 +23,6 @@ from svftool.checkpoints.folder import PICKLE_SUFFIXES
 from svftool.factors import CONFIG_FILE
 from svftool.progress import Progress
 from svftool.stages.mixture import LayerChange, Mixture
-
-FILE_SUFFIXES = (".safetensors", *PICKLE_SUFFIXES)
 
 
 def write_dense(
@@ -51,9 +50,7 @@ def write_dense(
     """
     changes: list[LayerChange] = []
     tensors = _compute(mixture, changes, progress)
-    if target.suffix in PICKLE_SUFFIXES:
-        from svftool.checkpoints import save_pickled
-
+    if mixture.base is not None and target.suffix in PICKLE_SUFFIXES:
         save_pickled(partial, mixture.base, dict(tensors))
         return changes
     with _writer(mixture, partial, target, max_bytes) as writer:

@@ -15,6 +15,7 @@ from svftool.checkpoints import (
     replace_output,
     tensor_digest,
 )
+from svftool.checkpoints.folder import PICKLE_SUFFIXES
 from svftool.errors import NumericalError, UsageError, shortlist
 from svftool.factors import check_tuned, open_factors
 from svftool.progress import SILENT, Progress
@@ -111,6 +112,11 @@ def merge(
     if without_base and base is not None:
         raise UsageError("--without-base and --base: give one of the two")
     target = Path(output)
+    if without_base and target.suffix in PICKLE_SUFFIXES:
+        raise UsageError(
+            f"{target}: a pickle is nested as its base, which --without-base leaves out, "
+            "expected a folder or .safetensors"
+        )
     experts = [Expert.parse(one) for one in tuned]
     shard_bytes = None if max_shard_size is None else parse_size(max_shard_size)
     with open_factors(factors) as store:
