@@ -1,4 +1,4 @@
-"""Factor checkpoints and tuned files: what is written is read back, and what does not fit is refused."""
+"""Factor checkpoints and tuned files: read back as written, refused where they do not fit."""
 
 from __future__ import annotations
 

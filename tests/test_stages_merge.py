@@ -10,8 +10,15 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
-from svftool import CheckpointError, FactorsError, NumericalError, UsageError
-from svftool import decompose, merge, open_factors
+from svftool import (
+    CheckpointError,
+    FactorsError,
+    NumericalError,
+    UsageError,
+    decompose,
+    merge,
+    open_factors,
+)
 from svftool.factors import write_tuned
 from svftool.stages.dense import follow_classes
 
