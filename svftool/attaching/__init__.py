@@ -4,6 +4,7 @@ from svftool.attaching.attachment import Attachment, attach, detach, find_attach
 from svftool.attaching.layer import AttachedLayer, AttachedWeight, Mode
 from svftool.attaching.names import NameMap, map_names
 from svftool.attaching.parametrisation import Band, Parametrisation, parse_band
+from svftool.attaching.regimes import Regime, Trainable, apply_regime, parse_regime
 from svftool.attaching.swap import load_tuned, save_tuned
 
 __all__ = [
@@ -14,11 +15,15 @@ __all__ = [
     "Mode",
     "NameMap",
     "Parametrisation",
+    "Regime",
+    "Trainable",
+    "apply_regime",
     "attach",
     "detach",
     "find_attachment",
     "load_tuned",
     "map_names",
     "parse_band",
+    "parse_regime",
     "save_tuned",
 ]

@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator, Mapping, Sequence
-from fnmatch import fnmatchcase
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import get_args
 
@@ -16,6 +15,7 @@ from svftool.attaching.install import install, uninstall
 from svftool.attaching.layer import AttachedLayer, AttachedWeight, Mode, Region
 from svftool.attaching.names import NameMap, live_names, map_names
 from svftool.attaching.parametrisation import Parametrisation, check_parametrisation, parse_band
+from svftool.checkpoints import matches
 from svftool.errors import FactorsError, ModelError, UsageError, shortlist
 from svftool.factors import FactorStore, open_factors
 
@@ -156,6 +156,7 @@ def attach(
     *,
     include: Sequence[str] = (),
     exclude: Sequence[str] = (),
+    skip: Collection[str] = (),
     parametrisation: Parametrisation = "scale",
     mode: Mode = "auto",
     train_rank: str | int | None = None,
@@ -175,6 +176,8 @@ def attach(
         The factor checkpoint.
     include, exclude : sequence of str
         Globs of tensor names; every decomposed layer by default.
+    skip : collection of str
+        Tensor names, no globs, that are left out too.
     parametrisation : {"scale", "shift", "absolute"}
         ``S_base (1 + theta)``, ``S_base + theta`` or ``theta``.
     mode : {"auto", "factored", "composed", "residual"}
@@ -204,22 +207,39 @@ def attach(
     options = BuildOptions(parametrisation, mode, parse_band(train_rank), nonnegative)
     if find_attachment(model) is not None:
         raise ModelError("the model has attached singular values already. Call detach first.")
-    if isinstance(factors, FactorStore):
-        return _attach(model, factors, _chosen(factors, include, exclude), options)
-    with open_factors(factors) as store:
-        return _attach(model, store, _chosen(store, include, exclude), options)
+    opened = factors if isinstance(factors, FactorStore) else open_factors(factors)
+    try:
+        return _attach(model, opened, choose_layers(opened, include, exclude, skip), options)
+    finally:
+        if opened is not factors:
+            opened.close()
 
 
-def _chosen(store: FactorStore, include: Sequence[str], exclude: Sequence[str]) -> list[str]:
+def choose_layers(
+    factors: FactorStore,
+    include: Sequence[str] = (),
+    exclude: Sequence[str] = (),
+    skip: Collection[str] = (),
+) -> list[str]:
+    """Return the decomposed layers that an include glob matches, all without one.
+
+    Those that an exclude glob matches are left out, and those whose very name is in `skip`.
+
+    Raises
+    ------
+    ModelError
+        If none is left.
+    """
     chosen = [
         name
-        for name in store.layers
-        if (not include or any(fnmatchcase(name, glob) for glob in include))
-        and not any(fnmatchcase(name, glob) for glob in exclude)
+        for name in factors.layers
+        if (not include or matches(name, include))
+        and not matches(name, exclude)
+        and name not in skip
     ]
     if not chosen:
         raise ModelError(
-            f"{store.path}: none of {len(store.layers)} decomposed layers is left to attach. "
+            f"{factors.path}: none of {len(factors.layers)} decomposed layers is left to train. "
             "Widen --include or --exclude."
         )
     return chosen

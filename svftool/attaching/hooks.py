@@ -1,4 +1,4 @@
-"""Hooks that place stand-ins for a forward pass and keep state dictionaries those of a plain model."""
+"""Hooks that place stand-ins for a forward pass and keep state dictionaries as they were."""
 
 from __future__ import annotations
 

@@ -52,6 +52,10 @@ class NameMap:
                 return name
         return self.file_prefix + live.removeprefix(self.live_prefix)
 
+    def inside(self, module: str) -> list[str]:
+        """Return the file's names of tensors that lie in a module of the model."""
+        return [n for n, p in self.placements.items() if p.live.startswith(f"{module}.")]
+
     def live_name(self, name: str) -> str:
         """Return the live name of a tensor of the file, also of one that is new."""
         if name in self.placements:

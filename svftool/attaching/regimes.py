@@ -1,0 +1,213 @@
+"""What is trained: one name a regime, and the model with exactly that set free."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from itertools import chain
+from typing import Any
+
+from torch import Tensor, nn
+
+from svftool.attaching.attachment import Attachment, attach, choose_layers, is_own
+from svftool.attaching.lora import add_lora
+from svftool.attaching.names import NameMap, map_names
+from svftool.errors import ModelError, UsageError
+from svftool.factors import FactorStore
+
+NAMES = "head, svf, svf+bias, svf+norm, bias, norm, lora:RANK, full"
+_PARTS = frozenset({"svf", "bias", "norm"})
+
+
+@dataclass(frozen=True)
+class Regime:
+    """What is trained beside the head.
+
+    Attributes
+    ----------
+    name : str
+        As given on the command line.
+    parts : frozenset of str
+        Some of ``svf``, ``bias``, ``norm``; empty for ``head``, ``lora`` and ``full``.
+    lora : int or None
+        Rank of the adapters.
+    full : bool
+        Everything.
+    """
+
+    name: str
+    parts: frozenset[str] = frozenset()
+    lora: int | None = None
+    full: bool = False
+
+
+def parse_regime(text: str) -> Regime:
+    """Read the name of a regime.
+
+    Raises
+    ------
+    UsageError
+        If there is no such regime.
+
+    Examples
+    --------
+    >>> sorted(parse_regime("svf+bias").parts), parse_regime("lora:8").lora
+    (['bias', 'svf'], 8)
+    """
+    name = text.strip()
+    if name in ("head", "full"):
+        return Regime(name, full=name == "full")
+    lora = re.fullmatch(r"lora:([1-9]\d*)", name)
+    if lora:
+        return Regime(name, lora=int(lora[1]))
+    parts = name.split("+")
+    if not set(parts) <= _PARTS or len(set(parts)) < len(parts):
+        raise UsageError(f"regime {text!r}, expected one of {NAMES}.")
+    return Regime(name, parts=frozenset(parts))
+
+
+@dataclass(frozen=True)
+class Trainable:
+    """A model in which exactly what a regime trains requires a gradient.
+
+    Attributes
+    ----------
+    model : nn.Module
+        The model to call: the one given, or PEFT's wrapper around it.
+    regime : Regime
+    groups : mapping of str to list of Parameter
+        Some of ``singular_values``, ``head``, ``bias``, ``norm``, ``lora``, ``backbone``; no
+        parameter is in two of them and none is empty.
+    names : NameMap
+        Names of the checkpoint to live parameters.
+    attachment : Attachment or None
+        The singular values, where the regime trains them.
+    """
+
+    model: nn.Module
+    regime: Regime
+    groups: dict[str, list[nn.Parameter]]
+    names: NameMap
+    attachment: Attachment | None = None
+
+    @property
+    def trainable_parameters(self) -> int:
+        """Number of values that are trained."""
+        return sum(p.numel() for group in self.groups.values() for p in group)
+
+    def singular_values(self) -> dict[str, Tensor]:
+        """Return the singular values by tensor name; empty without `attachment`."""
+        return {} if self.attachment is None else self.attachment.singular_values()
+
+    def whole_tensors(self) -> dict[str, Tensor]:
+        """Return every other trained tensor by its name in the checkpoint; not those of LoRA."""
+        if self.attachment is not None:
+            return self.attachment.whole_tensors()
+        if self.regime.lora is not None:
+            return {}
+        return {
+            self.names.file_name(name): parameter.detach()
+            for name, parameter in self.model.named_parameters()
+            if parameter.requires_grad
+        }
+
+
+def apply_regime(
+    model: nn.Module,
+    regime: Regime | str,
+    factors: FactorStore,
+    *,
+    head: str | None = None,
+    include: Sequence[str] = (),
+    exclude: Sequence[str] = (),
+    **options: Any,
+) -> Trainable:
+    """Set free what a regime trains, and freeze the rest.
+
+    Parameters
+    ----------
+    model : nn.Module
+        A plain model; changed in place.
+    regime : Regime or str
+        See `parse_regime`.
+    factors : FactorStore
+        Which layers there are, and their factors.
+    head : str or None
+        Module that every regime trains whole; its weights get no singular values.
+    include, exclude : sequence of str
+        Globs of tensor names that limit ``svf`` and ``lora`` to some layers.
+    options
+        Further arguments of `svftool.attach`.
+
+    Returns
+    -------
+    Trainable
+
+    Raises
+    ------
+    UsageError
+        If there is no such regime.
+    ModelError
+        If the regime would train nothing.
+    MissingDependencyError
+        If ``lora`` is asked for and PEFT is not installed.
+    """
+    chosen = parse_regime(regime) if isinstance(regime, str) else regime
+    names = map_names(model, [*factors.layers, *factors.config.left_whole])
+    inside = [] if head is None else names.inside(head)
+    model.requires_grad_(False)
+    groups = {"head": [] if head is None else _own_parameters(model.get_submodule(head))}
+    live, attachment = model, None
+    if "svf" in chosen.parts:
+        attachment = attach(
+            model, factors, include=include, exclude=exclude, skip=inside, **options
+        )
+        groups["singular_values"] = list(attachment.parameters())
+    elif chosen.lora is not None:
+        layers = choose_layers(factors, include, exclude, inside)
+        live, groups["lora"], groups["head"] = add_lora(
+            model, names, layers, rank=chosen.lora, head=head
+        )
+    _add_plain_groups(model, chosen, groups)
+    groups = {name: group for name, group in groups.items() if group}
+    if not groups:
+        raise ModelError(f"regime {chosen.name!r} trains nothing: the model has no head.")
+    for parameter in chain(*groups.values()):
+        parameter.requires_grad_(True)
+    return Trainable(live, chosen, groups, names, attachment)
+
+
+def _add_plain_groups(
+    model: nn.Module, regime: Regime, groups: dict[str, list[nn.Parameter]]
+) -> None:
+    """Add the model's own parameters that a regime trains, each to the first group it is for."""
+    taken = set(groups["head"])
+    candidates = {
+        "norm": _norm_parameters(model) if "norm" in regime.parts else (),
+        "bias": _biases(model) if "bias" in regime.parts else (),
+        "backbone": _own_parameters(model) if regime.full else (),
+    }
+    for name, parameters in candidates.items():
+        groups[name] = [p for p in dict.fromkeys(parameters) if p not in taken]
+        taken.update(groups[name])
+
+
+def _own_parameters(module: nn.Module) -> list[nn.Parameter]:
+    return [
+        parameter
+        for name, parameter in module.named_parameters()
+        if is_own(name) and parameter.dtype.is_floating_point
+    ]
+
+
+def _norm_parameters(model: nn.Module) -> Iterator[nn.Parameter]:
+    for module in model.modules():
+        if "norm" in type(module).__name__.lower():
+            yield from (p for p in module.parameters(recurse=False) if p.ndim == 1)
+
+
+def _biases(model: nn.Module) -> Iterator[nn.Parameter]:
+    for name, parameter in model.named_parameters():
+        if is_own(name) and name.rpartition(".")[2].endswith("bias") and parameter.ndim == 1:
+            yield parameter
