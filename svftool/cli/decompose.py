@@ -69,7 +69,7 @@ def command(
     from svftool.stages.decompose import DecomposeOptions, decompose, plan
 
     progress = progress_for(quiet=quiet, verbose=verbose)
-    options = DecomposeOptions.parse(
+    options = DecomposeOptions(
         rank=rank,
         method=method,
         include=include or (),
@@ -82,10 +82,10 @@ def command(
         device=device,
     )
     if dry_run:
-        planned = plan(checkpoint, options=options, progress=progress)
+        planned = plan(checkpoint, progress=progress, **options)
         emit(report.plan_document(planned), report.plan_view(planned), as_json=json)
         return
     result = decompose(
-        checkpoint, output, options=options, resume=resume, force=force, progress=progress
+        checkpoint, output, resume=resume, force=force, progress=progress, **options
     )
     emit(report.document(result), report.view(result), as_json=json)
