@@ -1,32 +1,106 @@
-"""The checked singular value decomposition of one matrix or a batch."""
+"""The checked singular value decomposition of one matrix or a batch: the ladder of methods.
+
+Each rung is tried in turn and its factors are measured; those that miss a bound are thrown away.
+
+========== =========================================================================================
+zero       all entries are zero: unit vectors
+krylov     truncated to a rank: block Krylov iteration, accepted at its measured residual
+gram       float64 Gram matrix of the short side, the long side in single precision where that does
+gram64     the same with everything in float64
+lapack64   LAPACK's divide and conquer in float64 on the CPU
+========== =========================================================================================
+"""
 
 from __future__ import annotations
 
 import math
 import time
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
+from functools import partial
 from typing import Literal
 
 import torch
 from torch import Tensor
+from torch.linalg import LinAlgError  # type: ignore[attr-defined]
 
 from svftool.errors import NumericalError
-from svftool.numerics.checks import orthogonality_error, reconstruction_error
-from svftool.numerics.results import Svd, fix_signs, truncate
+from svftool.numerics.checks import measure
+from svftool.numerics.eigen import eigenvalues, gram
+from svftool.numerics.gram import gram_factors
+from svftool.numerics.lapack import NotConverged
+from svftool.numerics.results import Svd
+from svftool.numerics.tall import Tall, Thin, tall
+from svftool.numerics.threads import Pool
 
 Method = Literal["auto", "exact", "randomized"]
 
 RECONSTRUCTION_BOUND = 1e-6
 ORTHOGONALITY_BOUND = 1e-5
 
+_Rung = tuple[str, Callable[[Tall, int, Pool], Thin]]
+_SMALLEST = 1e-31
+_SPREAD = 2e8  # multiplications above which one matrix is worth several threads
 
-def singular_values(matrix: Tensor) -> Tensor:
-    """Compute singular values alone, to 1e-6 of the largest or better.
+
+def svd(
+    matrix: Tensor,
+    *,
+    rank: int | None = None,
+    method: Method = "auto",
+    seed: int = 0,
+    dtype: torch.dtype = torch.float32,
+    pool: Pool | None = None,
+) -> Svd:
+    """Decompose a matrix; every factor that is handed out has been measured.
 
     Parameters
     ----------
     matrix : (m, n) or (E, m, n) Tensor
-        Any floating dtype.
+        Any floating dtype, on any device; not changed. A batch is E matrices of one rank.
+    rank : int, optional
+        Number of singular values to keep; all of them by default.
+    method : {"auto", "exact", "randomized"}
+        How a truncated decomposition may be found: "auto" tries block Krylov iteration where it
+        is likely to be the faster, "randomized" always. Both take the exact way where the
+        iteration does not reach the accuracy of `svftool.numerics.krylov`.
+    seed : int
+        Of the randomized method.
+    dtype : torch.dtype
+        float32 or float64, of the factors; those in float64 come from LAPACK.
+    pool : Pool, optional
+        Threads to use; by default as many as torch has. Their number does not change the result.
+
+    Returns
+    -------
+    Svd
+        S is float64 where float32 cannot hold it (beyond 1e38, below 1e-31).
+
+    Raises
+    ------
+    NumericalError
+        If the matrix holds NaN or infinity, or no method meets the bounds: reconstruction to 1e-6
+        of the Frobenius norm, orthogonality to 1e-5.
+    """
+    start = time.perf_counter()
+    with _threads(matrix, pool) as used:
+        if matrix.ndim == 3:
+            result = _batch(matrix, rank, method, seed, dtype, used)
+        else:
+            result = _one(matrix, rank, method, seed, dtype, used)
+    return replace(result, seconds=time.perf_counter() - start)
+
+
+def singular_values(matrix: Tensor, *, pool: Pool | None = None) -> Tensor:
+    """Compute singular values alone, to 1e-7 of the largest.
+
+    Parameters
+    ----------
+    matrix : (m, n) or (E, m, n) Tensor
+        Any floating dtype, on any device; not changed.
+    pool : Pool, optional
+        Threads to use; by default as many as torch has. Their number does not change the result.
 
     Returns
     -------
@@ -38,136 +112,139 @@ def singular_values(matrix: Tensor) -> Tensor:
     NumericalError
         If the matrix holds NaN or infinity.
     """
-    if matrix.ndim == 3:
-        rows = [singular_values(one) for one in matrix]
-        return torch.stack(rows) if rows else matrix.new_zeros(0, min(matrix.shape[1:])).double()
-    W, exponent = _scaled(matrix)
-    gram = W.double()
-    gram = gram @ gram.mT if W.shape[0] <= W.shape[1] else gram.mT @ gram
-    return torch.linalg.eigvalsh(gram).clamp_min(0).sqrt().flip(0).ldexp(torch.tensor(exponent))
+    with _threads(matrix, pool) as used:
+        if matrix.ndim == 2:
+            return _values(matrix, used)
+        values = torch.empty(len(matrix), min(matrix.shape[1:]), dtype=torch.float64)
+
+        def fill(index: int) -> None:
+            values[index] = _values(matrix[index], used)
+
+        used.share([partial(fill, i) for i in range(len(matrix))])
+        return values
 
 
-def svd(
-    matrix: Tensor,
-    *,
-    rank: int | None = None,
-    method: Method = "auto",
-    seed: int = 0,
-    dtype: torch.dtype = torch.float32,
+def _threads(matrix: Tensor, pool: Pool | None) -> AbstractContextManager[Pool]:
+    if matrix.ndim not in (2, 3):
+        shape = tuple(matrix.shape)
+        raise ValueError(f"matrix has shape {shape}, expected two or three dimensions")
+    if pool is not None:
+        return nullcontext(pool)
+    large = matrix.numel() * min(matrix.shape[-2:]) > _SPREAD and matrix.device.type == "cpu"
+    return Pool(torch.get_num_threads() - 1 if large else 0)
+
+
+def _values(matrix: Tensor, pool: Pool) -> Tensor:
+    A = tall(matrix)
+    if min(A.matrix.shape) == 0:
+        return torch.zeros(0, dtype=torch.float64)
+    try:
+        values = eigenvalues(gram(A, pool)).clamp_min(0.0).sqrt()
+    except NotConverged:
+        values = torch.linalg.svdvals(A.double(slice(None)).cpu())
+    return values.cpu() * 2.0**A.exponent
+
+
+def _one(
+    matrix: Tensor, rank: int | None, method: Method, seed: int, dtype: torch.dtype, pool: Pool
 ) -> Svd:
-    """Decompose a matrix, checking every factor that is handed out.
-
-    Parameters
-    ----------
-    matrix : (m, n) or (E, m, n) Tensor
-        Any floating dtype; not changed. A batch is E matrices.
-    rank : int, optional
-        Number of singular values to keep; all of them by default.
-    method : {"auto", "exact", "randomized"}
-        How a truncated decomposition may be found.
-    seed : int
-        Of the randomized method.
-    dtype : torch.dtype
-        float32 or float64, of the factors.
-
-    Returns
-    -------
-    Svd
-
-    Raises
-    ------
-    NumericalError
-        If the matrix holds NaN or infinity.
-    """
-    start = time.perf_counter()
-    if matrix.ndim == 3:
-        result = _stack(
-            [svd(one, rank=rank, method=method, seed=seed, dtype=dtype) for one in matrix], matrix
-        )
-    else:
-        result = truncate(_exact(matrix, dtype), rank or min(matrix.shape))
-    return replace(result, seconds=time.perf_counter() - start)
-
-
-def _scaled(matrix: Tensor) -> tuple[Tensor, int]:
-    """Upcast and divide by the power of two that brings the largest entry into [0.5, 1)."""
-    if matrix.ndim != 2:
-        raise ValueError(
-            f"matrix has shape {tuple(matrix.shape)}, expected two or three dimensions"
-        )
-    W = matrix.detach()
-    W = W if W.dtype == torch.float64 else W.float()
-    top = float(W.abs().max()) if W.numel() else 0.0
-    if not math.isfinite(top):
-        bad = int(W.numel() - W.isfinite().sum())
-        raise NumericalError(
-            f"{bad} of {W.numel()} entries are NaN or infinite, expected finite weights"
-        )
-    exponent = math.frexp(top)[1]
-    return torch.ldexp(W, torch.tensor(-exponent)) if exponent else W, exponent
-
-
-def _exact(matrix: Tensor, dtype: torch.dtype) -> Svd:
-    W, exponent = _scaled(matrix)
-    if min(W.shape) == 0 or not W.any():
-        return _zero(W, dtype)
-    for name, kernel in (("gram", _gram), ("lapack", _lapack)):
-        if name == "gram" and dtype == torch.float64:
+    A = tall(matrix)
+    k = min(rank or A.n, A.n)
+    if A.top == 0.0:
+        return _zero(matrix, k, dtype)
+    rungs = _RUNGS if dtype == torch.float32 else _RUNGS[-1:]
+    best = (math.inf, math.inf)
+    for name, rung in rungs:
+        try:
+            factors = rung(A, k, pool)
+        except NotConverged:
             continue
-        U, S, Vh = kernel(W)
-        U, Vh = fix_signs(U.to(dtype), Vh.to(dtype))
-        wide = W.double()
-        rec = reconstruction_error(wide, U, S, Vh)
-        orth = max(orthogonality_error(U.double()), orthogonality_error(Vh.double().mT))
-        if rec <= RECONSTRUCTION_BOUND and orth <= ORTHOGONALITY_BOUND:
-            break
-    else:
-        raise NumericalError(f"reconstruction error {rec:.1e}, orthogonality {orth:.1e}")
-    S = S.ldexp(torch.tensor(exponent))
-    fits = torch.finfo(torch.float32)
-    small = dtype == torch.float32 and fits.tiny * 1e7 < float(S[0]) < fits.max
-    return Svd(U, S.float() if small else S, Vh, name, rec, orth)
-
-
-def _zero(W: Tensor, dtype: torch.dtype) -> Svd:
-    m, n = W.shape
-    k = min(m, n)
-    return Svd(
-        torch.eye(m, k, dtype=dtype),
-        torch.zeros(k, dtype=dtype),
-        torch.eye(k, n, dtype=dtype),
-        "zero",
-        0.0,
-        0.0,
+        errors = measure(A, factors, pool)
+        if errors[0] <= RECONSTRUCTION_BOUND and errors[1] <= ORTHOGONALITY_BOUND:
+            return _finish(A, factors, name, errors, dtype)
+        best = min(best, errors)
+    raise NumericalError(
+        f"reconstruction error {best[0]:.1e} and orthogonality error {best[1]:.1e} at best, "
+        f"expected {RECONSTRUCTION_BOUND:.0e} and {ORTHOGONALITY_BOUND:.0e} at most"
     )
 
 
-def _gram(W: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    if W.shape[0] < W.shape[1]:
-        U, S, Vh = _gram(W.mT)
-        return Vh.mT, S, U.mT
-    wide = W.double()
-    _, V = torch.linalg.eigh(wide.mT @ wide)
-    V = V.flip(1)
-    B = wide @ V
-    S = torch.linalg.vector_norm(B, dim=0)
-    order = S.argsort(descending=True, stable=True)
-    return (B / S.clamp_min(1e-300))[:, order], S[order], V[:, order].mT
-
-
-def _lapack(W: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    return torch.linalg.svd(W.double(), full_matrices=False)
-
-
-def _stack(results: list[Svd], batch: Tensor) -> Svd:
-    if not results:
-        raise ValueError(f"batch has shape {tuple(batch.shape)}, expected at least one matrix")
-    return Svd(
-        U=torch.stack([r.U for r in results]),
-        S=torch.stack([r.S for r in results]),
-        Vh=torch.stack([r.Vh for r in results]),
-        method="+".join(sorted({r.method for r in results})),
-        reconstruction_error=max(r.reconstruction_error for r in results),
-        orthogonality_error=max(r.orthogonality_error for r in results),
-        energy=min(r.energy for r in results),
+def _finish(
+    A: Tall, factors: Thin, name: str, errors: tuple[float, float], dtype: torch.dtype
+) -> Svd:
+    """Fix the signs, undo scaling and transposition, and say what truncation cut off."""
+    U, V = factors.U, factors.V
+    flips = _signs(V.mT if A.transposed else U)
+    U *= flips
+    V *= flips[:, None]
+    energy = (
+        min(1.0, float(factors.S.square().sum()) / factors.squares) if U.shape[1] < A.n else 1.0
     )
+    S = factors.S * 2.0**A.exponent
+    fits = _SMALLEST < float(S[0]) < torch.finfo(torch.float32).max
+    return Svd(
+        U=(V.mT if A.transposed else U).to(dtype).contiguous(),
+        S=S.float() if fits and dtype == torch.float32 else S,
+        Vh=(U.mT if A.transposed else V).to(dtype).contiguous(),
+        method=name,
+        reconstruction_error=math.hypot(errors[0], math.sqrt(1.0 - energy)),
+        orthogonality_error=errors[1],
+        energy=energy,
+    )
+
+
+def _signs(U: Tensor) -> Tensor:
+    low, high = torch.aminmax(U, dim=0)
+    return torch.where(high < -low, -1.0, 1.0).to(U.dtype)
+
+
+def _zero(matrix: Tensor, k: int, dtype: torch.dtype) -> Svd:
+    m, n = matrix.shape
+    one = torch.ones((), dtype=dtype, device=matrix.device)
+    U, Vh = (torch.eye(*sides).to(one) for sides in ((m, k), (k, n)))
+    return Svd(U, one.new_zeros(k), Vh, "zero", 0.0, 0.0)
+
+
+def _batch(
+    matrix: Tensor, rank: int | None, method: Method, seed: int, dtype: torch.dtype, pool: Pool
+) -> Svd:
+    experts, m, n = matrix.shape
+    k = min(rank or min(m, n), m, n)
+    U = torch.empty(experts, m, k, dtype=dtype, device=matrix.device)
+    Vh = U.new_empty(experts, k, n)
+    parts: list[Svd | None] = [None] * experts
+
+    def fill(index: int) -> None:
+        part = _one(matrix[index], rank, method, seed, dtype, pool)
+        U[index], Vh[index] = part.U, part.Vh
+        parts[index] = replace(part, U=U[index], Vh=Vh[index])
+
+    pool.share([partial(fill, i) for i in range(experts)])
+    done = [part for part in parts if part is not None]
+    wide = torch.float32 if all(part.S.dtype == torch.float32 for part in done) else torch.float64
+    return Svd(
+        U=U,
+        S=torch.stack([part.S.to(wide) for part in done]) if done else U.new_empty(0, k),
+        Vh=Vh,
+        method="+".join(sorted({part.method for part in done})),
+        reconstruction_error=max((part.reconstruction_error for part in done), default=0.0),
+        orthogonality_error=max((part.orthogonality_error for part in done), default=0.0),
+        energy=min((part.energy for part in done), default=1.0),
+    )
+
+
+def _lapack64(A: Tall, k: int, pool: Pool) -> Thin:
+    try:
+        U, S, Vh = torch.linalg.svd(A.double(slice(None)).cpu(), full_matrices=False)
+    except LinAlgError as exc:
+        raise NotConverged(str(exc)) from exc
+    squares = float(S.square().sum())
+    U, S, Vh = (factor.to(A.matrix.device) for factor in (U[:, :k], S[:k], Vh[:k]))
+    return Thin(U.clone(), S.clone(), Vh.clone(), squares)
+
+
+_RUNGS: tuple[_Rung, ...] = (
+    ("gram", gram_factors),
+    ("gram64", partial(gram_factors, single=math.inf)),
+    ("lapack64", _lapack64),
+)

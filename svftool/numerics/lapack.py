@@ -1,0 +1,137 @@
+"""Four routines of BLAS and LAPACK, called on torch's memory without copies and without the GIL.
+
+torch offers the symmetric eigenproblem only whole. Its parts are reached through
+``scipy.linalg.cython_lapack``, scipy's public door to its LAPACK for compiled callers: the address
+of each routine is in a capsule, and ctypes lets go of the GIL while it runs. All matrices here are
+column-major to LAPACK, so that the rows of a torch tensor are LAPACK's columns.
+"""
+
+from __future__ import annotations
+
+import ctypes
+from collections.abc import Callable
+from functools import cache
+from typing import Any
+
+import torch
+from torch import Tensor
+
+_BLOCK = 64
+
+
+class NotConverged(ArithmeticError):
+    """An iteration of LAPACK did not converge."""
+
+
+@cache
+def _routine(name: str) -> Callable[..., None] | None:
+    """Return a routine of scipy's BLAS or LAPACK; None where it has another integer type."""
+    import scipy.linalg.cython_blas
+    import scipy.linalg.cython_lapack
+
+    for module in (scipy.linalg.cython_lapack, scipy.linalg.cython_blas):
+        capsule = getattr(module, "__pyx_capi__", {}).get(name)
+        if capsule is not None:
+            break
+    else:
+        return None
+    api = ctypes.pythonapi
+    name_of = ctypes.PYFUNCTYPE(ctypes.c_char_p, ctypes.py_object)(("PyCapsule_GetName", api))
+    address_of = ctypes.PYFUNCTYPE(ctypes.c_void_p, ctypes.py_object, ctypes.c_char_p)(
+        ("PyCapsule_GetPointer", api)
+    )
+    signature = name_of(capsule)
+    if b"int *" not in signature:
+        return None
+    arguments = [ctypes.c_void_p] * (signature.count(b",") + 1)
+    return ctypes.CFUNCTYPE(None, *arguments)(address_of(capsule, signature))
+
+
+def available() -> bool:
+    """Tell whether every routine of this module can be called."""
+    return all(_routine(name) for name in ("dsyrk", "dsytrd", "dsterf", "dstedc"))
+
+
+def _call(name: str, *arguments: Any) -> None:
+    """Call a routine with tensors, text and integers, and with its `info` argument last."""
+    routine = _routine(name)
+    if routine is None:
+        raise RuntimeError(f"scipy offers no {name}")
+    kept: list[Any] = []
+    for argument in arguments:
+        if isinstance(argument, Tensor):
+            kept.append(ctypes.c_void_p(argument.data_ptr()))
+        elif isinstance(argument, str):
+            kept.append(ctypes.c_char_p(argument.encode()))
+        elif isinstance(argument, float):
+            kept.append(ctypes.byref(ctypes.c_double(argument)))
+        else:
+            kept.append(ctypes.byref(ctypes.c_int(argument)))
+    routine(*kept)
+
+
+def _call_checked(name: str, *arguments: Any) -> None:
+    info = torch.zeros(1, dtype=torch.int32)
+    _call(name, *arguments, info)
+    if info.item() != 0:
+        raise NotConverged(f"{name} returned {info.item()}")
+
+
+def add_gram(G: Tensor, X: Tensor) -> None:
+    """Add ``X' X`` to the upper triangle of a tile; the lower one is left alone.
+
+    Parameters
+    ----------
+    G : (n, n) Tensor
+        float64, rows contiguous; changed.
+    X : (r, n) Tensor
+        float64, rows or columns contiguous.
+    """
+    r, n = X.shape
+    plain = X.stride(1) == 1 or n == 1
+    stride = X.stride(0) if plain else X.stride(1)
+    trans = "N" if plain else "T"
+    _call("dsyrk", "L", trans, n, r, 1.0, X, max(stride, 1), 1.0, G, G.stride(0))
+
+
+def tridiagonalise(G: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Reduce a symmetric matrix to tridiagonal form in place.
+
+    Parameters
+    ----------
+    G : (n, n) Tensor
+        float64, contiguous, upper triangle (in torch's order); on return row j holds the j-th
+        Householder vector in its columns from j + 2.
+
+    Returns
+    -------
+    d : (n,) Tensor
+        Diagonal.
+    e : (n - 1,) Tensor
+        Off-diagonal.
+    tau : (n - 1,) Tensor
+        Factors of the reflectors ``I - tau v v'``.
+    """
+    n = G.shape[0]
+    d, e, tau = G.new_empty(n), G.new_empty(max(n - 1, 1)), G.new_empty(max(n - 1, 1))
+    work = G.new_empty(_BLOCK * n)
+    _call_checked("dsytrd", "L", n, G, n, d, e, tau, work, work.numel())
+    return d, e[: n - 1], tau[: n - 1]
+
+
+def tridiagonal_values(d: Tensor, e: Tensor) -> Tensor:
+    """Return the eigenvalues of a tridiagonal matrix, ascending."""
+    d, e = d.clone(), torch.cat((e, e.new_zeros(1)))
+    _call_checked("dsterf", len(d), d, e)
+    return d
+
+
+def tridiagonal_vectors(d: Tensor, e: Tensor) -> tuple[Tensor, Tensor]:
+    """Return the eigenvalues of a tridiagonal matrix, ascending, and its eigenvectors as rows."""
+    n = len(d)
+    d, e = d.clone(), torch.cat((e, e.new_zeros(1)))
+    Z = d.new_empty(n, n)
+    work = d.new_empty(1 + 4 * n + n * n)
+    whole = torch.empty(3 + 5 * n, dtype=torch.int32)
+    _call_checked("dstedc", "I", n, d, e, Z, n, work, work.numel(), whole, whole.numel())
+    return d, Z
