@@ -25,7 +25,13 @@ from svftool.checkpoints.selection import (
 from svftool.checkpoints.side_files import side_files
 from svftool.checkpoints.sizes import parse_size
 from svftool.checkpoints.views import View, from_matrix, matrix_shape, to_matrix
-from svftool.checkpoints.writer import CheckpointWriter, SafetensorsWriter, plan_shards, shard_names
+from svftool.checkpoints.writer import (
+    CheckpointWriter,
+    SafetensorsWriter,
+    plan_shards,
+    shard_names,
+    write_index,
+)
 
 __all__ = [
     "PARTIAL",
@@ -63,4 +69,5 @@ __all__ = [
     "to_matrix",
     "wrapper_prefix",
     "write_errors",
+    "write_index",
 ]

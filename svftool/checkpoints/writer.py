@@ -265,9 +265,9 @@ class CheckpointWriter:
         for writer in self._writers:
             writer.close()
         if self._index_file is not None:
+            weight_map = {name: self.files[number] for name, number in self._home.items()}
             path = self.folder / self._index_file
-            with write_errors(path):
-                path.write_text(self._index(), encoding="utf-8")
+            write_index(path, weight_map, total_size=self._size, metadata=self._index_metadata)
 
     def abort(self) -> None:
         """Close all files as they are; no index is written."""
@@ -288,13 +288,38 @@ class CheckpointWriter:
         else:
             self.abort()
 
-    def _index(self) -> str:
-        weight_map = {name: self.files[number] for name, number in self._home.items()}
-        index = {
-            "metadata": {**self._index_metadata, "total_size": self._size},
-            "weight_map": weight_map,
-        }
-        return json.dumps(index, indent=2, sort_keys=True) + "\n"
+
+def write_index(
+    path: Path,
+    weight_map: Mapping[str, str],
+    *,
+    total_size: int,
+    metadata: Mapping[str, Any] | None = None,
+) -> None:
+    """Write a shard index.
+
+    Parameters
+    ----------
+    path : Path
+        The file.
+    weight_map : mapping of str to str
+        Tensor name to weight file.
+    total_size : int
+        Bytes of all tensors.
+    metadata : mapping, optional
+        What the index says beside ``total_size``.
+
+    Raises
+    ------
+    ResourceError
+        If the disk refuses it.
+    """
+    index = {
+        "metadata": {**(metadata or {}), "total_size": total_size},
+        "weight_map": dict(weight_map),
+    }
+    with write_errors(path):
+        path.write_text(json.dumps(index, indent=2, sort_keys=True) + "\n", encoding="utf-8")
 
 
 def shard_names(stem: str, count: int) -> list[str]:

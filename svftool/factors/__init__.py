@@ -9,31 +9,43 @@ from svftool.factors.schema import (
     config_to_json,
     read_config,
 )
+from svftool.factors.spool import FinishedLayer, LayerSpool, digests_of
 from svftool.factors.store import STEM, FactorStore, LayerFactors, is_factors, open_factors
 from svftool.factors.tuned import TunedFile, check_tuned, is_tuned, read_tuned, write_tuned
-from svftool.factors.writer import FactorWriter, LayerLayout, write_config
+from svftool.factors.writer import (
+    FactorShard,
+    factor_infos,
+    finish_factors,
+    plan_factor_shards,
+    write_shard,
+)
 
 __all__ = [
     "CONFIG_FILE",
     "STEM",
     "BaseRecord",
     "FactorConfig",
+    "FactorShard",
     "FactorStore",
-    "FactorWriter",
+    "FinishedLayer",
     "LayerFactors",
-    "LayerLayout",
     "LayerRecord",
+    "LayerSpool",
     "Merged",
     "TunedFile",
     "add_delta",
     "check_tuned",
     "config_to_json",
+    "digests_of",
+    "factor_infos",
+    "finish_factors",
     "is_factors",
     "is_tuned",
     "open_factors",
+    "plan_factor_shards",
     "read_config",
     "read_tuned",
     "rebuild",
-    "write_config",
+    "write_shard",
     "write_tuned",
 ]

@@ -187,10 +187,11 @@ def _config_from(document: Mapping[str, Any]) -> FactorConfig:
         dtype=str(document["dtype"]),
         layers_only=bool(document["layers_only"]),
         plan=dict(document["plan"]),
-        layers={item["name"]: _layer_from(item) for item in document["layers"]},
+        layers={item["name"]: layer_from_json(item) for item in document["layers"]},
         left_whole={item["name"]: item["reason"] for item in document["left_whole"]},
     )
 
 
-def _layer_from(item: Mapping[str, Any]) -> LayerRecord:
+def layer_from_json(item: Mapping[str, Any]) -> LayerRecord:
+    """Make a record from what JSON holds of it."""
     return LayerRecord(**{**item, "shape": tuple(item["shape"]), "matrix": tuple(item["matrix"])})

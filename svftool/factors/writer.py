@@ -1,117 +1,124 @@
-"""Write a factor checkpoint: the layout is known beforehand, layers come in any order."""
+"""Write a factor checkpoint: shards that are whole layers, each complete or absent."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from types import TracebackType
-from typing import Self
 
 import torch
 from torch import Tensor
 
 import svftool
-from svftool.checkpoints import CheckpointWriter, TensorInfo, plan_shards, tensor_digest
-from svftool.checkpoints.failures import write_errors
-from svftool.factors.schema import CONFIG_FILE, FactorConfig, config_to_json
-from svftool.factors.store import STEM, LayerFactors
+from svftool.checkpoints import (
+    SafetensorsWriter,
+    TensorInfo,
+    plan_shards,
+    shard_names,
+    write_errors,
+    write_index,
+)
+from svftool.factors.schema import CONFIG_FILE, FactorConfig, LayerRecord, config_to_json
+from svftool.factors.store import STEM
 
 
 @dataclass(frozen=True)
-class LayerLayout:
-    """Sizes of one layer's factors, known before they are computed.
+class FactorShard:
+    """One weight file of a factor checkpoint.
 
     Attributes
     ----------
-    name : str
-        Tensor name.
-    matrix : tuple of int
-        ``(m, n)`` or ``(E, m, n)``.
-    rank : int
-        Number of singular values kept, k.
+    file : str
+        Its name.
+    layers : tuple of str
+        Layers whose factors it holds.
+    infos : tuple of TensorInfo
+        All its tensors.
     """
 
-    name: str
-    matrix: tuple[int, ...]
-    rank: int
-
-    def infos(self, dtype: torch.dtype) -> list[TensorInfo]:
-        """List the tensors that hold the factors; ``S`` is float32 whatever `dtype` is."""
-        *batch, m, n = self.matrix
-        k = self.rank
-        return [
-            TensorInfo(f"{self.name}.U", dtype, (*batch, m, k), ""),
-            TensorInfo(f"{self.name}.S", torch.float32, (*batch, k), ""),
-            TensorInfo(f"{self.name}.Vh", dtype, (*batch, k, n), ""),
-        ]
+    file: str
+    layers: tuple[str, ...]
+    infos: tuple[TensorInfo, ...]
 
 
-class FactorWriter:
-    """Writes a factor checkpoint into a folder; a context manager.
+def factor_infos(layer: LayerRecord, dtype: torch.dtype) -> tuple[TensorInfo, ...]:
+    """List the tensors that hold a layer's factors; ``S`` is float32 whatever `dtype` is."""
+    *batch, m, n = layer.matrix
+    k = layer.rank
+    return (
+        TensorInfo(f"{layer.name}.U", dtype, (*batch, m, k), ""),
+        TensorInfo(f"{layer.name}.S", torch.float32, (*batch, k), ""),
+        TensorInfo(f"{layer.name}.Vh", dtype, (*batch, k, n), ""),
+    )
+
+
+def plan_factor_shards(
+    layers: Sequence[LayerRecord],
+    whole: Sequence[TensorInfo],
+    *,
+    dtype: torch.dtype,
+    max_bytes: int,
+) -> list[FactorShard]:
+    """Share layers and whole tensors out over shards, in order; a layer is never split.
+
+    Parameters
+    ----------
+    layers : sequence of LayerRecord
+        In file order.
+    whole : sequence of TensorInfo
+        Tensors that are kept as they are; they follow the layers.
+    dtype : torch.dtype
+        Storage dtype of ``U`` and ``Vh``.
+    max_bytes : int
+        Where a new shard begins.
+    """
+    tensors = {layer.name: factor_infos(layer, dtype) for layer in layers}
+    tensors |= {info.name: (info,) for info in whole}
+    sizes = [
+        TensorInfo(name, torch.uint8, (sum(info.nbytes for info in infos),), "")
+        for name, infos in tensors.items()
+    ]
+    groups = plan_shards(sizes, max_bytes)
+    names = {layer.name for layer in layers}
+    return [
+        FactorShard(
+            file,
+            tuple(name for name in group if name in names),
+            tuple(info for name in group for info in tensors[name]),
+        )
+        for file, group in zip(shard_names(STEM, len(groups)), groups, strict=True)
+    ]
+
+
+def write_shard(folder: Path, shard: FactorShard, read: Callable[[str], Tensor]) -> None:
+    """Write one shard; its file appears when it is complete.
 
     Parameters
     ----------
     folder : Path
-        Existing folder, usually a partial one.
-    layers : sequence of LayerLayout
-        What will be written, in file order.
-    whole : sequence of TensorInfo
-        Tensors that are kept as they are.
-    dtype : torch.dtype
-        Storage dtype of ``U`` and ``Vh``.
-    max_shard_bytes : int or None
-        Where a new shard begins.
+        Where.
+    shard : FactorShard
+        What.
+    read : callable
+        Gives each tensor by its name in the shard.
     """
-
-    def __init__(
-        self,
-        folder: Path,
-        layers: Sequence[LayerLayout],
-        whole: Sequence[TensorInfo],
-        *,
-        dtype: torch.dtype,
-        max_shard_bytes: int | None,
-    ) -> None:
-        infos = {info.name: info for layer in layers for info in layer.infos(dtype)}
-        infos |= {info.name: info for info in whole}
-        shards = [
-            [infos[name] for name in names]
-            for names in plan_shards(infos.values(), max_shard_bytes)
-        ]
-        self._writer = CheckpointWriter(folder, shards=shards, stem=STEM)
-
-    def write_layer(self, name: str, factors: LayerFactors) -> dict[str, str]:
-        """Store the factors of one layer, in the dtypes of the layout.
-
-        Returns
-        -------
-        dict of str to str
-            SHA-256 of each tensor by its name, for the factors' fingerprint.
-        """
-        stored = {f"{name}.U": factors.U, f"{name}.S": factors.S, f"{name}.Vh": factors.Vh}
-        for key, tensor in stored.items():
-            self._writer.write(key, tensor)
-        return {key: tensor_digest(tensor) for key, tensor in stored.items()}
-
-    def write_whole(self, name: str, tensor: Tensor) -> None:
-        """Store a tensor that is not decomposed."""
-        self._writer.write(name, tensor)
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
-        self._writer.__exit__(kind, error, trace)
+    path = folder / shard.file
+    temporary = path.with_suffix(".writing")
+    temporary.unlink(missing_ok=True)
+    layout = {info.name: (info.dtype, info.shape) for info in shard.infos}
+    with SafetensorsWriter(temporary, layout, metadata={"format": "pt"}) as writer:
+        for info in shard.infos:
+            writer.write(info.name, read(info.name))
+    with write_errors(path):
+        temporary.replace(path)
 
 
-def write_config(folder: Path, config: FactorConfig) -> None:
-    """Write ``svf_config.json``, the last file of a factor checkpoint."""
+def finish_factors(folder: Path, shards: Sequence[FactorShard], config: FactorConfig) -> None:
+    """Write the index, where there are several shards, and ``svf_config.json``."""
+    if len(shards) > 1:
+        weight_map = {info.name: shard.file for shard in shards for info in shard.infos}
+        size = sum(info.nbytes for shard in shards for info in shard.infos)
+        write_index(folder / f"{STEM}.safetensors.index.json", weight_map, total_size=size)
     path = folder / CONFIG_FILE
     with write_errors(path):
         path.write_text(config_to_json(config, version=svftool.__version__), encoding="utf-8")

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from svftool.checkpoints import Checkpoint, Fingerprint, dtype_name, tensor_digest
 from svftool.progress import Progress
+from svftool.stages.processes import Processes
 
 THREADS = 4
 
@@ -33,9 +34,13 @@ class Examination:
 
 
 def examine(
-    source: Checkpoint, *, check_finite: Collection[str], progress: Progress
+    source: Checkpoint,
+    *,
+    check_finite: Collection[str],
+    processes: Processes,
+    progress: Progress,
 ) -> Examination:
-    """Read every tensor once.
+    """Read every tensor once; the processes share them.
 
     Parameters
     ----------
@@ -43,27 +48,33 @@ def examine(
         What is examined.
     check_finite : collection of str
         Names of the tensors that must be finite.
+    processes : Processes
+        This process among those that share the work.
     progress : Progress
         Told how many bytes are done.
     """
-    total, bad = Fingerprint(), {}
     checked = frozenset(check_finite)
 
     def look(name: str) -> tuple[str, str]:
         tensor = source.read(name)
         return tensor_digest(tensor), _not_finite(tensor) if name in checked else ""
 
-    size = sum(info.nbytes for info in source.infos.values())
+    mine = list(source.infos.values())[processes.rank :: processes.count]
+    size = sum(info.nbytes for info in mine)
     with (
         progress.task("examining", size) as task,
         ThreadPoolExecutor(min(THREADS, os.cpu_count() or 1)) as pool,
     ):
-        found = pool.map(look, source.infos)
-        for info, (digest, what) in zip(source.infos.values(), found, strict=True):
-            total.add_digest(info.name, dtype_name(info.dtype), info.shape, digest)
-            if what:
-                bad[info.name] = what
+        found = {}
+        for info, seen in zip(mine, pool.map(look, (one.name for one in mine)), strict=True):
+            found[info.name] = seen
             task.advance(info.nbytes, detail=info.name)
+    for others in processes.gather(found):
+        found |= others
+    total = Fingerprint()
+    for info in source.infos.values():
+        total.add_digest(info.name, dtype_name(info.dtype), info.shape, found[info.name][0])
+    bad = {name: found[name][1] for name in source.infos if found[name][1]}
     return Examination(total.hexdigest(), bad)
 
 

@@ -1,0 +1,319 @@
+"""One decomposition on its way from a checkpoint to a finished folder, by one or many processes.
+
+Each finished layer is spooled (see `svftool.factors.spool`), so a run that was killed at any moment
+goes on where it was. The layers are shared out by cost; what a layer's factors are does not depend
+on which process computes them, or on how many there are.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from svftool.checkpoints import (
+    Checkpoint,
+    Choice,
+    Fingerprint,
+    Selection,
+    TensorInfo,
+    dtype_name,
+    side_files,
+    write_errors,
+)
+from svftool.engine import Job, RankRule, run_svds
+from svftool.engine.share import share
+from svftool.errors import NumericalError, shortlist
+from svftool.factors import (
+    BaseRecord,
+    FactorConfig,
+    FactorShard,
+    FinishedLayer,
+    LayerFactors,
+    LayerRecord,
+    LayerSpool,
+    digests_of,
+    factor_infos,
+    finish_factors,
+    plan_factor_shards,
+    write_shard,
+)
+from svftool.numerics import Method, Svd, reconstruct
+from svftool.progress import Progress
+from svftool.stages.examine import Examination, examine
+from svftool.stages.processes import Processes
+
+
+@dataclass(frozen=True)
+class LayerPlan:
+    """One layer to decompose: what it is and how large its factors will be.
+
+    Attributes
+    ----------
+    info : TensorInfo
+        The tensor.
+    choice : Choice
+        Its name and view.
+    matrix : tuple of int
+        ``(m, n)`` or ``(E, m, n)``.
+    rank : int or None
+        Singular values kept; None where the spectrum decides.
+    """
+
+    info: TensorInfo
+    choice: Choice
+    matrix: tuple[int, ...]
+    rank: int | None
+
+    @property
+    def job(self) -> Job:
+        """The layer as the engine takes it."""
+        return Job(self.info.name, self.matrix, self.info.dtype)
+
+    @property
+    def factor_bytes(self) -> int:
+        """Bytes of the factors in float32, at full rank where the rank is open."""
+        *batch, m, n = self.matrix
+        rank = min(m, n) if self.rank is None else self.rank
+        return 4 * (batch[0] if batch else 1) * rank * (m + n + 1)
+
+
+@dataclass(frozen=True)
+class Settings:
+    """Options of a decomposition, parsed and checked."""
+
+    rank: RankRule
+    method: Method
+    selection: Selection
+    dtype: torch.dtype
+    max_shard_bytes: int
+    layers_only: bool
+    skip_bad: bool
+    device: str
+
+
+@dataclass
+class Factorisation:
+    """The run.
+
+    Attributes
+    ----------
+    source : Checkpoint
+        What is decomposed.
+    layers : list of LayerPlan
+        The selected layers in file order.
+    left_whole : dict of str to str
+        Every other tensor with the reason.
+    settings : Settings
+        Options.
+    target, partial : Path
+        Where the folder will be, and where it is being made.
+    processes : Processes
+        This process among those that share the work.
+    progress : Progress
+        Told how far the work is.
+    """
+
+    source: Checkpoint
+    layers: Sequence[LayerPlan]
+    left_whole: Mapping[str, str]
+    settings: Settings
+    target: Path
+    partial: Path
+    processes: Processes
+    progress: Progress
+
+    def run(self, *, resume: bool) -> tuple[FactorConfig, dict[str, float]]:
+        """Decompose every layer and finish the folder.
+
+        Returns
+        -------
+        config : FactorConfig
+            As written.
+        seconds : dict of str to float
+            Time that each layer's decomposition took.
+        """
+        seen = self._examine()
+        spool = LayerSpool(self.partial, [one.info.name for one in self.layers])
+        self.processes.once(lambda: spool.begin(self._facts(seen), resume=resume))
+        self._decompose(spool)
+        self.processes.meet()
+        finished = spool.finished()
+        shards = self._assemble(spool, finished)
+        self.processes.meet()
+        config = self._configuration(seen, finished)
+        self.processes.once(lambda: self._finish(spool, shards, config))
+        return config, {name: layer.seconds for name, layer in finished.items()}
+
+    def _examine(self) -> Examination:
+        names = [one.info.name for one in self.layers]
+        seen = examine(
+            self.source, check_finite=names, processes=self.processes, progress=self.progress
+        )
+        if seen.non_finite and not self.settings.skip_bad:
+            listed = shortlist(f"{name!r} ({what})" for name, what in seen.non_finite.items())
+            raise NumericalError(
+                f"{self.source.path}: {len(seen.non_finite)} of {len(names)} layers hold values "
+                f"that are not finite: {listed}. Expected finite weights; leave such layers whole "
+                "with --skip-bad."
+            )
+        bad = {name: f"not finite ({what})" for name, what in seen.non_finite.items()}
+        self.left_whole = {**self.left_whole, **bad}
+        self.layers = [one for one in self.layers if one.info.name not in bad]
+        return seen
+
+    def _facts(self, seen: Examination) -> dict[str, Any]:
+        """Everything that decides the result: an interrupted run must agree to be resumed."""
+        settings = self.settings
+        return {
+            "checkpoint": seen.fingerprint,
+            "layers": [[one.info.name, *one.matrix] for one in self.layers],
+            "rank": str(settings.rank),
+            "method": settings.method,
+            "dtype": dtype_name(settings.dtype),
+            "max_shard_bytes": settings.max_shard_bytes,
+            "layers_only": settings.layers_only,
+        }
+
+    def _decompose(self, spool: LayerSpool) -> None:
+        found = spool.finished()
+        written = self._written_layers(found)
+        done = {name for name, layer in found.items() if name in written or spool.intact(layer)}
+        if done:
+            self.progress.note(f"resuming: {len(done)} of {len(self.layers)} layers are finished")
+        plans = {one.info.name: one for one in self.layers if one.info.name not in done}
+        shares = share([one.job for one in plans.values()], self.processes.count)
+        mine = shares[self.processes.rank]
+        # Everyone has looked at what is finished before anyone adds to it.
+        self.processes.meet()
+        for name, svd in self._svds(mine):
+            stored = self._stored(name, svd)
+            factors = LayerFactors(stored.U, stored.S, stored.Vh)
+            record = _record(plans[name], stored)
+            spool.add(FinishedLayer(record, digests_of(factors), svd.seconds), factors)
+
+    def _svds(self, jobs: Sequence[Job]) -> Iterator[tuple[str, Svd]]:
+        return run_svds(
+            jobs,
+            self.source.read,
+            rank=self.settings.rank,
+            method=self.settings.method,
+            device=self.settings.device,
+            progress=self.progress,
+        )
+
+    def _stored(self, name: str, svd: Svd) -> Svd:
+        """Round the factors to the storage dtype and measure what that costs."""
+        dtype = self.settings.dtype
+        if dtype == torch.float32:
+            return svd
+        rounded = replace(svd, U=svd.U.to(dtype), Vh=svd.Vh.to(dtype))
+        weight = self.source.read(name).double().reshape(*svd.U.shape[:-1], svd.Vh.shape[-1])
+        U, Vh = rounded.U.double(), rounded.Vh.double()
+        norm = torch.linalg.vector_norm(weight)
+        residual = torch.linalg.vector_norm(weight - reconstruct(U, svd.S.double(), Vh))
+        identity = torch.eye(svd.rank, dtype=torch.float64)
+        defects = (U.mT @ U - identity).abs().max(), (Vh @ Vh.mT - identity).abs().max()
+        return replace(
+            rounded,
+            reconstruction_error=float(residual / norm) if norm > 0 else 0.0,
+            orthogonality_error=float(max(defects)),
+        )
+
+    def _shards(self, finished: Mapping[str, FinishedLayer]) -> list[FactorShard]:
+        kept = () if self.settings.layers_only else self.left_whole
+        return plan_factor_shards(
+            [finished[one.info.name].record for one in self.layers],
+            [self.source.infos[name] for name in self.source.infos if name in kept],
+            dtype=self.settings.dtype,
+            max_bytes=self.settings.max_shard_bytes,
+        )
+
+    def _written_layers(self, finished: Mapping[str, FinishedLayer]) -> set[str]:
+        """Layers in shards that an interrupted run completed; it had finished every layer."""
+        if len(finished) < len(self.layers):
+            return set()
+        return {
+            name
+            for shard in self._shards(finished)
+            if (self.partial / shard.file).is_file()
+            for name in shard.layers
+        }
+
+    def _assemble(
+        self, spool: LayerSpool, finished: Mapping[str, FinishedLayer]
+    ) -> list[FactorShard]:
+        """Put the finished layers into shards; the processes take turns."""
+        shards = self._shards(finished)
+        read_layer = lru_cache(maxsize=1)(spool.read)
+
+        def read(name: str) -> Tensor:
+            layer, _, part = name.rpartition(".")
+            if layer in finished and part in ("U", "S", "Vh"):
+                return getattr(read_layer(layer), part)  # type: ignore[no-any-return]
+            return self.source.read(name)
+
+        for shard in shards[self.processes.rank :: self.processes.count]:
+            if not (self.partial / shard.file).is_file():
+                write_shard(self.partial, shard, read)
+            for name in shard.layers:
+                spool.drop_factors(name)
+        return shards
+
+    def _configuration(
+        self, seen: Examination, finished: Mapping[str, FinishedLayer]
+    ) -> FactorConfig:
+        total = Fingerprint()
+        for layer in finished.values():
+            for info in factor_infos(layer.record, self.settings.dtype):
+                digest = layer.digests[info.name.rpartition(".")[2]]
+                total.add_digest(info.name, dtype_name(info.dtype), info.shape, digest)
+        hub, settings = self.source.hub_id, self.settings
+        return FactorConfig(
+            base=BaseRecord(
+                place=hub or os.path.relpath(self.source.path.resolve(), self.target.resolve()),
+                hub=hub is not None,
+                fingerprint=seen.fingerprint,
+            ),
+            fingerprint=total.hexdigest(),
+            selection=settings.selection,
+            rank=str(settings.rank),
+            method=settings.method,
+            dtype=dtype_name(settings.dtype),
+            layers_only=settings.layers_only,
+            plan={},
+            layers={one.info.name: finished[one.info.name].record for one in self.layers},
+            left_whole=self.left_whole,
+        )
+
+    def _finish(
+        self, spool: LayerSpool, shards: Sequence[FactorShard], config: FactorConfig
+    ) -> None:
+        if self.source.is_folder:
+            for file in side_files(self.source.path):
+                with write_errors(self.partial / file.name):
+                    shutil.copy(file, self.partial / file.name)
+        finish_factors(self.partial, shards, config)
+        shutil.rmtree(spool.folder)
+
+
+def _record(plan: LayerPlan, svd: Svd) -> LayerRecord:
+    return LayerRecord(
+        name=plan.info.name,
+        shape=plan.info.shape,
+        dtype=dtype_name(plan.info.dtype),
+        view=plan.choice.view,
+        matrix=plan.matrix,
+        rank=svd.rank,
+        method=svd.method,
+        reconstruction_error=svd.reconstruction_error,
+        orthogonality_error=svd.orthogonality_error,
+        energy=svd.energy,
+    )

@@ -1,0 +1,96 @@
+"""The processes that share one command under ``torchrun``; a single one needs no launcher."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from datetime import timedelta
+from typing import TypeVar
+
+import torch.distributed as dist
+
+from svftool.errors import ResourceError, SvftoolError
+
+T = TypeVar("T")
+PATIENCE = timedelta(days=7)
+"""How long a process waits for the others: layers may take hours, a lost one breaks the link."""
+
+
+@dataclass(frozen=True)
+class Processes:
+    """One process among those of the command.
+
+    Attributes
+    ----------
+    rank : int
+        Number of this process, from 0.
+    count : int
+        How many there are, on all machines.
+    """
+
+    rank: int = 0
+    count: int = 1
+
+    @property
+    def first(self) -> bool:
+        """Whether this process does what is done once."""
+        return self.rank == 0
+
+    def gather(self, value: T) -> list[T]:
+        """Exchange a value with the others; also a meeting point.
+
+        Raises
+        ------
+        ResourceError
+            If another process was lost.
+        """
+        if self.count == 1:
+            return [value]
+        values: list[T | None] = [None] * self.count
+        try:
+            dist.all_gather_object(values, value)
+        except RuntimeError as error:
+            raise ResourceError(
+                f"process {self.rank}: another of the {self.count} processes was lost. "
+                "What is finished is kept; run the same command again with --resume."
+            ) from error
+        return [one for one in values if one is not None]
+
+    def meet(self) -> None:
+        """Wait until every process is here."""
+        self.gather(self.rank)
+
+    def once(self, work: Callable[[], T]) -> T:
+        """Run `work` in the first process; all return its result or raise its error."""
+        outcome: tuple[T | None, SvftoolError | None] = (None, None)
+        if self.first:
+            try:
+                outcome = (work(), None)
+            except SvftoolError as error:
+                outcome = (None, error)
+        value, failure = self.gather(outcome)[0]
+        if failure is not None:
+            raise failure
+        return value  # type: ignore[return-value]
+
+
+@contextmanager
+def joined_processes() -> Iterator[Processes]:
+    """Join the processes that ``torchrun`` started, if it did.
+
+    Yields
+    ------
+    Processes
+        A single one where there is no launcher.
+    """
+    count = int(os.environ.get("WORLD_SIZE", "1"))
+    if count == 1:
+        yield Processes()
+        return
+    dist.init_process_group("gloo", timeout=PATIENCE)
+    try:
+        yield Processes(dist.get_rank(), count)
+    finally:
+        dist.destroy_process_group()
