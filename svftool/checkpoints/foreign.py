@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-_GIT_LFS = "the file is a Git LFS pointer (git lfs pull fetches the weights)"
 _STARTS: tuple[tuple[bytes, str], ...] = (
-    (b"version https://git-lfs", _GIT_LFS),
-    (b"version ", _GIT_LFS),
+    (b"version ", "the file is a Git LFS pointer (git lfs pull fetches the weights)"),
     (b"PK\x03\x04", "the file is a zip archive, as torch writes under other suffixes"),
     (b"\x80\x02", "the file is a pickle, as torch writes under other suffixes"),
     (b"GGUF", "the file is in GGUF format"),
@@ -13,11 +11,11 @@ _STARTS: tuple[tuple[bytes, str], ...] = (
     (b"\x93NUMPY", "the file is a NumPy array"),
     (b"\x1f\x8b", "the file is compressed with gzip"),
 )
-_PAGES = (b"<!doctype", b"<html", b"<?xml", b"<head")
+_PAGES = (b"<!doc", b"<html", b"<?xml", b"<head")
 
 
 def describe_start(start: bytes) -> str:
-    """Return what a file seems to be, judged by its first bytes.
+    """Return what a file seems to be, judged by its first bytes (eight or more).
 
     Examples
     --------

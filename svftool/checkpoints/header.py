@@ -74,6 +74,14 @@ def read_header(file: BinaryIO, path: Path, size: int) -> Header:
     return Header(tuple(entries), metadata)
 
 
+def announces_header(start: bytes, size: int) -> bool:
+    """Tell whether a file of `size` bytes that begins with `start` can only be safetensors.
+
+    Neither a pickle nor a zip archive begins with a number as small as a header's length.
+    """
+    return int.from_bytes(start[:8], "little") <= size - 8 and start[8:9] == b"{"
+
+
 def _fault(path: Path, found: str, expected: str, *, name: str | None = None) -> CheckpointError:
     where = f"{path}: {name}" if name is not None else f"{path}"
     return CheckpointError(f"{where}: {found}, expected {expected}. {_WAY_OUT}")

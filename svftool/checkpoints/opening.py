@@ -17,6 +17,7 @@ from svftool.checkpoints.folder import (
     read_config,
 )
 from svftool.checkpoints.foreign import describe_start
+from svftool.checkpoints.header import announces_header
 from svftool.checkpoints.hub import fetch, looks_like_hub_id
 from svftool.checkpoints.pickle_file import ZIP_MAGIC, PickleFile
 from svftool.checkpoints.safetensors_file import SafetensorsFile
@@ -118,10 +119,9 @@ def _weight_file(path: Path) -> WeightFile:
     """Open one file by its suffix, and by its first bytes where the suffix does not decide."""
     with path.open("rb") as file:
         start = file.read(32)
-    pickled = start.startswith((ZIP_MAGIC, b"\x80"))
-    if path.suffix == ".safetensors" or (start[8:9] == b"{" and not pickled):
+    if path.suffix == ".safetensors" or announces_header(start, path.stat().st_size):
         return SafetensorsFile(path)
-    if pickled:
+    if start.startswith((ZIP_MAGIC, b"\x80")):
         return PickleFile(path)
     expected = "a pickle of torch" if path.suffix in PICKLE_SUFFIXES else "a checkpoint"
     raise CheckpointError(

@@ -63,20 +63,23 @@ def replace_output(
         If there is no room or no permission.
     """
     place = _Place(target)
-    place.check(force, inputs)
+    place.check_apart(inputs)
+    place.check_free(force)
     created = _make_parents(place.target.parent)
     try:
         with _locked(place):
             place.recover()
+            place.check_free(force)
             if not resume:
                 remove(place.partial)
             try:
                 with write_errors(place.partial):
                     yield place.partial
                     sync_tree(place.partial)
-                    place.check(force, inputs)
+                    place.check_free(force)
                     place.finish()
             except BaseException:
+                place.recover()
                 if not (keep_partial or resume):
                     remove(place.partial)
                 raise
@@ -103,8 +106,8 @@ class _Place:
     def _beside(self, suffix: str) -> Path:
         return self.target.with_name(self.target.name + suffix)
 
-    def check(self, force: bool, inputs: Sequence[Path]) -> None:
-        """Refuse a target that stands in the way of an input, or that may not be replaced."""
+    def check_apart(self, inputs: Sequence[Path]) -> None:
+        """Refuse a target that would touch an input."""
         for path in inputs:
             for mine in (self.target, self.partial, self.replaced):
                 relation = overlap(mine, path)
@@ -113,6 +116,9 @@ class _Place:
                         f"{self.given}: the output is {relation} the input {path}, "
                         "expected a place apart. Choose another output."
                     )
+
+    def check_free(self, force: bool) -> None:
+        """Refuse a target that exists and may not be replaced."""
         if not os.path.lexists(self.target):
             return
         if not force:
@@ -147,14 +153,9 @@ class _Place:
         sync(self.target.parent)
 
     def _exchange(self) -> None:
-        """Put a new folder in the place of an old one, or the old one back."""
-        try:
-            self.target.rename(self.replaced)
-            self.partial.rename(self.target)
-        except BaseException:
-            if os.path.lexists(self.replaced) and not os.path.lexists(self.target):
-                self.replaced.rename(self.target)
-            raise
+        """Put a new folder in the place of an old one; `recover` undoes it half way."""
+        self.target.rename(self.replaced)
+        self.partial.rename(self.target)
         sync(self.target.parent)
         try:
             remove(self.replaced)

@@ -59,10 +59,10 @@ class PickleFile:
         self.notes = tuple(_notes(path.name, lazy, self.nesting, passed_over))
 
     def read(self, name: str) -> Tensor:
-        """Return one tensor that the caller owns."""
+        """Return one tensor that the caller owns; sparse and quantised ones as they are."""
         tensor = self._tensors()[name].detach()
         if self.infos[name].layout != "dense":
-            return tensor.clone()
+            return tensor
         return tensor.clone(memory_format=torch.contiguous_format)
 
     def close(self) -> None:

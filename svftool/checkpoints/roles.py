@@ -14,6 +14,7 @@ from svftool.checkpoints.base import TensorInfo
 
 QUANTISATION = "quantisation scale or packed integers"
 _TOKENS = "token embedding"
+_MASK = "attention mask"
 
 # The first rule that matches the whole of a tensor's owner counts.
 _RULES: tuple[tuple[str, re.Pattern[str]], ...] = (
@@ -36,7 +37,7 @@ _RULES: tuple[tuple[str, re.Pattern[str]], ...] = (
         "attention bias table",
         re.compile(r"(attention|attn)_bias(es)?|pos_bias_[uv]|r_[wrs]_bias"),
     ),
-    ("attention mask", re.compile(r"(.+_)?mask")),
+    (_MASK, re.compile(r"(.+_)?mask")),
     ("bias of several dimensions", re.compile(r"(.+_)?bias")),
     (
         "position embedding",
@@ -59,11 +60,12 @@ _RULES: tuple[tuple[str, re.Pattern[str]], ...] = (
 _WRAPPERS = frozenset({"module", "_orig_mod", "model", "net", "network", "backbone"})
 
 _HEAD_ANYWHERE = re.compile(
-    r"lm_head|embed_out|output_projection|qa_outputs|logits|(.+_)?classifier|last_linear|conv_seg"
-    r"|seq_relationship|cls_score|cls_logits|bbox_pred|mask_fcn_logits|class_embed"
+    r"(.+_)?lm_head|lm_loss|embed_out|output_projection|qa_outputs|seq_relationship|logits"
+    r"|(?!pre_)(.+_)?classifier|last_linear|conv_seg|class_embed"
+    r"|cls_score|cls_logits|bbox_(pred|reg)|mask_fcn_logits"
 )
 _HEAD_AT_TOP = re.compile(
-    r"heads?|head_dist|fc|score|(.+_)?classifier|last_linear|classification_head|segmentation_head"
+    r"heads?|head_dist|fc|score|(aux_)?classifier|last_linear|(classification|segmentation)_head"
 )
 _HEAD_IF_NO_OTHER = ("linear", "output", "proj_out")
 _FINAL = re.compile(r"heads?|fc|linear|l|out_proj|out|decoder|last_layer|logits|score|classifier")
@@ -98,14 +100,16 @@ def table_role(info: TensorInfo) -> str | None:
     """
     who = owner(info.name)
     role = next((role for role, pattern in _RULES if pattern.fullmatch(who)), None)
-    if role == _TOKENS and _is_layer(info, who):
-        return None
-    return role
+    return None if role is not None and _is_layer(info, who, role) else role
 
 
-def _is_layer(info: TensorInfo, who: str) -> bool:
-    """Tell a convolution, or a deep layer called ``shared``, from an embedding of that name."""
-    return len(info.shape) > 3 or (who == "shared" and info.name.count(".") > 2)
+def _is_layer(info: TensorInfo, who: str, role: str) -> bool:
+    """Tell a layer that maps from a table that has the same name."""
+    if role == _MASK:
+        return info.name.endswith(".weight")
+    if role == _TOKENS:
+        return len(info.shape) > 3 or (who == "shared" and info.name.count(".") > 2)
+    return False
 
 
 def output_heads(infos: Iterable[TensorInfo]) -> frozenset[str]:
@@ -122,7 +126,7 @@ def output_heads(infos: Iterable[TensorInfo]) -> frozenset[str]:
         if len(info.shape) > 1 and re.search(r"\.weight(_\w+)?$", info.name)
     }
     heads = {name for name, path in paths.items() if _is_head(path)}
-    heads |= _last_at_top(paths)
+    heads |= _last_at_top(paths, heads)
     if not heads:
         heads = {
             name for name, path in paths.items() if len(path) == 1 and path[0] in _HEAD_IF_NO_OTHER
@@ -148,16 +152,22 @@ def _is_head(path: tuple[str, ...]) -> bool:
     return bool(_HEAD_ANYWHERE.fullmatch(inner))
 
 
-def _last_at_top(paths: Mapping[str, tuple[str, ...]]) -> set[str]:
-    """Return the last layer of each block at the top of the network that is a head by its name."""
+def _last_at_top(paths: Mapping[str, tuple[str, ...]], known: set[str]) -> set[str]:
+    """Return the last layer of each block at the top that is a head by the block's name.
+
+    Blocks that hold one of the `known` heads are left out.
+    """
     blocks: dict[str, list[str]] = {}
     for name, path in paths.items():
         if _HEAD_AT_TOP.fullmatch(path[0]):
             blocks.setdefault(path[0], []).append(name)
     found = set()
     for names in blocks.values():
-        final = [name for name in names if _FINAL.fullmatch(paths[name][-1])]
-        found.add(max(final or names, key=lambda name: _natural(paths[name])))
+        if known.isdisjoint(names):
+            final = [name for name in names if _FINAL.fullmatch(paths[name][-1])] or names
+            depth = min(len(paths[name]) for name in final)
+            shallow = [name for name in final if len(paths[name]) == depth]
+            found.add(max(shallow, key=lambda name: _natural(paths[name])))
     return found
 
 
