@@ -26,6 +26,8 @@ class SvftoolError(Exception):
     """Base of all errors that name a cause the user can act on."""
 
     exit_code: ClassVar[int] = 1
+    reported_elsewhere = False
+    """Whether another process of the same command says it."""
 
 
 class UsageError(SvftoolError):

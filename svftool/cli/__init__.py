@@ -34,7 +34,8 @@ class ErrorBoundary(TyperGroup):
         try:
             return super().invoke(ctx)
         except SvftoolError as error:
-            _say_error(str(error))
+            if not error.reported_elsewhere:
+                _say_error(str(error))
             raise typer.Exit(error.exit_code) from None
         except KeyboardInterrupt:
             _say_error("interrupted")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -41,7 +42,7 @@ VerboseOption = Annotated[
 
 
 def emit(document: dict[str, Any], view: RenderableType, *, as_json: bool) -> None:
-    """Print a result on stdout.
+    """Print a result on stdout, once where several processes share the command.
 
     Parameters
     ----------
@@ -52,6 +53,8 @@ def emit(document: dict[str, Any], view: RenderableType, *, as_json: bool) -> No
     as_json : bool
         Which of the two is printed.
     """
+    if int(os.environ.get("RANK", "0")) > 0:
+        return
     if as_json:
         typer.echo(to_json(document))
     else:

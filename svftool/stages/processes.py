@@ -72,6 +72,7 @@ class Processes:
                 outcome = (None, error)
         value, failure = self.gather(outcome)[0]
         if failure is not None:
+            failure.reported_elsewhere = not self.first
             raise failure
         return value  # type: ignore[return-value]
 
