@@ -12,8 +12,9 @@ from torch import Tensor, nn
 
 from svftool.attaching.build import BuildOptions, build_weight
 from svftool.attaching.install import install, uninstall
-from svftool.attaching.layer import AttachedLayer, AttachedWeight, Mode, Region
-from svftool.attaching.names import NameMap, live_names, map_names
+from svftool.attaching.layer import AttachedLayer, AttachedWeight, Mode, Region, is_own
+from svftool.attaching.matching import match_by_value
+from svftool.attaching.names import NameMap, map_names, own_names
 from svftool.attaching.parametrisation import Parametrisation, check_parametrisation, parse_band
 from svftool.checkpoints import matches
 from svftool.errors import FactorsError, ModelError, UsageError, shortlist
@@ -131,18 +132,13 @@ class Attachment:
         """
         found = {}
         for name, parameter in self.model.named_parameters():
-            if parameter.requires_grad and is_own(name):
+            if parameter.requires_grad and is_own(name) and name not in self.weights:
                 found[self.names.file_name(name)] = parameter.detach()
         for name, buffer in self.model.named_buffers():
             before = self._buffers.get(name)
             if before is not None and not same(before, buffer):
                 found[self.names.file_name(name)] = buffer.detach()
         return found
-
-
-def is_own(name: str) -> bool:
-    """Whether a parameter name is the model's own, not one of svftool's."""
-    return ".svf_" not in f".{name}"
 
 
 def same(a: Tensor, b: Tensor) -> bool:
@@ -249,11 +245,13 @@ def _attach(
     model: nn.Module, store: FactorStore, chosen: list[str], options: BuildOptions
 ) -> Attachment:
     names = map_names(model, [*store.layers, *store.config.left_whole])
+    if not names.places(chosen):
+        names = match_by_value(model, store, names)
     homeless = [name for name in chosen if name not in names.placements]
     if homeless:
         raise FactorsError(
             f"{store.path}: {len(homeless)} of {len(chosen)} layers have no place in the model "
-            f"({shortlist(homeless)}); the model has {shortlist(sorted(live_names(model)), 3)}. "
+            f"({shortlist(homeless)}); the model has {shortlist(sorted(own_names(model)), 3)}. "
             "Check the model, or leave them out with --exclude."
         )
     built = {

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from svftool.attaching.layer import AttachedLayer, AttachedWeight, Mode, Region
 from svftool.attaching.parametrisation import Band, Parametrisation
-from svftool.factors import FactorStore, LayerRecord
+from svftool.factors import FactorStore, LayerFactors, LayerRecord
 
 EXACT = 1e-5
 """Largest reconstruction error, relative to the weight, of factors that may replace the weight."""
@@ -79,8 +79,9 @@ def build_weight(
         if tuple(live.shape) != record.shape:
             faults.append(f"{name} (shape {tuple(live.shape)}, expected {record.shape})")
             continue
-        layer = _build_layer(live, record, store, options)
-        if not _agrees(live, layer):
+        factors = store.read(name)
+        layer = _build_layer(live, record, factors, options)
+        if not _same_weight(live, factors, _exact(record)):
             faults.append(f"{name} (other weights)")
         regions.append(region)
         layers.append(layer)
@@ -90,17 +91,15 @@ def build_weight(
 
 
 def _build_layer(
-    live: Tensor, record: LayerRecord, store: FactorStore, options: BuildOptions
+    live: Tensor, record: LayerRecord, factors: LayerFactors, options: BuildOptions
 ) -> AttachedLayer:
-    factors = store.read(record.name)
-    exact = record.reconstruction_error <= EXACT and factors.U.dtype.itemsize >= 4
     layer = AttachedLayer(
         record.name,
         factors,
         shape=record.shape,
         view=record.view,
         dtype=live.dtype,
-        exact=exact,
+        exact=_exact(record) and factors.U.dtype.itemsize >= 4,
         parametrisation=options.parametrisation,
         band=options.band,
         nonnegative=options.nonnegative,
@@ -108,16 +107,24 @@ def _build_layer(
     return layer.to(live.device)
 
 
-def _agrees(live: Tensor, layer: AttachedLayer) -> bool:
-    """Compare ``U' W h`` with ``S Vh h`` for a fixed random vector h: equal at any rank."""
-    factors = layer.factors()
-    U, Vh = factors.U.float(), factors.Vh.float()
+def agrees(live: Tensor, record: LayerRecord, store: FactorStore) -> bool:
+    """Whether a live weight of the layer's shape is the one that the factors were computed from.
+
+    Compares ``U' W h`` with ``S Vh h`` for a fixed random vector h, which are equal at any rank.
+    """
+    return _same_weight(live, store.read(record.name), _exact(record))
+
+
+def _exact(record: LayerRecord) -> bool:
+    return record.reconstruction_error <= EXACT
+
+
+def _same_weight(live: Tensor, factors: LayerFactors, exact: bool) -> bool:
+    U, S, Vh = (part.to(live.device, torch.float32) for part in (factors.U, factors.S, factors.Vh))
     generator = torch.Generator().manual_seed(0)
     h = torch.randn(Vh.shape[-1], 1, generator=generator).to(live.device)
-    matrix = live.reshape(*U.shape[:-1], Vh.shape[-1]).float()
-    found = (U.mT @ (matrix @ h)).squeeze(-1)
-    expected = factors.S.float() * (Vh @ h).squeeze(-1)
-    scale = factors.S.float().norm(dim=-1)
-    rounded = live.dtype.itemsize < 4 or not layer.exact
-    tolerance = (_HALF if rounded else _SINGLE) * scale
-    return bool(((found - expected).norm(dim=-1) <= tolerance).all())
+    matrix = live.detach().reshape(*U.shape[:-1], Vh.shape[-1]).float()
+    difference = (U.mT @ (matrix @ h)).squeeze(-1) - S * (Vh @ h).squeeze(-1)
+    precise = exact and live.dtype.itemsize >= 4 and factors.U.dtype.itemsize >= 4
+    tolerance = (_SINGLE if precise else _HALF) * S.norm(dim=-1)
+    return bool((difference.norm(dim=-1) <= tolerance).all())

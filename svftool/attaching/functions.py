@@ -45,9 +45,10 @@ class SplitLayer(torch.autograd.Function):
     ) -> Tensor:
         """Run the layer and keep ``right(x)``."""
         z = split.right(x, right)
-        y = _expand(z, s, left, bias, split)
-        if weight is not None:
-            y = y.add_(split.whole(x, weight))
+        if weight is None:
+            y = _expand(z, s, left, bias, split)
+        else:
+            y = split.whole(x, weight, bias).add_(_expand(z, s, left, None, split))
         ctx.split = split
         ctx.shape = tuple(x.shape)
         ctx.save_for_backward(z, s, right, left, weight)
@@ -94,7 +95,7 @@ class ComposeWeight(torch.autograd.Function):
     def forward(ctx: Any, weight: AttachedWeight, base: Tensor, *deltas: Tensor) -> Tensor:
         """Add each part's change to its region of the base's weight."""
         ctx.weight = weight
-        composed = base.clone()
+        composed = weight.copy_of(base)
         for (layer, region), delta in zip(weight.layers(), deltas, strict=True):
             region.of(composed).add_(layer.change(delta))
         return composed

@@ -8,11 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from svftool.attaching.layer import AttachedWeight
+from svftool.attaching.layer import PREFIX, AttachedWeight
 from svftool.attaching.standin import StandIn
-
-PREFIX = "svf_"
-"""A parameter ``weight`` has its `AttachedWeight` beside it as submodule ``svf_weight``."""
 
 _STACK = "_svf_placed"
 

@@ -7,8 +7,8 @@ from collections.abc import Mapping
 
 from torch import nn
 
-from svftool.attaching.hooks import PREFIX, Enter, Leave, LoadMerged, SaveMerged
-from svftool.attaching.layer import AttachedWeight
+from svftool.attaching.hooks import Enter, Leave, LoadMerged, SaveMerged
+from svftool.attaching.layer import PREFIX, AttachedWeight
 
 _HANDLES = "_svf_handles"
 

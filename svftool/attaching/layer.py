@@ -19,37 +19,50 @@ from svftool.attaching.parametrisation import Band, Parametrisation
 from svftool.checkpoints.views import View
 from svftool.factors import LayerFactors, add_delta
 
+PREFIX = "svf_"
+"""A parameter ``weight`` has its `AttachedWeight` beside it as submodule ``svf_weight``."""
+
 Mode = Literal["auto", "factored", "composed", "residual"]
 
 
 @dataclass(frozen=True)
 class Region:
-    """Where a tensor of the file lies in a live parameter.
+    """Where a tensor of the file lies in a live parameter, as a strided view of it.
 
     Attributes
     ----------
-    index : tuple of int or slice
-        Leading indices into the live parameter; empty where it is all of it.
-    permute : tuple of int or None
-        Order of the indexed dimensions that gives the file's layout; None where it is the same.
+    offset : int
+        Elements before the first.
+    shape : tuple of int or None
+        Of the view, which is the file's tensor; None for the whole parameter as it stands.
+    stride : tuple of int
+        Elements from one index to the next, in each dimension.
     """
 
-    index: tuple[int | slice, ...] = ()
-    permute: tuple[int, ...] | None = None
+    offset: int = 0
+    shape: tuple[int, ...] | None = None
+    stride: tuple[int, ...] = ()
 
     @property
     def whole(self) -> bool:
         """Whether the live parameter is the file's tensor as it stands."""
-        return not self.index and self.permute is None
+        return self.shape is None
 
     def of(self, live: Tensor) -> Tensor:
-        """Return the region as a view in the file's layout."""
-        view = live[self.index] if self.index else live
-        return view if self.permute is None else view.permute(self.permute)
+        """Return the region in the file's layout: a view, if `live` is contiguous."""
+        if self.shape is None:
+            return live
+        dense = live.contiguous()
+        return dense.as_strided(self.shape, self.stride, dense.storage_offset() + self.offset)
 
 
 WHOLE = Region()
 """All of a live parameter, as it stands."""
+
+
+def is_own(name: str) -> bool:
+    """Whether a parameter name is the model's own, not one of svftool's."""
+    return f".{PREFIX}" not in f".{name}"
 
 
 class KeepsDtype(nn.Module):
@@ -107,7 +120,7 @@ class AttachedLayer(KeepsDtype):
     Vh : (..., k, n) Parameter
         Frozen; for the matrix view with the tensor's own trailing dimensions in place of n.
     S_base : (..., k) Parameter
-        Frozen, float32 or better.
+        Frozen, float32, or float64 in a float64 model.
     """
 
     exempt = ("theta", "S_base", "offset")
@@ -135,7 +148,7 @@ class AttachedLayer(KeepsDtype):
         k = factors.S.shape[-1]
         self.band = (band or Band()).of(k)
         rest = shape[1:] if view == "matrix" else factors.Vh.shape[-1:]
-        S = factors.S if factors.S.dtype == torch.float64 else factors.S.float()
+        S = factors.S.to(torch.float64 if dtype == torch.float64 else torch.float32)
         self.U = _frozen(factors.U.to(dtype).contiguous())
         self.Vh = _frozen(factors.Vh.to(dtype).reshape(*factors.Vh.shape[:-1], *rest).contiguous())
         self.S_base = _frozen(S.clone())
@@ -161,7 +174,7 @@ class AttachedLayer(KeepsDtype):
         change = change + self.offset
         if self.nonnegative:
             # Clamped in value, not in gradient, so that a value at zero can come back.
-            change = change + (change.clamp(min=-self.S_base) - change).detach()
+            change = torch.maximum(change, -self.S_base).detach() + (change - change.detach())
         return change
 
     def values(self) -> Tensor:
@@ -232,6 +245,12 @@ class AttachedWeight(KeepsDtype):
         """Return each part with the region it lies in."""
         return [(cast(AttachedLayer, p), r) for p, r in zip(self.parts, self.regions, strict=True)]
 
+    def copy_of(self, base: Tensor) -> Tensor:
+        """Copy the base's weight into a layout in which every region is a view."""
+        whole = all(region.whole for region in self.regions)
+        layout = torch.preserve_format if whole else torch.contiguous_format
+        return base.detach().clone(memory_format=layout)
+
     @property
     def single(self) -> AttachedLayer | None:
         """The one layer that is the whole parameter, where there is one."""
@@ -255,7 +274,9 @@ class AttachedWeight(KeepsDtype):
         """Return the weight of the present singular values, a constant kept until they change."""
         key = self._key(base)
         if self._dense is None or self._dense[0] != key:
-            self._dense = (key, self.compose(base) if self._touched() else base.detach())
+            # An inference tensor would be of no use to a later pass that records gradients.
+            with torch.inference_mode(False):
+                self._dense = (key, self.compose(base) if self._touched() else base.detach())
         return self._dense[1]
 
     def forget(self) -> None:
@@ -275,10 +296,13 @@ class AttachedWeight(KeepsDtype):
         kept = self._merged[1]() if self._merged is not None and self._merged[0] == key else None
         if kept is not None:
             return kept
-        merged = base.detach().clone()
+        merged = self.copy_of(base)
         for layer, region in self.layers():
             view = region.of(merged)
-            view.copy_(add_delta(view, layer.factors(), layer.delta(), view=layer.view).weight)
+            # As a tuned file says it: singular values in float32, their difference in float64.
+            base_values = layer.S_base.float().double()
+            delta = layer.values().float().double() - base_values
+            view.copy_(add_delta(view, layer.factors(), delta, view=layer.view).weight)
         self._merged = (key, weakref.ref(merged))
         return merged
 
@@ -292,7 +316,7 @@ class AttachedWeight(KeepsDtype):
             What singular values do not explain of the difference from `base`, relative to what
             rounding explains. Above 1 the weight is no merge of these factors; nothing is set.
         """
-        change = weight.to(base.device, torch.float64) - base.detach().double()
+        change = (weight.to(base.device, torch.float64) - base.detach().double()).contiguous()
         rounding = torch.finfo(base.dtype).eps * float(base.detach().double().norm())
         allowed = 4 * rounding + 1e-3 * float(change.norm())
         deltas = []

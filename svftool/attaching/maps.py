@@ -44,8 +44,8 @@ class SplitMap(Protocol):
     def right_adjoint(self, g: Tensor, right: Tensor, shape: tuple[int, ...]) -> Tensor:
         """Take a gradient in the singular basis to the input, of `shape`."""
 
-    def whole(self, x: Tensor, weight: Tensor) -> Tensor:
-        """Apply the dense weight, without bias."""
+    def whole(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        """Apply the dense weight and add the bias."""
 
     def whole_adjoint(self, dy: Tensor, weight: Tensor, shape: tuple[int, ...]) -> Tensor:
         """Take the output's gradient to the input through the dense weight."""
@@ -74,9 +74,9 @@ class LinearMap:
         """Return ``g right``."""
         return g @ right
 
-    def whole(self, x: Tensor, weight: Tensor) -> Tensor:
-        """Return ``x weight'``."""
-        return F.linear(x, weight)
+    def whole(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        """Return ``x weight' + bias``."""
+        return F.linear(x, weight, bias)
 
     def whole_adjoint(self, dy: Tensor, weight: Tensor, shape: tuple[int, ...]) -> Tensor:
         """Return ``dy weight``."""
@@ -120,9 +120,9 @@ class ConvMap:
         """Transposed convolution with the right singular vectors."""
         return self.whole_adjoint(g, right, shape)
 
-    def whole(self, x: Tensor, weight: Tensor) -> Tensor:
+    def whole(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         """Convolve with the dense weight."""
-        return self.right(x, weight)
+        return _CONV[self.dims](x, weight, bias, self.stride, self.padding, self.dilation)
 
     def whole_adjoint(self, dy: Tensor, weight: Tensor, shape: tuple[int, ...]) -> Tensor:
         """Transposed convolution, back to the spatial size of `shape`."""
@@ -181,9 +181,9 @@ class TransposedConvMap:
         """Mix channels back."""
         return _CONV[self.dims](g, right.transpose(0, 1))
 
-    def whole(self, x: Tensor, weight: Tensor) -> Tensor:
+    def whole(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         """Transposed convolution with the dense weight."""
-        return self.left(x, weight, None)
+        return self.left(x, weight, bias)
 
     def whole_adjoint(self, dy: Tensor, weight: Tensor, shape: tuple[int, ...]) -> Tensor:
         """Convolution with the dense weight."""
@@ -216,7 +216,7 @@ class EmbeddingMap:
         """Refuse: indices have no gradient."""
         raise NotImplementedError("indices have no gradient")
 
-    def whole(self, x: Tensor, weight: Tensor) -> Tensor:
+    def whole(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         """Look rows of the dense weight up."""
         return F.embedding(x, weight)
 

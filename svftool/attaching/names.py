@@ -7,10 +7,11 @@ from dataclasses import dataclass
 
 from torch import nn
 
-from svftool.attaching.layer import WHOLE, Region
+from svftool.attaching.conversion import transformers_regions
+from svftool.attaching.layer import WHOLE, Region, is_own
 
-PREFIXES = ("module.", "model.", "backbone.", "_orig_mod.")
-"""Prefixes that wrappers put before every name, on either side."""
+_WRAPPERS = ("", "module.", "model.", "backbone.", "_orig_mod.")
+_SAMPLE = 40
 
 
 @dataclass(frozen=True)
@@ -52,19 +53,27 @@ class NameMap:
                 return name
         return self.file_prefix + live.removeprefix(self.live_prefix)
 
+    def places(self, names: Iterable[str]) -> bool:
+        """Whether every one of the file's names has a place."""
+        return all(name in self.placements for name in names)
+
     def inside(self, module: str) -> list[str]:
         """Return the file's names of tensors that lie in a module of the model."""
         return [n for n, p in self.placements.items() if p.live.startswith(f"{module}.")]
 
-    def live_name(self, name: str) -> str:
-        """Return the live name of a tensor of the file, also of one that is new."""
+    def live_names(self, name: str) -> list[str]:
+        """Return the live names that a tensor of the file may have, the likeliest first."""
         if name in self.placements:
-            return self.placements[name].live
-        return self.live_prefix + name.removeprefix(self.file_prefix)
+            return [self.placements[name].live]
+        stem = name.removeprefix(self.file_prefix)
+        return [self.live_prefix + stem, stem]
 
 
 def map_names(model: nn.Module, names: Iterable[str]) -> NameMap:
-    """Match the file's tensor names with the model's, up to a prefix on either side.
+    """Match the file's tensor names with the model's.
+
+    Names may differ by a prefix on either side, and as transformers renames, stacks and
+    concatenates tensors on loading.
 
     Parameters
     ----------
@@ -73,30 +82,40 @@ def map_names(model: nn.Module, names: Iterable[str]) -> NameMap:
     names : iterable of str
         All tensor names of the file.
     """
-    live = live_names(model)
+    targets = {name: Placement(name) for name in sorted(own_names(model))}
+    for name, (live, region) in transformers_regions(model).items():
+        targets[name] = Placement(live, region)
     names = list(names)
-    prefixes = ("", *PREFIXES)
-    best = max(
-        ((f, m) for f in prefixes for m in prefixes),
-        key=lambda pair: len(_match(names, live, *pair)),
-    )
-    return NameMap(_match(names, live, *best), *best)
+    best = max(_prefixes(names, list(targets)), key=lambda pair: len(_match(names, targets, *pair)))
+    return NameMap(_match(names, targets, *best), *best)
 
 
-def live_names(model: nn.Module) -> set[str]:
+def own_names(model: nn.Module) -> set[str]:
     """Return every name of a parameter or buffer, tied ones under all their names."""
     parameters = (name for name, _ in model.named_parameters(remove_duplicate=False))
     buffers = (name for name, _ in model.named_buffers(remove_duplicate=False))
-    return {name for name in (*parameters, *buffers) if ".svf_" not in f".{name}"}
+    return {name for name in (*parameters, *buffers) if is_own(name)}
+
+
+def _prefixes(names: list[str], targets: list[str]) -> list[tuple[str, str]]:
+    """List pairs of prefixes to try: the usual wrappers, and what some pair of names differs by."""
+    file_side, live_side = dict.fromkeys(_WRAPPERS), dict.fromkeys(_WRAPPERS)
+    for name in names[:_SAMPLE]:
+        for target in targets:
+            if target.endswith(f".{name}"):
+                live_side[target.removesuffix(name)] = None
+            elif name.endswith(f".{target}"):
+                file_side[name.removesuffix(target)] = None
+    return [(f, m) for f in file_side for m in live_side]
 
 
 def _match(
-    names: list[str], live: set[str], file_prefix: str, live_prefix: str
+    names: list[str], targets: Mapping[str, Placement], file_prefix: str, live_prefix: str
 ) -> dict[str, Placement]:
     found = {}
     for name in names:
         if name.startswith(file_prefix):
-            target = live_prefix + name.removeprefix(file_prefix)
-            if target in live:
-                found[name] = Placement(target)
+            target = targets.get(live_prefix + name.removeprefix(file_prefix))
+            if target is not None:
+                found[name] = target
     return found

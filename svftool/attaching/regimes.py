@@ -10,7 +10,8 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from svftool.attaching.attachment import Attachment, attach, choose_layers, is_own
+from svftool.attaching.attachment import Attachment, attach, choose_layers
+from svftool.attaching.layer import is_own
 from svftool.attaching.lora import add_lora
 from svftool.attaching.names import NameMap, map_names
 from svftool.errors import ModelError, UsageError

@@ -107,7 +107,8 @@ def _run_split(
         return NotImplemented
     dtype = _compute_dtype(x, weight.base)
     right, left = kernels(layer, dtype)
-    dense = weight.base.to(dtype) if way == "residual" else None
+    base = weight.base.t() if kernels is _columns else weight.base
+    dense = base.to(dtype) if way == "residual" else None
     s = layer.delta() if way == "residual" else layer.values()
     x = x.to(dtype) if x.is_floating_point() else x
     bias = None if bias is None else bias.to(dtype)

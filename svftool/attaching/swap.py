@@ -108,17 +108,19 @@ def load_tuned(model: nn.Module, path: str | os.PathLike[str]) -> TunedFile:
 def _plan_whole(attachment: Attachment, tuned: TunedFile, store: FactorStore) -> dict[str, Tensor]:
     """Return every live tensor to write: the base's where a former one goes, then the file's."""
     former = set(attachment.whole_tensors()) | set(attachment.replaced)
-    planned = {}
+    wanted: dict[str, Tensor] = {}
     for name in sorted(former - set(tuned.whole)):
         before = store.read_whole(name) if name in store.whole else attachment.replaced.get(name)
         if before is not None:
-            planned[attachment.names.live_name(name)] = before.clone()
-    homeless = []
-    for name, value in tuned.whole.items():
-        live = attachment.names.live_name(name)
-        if _find(attachment.model, live) is None:
+            wanted[name] = before.clone()
+    wanted |= tuned.whole
+    planned, homeless = {}, []
+    for name, value in wanted.items():
+        live = [n for n in attachment.names.live_names(name) if _find(attachment.model, n)]
+        if live:
+            planned[live[0]] = value
+        else:
             homeless.append(name)
-        planned[live] = value
     if homeless:
         raise FactorsError(
             f"{tuned.path}: {len(homeless)} tensors have no place in the model: "
