@@ -122,7 +122,7 @@ def test_trained_weights_go_before_their_average_which_is_said(tmp_path: Path) -
 
 
 def test_entries_that_are_no_tensors_are_left_aside(tmp_path: Path) -> None:
-    tree = {**state(), "_extra_state": None, "version": 3, 7: torch.ones(1)}
+    tree: dict[Any, Any] = {**state(), "_extra_state": None, "version": 3, 7: torch.ones(1)}
     with open_checkpoint(save(tmp_path / "x.pt", tree)) as checkpoint:
         assert list(checkpoint.infos) == ["conv.weight", "conv.bias"]
 
@@ -340,7 +340,7 @@ def test_nesting_and_everything_beside_the_tensors_is_kept(tmp_path: Path) -> No
     assert torch.equal(new["optimizer"]["state"][0], torch.ones(3))
     inner = new["checkpoint"]["state_dict"]
     assert type(inner) is OrderedDict
-    assert inner._metadata == {"": {"version": 1}}
+    assert vars(inner)["_metadata"] == {"": {"version": 1}}
     assert list(inner) == list(tensors)
     assert inner["conv.bias"].tolist() == [5.0] * 4
     assert torch.equal(inner["conv.weight"], tensors["conv.weight"])

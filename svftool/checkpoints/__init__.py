@@ -9,7 +9,7 @@ from svftool.checkpoints.fingerprint import (
     fingerprint_checkpoint,
     tensor_digest,
 )
-from svftool.checkpoints.folder import WEIGHT_SUFFIXES
+from svftool.checkpoints.folder import PICKLE_SUFFIXES, WEIGHT_SUFFIXES
 from svftool.checkpoints.opening import open_checkpoint
 from svftool.checkpoints.output import PARTIAL, replace_output
 from svftool.checkpoints.pickle_writer import save_pickled
@@ -35,6 +35,7 @@ from svftool.checkpoints.writer import (
 
 __all__ = [
     "PARTIAL",
+    "PICKLE_SUFFIXES",
     "WEIGHT_SUFFIXES",
     "Checkpoint",
     "CheckpointWriter",

@@ -31,6 +31,7 @@ _WAYS_OUT = {
     errno.EMFILE: ("too many open files", "a higher limit. Raise it with ulimit -n"),
     errno.ENFILE: ("too many open files", "a higher limit. Close other programs"),
     errno.ENOMEM: ("no memory left", "more memory. Close other programs"),
+    errno.ENAMETOOLONG: ("the name is too long", "a shorter one. Choose another name"),
     errno.EIO: ("the disk reports an input or output error", "a sound disk. Choose another disk"),
 }
 

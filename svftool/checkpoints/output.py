@@ -65,29 +65,22 @@ def replace_output(
     place = _Place(target)
     place.check_apart(inputs)
     place.check_free(force)
-    created = _make_parents(place.target.parent)
-    try:
-        with _locked(place):
+    with _parents(place.target.parent), _locked(place):
+        place.recover()
+        place.check_free(force)
+        if not resume:
+            remove(place.partial)
+        try:
+            with write_errors(place.partial):
+                yield place.partial
+                sync_tree(place.partial)
+                place.check_free(force)
+                place.finish()
+        except BaseException:
             place.recover()
-            place.check_free(force)
-            if not resume:
+            if not (keep_partial or resume):
                 remove(place.partial)
-            try:
-                with write_errors(place.partial):
-                    yield place.partial
-                    sync_tree(place.partial)
-                    place.check_free(force)
-                    place.finish()
-            except BaseException:
-                place.recover()
-                if not (keep_partial or resume):
-                    remove(place.partial)
-                raise
-    except BaseException:
-        for folder in reversed(created):
-            with contextlib.suppress(OSError):
-                folder.rmdir()
-        raise
+            raise
 
 
 class _Place:
@@ -185,18 +178,28 @@ def overlap(output: Path, path: Path) -> str:
     return ""
 
 
-def _make_parents(folder: Path) -> list[Path]:
-    """Create missing folders and return them, outermost first."""
+@contextmanager
+def _parents(folder: Path) -> Iterator[None]:
+    """Make the missing folders on the way; remove them again if the block fails."""
     missing = [path for path in (folder, *folder.parents) if not path.exists()]
     created: list[Path] = []
-    with write_errors(folder):
-        try:
+    try:
+        with write_errors(folder), contextlib.suppress(FileExistsError, NotADirectoryError):
             for path in reversed(missing):
                 path.mkdir(exist_ok=True)
                 created.append(path)
-        except (FileExistsError, NotADirectoryError):
-            raise UsageError(f"{folder}: not a folder, expected one to write into") from None
-    return created
+        _check_folder(folder)
+        yield
+    except BaseException:
+        for path in reversed(created):
+            with contextlib.suppress(OSError):
+                path.rmdir()
+        raise
+
+
+def _check_folder(folder: Path) -> None:
+    if not folder.is_dir():
+        raise UsageError(f"{folder}: not a folder, expected one to write into")
 
 
 @contextmanager
@@ -207,10 +210,12 @@ def _locked(place: _Place) -> Iterator[None]:
     try:
         yield
     finally:
-        # Removed while still held: whoever waits on the old file finds it gone and takes a new one.
-        with contextlib.suppress(OSError):
-            place.lock.unlink()
-        os.close(handle)
+        try:
+            # Removed while still held: whoever opened the old file finds it gone and looks again.
+            with contextlib.suppress(OSError):
+                place.lock.unlink()
+        finally:
+            os.close(handle)
 
 
 def _acquire(place: _Place) -> int:
