@@ -72,7 +72,6 @@ def fit(model: nn.Module, draw: LeastSquares, seed: int = 0, **options: Any) -> 
         {"head": list(model[2].parameters())},
         draw,
         Settings(**chosen, head_lr=chosen["lr"]),
-        regime="full",
         seed=seed,
         metric=ERROR,
         **extra,
@@ -223,9 +222,9 @@ def test_decay_pulls_to_the_start() -> None:
 
 def test_the_gradient_is_clipped_as_one() -> None:
     parameters = [nn.Parameter(torch.zeros(3)), nn.Parameter(torch.zeros(2))]
-    groups = {"svf": parameters[:1], "head": parameters[1:]}
+    groups = {"bias": parameters[:1], "head": parameters[1:]}
     settings = Settings(optimizer="sgd", clip=1.0, lr=1.0, head_lr=1.0, warmup=0.0)
-    optimiser = Optimiser(groups, "svf", settings, steps=10)
+    optimiser = Optimiser(groups, settings, steps=10)
     optimiser.step(100 * (parameters[0].sum() + parameters[1].sum()), 0)
     moved = torch.cat([p.detach() for p in parameters])
     torch.testing.assert_close(moved, torch.full((5,), -1 / math.sqrt(5)))
@@ -235,7 +234,7 @@ def test_each_group_has_its_own_rate() -> None:
     parameters = [nn.Parameter(torch.zeros(1)), nn.Parameter(torch.zeros(1))]
     settings = Settings(lr=1e-4, head_lr=1e-2, warmup=0.0, clip=None)
     optimiser = Optimiser(
-        {"singular_values": parameters[:1], "head": parameters[1:]}, "svf", settings, steps=10
+        {"singular_values": parameters[:1], "head": parameters[1:]}, settings, steps=10
     )
     optimiser.step(sum(p.sum() for p in parameters), 0)
     assert [round(-p.item(), 6) for p in parameters] == [1e-4, 1e-2]

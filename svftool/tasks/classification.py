@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -21,6 +22,7 @@ from svftool.tasks.metrics import ClassificationCount
 from svftool.tasks.splits import draw_shots
 from svftool.tasks.views import Augment, ImageSet, Transform, choose_view
 
+StrPath = str | os.PathLike[str]
 HeadChoice = Literal["auto", "keep", "new"]
 
 PIXELS_PER_BATCH = 64 * 224 * 224
@@ -57,13 +59,13 @@ class Classification:
 
     Parameters
     ----------
-    data : Path
+    data : path-like
         Images to draw the support set from; see `svftool.tasks.images.list_images`.
-    evaluation : Path or None
+    evaluation : path-like or None
         Images to measure with; None takes what the shots left over.
     shots : int or None
         Images a class in the support set; None takes all, which needs `evaluation`.
-    classes : Path or None
+    classes : path-like or None
         Text file with one class name a line, in the order of the head's outputs; None sorts the
         names that `data` has.
     head : {"auto", "keep", "new"}
@@ -78,6 +80,8 @@ class Classification:
         Share of the support set that chooses the best weights instead of being trained on.
     preprocessing : Preprocessing
         Normalisation and size that the checkpoint was trained with.
+    mean, std : tuple of float or None
+        Override those of `preprocessing`.
 
     Raises
     ------
@@ -90,22 +94,24 @@ class Classification:
 
     def __init__(
         self,
-        data: Path,
+        data: StrPath,
         *,
-        evaluation: Path | None = None,
+        evaluation: StrPath | None = None,
         shots: int | None = None,
-        classes: Path | None = None,
+        classes: StrPath | None = None,
         head: HeadChoice = "auto",
         head_name: str | None = None,
         image_size: int | None = None,
         augment: Augment | Transform = "light",
         hold_out: float = 0.0,
         preprocessing: Preprocessing = DEFAULT_PREPROCESSING,
+        mean: tuple[float, ...] | None = None,
+        std: tuple[float, ...] | None = None,
     ) -> None:
-        images = list_images(data)
-        queries = list_images(evaluation) if evaluation is not None else []
+        images = list_images(Path(data))
+        queries = list_images(Path(evaluation)) if evaluation is not None else []
         self.shots = shots
-        self.classes = _class_names(images, classes)
+        self.classes = _class_names(images, None if classes is None else Path(classes))
         self.head = head
         self.head_name = head_name
         self.augment = augment
@@ -118,6 +124,9 @@ class Classification:
                 "Give --shots K, which leaves the rest for evaluation, or --eval PATH"
             )
         draw_shots([image.label for image in images], shots=shots)
+        preprocessing = replace(
+            preprocessing, mean=mean or preprocessing.mean, std=std or preprocessing.std
+        )
         every = [image.path for image in (*images, *queries)]
         self.view = choose_view(every, preprocessing, size=image_size)
         self._names = [image.label for image in images]
@@ -292,7 +301,7 @@ def _read_classes(file: Path) -> tuple[str, ...]:
     return names
 
 
-def _check_labels(images: Sequence[LabelledImage], classes: Sequence[str], source: Path) -> None:
+def _check_labels(images: Sequence[LabelledImage], classes: Sequence[str], source: StrPath) -> None:
     unknown = sorted({image.label for image in images} - set(classes))
     if unknown:
         raise DataError(

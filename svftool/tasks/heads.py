@@ -159,7 +159,8 @@ def class_means(features: Tensor, labels: Tensor, classes: int) -> Tensor:
         others = normalize(sums[labels] - directions, dim=1)
         cosines[torch.arange(len(labels)), labels] = (others * directions).sum(1)
         scale = min(_SCALES, key=lambda s: float(cross_entropy(s * cosines, labels)))
-    return weights * (scale / features.norm(dim=1).mean())
+    result: Tensor = weights * (scale / features.norm(dim=1).mean())
+    return result
 
 
 def set_head(head: nn.Module, weights: Tensor) -> None:

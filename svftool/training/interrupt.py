@@ -26,6 +26,10 @@ class Interruption:
         self.signum: int | None = None
         self._previous: dict[int, Any] = {}
 
+    def came(self) -> bool:
+        """Whether a signal has come."""
+        return self.signum is not None
+
     def __enter__(self) -> Self:
         if threading.current_thread() is threading.main_thread():
             for number in SIGNALS:

@@ -74,9 +74,9 @@ def train(
     draw: Draw,
     settings: Settings,
     *,
-    regime: str,
     seed: int,
     metric: Metric,
+    label: str = "training",
     interruption: Interruption | None = None,
     log: Log | None = None,
     progress: Progress = SILENT,
@@ -97,12 +97,12 @@ def train(
         Data and loss.
     settings : Settings
         Budget, optimiser, schedule and precision.
-    regime : str
-        Chooses default learning rates and names the run.
     seed : int
         Chooses the order of the examples, augmentation and dropout.
     metric : Metric
         Decides on held-out examples.
+    label : str
+        What progress is shown under.
     interruption : Interruption or None
         Asked before each step whether to stop.
 
@@ -111,15 +111,15 @@ def train(
     ResourceError
         If memory runs out; says what to lower.
     """
-    run = _Run(model, groups, draw, settings, regime=regime, seed=seed, metric=metric)
+    run = _Run(model, groups, draw, settings, seed=seed, metric=metric)
     device = run.optimiser.parameters[0].device
     with (
         explain_out_of_memory(settings.batch_size),
         repeatable(device),
-        progress.task(f"{regime}, seed {seed}", total=run.steps, unit="steps") as bar,
+        progress.task(label, total=run.steps, unit="steps") as bar,
     ):
         for step in range(run.steps):
-            if interruption is not None and interruption.signum is not None:
+            if interruption is not None and interruption.came():
                 return run.outcome("interrupted")
             loss = run.step(step)
             if loss is None:
@@ -148,12 +148,11 @@ class _Run:
         draw: Draw,
         settings: Settings,
         *,
-        regime: str,
         seed: int,
         metric: Metric,
     ) -> None:
         self.steps = settings.step_count(draw.size)
-        self.optimiser = Optimiser(groups, regime, settings, steps=self.steps)
+        self.optimiser = Optimiser(groups, settings, steps=self.steps)
         self._model, self._draw, self._metric, self._seed = model, draw, metric, seed
         self._sampler = Sampler(draw, settings.batch_size, seed)
         self._autocast = _AUTOCAST.get(settings.precision)

@@ -33,9 +33,7 @@ class Optimiser:
     Parameters
     ----------
     groups : mapping of str to sequence of Parameter
-        Parameters by kind: ``singular_values``, ``head`` ...
-    regime : str
-        Chooses the default learning rates.
+        Parameters by kind: ``singular_values``, ``head`` ... None is empty.
     settings : Settings
         Everything else.
     steps : int
@@ -45,7 +43,6 @@ class Optimiser:
     def __init__(
         self,
         groups: Mapping[str, Sequence[nn.Parameter]],
-        regime: str,
         settings: Settings,
         *,
         steps: int,
@@ -53,12 +50,10 @@ class Optimiser:
         self.parameters = [parameter for group in groups.values() for parameter in group]
         self._settings = settings
         self._steps = steps
-        peaks = {name: settings.learning_rate(name, regime) for name in groups}
         self._inner = _build(
             [
-                {"params": list(parameters), "lr": peaks[name], "peak": peaks[name]}
+                {"params": list(parameters), "peak": settings.learning_rate(name)}
                 for name, parameters in groups.items()
-                if parameters
             ],
             settings,
         )

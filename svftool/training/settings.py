@@ -18,16 +18,13 @@ EPOCHS = 20
 
 LEARNING_RATES = {
     "head": 1e-3,
-    "svf": 1e-3,
+    "singular_values": 1e-3,
     "bias": 1e-3,
     "norm": 1e-3,
     "lora": 1e-3,
-    "full": 1e-5,
+    "backbone": 1e-5,
 }
-"""Peak learning rate of a regime's backbone parameters with AdamW."""
-
-HEAD_LEARNING_RATE = 1e-3
-"""Peak learning rate of a head, in every regime."""
+"""Peak learning rate of each kind of parameter with AdamW."""
 
 SGD_FACTOR = 10.0
 """What the rates above are multiplied by for SGD with momentum."""
@@ -48,7 +45,7 @@ class Settings:
     optimizer : {"adamw", "sgd"}
         SGD has momentum 0.9.
     lr, head_lr : float or None
-        Peak learning rates of the backbone and the head; None takes the regime's default.
+        Peak learning rates of the backbone and of the head; None takes the defaults.
     decay : float
         Decoupled decay of every trained tensor towards where it started.
     warmup : float
@@ -96,11 +93,9 @@ class Settings:
             return max(1, round(self.epochs * examples / batch))
         return max(SHORTEST_RUN, round(EPOCHS * examples / batch))
 
-    def learning_rate(self, group: str, regime: str) -> float:
-        """Peak learning rate of a group of parameters (``head`` or another) in a regime."""
-        factor = SGD_FACTOR if self.optimizer == "sgd" else 1.0
-        if group == "head":
-            return self.head_lr if self.head_lr is not None else factor * HEAD_LEARNING_RATE
-        if self.lr is not None:
-            return self.lr
-        return factor * LEARNING_RATES[regime.partition(":")[0].partition("+")[0]]
+    def learning_rate(self, group: str) -> float:
+        """Peak learning rate of one kind of parameter: ``head``, ``singular_values`` ..."""
+        given = self.head_lr if group == "head" else self.lr
+        if given is not None:
+            return given
+        return LEARNING_RATES[group] * (SGD_FACTOR if self.optimizer == "sgd" else 1.0)

@@ -1,0 +1,222 @@
+"""``svftool finetune``."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Literal
+
+import typer
+
+from svftool.cli.common import (
+    DeviceOption,
+    ExcludeOption,
+    ForceOption,
+    JsonOption,
+    OutputOption,
+    QuietOption,
+    VerboseOption,
+    emit,
+)
+from svftool.cli.console import progress_for
+
+NAME = "finetune"
+EXAMPLE = (
+    "Example: svftool finetune factors -o birds.svf.safetensors --data images --shots 10 "
+    "--model timm:resnet50"
+)
+SIGNAL_EXIT = 128
+
+TRAINING, CLASSIFICATION = "Training", "Classification"
+
+
+def command(
+    factors: Annotated[Path, typer.Argument(help="Factor checkpoint from 'svftool decompose'.")],
+    *,
+    output: OutputOption,
+    data: Annotated[Path, typer.Option(help="Folder of class folders, or CSV of path,label.")],
+    task: Annotated[Literal["classification"], typer.Option(help="What is learned.")] = (
+        "classification"
+    ),
+    model: Annotated[
+        str,
+        typer.Option(
+            metavar="SPEC",
+            help="auto (by config.json), timm:NAME, torchvision:NAME, FILE.py:FACTORY or "
+            "package.module:FACTORY.",
+        ),
+    ] = "auto",
+    base: Annotated[
+        Path | None, typer.Option(help="The checkpoint that was decomposed, where it has moved.")
+    ] = None,
+    regime: Annotated[
+        str,
+        typer.Option(
+            help="Comma-separated: head, svf, bias, norm, svf+bias, svf+norm, lora:8, full."
+        ),
+    ] = "svf",
+    shots: Annotated[
+        int | None, typer.Option(min=1, help="Examples a class to train on.", show_default="all")
+    ] = None,
+    evaluation: Annotated[
+        Path | None,
+        typer.Option("--eval", help="Data to measure with.", show_default="what --shots left over"),
+    ] = None,
+    seeds: Annotated[int, typer.Option(min=1, help="How many seeds; each draws anew.")] = 1,
+    seed: Annotated[int, typer.Option(min=0, help="The first seed.")] = 0,
+    epochs: Annotated[
+        float | None, typer.Option(help="Passes over the examples.", rich_help_panel=TRAINING)
+    ] = None,
+    steps: Annotated[
+        int | None, typer.Option(help="Optimiser steps.", rich_help_panel=TRAINING)
+    ] = None,
+    batch_size: Annotated[
+        int, typer.Option(help="Examples a step.", rich_help_panel=TRAINING)
+    ] = 32,
+    optimizer: Annotated[Literal["adamw", "sgd"], typer.Option(rich_help_panel=TRAINING)] = "adamw",
+    lr: Annotated[
+        float | None,
+        typer.Option(
+            help="Peak learning rate of all but the head.",
+            show_default="by regime",
+            rich_help_panel=TRAINING,
+        ),
+    ] = None,
+    head_lr: Annotated[
+        float | None, typer.Option(help="Peak learning rate of the head.", rich_help_panel=TRAINING)
+    ] = None,
+    decay: Annotated[
+        float, typer.Option(min=0, help="Pull towards the base.", rich_help_panel=TRAINING)
+    ] = 0.0,
+    precision: Annotated[
+        Literal["fp32", "bf16", "fp16"],
+        typer.Option(help="Of the network's products.", rich_help_panel=TRAINING),
+    ] = "fp32",
+    hold_out: Annotated[
+        float,
+        typer.Option(
+            min=0,
+            max=0.9,
+            help="Share of the shots that chooses the best weights; 0 keeps the last ones.",
+            rich_help_panel=TRAINING,
+        ),
+    ] = 0.0,
+    train_layers: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--train-layers",
+            "--include",
+            metavar="GLOB",
+            help="Tensors whose singular values are trained (repeatable).",
+            show_default="all",
+            rich_help_panel=TRAINING,
+        ),
+    ] = None,
+    exclude: ExcludeOption = None,
+    log_dir: Annotated[
+        Path | None, typer.Option(help="Folder for TensorBoard.", rich_help_panel=TRAINING)
+    ] = None,
+    classes: Annotated[
+        Path | None,
+        typer.Option(
+            help="Text file of class names in the order of the head's outputs.",
+            show_default="sorted",
+            rich_help_panel=CLASSIFICATION,
+        ),
+    ] = None,
+    head: Annotated[
+        Literal["auto", "keep", "new"],
+        typer.Option(
+            help="auto keeps the head where the number of classes is the same.",
+            rich_help_panel=CLASSIFICATION,
+        ),
+    ] = "auto",
+    head_name: Annotated[
+        str | None,
+        typer.Option(
+            help="Module that is the head.", show_default="found", rich_help_panel=CLASSIFICATION
+        ),
+    ] = None,
+    image_size: Annotated[
+        int | None,
+        typer.Option(
+            help="Pixels a side.",
+            show_default="the checkpoint's, or the images' own, or 224",
+            rich_help_panel=CLASSIFICATION,
+        ),
+    ] = None,
+    mean: Annotated[
+        tuple[float, float, float] | None,
+        typer.Option(
+            help="Of the channels, from 0 to 1.",
+            show_default="the checkpoint's or ImageNet's",
+            rich_help_panel=CLASSIFICATION,
+        ),
+    ] = None,
+    std: Annotated[
+        tuple[float, float, float] | None,
+        typer.Option(
+            help="Of the channels.",
+            show_default="the checkpoint's or ImageNet's",
+            rich_help_panel=CLASSIFICATION,
+        ),
+    ] = None,
+    augment: Annotated[
+        Literal["none", "light", "strong"],
+        typer.Option(
+            help="light crops and flips; strong distorts besides.", rich_help_panel=CLASSIFICATION
+        ),
+    ] = "light",
+    trust_remote_code: Annotated[
+        bool, typer.Option("--trust-remote-code", help="Run code that lies beside the checkpoint.")
+    ] = False,
+    device: DeviceOption = "auto",
+    force: ForceOption = False,
+    json: JsonOption = False,
+    quiet: QuietOption = False,
+    verbose: VerboseOption = 0,
+) -> None:
+    """Train singular values on a few examples, beside other regimes if asked for."""
+    from svftool.report import finetune as report
+    from svftool.stages.finetune import finetune
+    from svftool.training import Settings
+
+    result = finetune(
+        factors,
+        data=data,
+        output=output,
+        task=task,
+        model=model,
+        base=base,
+        regimes=regime.split(","),
+        seeds=range(seed, seed + seeds),
+        settings=Settings(
+            steps=steps,
+            epochs=epochs,
+            batch_size=batch_size,
+            optimizer=optimizer,
+            lr=lr,
+            head_lr=head_lr,
+            decay=decay,
+            precision=precision,
+        ),
+        include=train_layers or (),
+        exclude=exclude or (),
+        device=device,
+        log_dir=log_dir,
+        trust_remote_code=trust_remote_code,
+        force=force,
+        progress=progress_for(quiet=quiet, verbose=verbose),
+        evaluation=evaluation,
+        shots=shots,
+        classes=classes,
+        head=head,
+        head_name=head_name,
+        image_size=image_size,
+        mean=mean,
+        std=std,
+        augment=augment,
+        hold_out=hold_out,
+    )
+    emit(report.document(result), report.view(result), as_json=json)
+    if result.interrupted is not None:
+        raise typer.Exit(SIGNAL_EXIT + result.interrupted)
