@@ -1,8 +1,21 @@
-"""Many decompositions: plan, schedule, journal and rank rules."""
+"""Many decompositions: what they cost, who does them, how they run, and rank rules."""
 
 from __future__ import annotations
 
+from svftool.engine.plan import Job, budget, job_bytes, peak_memory, seconds, share
 from svftool.engine.ranks import FULL, RankRule, parse_rank
-from svftool.engine.run import Job, run_svds, run_values
+from svftool.engine.run import run_svds, run_values
 
-__all__ = ["FULL", "Job", "RankRule", "parse_rank", "run_svds", "run_values"]
+__all__ = [
+    "FULL",
+    "Job",
+    "RankRule",
+    "budget",
+    "job_bytes",
+    "parse_rank",
+    "peak_memory",
+    "run_svds",
+    "run_values",
+    "seconds",
+    "share",
+]

@@ -1,40 +1,33 @@
-"""Run the decompositions of many layers."""
+"""Run the decompositions of many layers over the cores or on a GPU.
+
+One thread reads ahead, longest layer first; each worker takes a whole layer or helps with the
+blocks of a large one; the caller gets results as they are done and holds back the reading by taking
+its time. A layer's result depends on none of this.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass
+from contextlib import closing
+from dataclasses import replace
+from functools import partial
 from typing import TypeVar
 
 import torch
 from torch import Tensor
 
+from svftool.engine.flow import flow
+from svftool.engine.memory import check_memory
+from svftool.engine.plan import Job, budget, job_bytes, longest_first, seconds
 from svftool.engine.ranks import FULL, RankRule
 from svftool.errors import NumericalError
-from svftool.numerics import Method, Svd, singular_values, svd, truncate
+from svftool.numerics import Method, Pool, Svd, singular_values, svd
 from svftool.progress import SILENT, Progress
 
 Skip = Callable[[str, NumericalError], None]
 _T = TypeVar("_T")
-
-
-@dataclass(frozen=True)
-class Job:
-    """One layer to decompose.
-
-    Attributes
-    ----------
-    name : str
-        Name of the tensor.
-    matrix : tuple of int
-        (m, n), or (E, m, n) for a batch.
-    dtype : torch.dtype
-        Of the tensor as it is read.
-    """
-
-    name: str
-    matrix: tuple[int, ...]
-    dtype: torch.dtype = torch.float32
+_SMALL = 256
+_STREAMS = 2
 
 
 def run_svds(
@@ -43,8 +36,10 @@ def run_svds(
     *,
     rank: RankRule = FULL,
     method: Method = "auto",
+    seed: int = 0,
     dtype: torch.dtype = torch.float32,
     device: str | torch.device = "cpu",
+    workers: int | None = None,
     skip: Skip | None = None,
     progress: Progress = SILENT,
 ) -> Iterator[tuple[str, Svd]]:
@@ -54,35 +49,56 @@ def run_svds(
     ----------
     jobs : iterable of Job
     read : callable
-        Gives the tensor of a name, in any shape with the elements of ``job.matrix``.
+        Gives the tensor of a name, in any shape with the elements of ``job.matrix``. It is called
+        from one other thread.
     rank : RankRule
     method : {"auto", "exact", "randomized"}
+    seed : int
+        Of the randomized method.
     dtype : torch.dtype
         float32 or float64, of the factors.
     device : str or torch.device
+        "auto" is "cuda" where there is one. A layer that does not fit there is done on the CPU.
+    workers : int, optional
+        Layers at a time; by default the number of torch's threads. The factors do not depend on
+        it.
     skip : callable, optional
-        Told of each layer that cannot be decomposed, which is then left out; without it the
-        first one ends the run.
+        Told of each layer that cannot be decomposed, which is then left out; without it the first
+        one ends the run.
     progress : Progress
 
     Yields
     ------
     name : str
     result : Svd
+        On the CPU. Let go of it before asking for the next one: what it takes is counted until
+        then.
 
     Raises
     ------
     NumericalError
         If a layer holds NaN or infinity and there is no `skip`; the message names it.
+    ResourceError
+        If a layer does not fit in memory, before anything is computed.
     """
+    place = _device(device)
 
-    def one(tensor: Tensor, job: Job) -> Svd:
+    def fixed(job: Job) -> int | None:
+        return rank.fixed(*job.matrix[-2:])
+
+    def decompose(job: Job, pool: Pool, tensor: Tensor) -> Svd:
         m, n = job.matrix[-2:]
-        fixed = rank.fixed(m, n)
-        result = svd(tensor, rank=fixed, method=method, dtype=dtype)
-        return result if fixed is not None else truncate(result, rank.rank_of(result.S, m, n))
+        kept = fixed(job) or partial(rank.rank_of, m=m, n=n)
+        return svd(tensor, rank=kept, method=method, seed=seed, dtype=dtype, pool=pool)
 
-    return _run(jobs, read, one, "decomposing", skip, progress)
+    def work(job: Job, tensor: Tensor, pool: Pool) -> Svd:
+        result = _on(place, job, tensor, partial(decompose, job, pool))
+        return replace(result, U=result.U.cpu(), S=result.S.cpu(), Vh=result.Vh.cpu())
+
+    def size(job: Job) -> int:
+        return job_bytes(job, fixed(job))
+
+    return _run(jobs, read, work, size, _workers(workers, place), "decomposing", skip, progress)
 
 
 def run_values(
@@ -90,6 +106,7 @@ def run_values(
     read: Callable[[str], Tensor],
     *,
     device: str | torch.device = "cpu",
+    workers: int | None = None,
     skip: Skip | None = None,
     progress: Progress = SILENT,
 ) -> Iterator[tuple[str, Tensor]]:
@@ -101,29 +118,62 @@ def run_values(
     ------
     name : str
     values : (k,) or (E, k) Tensor
-        float64, non-increasing.
+        float64, non-increasing, on the CPU.
     """
-    return _run(jobs, read, lambda t, _: singular_values(t), "taking spectra", skip, progress)
+    place = _device(device)
+
+    def work(job: Job, tensor: Tensor, pool: Pool) -> Tensor:
+        return _on(place, job, tensor, partial(singular_values, pool=pool)).cpu()
+
+    size = partial(job_bytes, values_only=True)
+    return _run(jobs, read, work, size, _workers(workers, place), "taking spectra", skip, progress)
 
 
 def _run(
     jobs: Iterable[Job],
     read: Callable[[str], Tensor],
-    one: Callable[[Tensor, Job], _T],
-    what: str,
+    work: Callable[[Job, Tensor, Pool], _T],
+    size: Callable[[Job], int],
+    workers: int,
+    title: str,
     skip: Skip | None,
     progress: Progress,
 ) -> Iterator[tuple[str, _T]]:
-    listed = list(jobs)
-    with progress.task(what, total=len(listed), unit="layers") as task:
-        for job in listed:
-            try:
-                result = one(read(job.name).reshape(job.matrix), job)
-            except NumericalError as exc:
-                named = NumericalError(f"{job.name}: {exc}")
-                if skip is None:
-                    raise named from exc
-                skip(job.name, named)
+    ordered = longest_first(jobs)
+    if ordered:
+        largest = max(ordered, key=size)
+        check_memory(largest, size(largest))
+    total = sum(map(seconds, ordered))
+    outcomes = flow(ordered, read, work, size=size, budget=budget(ordered), workers=workers)
+    with progress.task(title, total=total, unit="work") as task, closing(outcomes):
+        for job, outcome in outcomes:
+            if not isinstance(outcome, NumericalError):
+                yield job.name, outcome
+                del outcome
+            elif skip is None:
+                raise NumericalError(f"{job.name}: {outcome}") from outcome
             else:
-                yield job.name, result
-            task.advance(1, detail=job.name)
+                skip(job.name, NumericalError(f"{job.name}: {outcome}"))
+            task.advance(seconds(job), detail=job.name)
+
+
+def _device(device: str | torch.device) -> torch.device:
+    if device == "auto":
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+    return torch.device(device)
+
+
+def _workers(asked: int | None, device: torch.device) -> int:
+    return asked or (torch.get_num_threads() if device.type == "cpu" else _STREAMS)
+
+
+def _on(device: torch.device, job: Job, tensor: Tensor, work: Callable[[Tensor], _T]) -> _T:
+    """Run on a device what is large enough for it, and on the CPU what does not fit there."""
+    if device.type == "cpu" or job.sides[1] < _SMALL:
+        return work(tensor)
+    try:
+        with torch.cuda.stream(torch.cuda.Stream(device)):  # type: ignore[no-untyped-call]
+            return work(tensor.to(device))
+    except torch.OutOfMemoryError:
+        torch.cuda.empty_cache()
+        return work(tensor)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from svftool.numerics.decompose import Method, singular_values, svd
+from svftool.numerics.decompose import Method, Rank, singular_values, svd
 from svftool.numerics.results import Svd, fix_signs, reconstruct, truncate
 from svftool.numerics.spectrum import (
     effective_rank,
@@ -13,9 +13,12 @@ from svftool.numerics.spectrum import (
     participation_ratio,
     stable_rank,
 )
+from svftool.numerics.threads import Pool, one_thread
 
 __all__ = [
     "Method",
+    "Pool",
+    "Rank",
     "Svd",
     "effective_rank",
     "energy",
@@ -23,6 +26,7 @@ __all__ = [
     "fix_signs",
     "nuclear_rank",
     "numerical_rank",
+    "one_thread",
     "participation_ratio",
     "reconstruct",
     "singular_values",

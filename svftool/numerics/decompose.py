@@ -31,7 +31,7 @@ from svftool.numerics.eigen import eigenvalues, gram
 from svftool.numerics.gram import gram_factors
 from svftool.numerics.lapack import NotConverged
 from svftool.numerics.results import Svd
-from svftool.numerics.tall import Tall, Thin, tall
+from svftool.numerics.tall import Choose, Tall, Thin, tall
 from svftool.numerics.threads import Pool
 
 Method = Literal["auto", "exact", "randomized"]
@@ -39,7 +39,9 @@ Method = Literal["auto", "exact", "randomized"]
 RECONSTRUCTION_BOUND = 1e-6
 ORTHOGONALITY_BOUND = 1e-5
 
-_Rung = tuple[str, Callable[[Tall, int, Pool], Thin]]
+Rank = int | Callable[[Tensor], int]
+
+_Rung = tuple[str, Callable[[Tall, Choose, Pool], Thin]]
 _SMALLEST = 1e-31
 _SPREAD = 2e8  # multiplications above which one matrix is worth several threads
 
@@ -47,7 +49,7 @@ _SPREAD = 2e8  # multiplications above which one matrix is worth several threads
 def svd(
     matrix: Tensor,
     *,
-    rank: int | None = None,
+    rank: Rank | None = None,
     method: Method = "auto",
     seed: int = 0,
     dtype: torch.dtype = torch.float32,
@@ -59,8 +61,9 @@ def svd(
     ----------
     matrix : (m, n) or (E, m, n) Tensor
         Any floating dtype, on any device; not changed. A batch is E matrices of one rank.
-    rank : int, optional
-        Number of singular values to keep; all of them by default.
+    rank : int or callable, optional
+        Number of singular values to keep, or a function that tells it from all singular values,
+        (k,) or (E, k) in float64 and non-increasing; all of them by default.
     method : {"auto", "exact", "randomized"}
         How a truncated decomposition may be found: "auto" tries block Krylov iteration where it
         is likely to be the faster, "randomized" always. Both take the exact way where the
@@ -146,17 +149,17 @@ def _values(matrix: Tensor, pool: Pool) -> Tensor:
 
 
 def _one(
-    matrix: Tensor, rank: int | None, method: Method, seed: int, dtype: torch.dtype, pool: Pool
+    matrix: Tensor, rank: Rank | None, method: Method, seed: int, dtype: torch.dtype, pool: Pool
 ) -> Svd:
     A = tall(matrix)
-    k = min(rank or A.n, A.n)
+    choose = _choice(rank, A.n)
     if A.top == 0.0:
-        return _zero(matrix, k, dtype)
+        return _zero(matrix, choose(torch.zeros(A.n, dtype=torch.float64)), dtype)
     rungs = _RUNGS if dtype == torch.float32 else _RUNGS[-1:]
     best = (math.inf, math.inf)
     for name, rung in rungs:
         try:
-            factors = rung(A, k, pool)
+            factors = rung(A, choose, pool)
         except NotConverged:
             continue
         errors = measure(A, factors, pool)
@@ -167,6 +170,13 @@ def _one(
         f"reconstruction error {best[0]:.1e} and orthogonality error {best[1]:.1e} at best, "
         f"expected {RECONSTRUCTION_BOUND:.0e} and {ORTHOGONALITY_BOUND:.0e} at most"
     )
+
+
+def _choice(rank: Rank | None, n: int) -> Choose:
+    """Return the function that tells how many of n singular values to keep, between 1 and n."""
+    if callable(rank):
+        return lambda S: max(min(rank(S), n), min(n, 1))
+    return lambda S: n if rank is None else min(rank, n)
 
 
 def _finish(
@@ -206,10 +216,12 @@ def _zero(matrix: Tensor, k: int, dtype: torch.dtype) -> Svd:
 
 
 def _batch(
-    matrix: Tensor, rank: int | None, method: Method, seed: int, dtype: torch.dtype, pool: Pool
+    matrix: Tensor, rank: Rank | None, method: Method, seed: int, dtype: torch.dtype, pool: Pool
 ) -> Svd:
     experts, m, n = matrix.shape
-    k = min(rank or min(m, n), m, n)
+    if callable(rank):
+        rank = rank(singular_values(matrix, pool=pool))
+    k = min(m, n) if rank is None else min(rank, m, n)
     U = torch.empty(experts, m, k, dtype=dtype, device=matrix.device)
     Vh = U.new_empty(experts, k, n)
     parts: list[Svd | None] = [None] * experts
@@ -233,12 +245,12 @@ def _batch(
     )
 
 
-def _lapack64(A: Tall, k: int, pool: Pool) -> Thin:
+def _lapack64(A: Tall, choose: Choose, pool: Pool) -> Thin:
     try:
         U, S, Vh = torch.linalg.svd(A.double(slice(None)).cpu(), full_matrices=False)
     except LinAlgError as exc:
         raise NotConverged(str(exc)) from exc
-    squares = float(S.square().sum())
+    squares, k = float(S.square().sum()), choose(S)
     U, S, Vh = (factor.to(A.matrix.device) for factor in (U[:, :k], S[:k], Vh[:k]))
     return Thin(U.clone(), S.clone(), Vh.clone(), squares)
 

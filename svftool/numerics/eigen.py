@@ -9,7 +9,7 @@ from torch import Tensor
 from torch.linalg import LinAlgError  # type: ignore[attr-defined]
 
 from svftool.numerics import lapack
-from svftool.numerics.tall import Tall, cuts
+from svftool.numerics.tall import Choose, Tall, cuts
 from svftool.numerics.threads import Pool
 
 _TILE = 1024
@@ -44,7 +44,7 @@ def gram(A: Tall, pool: Pool) -> Tensor:
     return G
 
 
-def eigenvectors(G: Tensor, count: int, pool: Pool) -> tuple[Tensor, Tensor]:
+def eigenvectors(G: Tensor, choose: Choose, pool: Pool) -> tuple[Tensor, Tensor]:
     """Decompose a symmetric matrix of which the upper triangle is given; it is overwritten.
 
     LAPACK reduces it to ``Q T Q'`` and finds ``T = Z diag(values) Z'``. Its own way to ``Q Z``
@@ -57,8 +57,8 @@ def eigenvectors(G: Tensor, count: int, pool: Pool) -> tuple[Tensor, Tensor]:
     -------
     values : (n,) Tensor
         Non-increasing.
-    rows : (count, n) Tensor
-        Eigenvectors of the largest, one a row.
+    rows : (k, n) Tensor
+        Eigenvectors of as many of the largest as `choose` tells from the square roots of all.
 
     Raises
     ------
@@ -66,10 +66,12 @@ def eigenvectors(G: Tensor, count: int, pool: Pool) -> tuple[Tensor, Tensor]:
         If LAPACK says so.
     """
     if not _in_parts(G):
-        return _dense(G, count)
+        return _dense(G, choose)
     n = len(G)
     d, e, tau = lapack.tridiagonalise(G)
     values, rows = lapack.tridiagonal_vectors(d, e)
+    values = values.flip(0)
+    count = _count(values, choose)
     rows = rows[n - count :].flip(0)
     panels = [_panel(G, tau, first) for first in range(0, n - 1, _PANEL)]
 
@@ -80,7 +82,7 @@ def eigenvectors(G: Tensor, count: int, pool: Pool) -> tuple[Tensor, Tensor]:
             part.addmm_((part @ Y.mT) @ T, Y, alpha=-1.0)
 
     pool.share([partial(rotate, rows[part]) for part in cuts(count, _ROWS)])
-    return values.flip(0), rows
+    return values, rows
 
 
 def eigenvalues(G: Tensor) -> Tensor:
@@ -102,12 +104,17 @@ def _in_parts(G: Tensor) -> bool:
     return G.device.type == "cpu" and len(G) > 1 and lapack.available()
 
 
-def _dense(G: Tensor, count: int) -> tuple[Tensor, Tensor]:
+def _dense(G: Tensor, choose: Choose) -> tuple[Tensor, Tensor]:
     try:
         values, vectors = torch.linalg.eigh(G, UPLO="U")
     except LinAlgError as exc:
         raise lapack.NotConverged(str(exc)) from exc
-    return values.flip(0), vectors[:, len(G) - count :].mT.flip(0).contiguous()
+    values = values.flip(0)
+    return values, vectors[:, len(G) - _count(values, choose) :].mT.flip(0).contiguous()
+
+
+def _count(values: Tensor, choose: Choose) -> int:
+    return choose(values.clamp_min(0.0).sqrt())
 
 
 def _panel(reflectors: Tensor, tau: Tensor, first: int) -> tuple[Tensor, Tensor]:

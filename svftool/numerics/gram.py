@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from svftool.numerics.eigen import eigenvectors, gram
-from svftool.numerics.tall import Tall, Thin, tall
+from svftool.numerics.tall import Choose, Tall, Thin, tall
 from svftool.numerics.threads import Pool
 
 SINGLE = 0.03
@@ -28,15 +28,15 @@ _DEEP = 1e-4
 _NULL = 1e-13
 
 
-def gram_factors(A: Tall, k: int, pool: Pool, *, single: float = SINGLE) -> Thin:
-    """Find the k largest singular values and their vectors through the Gram matrix, unchecked.
+def gram_factors(A: Tall, choose: Choose, pool: Pool, *, single: float = SINGLE) -> Thin:
+    """Find the largest singular values and their vectors through the Gram matrix, unchecked.
 
     Parameters
     ----------
     A : Tall
         Not zero.
-    k : int
-        At most n.
+    choose : callable
+        How many of them.
     pool : Pool
     single : float
         Singular values below this share of their root mean square get their left vectors in
@@ -47,13 +47,14 @@ def gram_factors(A: Tall, k: int, pool: Pool, *, single: float = SINGLE) -> Thin
     svftool.numerics.lapack.NotConverged
         If LAPACK says so.
     """
-    values, V = eigenvectors(gram(A, pool), k, pool)
-    squares = float(values.clamp_min(0.0).sum())
-    S = values[:k].clamp_min(0.0).sqrt()
+    values, V = eigenvectors(gram(A, pool), choose, pool)
+    values.clamp_min_(0.0)
+    squares = float(values.sum())
+    S = values[: len(V)].sqrt()
     deep = int((_DEEP * S[0] < S).sum())
     head = min(deep, int((single * (squares / A.n) ** 0.5 < S).sum()))
     U, rest = _multiply(A, S, V, head, deep, pool)
-    if deep < k:
+    if deep < len(S):
         _orthogonalise(A, U, S, V, rest, deep, pool)
     return Thin(U, S.cummin(0).values, V.float(), squares)
 
@@ -100,7 +101,7 @@ def _orthogonalise(
             S[done:] = 0.0
             return
         inner = tall(rest)
-        values, X = eigenvectors(gram(inner, pool), inner.n, pool)
+        values, X = eigenvectors(gram(inner, pool), len, pool)
         V[done:] = X @ V[done:]
         rest = rest @ X.mT
         count = int((_DEEP**2 * values[0] < values).sum())

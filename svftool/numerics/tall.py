@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from svftool.errors import NumericalError
+
+Choose = Callable[[Tensor], int]
+"""Tells from all singular values, float64 and non-increasing, how many to keep."""
 
 _ROWS = 1024
 _MODEST = 24

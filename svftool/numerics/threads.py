@@ -11,15 +11,14 @@ from __future__ import annotations
 import threading
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import Future
 from contextlib import contextmanager
 from functools import cache
 from types import TracebackType
-from typing import Any, Self, TypeVar
+from typing import Any, Self
 
 import torch
 
-_T = TypeVar("_T")
+_PATIENCE = 1.0
 
 
 @cache
@@ -111,6 +110,10 @@ class _Shared:
             raise self._error
 
 
+class Closed(RuntimeError):
+    """The pool was closed while it still had work, because the run was given up."""
+
+
 class Pool:
     """Threads that help with the blocks of large matrices, and else take whole matrices in turn.
 
@@ -125,7 +128,7 @@ class Pool:
         self.workers = workers
         self._wake = threading.Condition()
         self._shared: list[_Shared] = []
-        self._work: deque[tuple[Callable[[], Any], Future[Any]]] = deque()
+        self._work: deque[Callable[[], None]] = deque()
         self._closed = False
         self._threads = [
             threading.Thread(target=self._serve, name=f"svftool-{index}", daemon=True)
@@ -146,21 +149,17 @@ class Pool:
     ) -> None:
         with self._wake:
             self._closed = True
-            for _, future in self._work:
-                future.cancel()
             self._work.clear()
             self._wake.notify_all()
         for thread in self._threads:
-            thread.join()
+            thread.join(None if kind is None else _PATIENCE)
         _ONE_THREAD.leave()
 
-    def submit(self, work: Callable[[], _T]) -> Future[_T]:
-        """Queue a whole piece of work, such as one matrix; they start in this order."""
-        future: Future[_T] = Future()
+    def submit(self, work: Callable[[], None]) -> None:
+        """Queue a whole piece of work that raises nothing; they start in this order."""
         with self._wake:
-            self._work.append((work, future))
+            self._work.append(work)
             self._wake.notify()
-        return future
 
     def share(self, blocks: Sequence[Callable[[], None]]) -> None:
         """Run independent blocks, with the help of idle threads, and return when all are done."""
@@ -170,6 +169,8 @@ class Pool:
             return
         shared = _Shared(blocks)
         with self._wake:
+            if self._closed:
+                raise Closed
             self._shared.append(shared)
             self._wake.notify_all()
         self._finish(shared)
@@ -184,28 +185,16 @@ class Pool:
 
     def _serve(self) -> None:
         torch.set_num_threads(1)
-        while True:
-            with self._wake:
-                self._wake.wait_for(lambda: self._closed or self._shared or self._work)
-                shared = self._shared[0] if self._shared else None
-                task = self._work.popleft() if self._work and shared is None else None
-            if shared is not None:
-                self._finish(shared)
-            elif task is not None:
-                _resolve(*task)
-            else:
-                return
+        while self._serve_one():
+            pass
 
-
-def _resolve(work: Callable[[], _T], future: Future[_T]) -> None:
-    if not future.set_running_or_notify_cancel():
-        return
-    try:
-        result = work()
-    except BaseException as exc:  # noqa: BLE001  (raised again by `future.result`)
-        future.set_exception(exc)
-    else:
-        future.set_result(result)
-
-
-ALONE = Pool()
+    def _serve_one(self) -> bool:
+        with self._wake:
+            self._wake.wait_for(lambda: self._closed or self._shared or self._work)
+            shared = self._shared[0] if self._shared else None
+            work = self._work.popleft() if self._work and shared is None else None
+        if shared is not None:
+            self._finish(shared)
+        elif work is not None:
+            work()
+        return shared is not None or work is not None
