@@ -1,0 +1,154 @@
+"""Regimes: which parameters each sets free, and nothing else."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from torch import nn
+
+from svftool.attaching import apply_regime, parse_regime
+from svftool.errors import MissingDependencyError, ModelError, UsageError
+from tests.attaching import MemoryStore
+
+
+def network() -> nn.Sequential:
+    torch.manual_seed(0)
+    model = nn.Sequential()
+    model.add_module("conv", nn.Conv2d(3, 6, 3))
+    model.add_module("norm", nn.BatchNorm2d(6))
+    model.add_module("depthwise", nn.Conv2d(6, 12, 3, groups=6))
+    model.add_module("flat", nn.Flatten())
+    model.add_module("fc", nn.Linear(48, 5))
+    return model.eval()
+
+
+SETS = {
+    "head": {"head": ["fc.weight", "fc.bias"]},
+    "svf": {
+        "head": ["fc.weight", "fc.bias"],
+        "singular_values": ["conv.svf_weight", "depthwise.svf_weight"],
+    },
+    "bias": {
+        "head": ["fc.weight", "fc.bias"],
+        "bias": ["conv.bias", "norm.bias", "depthwise.bias"],
+    },
+    "norm": {"head": ["fc.weight", "fc.bias"], "norm": ["norm.weight", "norm.bias"]},
+    "svf+bias": {
+        "head": ["fc.weight", "fc.bias"],
+        "singular_values": ["conv.svf_weight", "depthwise.svf_weight"],
+        "bias": ["conv.bias", "norm.bias", "depthwise.bias"],
+    },
+    "svf+norm": {
+        "head": ["fc.weight", "fc.bias"],
+        "singular_values": ["conv.svf_weight", "depthwise.svf_weight"],
+        "norm": ["norm.weight", "norm.bias"],
+    },
+    "full": {
+        "head": ["fc.weight", "fc.bias"],
+        "backbone": [
+            "conv.weight", "conv.bias", "norm.weight", "norm.bias", "depthwise.weight",
+            "depthwise.bias",
+        ],
+    },
+    "lora:2": {
+        "head": ["fc.modules_to_save.default.weight", "fc.modules_to_save.default.bias"],
+        "lora": ["conv.lora_A.default.weight", "conv.lora_B.default.weight"],
+    },
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", SETS)
+def test_a_regime_trains_its_set_and_nothing_else(name: str) -> None:
+    model = network()
+    store = MemoryStore(model, ["conv.weight", "depthwise.weight", "fc.weight"])
+    trainable = apply_regime(model, name, store, head="fc")
+    names = {p: n.removeprefix("base_model.model.") for n, p in trainable.model.named_parameters()}
+    found = {
+        group: sorted(names[p].removesuffix(".parts.0.theta") for p in parameters)
+        for group, parameters in trainable.groups.items()
+    }
+    assert found == {group: sorted(members) for group, members in SETS[name].items()}
+    free = {p for p in trainable.model.parameters() if p.requires_grad}
+    assert free == {p for parameters in trainable.groups.values() for p in parameters}
+    assert trainable.trainable_parameters == sum(p.numel() for p in free)
+
+    trainable.model(torch.randn(2, 3, 6, 6)).square().sum().backward()
+    assert all(p.grad is not None for p in free)
+    frozen = [p for p in trainable.model.parameters() if not p.requires_grad]
+    assert all(p.grad is None for p in frozen)
+
+
+def test_before_training_every_regime_computes_the_base() -> None:
+    x = torch.randn(2, 3, 6, 6)
+    expected = network()(x)
+    for name in SETS:
+        model = network()
+        trainable = apply_regime(model, name, MemoryStore(model), head="fc")
+        torch.testing.assert_close(trainable.model(x), expected, rtol=1e-5, atol=1e-5)
+
+
+def test_what_is_saved_follows_the_regime() -> None:
+    for name, expected in (
+        ("head", {"fc.weight", "fc.bias"}),
+        ("svf+norm", {"fc.weight", "fc.bias", "norm.weight", "norm.bias"}),
+        ("lora:2", set()),
+    ):
+        model = network()
+        trainable = apply_regime(model, name, MemoryStore(model), head="fc")
+        assert set(trainable.whole_tensors()) == expected
+        wanted = {"conv.weight", "depthwise.weight"} if "svf" in name else set()
+        assert set(trainable.singular_values()) == wanted
+
+
+def test_without_a_head_the_last_layer_gets_singular_values() -> None:
+    model = network()
+    trainable = apply_regime(model, "svf", MemoryStore(model))
+    assert set(trainable.groups) == {"singular_values"}
+    assert "fc.weight" in trainable.singular_values()
+    with pytest.raises(ModelError, match="'head' trains nothing"):
+        apply_regime(network(), "head", MemoryStore(network()))
+
+
+def test_globs_limit_svf_and_lora() -> None:
+    for name in ("svf", "lora:2"):
+        model = network()
+        store = MemoryStore(model)
+        with pytest.raises(ModelError, match="none of 3 decomposed layers"):
+            apply_regime(model, name, store, head="fc", include=["fc.*"])
+    model = network()
+    with pytest.raises(ModelError, match="LoRA adapts none"):
+        apply_regime(model, "lora:2", MemoryStore(model), head="fc", exclude=["conv.*"])
+
+
+def test_options_reach_attach() -> None:
+    model = network()
+    trainable = apply_regime(
+        model, "svf", MemoryStore(model), parametrisation="shift", train_rank=2
+    )
+    assert {p.shape for p in trainable.groups["singular_values"]} == {(2,)}
+
+
+def test_adapters_are_saved_as_a_peft_folder(tmp_path: Path) -> None:
+    model = network()
+    trainable = apply_regime(model, "lora:2", MemoryStore(model), head="fc")
+    trainable.model.save_pretrained(tmp_path / "adapter")
+    assert (tmp_path / "adapter" / "adapter_config.json").is_file()
+    assert (tmp_path / "adapter" / "adapter_model.safetensors").is_file()
+
+
+def test_without_peft_the_extra_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "peft", None)
+    model = network()
+    with pytest.raises(MissingDependencyError, match=r"svftool\[train\]"):
+        apply_regime(model, "lora:2", MemoryStore(model), head="fc")
+
+
+@pytest.mark.parametrize(
+    "name", ["", "everything", "lora", "lora:0", "lora:x", "svf+svf", "svf+full"]
+)
+def test_regimes_that_do_not_exist(name: str) -> None:
+    with pytest.raises(UsageError, match="expected one of head, svf"):
+        parse_regime(name)
