@@ -7,6 +7,7 @@ import json
 import warnings
 from collections.abc import Callable
 from pathlib import Path
+from typing import Self
 
 import pytest
 import torch
@@ -21,6 +22,7 @@ from svftool.checkpoints import (
     open_checkpoint,
     tensor_digest,
 )
+from svftool.progress import Silent
 
 
 def test_it_is_what_the_documentation_says() -> None:
@@ -132,25 +134,36 @@ def test_parts_found_elsewhere_give_the_same() -> None:
     assert total.hexdigest() == fingerprint([("w", torch.ones(2))])
 
 
+class Bar:
+    """A task that adds up what it is told."""
+
+    def __init__(self, total: float | None) -> None:
+        self.total, self.done = total, 0.0
+
+    def advance(self, amount: float = 1.0, *, detail: str | None = None) -> None:
+        self.done += amount
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        pass
+
+
+class Bars(Silent):
+    """A progress that keeps its tasks."""
+
+    def __init__(self) -> None:
+        self.bars: list[Bar] = []
+
+    def task(self, description: str, total: float | None = None, *, unit: str = "") -> Bar:
+        self.bars.append(Bar(total))
+        return self.bars[-1]
+
+
 def test_progress_is_told_in_bytes(tiny_checkpoint: Callable[..., Path]) -> None:
-    from svftool.progress import Silent
-
-    amounts: list[float] = []
-
-    class Task(type(Silent().task(""))):  # type: ignore[misc]
-        def advance(self, amount: float = 1.0, *, detail: str | None = None) -> None:
-            amounts.append(amount)
-
-    class Counting(Silent):
-        total: float | None = None
-
-        def task(self, description: str, total: float | None = None, *, unit: str = "") -> Task:
-            self.total = total
-            assert unit == "bytes"
-            return Task()
-
-    progress = Counting()
+    progress = Bars()
     with open_checkpoint(tiny_checkpoint()) as checkpoint:
         fingerprint_checkpoint(checkpoint, progress=progress)
-    assert sum(amounts) == progress.total
-    assert progress.total > 0
+        size = sum(info.nbytes for info in checkpoint.infos.values())
+    assert [(bar.total, bar.done) for bar in progress.bars] == [(size, size)]

@@ -97,6 +97,26 @@ def test_a_file_cut_off_while_open_is_an_error_not_a_crash(tmp_path: Path) -> No
             checkpoint.read("t")
 
 
+def test_only_what_is_asked_for_is_read(tmp_path: Path) -> None:
+    size = 50 << 30
+    header = json.dumps(
+        {
+            "huge": {"dtype": "U8", "shape": [size], "data_offsets": [0, size]},
+            "small": {"dtype": "F32", "shape": [2], "data_offsets": [size, size + 8]},
+        }
+    ).encode()
+    path = tmp_path / "x.safetensors"
+    with path.open("wb") as file:
+        file.write(len(header).to_bytes(8, "little") + header)
+        try:
+            file.truncate(8 + len(header) + size + 8)
+        except OSError as error:
+            pytest.skip(f"the file system has no files with holes ({error})")
+    with open_checkpoint(path) as checkpoint:
+        assert checkpoint.infos["huge"].nbytes == size
+        assert checkpoint.read("small").tolist() == [0, 0]
+
+
 def test_an_unknown_name_is_a_key_error(tiny_checkpoint: Tiny) -> None:
     with open_checkpoint(tiny_checkpoint()) as checkpoint, pytest.raises(KeyError):
         checkpoint.read("nothing")

@@ -313,6 +313,13 @@ def test_one_shard_has_no_index(tmp_path: Path) -> None:
         assert checkpoint.index_file is None
 
 
+def test_metadata_is_what_is_given(tmp_path: Path) -> None:
+    for number, metadata in enumerate([{}, {"note": "mine"}]):
+        write_shards(tmp_path / str(number), {"a": torch.ones(4)}, None, metadata=metadata)
+        with open_checkpoint(tmp_path / str(number)) as checkpoint:
+            assert checkpoint.metadata == metadata
+
+
 def test_several_shards_have_an_index_as_transformers_writes_it(tmp_path: Path) -> None:
     tensors = {"b": torch.ones(4), "a": torch.zeros(4), "c": torch.ones(2)}
     write_shards(tmp_path / "out", tensors, 24, index_metadata={"total_parameters": 10})

@@ -22,16 +22,11 @@ from svftool.checkpoints.selection import (
     matches,
     select,
 )
+from svftool.checkpoints.sharding import plan_shards, shard_names, write_index
 from svftool.checkpoints.side_files import side_files
 from svftool.checkpoints.sizes import parse_size
 from svftool.checkpoints.views import View, from_matrix, matrix_shape, to_matrix
-from svftool.checkpoints.writer import (
-    CheckpointWriter,
-    SafetensorsWriter,
-    plan_shards,
-    shard_names,
-    write_index,
-)
+from svftool.checkpoints.writer import CheckpointWriter, SafetensorsWriter
 
 __all__ = [
     "PARTIAL",

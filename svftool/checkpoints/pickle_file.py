@@ -11,7 +11,7 @@ from collections import defaultdict
 from collections.abc import Mapping
 from pathlib import Path
 from types import MappingProxyType
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import torch
@@ -50,7 +50,8 @@ class PickleFile:
             lazy = file.read(4) == ZIP_MAGIC
         self.tree = _load(path, lazy)
         self.nesting, passed_over = find_tensors(self.tree, str(path))
-        tensors = self._tensors()
+        self._tensors = _at(self.tree, self.nesting)
+        tensors = {name: self._tensors[name] for name in tensor_names(self._tensors)}
         self.infos: Mapping[str, TensorInfo] = MappingProxyType(
             {name: _info(name, tensor, path) for name, tensor in tensors.items()}
         )
@@ -60,20 +61,21 @@ class PickleFile:
 
     def read(self, name: str) -> Tensor:
         """Return one tensor that the caller owns; sparse and quantised ones as they are."""
-        tensor = self._tensors()[name].detach()
+        tensor: Tensor = self._tensors[name].detach()
         if self.infos[name].layout != "dense":
             return tensor
         return tensor.clone(memory_format=torch.contiguous_format)
 
     def close(self) -> None:
         """Let go of the tensors."""
-        self.tree = {}
+        self.tree, self._tensors = {}, {}
 
-    def _tensors(self) -> Mapping[str, Tensor]:
-        here: Any = self.tree
-        for key in self.nesting:
-            here = here[key]
-        return {name: here[name] for name in tensor_names(here)}
+
+def _at(tree: Any, nesting: tuple[str, ...]) -> Mapping[str, Any]:
+    """Return the dictionary that the keys of `nesting` lead to."""
+    for key in nesting:
+        tree = tree[key]
+    return cast("Mapping[str, Any]", tree)
 
 
 def _load(path: Path, lazy: bool) -> Any:

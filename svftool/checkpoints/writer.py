@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import json
 import os
 import shutil
 import threading
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
@@ -18,6 +17,7 @@ from svftool.checkpoints.base import TensorInfo
 from svftool.checkpoints.dtypes import byte_size
 from svftool.checkpoints.failures import write_errors
 from svftool.checkpoints.header import format_header
+from svftool.checkpoints.sharding import shard_names, write_index
 from svftool.errors import ResourceError, shortlist
 
 Layout = Mapping[str, tuple[torch.dtype, tuple[int, ...]]]
@@ -189,7 +189,7 @@ class CheckpointWriter:
         ``STEM.safetensors``, or ``STEM-00001-of-0000N.safetensors`` with
         ``STEM.safetensors.index.json``.
     metadata : mapping, or sequence of one mapping a shard, or None
-        Of the weight files. None stands for ``{"format": "pt"}``.
+        Of the weight files. None stands for ``{"format": "pt"}``, an empty mapping for none.
     index_metadata : mapping, optional
         What the index says beside ``total_size``.
     files : sequence of str, optional
@@ -228,7 +228,7 @@ class CheckpointWriter:
         texts = (
             metadata
             if isinstance(metadata, Sequence)
-            else [metadata or {"format": "pt"}] * len(shards)
+            else [{"format": "pt"} if metadata is None else metadata] * len(shards)
         )
         self._writers: list[SafetensorsWriter] = []
         try:
@@ -287,83 +287,3 @@ class CheckpointWriter:
             self.close()
         else:
             self.abort()
-
-
-def write_index(
-    path: Path,
-    weight_map: Mapping[str, str],
-    *,
-    total_size: int,
-    metadata: Mapping[str, Any] | None = None,
-) -> None:
-    """Write a shard index.
-
-    Parameters
-    ----------
-    path : Path
-        The file.
-    weight_map : mapping of str to str
-        Tensor name to weight file.
-    total_size : int
-        Bytes of all tensors.
-    metadata : mapping, optional
-        What the index says beside ``total_size``.
-
-    Raises
-    ------
-    ResourceError
-        If the disk refuses it.
-    """
-    index = {
-        "metadata": {**(metadata or {}), "total_size": total_size},
-        "weight_map": dict(weight_map),
-    }
-    with write_errors(path):
-        path.write_text(json.dumps(index, indent=2, sort_keys=True) + "\n", encoding="utf-8")
-
-
-def shard_names(stem: str, count: int) -> list[str]:
-    """Return the names of a checkpoint's weight files.
-
-    Examples
-    --------
-    >>> shard_names("model", 1)
-    ['model.safetensors']
-    >>> shard_names("model", 2)
-    ['model-00001-of-00002.safetensors', 'model-00002-of-00002.safetensors']
-    """
-    if count == 1:
-        return [f"{stem}.safetensors"]
-    return [f"{stem}-{number:05d}-of-{count:05d}.safetensors" for number in range(1, count + 1)]
-
-
-def plan_shards(infos: Iterable[TensorInfo], max_bytes: int | None) -> list[list[str]]:
-    """Share tensors out over shards in their order, as huggingface_hub does.
-
-    Parameters
-    ----------
-    infos : iterable of TensorInfo
-    max_bytes : int or None
-        Most bytes of tensors a shard may hold; a larger tensor gets a shard of its own. None
-        puts everything into one.
-
-    Returns
-    -------
-    list of list of str
-        Names, shard by shard; one empty shard when there are no tensors.
-    """
-    shards: list[list[str]] = []
-    current: list[str] = []
-    filled = 0
-    for info in infos:
-        if max_bytes is not None and info.nbytes > max_bytes:
-            shards.append([info.name])
-            continue
-        if max_bytes is not None and filled + info.nbytes > max_bytes:
-            shards.append(current)
-            current, filled = [], 0
-        current.append(info.name)
-        filled += info.nbytes
-    if current or not shards:
-        shards.append(current)
-    return shards
