@@ -127,7 +127,18 @@ def test_a_fold_that_does_not_exist_is_refused(fold: int):
 
 def test_short_names_of_voc_classes_are_put_in_order():
     names = ["Train", "Aero", "Bicycle", "Bird", "Boat", "Bottle", "Bus", "Car", "Cat", "Chair"]
-    names += ["Cow", "Table", "Dog", "Horse", "Mbike", "Person", "Plant", "Sheep", "Sofa", "Monitor"]
+    names += [
+        "Cow",
+        "Table",
+        "Dog",
+        "Horse",
+        "Mbike",
+        "Person",
+        "Plant",
+        "Sheep",
+        "Sofa",
+        "Monitor",
+    ]
     ordered = in_voc_order(names)
     assert ordered is not None
     assert ordered[:2] == ("Aero", "Bicycle")
@@ -257,7 +268,9 @@ def test_images_of_another_size_than_their_masks_are_counted(voc: VocFolder):
     root = voc(train={"a": {8: 3000}, "b": {8: 3000}}, val={"v": {1: 3000}})
     write_image(root / "JPEGImages" / "a.jpg", 0, size=(SIDE, SIDE + 1))
     write_image(root / "JPEGImages" / "b.jpg", 0, size=(SIDE, SIDE + 1))
-    with pytest.raises(DataError, match=r"^2 images and their masks differ in size.*a\.jpg.*b\.jpg"):
+    with pytest.raises(
+        DataError, match=r"^2 images and their masks differ in size.*a\.jpg.*b\.jpg"
+    ):
         open_source(root).fold(0)
 
 
@@ -554,5 +567,7 @@ def test_a_class_with_too_few_pairs_is_named(tmp_path: Path):
     root = write_pairs(tmp_path, {"a": 6, "b": 2, "c": 5, "d": 6})
     data = open_source(root).fold(1)
     require_shots(data.test, 1, data.split, "test")
-    with pytest.raises(DataError, match=r"^1 classes of the test data of fold 1 .*6 images.* b \(2\)"):
+    with pytest.raises(
+        DataError, match=r"^1 classes of the test data of fold 1 .*6 images.* b \(2\)"
+    ):
         require_shots(data.test, 5, data.split, "test")

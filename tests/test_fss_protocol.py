@@ -75,7 +75,10 @@ def test_a_class_below_the_area_limit_is_asked_for_but_supports_nothing():
     )
     pool = Pool(pairs, (1, 2))
     assert pool.support_of == {1: (0,), 2: (1, 2)}
-    asked = {e.label: e.support for e in (draw_episode(pool, 0, 2, np.random.default_rng(i)) for i in range(20))}
+    asked = {
+        e.label: e.support
+        for e in (draw_episode(pool, 0, 2, np.random.default_rng(i)) for i in range(20))
+    }
     assert set(asked[2]) == {1, 2}
 
 
@@ -176,7 +179,9 @@ def test_the_papers_alignment_stretches_the_canvas_over_the_longer_side():
     assert not found[:, :48].any()
     assert found[:, 48:].all()
     short = predict_at(logits_of(line.expand(canvas, canvas).T), size, canvas, alignment="canvas")
-    assert not short.any()  # 48 rows are the upper half of the square that the canvas is stretched to
+    assert (
+        not short.any()
+    )  # 48 rows are the upper half of the square that the canvas is stretched to
     assert predict_at(logits_of(line.expand(canvas, canvas).T), size, canvas)[-1].sum() == 0
 
 

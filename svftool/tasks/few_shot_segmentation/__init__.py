@@ -1,0 +1,1 @@
+"""Few-shot segmentation: the experiment that singular-value fine-tuning was made for."""

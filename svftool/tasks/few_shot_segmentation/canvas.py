@@ -52,7 +52,8 @@ def place(height: int, width: int, canvas: int) -> Placement:
     """
     longer = max(height, width)
     fitted = [canvas if side == longer else side * canvas // longer for side in (height, width)]
-    return Placement(*(max(side // 8, 1) * 8 for side in fitted))
+    rows, columns = (max(side // 8, 1) * 8 for side in fitted)
+    return Placement(rows, columns)
 
 
 def paste_image(picture: Tensor, canvas: int) -> Tensor:
@@ -76,7 +77,7 @@ def paste_image(picture: Tensor, canvas: int) -> Tensor:
 
 def paste_mask(mask: Mask, canvas: int) -> Mask:
     """Scale a mask by its nearest pixels and paste it on a canvas of ignored pixels."""
-    spot = place(*mask.shape, canvas)
+    spot = place(mask.shape[0], mask.shape[1], canvas)
     pasted = np.full((canvas, canvas), IGNORE, dtype=np.uint8)
     pasted[: spot.height, : spot.width] = resize_mask(mask, spot.height, spot.width)
     return pasted

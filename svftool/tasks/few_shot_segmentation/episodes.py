@@ -46,9 +46,9 @@ def draw_episode(pool: Pool, query: int, shots: int, random: np.random.Generator
     Returns
     -------
     Episode
-        The class is uniform over those that may be asked of the query (or, by classes, over all, and
-        the query uniform in it); supports are uniform over the class without repetition and never
-        show the query's picture.
+        The class is uniform over those that may be asked of the query (or, by classes, over all,
+        and the query uniform in it); supports are uniform over the class without repetition and
+        never show the query's picture.
     """
     if pool.order == "classes":
         label = pool.classes[random.integers(len(pool.classes))]
@@ -82,9 +82,6 @@ def fixed_episodes(pool: Pool, count: int, shots: int, seed: int) -> Iterator[Ep
     for index in range(count):
         random = np.random.default_rng([seed, index])
         yield draw_episode(pool, index % len(pool.pairs), shots, random)
-
-
-
 
 
 def _draw_support(

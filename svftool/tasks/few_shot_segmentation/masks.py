@@ -69,13 +69,9 @@ def read_binary(path: Path) -> Mask:
     pixels, mode = _read(path)
     if mode in {"LA", "RGBA", "PA"}:
         pixels = pixels[..., :-1]
-    if mode in {"P", "1"} or pixels.max(initial=0) == 1:
-        foreground = pixels > 0
-    else:
-        foreground = pixels >= 128
-    if foreground.ndim == 3:
-        foreground = foreground.any(axis=2)
-    return foreground.astype(np.uint8)
+    least = 1 if mode in {"P", "1"} or pixels.max(initial=0) == 1 else 128
+    bright = pixels >= least
+    return np.asarray(bright.any(axis=2) if bright.ndim == 3 else bright, dtype=np.uint8)
 
 
 def mask_of(mask: Mask, label: int) -> Mask:
@@ -98,9 +94,7 @@ def mask_of(mask: Mask, label: int) -> Mask:
     >>> mask_of(np.array([[0, 3, 7, 255]], dtype=np.uint8), 3)
     array([[  0,   1,   0, 255]], dtype=uint8)
     """
-    binary = (mask == label).astype(np.uint8)
-    binary[mask == IGNORE] = IGNORE
-    return binary
+    return np.where(mask == IGNORE, IGNORE, mask == label).astype(np.uint8)
 
 
 def class_areas(mask: Mask) -> dict[int, int]:
@@ -146,12 +140,10 @@ def _read(path: Path) -> tuple[npt.NDArray[np.integer], str]:
     try:
         with Image.open(path) as image:
             return np.asarray(image), image.mode
-    except Exception as error:  # noqa: BLE001 - Pillow's decoders raise whatever they meet
+    except Exception as error:
         if not path.is_file():
             raise DataError(f"{path}: not found, expected a mask") from error
-        raise DataError(
-            f"{path}: cannot be read as a mask ({type(error).__name__})"
-        ) from error
+        raise DataError(f"{path}: cannot be read as a mask ({type(error).__name__})") from error
 
 
 def _read_sbd(path: Path) -> Mask:
@@ -159,7 +151,7 @@ def _read_sbd(path: Path) -> Mask:
 
     try:
         segmentation = loadmat(str(path))["GTcls"]["Segmentation"][0, 0]
-    except Exception as error:  # noqa: BLE001 - scipy's reader raises whatever it meets
+    except Exception as error:
         raise DataError(
             f"{path}: no GTcls.Segmentation ({type(error).__name__}), expected an SBD class file"
         ) from error

@@ -126,9 +126,7 @@ class FoldData:
     notes: tuple[str, ...] = field(default=())
 
 
-def allow(
-    pairs: Iterable[Pair], *, query: Iterable[int], support: Iterable[int]
-) -> list[Pair]:
+def allow(pairs: Iterable[Pair], *, query: Iterable[int], support: Iterable[int]) -> list[Pair]:
     """Keep the pairs that have one of the classes, with those classes alone."""
     asked, given = set(query), set(support)
     kept = []

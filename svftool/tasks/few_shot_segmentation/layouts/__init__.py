@@ -54,29 +54,37 @@ def open_source(root: Path, *, lists: Path | None = None) -> Source:
     lists : Path, optional
         A folder of list files: PFENet's (``voc_sbd_merge_noduplicate.txt`` or ``train.txt``, and
         ``val.txt``), BAM's (``fss_list/train``, ``fss_list/val``), HSNet's (``trn``, ``val``), or
-        FSS-1000's class lists (``trn.txt``, ``val.txt``, ``test.txt``). By default the folder's own.
+        FSS-1000's class lists (``trn.txt``, ``val.txt``, ``test.txt``). By default the folder's
+        own.
 
     Raises
     ------
     DataError
         If the folder has none of these layouts, or the lists cannot be used.
     """
-    if not root.is_dir():
-        raise DataError(f"{root}: not a folder, expected a data set of images and masks")
-    if lists is not None and not lists.is_dir():
-        raise DataError(f"{lists}: not a folder, expected one with list files")
+    for folder, what in ((root, "a data set of images and masks"), (lists, "list files")):
+        if folder is not None and not folder.is_dir():
+            raise DataError(f"{folder}: not a folder, expected one with {what}")
+    return _open_labelled(root, lists) or _open_pairs(root, lists)
+
+
+def _open_labelled(root: Path, lists: Path | None) -> LabelledSource | None:
     for folder in _candidates(root, ("VOC2012", "VOCdevkit/VOC2012")):
         if (folder / "JPEGImages").is_dir():
             return _open_voc(folder, lists)
     for folder in _candidates(root, ("COCO2014", "MSCOCO2014", "coco")):
         if (folder / "val2014").is_dir() and (folder / "annotations").is_dir():
             return _open_coco(folder, lists)
+    return None
+
+
+def _open_pairs(root: Path, lists: Path | None) -> PairsSource:
     for folder in _candidates(root, ("fewshot_data", "FSS-1000")):
         if class_folders(folder):
             return PairsSource(folder, lists)
     raise DataError(
-        f"{root}: no data set found, expected PASCAL VOC 2012 (JPEGImages), COCO 2014 (val2014), or "
-        "class folders with images (.jpg) and masks (.png of the same name)"
+        f"{root}: no data set found, expected PASCAL VOC 2012 (JPEGImages), COCO 2014 (val2014), "
+        "or class folders with images (.jpg) and masks (.png of the same name)"
     )
 
 
@@ -110,7 +118,8 @@ def _voc_lists(folder: Path) -> tuple[list[Listed], list[Listed]]:
     missing = [str(f.mask) for f in test if not f.mask.is_file()]
     if missing:
         raise DataError(
-            f"{sets / 'val.txt'}: names {len(missing)} masks that do not exist, such as {missing[0]}"
+            f"{sets / 'val.txt'}: names {len(missing)} masks that do not exist, such as "
+            f"{missing[0]}"
         )
     held = set(test_names)
     train = [Listed(_jpeg(folder, n), path) for n, path in by_name.items() if n not in held]
@@ -171,8 +180,8 @@ def _first(folder: Path, names: Sequence[str]) -> Path:
         if (folder / name).is_file():
             return folder / name
     raise DataError(
-        f"{folder}: no list files, expected {names[0]} or {names[1]}, or BAM's fss_list, or HSNet's "
-        "trn and val"
+        f"{folder}: no list files, expected {names[0]} or {names[1]}, or BAM's fss_list, or "
+        "HSNet's trn and val"
     )
 
 

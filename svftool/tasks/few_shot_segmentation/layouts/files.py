@@ -7,8 +7,8 @@ from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 
 from svftool.errors import DataError, shortlist
-from svftool.tasks.few_shot_segmentation.masks import class_areas, mapped, read_label_map
 from svftool.progress import SILENT, Progress
+from svftool.tasks.few_shot_segmentation.masks import class_areas, mapped, read_label_map
 from svftool.tasks.images import image_size
 
 
@@ -54,9 +54,7 @@ class Relocator:
         return None
 
 
-def locate(
-    names: Iterable[tuple[str, str]], relocator: Relocator, source: Path
-) -> list[Listed]:
+def locate(names: Iterable[tuple[str, str]], relocator: Relocator, source: Path) -> list[Listed]:
     """Find every image and mask that a list names.
 
     Parameters
@@ -94,9 +92,7 @@ def locate(
     return found
 
 
-def scan(
-    files: Sequence[Listed], *, progress: Progress = SILENT
-) -> list[dict[int, int]]:
+def scan(files: Sequence[Listed], *, progress: Progress = SILENT) -> list[dict[int, int]]:
     """Count the pixels of each class in every mask, and compare the sizes with the images'.
 
     Returns

@@ -110,7 +110,9 @@ class LabelledSource:
         """
         split = split_classes(self.names, index, scheme=self.scheme)
         train = self._train(split, progress)
-        novel = self._holding(train, split.novel, progress) if self._must_read(remove_novel) else None
+        novel = (
+            self._holding(train, split.novel, progress) if self._must_read(remove_novel) else None
+        )
         if remove_novel and novel is not None:
             train = [pair for pair in train if pair not in novel]
         order = self._order
@@ -234,9 +236,7 @@ class BamSource(LabelledSource):
     def _test(self, split: ClassSplit, progress: Progress) -> list[Pair]:
         return self._read("val", split.fold, split.novel, progress)
 
-    def _read(
-        self, part: str, fold: int, classes: Sequence[int], progress: Progress
-    ) -> list[Pair]:
+    def _read(self, part: str, fold: int, classes: Sequence[int], progress: Progress) -> list[Pair]:
         images = self._folder / part / f"data_list_{fold}.txt"
         by_class = self._folder / part / f"sub_class_file_list_{fold}.txt"
         supports: dict[tuple[str, str], list[int]] = {}

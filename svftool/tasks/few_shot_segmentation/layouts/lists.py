@@ -1,4 +1,7 @@
-"""List files of PFENet, BAM and HSNet. Nothing in them is run: literals are parsed, pickles restricted."""
+"""List files of PFENet, BAM and HSNet.
+
+Nothing in them is run: literals are parsed and never evaluated, pickles may build plain containers.
+"""
 
 from __future__ import annotations
 
@@ -101,7 +104,7 @@ def read_hsnet_pickle(path: Path) -> dict[int, list[str]]:
         value = _PlainUnpickler(io.BytesIO(path.read_bytes()), path).load()
     except DataError:
         raise
-    except Exception as error:  # noqa: BLE001 - a broken pickle raises whatever its bytes spell
+    except Exception as error:
         raise DataError(f"{path}: cannot be read as a pickle ({type(error).__name__})") from error
     if not _is_class_images(value):
         raise DataError(f"{path}: expected a dictionary of class number to image paths")

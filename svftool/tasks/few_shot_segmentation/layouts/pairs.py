@@ -77,7 +77,8 @@ class PairsSource:
         """Give the data of one fold.
 
         Pictures that stand in the folders of several classes are one picture: they are held out
-        together, and a training pair whose picture also stands under a novel class holds that class.
+        together, and a training pair whose picture also stands under a novel class holds that
+        class.
 
         Parameters
         ----------
@@ -151,8 +152,8 @@ def _require_masks(folders: Mapping[str, Sequence[Path]]) -> None:
     missing = [image for image in images if not image.with_suffix(".png").is_file()]
     if missing:
         raise DataError(
-            f"{len(missing)} of {len(images)} images have no mask, expected a .png of the same name "
-            f"beside each: {shortlist(missing, limit=3)}"
+            f"{len(missing)} of {len(images)} images have no mask, expected a .png of the same "
+            f"name beside each: {shortlist(missing, limit=3)}"
         )
 
 

@@ -1,0 +1,67 @@
+"""The rules of one experiment: host, resolution, episodes, and what models are chosen by."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Literal
+
+from svftool.errors import UsageError
+from svftool.tasks.few_shot_segmentation.base_learner import BaseTraining
+from svftool.tasks.few_shot_segmentation.canvas import Alignment
+from svftool.tasks.few_shot_segmentation.hosts import HostName
+from svftool.tasks.few_shot_segmentation.pictures import Augment
+
+SelectOn = Literal["base", "novel", "last"]
+
+
+@dataclass(frozen=True)
+class Rules:
+    """How episodes are made, and models chosen and scored.
+
+    Attributes
+    ----------
+    host : {"baseline", "pfenet", "bam"}
+        What turns features into masks.
+    image_size : int
+        Side of the canvases, rounded to ``8 k + 1``; 473 and 641 in the papers.
+    features : str or None
+        ``--features``; None for the backbone's family.
+    output_stride : int or None
+        Pixels a feature; None for 8 (VGG-16: 16).
+    width : int
+        Channels of the host.
+    augment : {"none", "flip", "papers"}
+        Of training pictures. With ``papers`` nothing can be kept between epochs.
+    test_episodes : int
+        Episodes of the test on novel classes, and again on base classes.
+    select_episodes : int
+        Episodes that weights are chosen by.
+    select_on : {"base", "novel", "last"}
+        Choose by held-out images of base classes; by novel classes, as the papers' code does; or
+        take the last weights.
+    alignment : {"content", "canvas"}
+        See `svftool.tasks.few_shot_segmentation.canvas.predict_at`.
+    base_learner : BaseTraining
+        First stage of BAM.
+    """
+
+    host: HostName = "baseline"
+    image_size: int = 473
+    features: str | None = None
+    output_stride: int | None = None
+    width: int = 256
+    augment: Augment = "flip"
+    test_episodes: int = 1000
+    select_episodes: int = 200
+    select_on: SelectOn = "base"
+    alignment: Alignment = "content"
+    base_learner: BaseTraining = field(default_factory=BaseTraining)
+
+    def __post_init__(self) -> None:
+        for name in ("test_episodes", "select_episodes", "width", "image_size"):
+            if getattr(self, name) < 1:
+                option = name.replace("_", "-")
+                raise UsageError(f"--{option} is {getattr(self, name)}, expected at least 1")
+
+
+DEFAULT_RULES = Rules()

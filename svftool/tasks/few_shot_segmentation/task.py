@@ -1,0 +1,291 @@
+"""The task ``few-shot-segmentation``: one fold, one number of shots, one host."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from svftool.models import DEFAULT_PREPROCESSING, Preprocessing
+from svftool.progress import SILENT, Progress
+from svftool.tasks.base import Metric, Part, Prepared
+from svftool.tasks.few_shot_segmentation.augment import COCO_RANGES, PAPER_RANGES
+from svftool.tasks.few_shot_segmentation.backbones import (
+    Features,
+    adapt_backbone,
+    default_names,
+    parse_names,
+)
+from svftool.tasks.few_shot_segmentation.base_learner import (
+    BaseProbabilities,
+    BaseTraining,
+    train_base_learner,
+)
+from svftool.tasks.few_shot_segmentation.canvas import canvas_side
+from svftool.tasks.few_shot_segmentation.encoding import Encoder, View
+from svftool.tasks.few_shot_segmentation.episodes import draw_episode, fixed_episodes
+from svftool.tasks.few_shot_segmentation.hosts import BaseLearner, HostOutput, make_host
+from svftool.tasks.few_shot_segmentation.metrics import Scores
+from svftool.tasks.few_shot_segmentation.network import FewShotNet, by_query
+from svftool.tasks.few_shot_segmentation.pictures import THREADS, Pictures
+from svftool.tasks.few_shot_segmentation.pool import FoldData, Pool, require_shots
+from svftool.tasks.few_shot_segmentation.rules import DEFAULT_RULES, Rules
+from svftool.tasks.few_shot_segmentation.scoring import Scorer, load_masks
+
+
+class FewShotSegmentation:
+    """The task ``few-shot-segmentation``.
+
+    Parameters
+    ----------
+    data : FoldData
+        The fold.
+    shots : int
+        Supports of an episode, in training and testing.
+    rules : Rules
+        Everything else.
+    preprocessing : Preprocessing
+        Mean and deviation that the backbone was trained with.
+
+    Raises
+    ------
+    DataError
+        If a class has too few images for the shots.
+    """
+
+    name = "few-shot-segmentation"
+    primary = Metric("miou", higher_is_better=True)
+    classes = None
+
+    def __init__(
+        self,
+        data: FoldData,
+        *,
+        shots: int = 1,
+        rules: Rules = DEFAULT_RULES,
+        preprocessing: Preprocessing = DEFAULT_PREPROCESSING,
+    ) -> None:
+        for pool, part in ((data.train, "training"), (data.test, "test")):
+            require_shots(pool, shots, data.split, part)
+        self.data = data
+        self.shots = shots
+        self.rules = rules
+        self.preprocessing = preprocessing
+        self.pictures = Pictures(canvas_side(rules.image_size))
+        enough = set(data.held_out.classes) - set(data.held_out.too_small(shots))
+        self.held_out = data.held_out.only(enough)
+        self.learners: dict[int, BaseLearner] = {}
+
+    def describe(self) -> dict[str, Any]:
+        """Say what was trained on, and by which rules."""
+        data, rules = self.data, self.rules
+        return {
+            "dataset": data.dataset,
+            "fold": data.split.fold,
+            "shots": self.shots,
+            "host": rules.host,
+            "width": rules.width,
+            "features": rules.features,
+            "output_stride": rules.output_stride,
+            "image_size": self.pictures.canvas,
+            "augment": rules.augment,
+            "novel_classes": [data.split.name(label) for label in data.split.novel],
+            "base_classes": [data.split.name(label) for label in data.split.base],
+            "training_images": len(data.train.pairs),
+            "images_with_novel_classes": data.novel_images,
+            "removed_images_with_novel_classes": data.removed,
+            "select_on": rules.select_on,
+            "test_episodes": rules.test_episodes,
+            "alignment": rules.alignment,
+        }
+
+    def draw(self, seed: int) -> FewShotDraw:
+        """Give the fold's data with the episodes of a seed."""
+        return FewShotDraw(self, seed)
+
+
+class FewShotDraw:
+    """One fold's data with the episodes of one seed; see `svftool.tasks.base.Draw`."""
+
+    def __init__(self, task: FewShotSegmentation, seed: int) -> None:
+        self._task = task
+        self._seed = seed
+        self._pool = task.data.train
+        self._scorer = Scorer(task.pictures, task.rules.alignment, task.data.split.base)
+        self._encoder: Encoder | None = None
+        self._base: BaseProbabilities | None = None
+
+    @property
+    def size(self) -> int:
+        """Training images; an epoch asks for each once."""
+        return len(self._pool.pairs)
+
+    @property
+    def held_out(self) -> int:
+        """Episodes that weights are chosen by."""
+        return 0 if self._task.rules.select_on == "last" else self._task.rules.select_episodes
+
+    def prepare(self, model: nn.Module) -> Prepared:
+        """Set the backbone's resolution and put a new host on it."""
+        task, rules = self._task, self._task.rules
+        names = parse_names(rules.features) if rules.features else default_names(model)
+        plan = adapt_backbone(model, names, rules.output_stride)
+        device = next(model.parameters()).device
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(self._seed)
+            host = make_host(rules.host, plan.middle_channels, width=rules.width, shots=task.shots)
+        net = FewShotNet(model, plan, host.to(device))
+        self._encoder = self._base = None
+        if rules.host == "bam":
+            self._base = self._base_probabilities(net)
+        return Prepared(net, "host", new_head=True)
+
+    def order(self, generator: torch.Generator) -> Tensor:
+        """Shuffle the training images."""
+        return torch.randperm(self.size, generator=generator)
+
+    def batch(self, indices: Tensor, generator: torch.Generator) -> dict[str, Any]:
+        """Draw an episode for each query, and load what cannot be kept.
+
+        Returns
+        -------
+        dict
+            ``views``: B queries, then their B x K supports. ``target`` (B, N, N), ``masks``
+            (B, K, N, N) and ``own`` (B,); ``images`` (B + B x K, 3, N, N) where they are distorted.
+        """
+        random = np.random.default_rng(int(torch.randint(2**62, (), generator=generator)))
+        task, pool = self._task, self._pool
+        episodes = [draw_episode(pool, i, task.shots, random) for i in indices.tolist()]
+        chosen = [(e.query, e.label) for e in episodes]
+        chosen += [(index, e.label) for e in episodes for index in e.support]
+        flips = random.random(len(chosen)) < 0.5
+        turned = flips if task.rules.augment == "flip" else np.zeros_like(flips)
+        views = [
+            View(pool.pairs[index], label, bool(flip))
+            for (index, label), flip in zip(chosen, turned, strict=True)
+        ]
+        batch: dict[str, Any] = {"views": views}
+        if task.rules.augment == "papers":
+            batch["images"], masks = self._distorted(views, random)
+        else:
+            masks = load_masks(task.pictures, views)
+        batch["target"] = masks[: len(episodes)]
+        batch["masks"] = by_query(masks[len(episodes) :], task.shots)
+        batch["own"] = torch.tensor([self._scorer.place_of(e.label) for e in episodes])
+        return batch
+
+    def loss(self, model: nn.Module, batch: dict[str, Any]) -> Tensor:
+        """Cross-entropy of the host's predictions of a batch of episodes."""
+        net = _net_of(model)
+        if self._encoder is None or self._encoder.net is not net:
+            self._encoder = self._encode(net, training=True)
+        return self._predict(net, self._encoder, batch).loss(batch["target"])
+
+    def evaluate(
+        self, model: nn.Module, part: Part = "query", *, progress: Progress = SILENT
+    ) -> dict[str, float]:
+        """Give mIoU and FB-IoU of the novel classes, and of held-out images of the base classes."""
+        net, rules, task = _net_of(model), self._task.rules, self._task
+        net.eval()
+        if part == "held_out":
+            pool = task.data.test if rules.select_on == "novel" else task.held_out
+            return _metrics(self._score(net, pool, rules.select_episodes, 1, progress))
+        novel = self._score(net, task.data.test, rules.test_episodes, 0, progress)
+        metrics = _metrics(novel)
+        if task.held_out.pairs:
+            base = self._score(net, task.held_out, rules.test_episodes, 2, progress)
+            metrics |= _metrics(base, "base_")
+        return metrics
+
+    def _score(
+        self, net: FewShotNet, pool: Pool, count: int, purpose: int, progress: Progress
+    ) -> Scores:
+        episodes = list(fixed_episodes(pool, count, self._task.shots, 3 * self._seed + purpose))
+        encoder = self._encode(net, training=False)
+        return self._scorer_with_base().score(net, encoder, pool, episodes, progress=progress)
+
+    def _scorer_with_base(self) -> Scorer:
+        scorer = self._scorer
+        return Scorer(scorer.pictures, scorer.alignment, scorer.base_classes, self._base)
+
+    def _encode(self, net: FewShotNet, *, training: bool) -> Encoder:
+        task = self._task
+        return Encoder(net, task.pictures, task.preprocessing, training=training)
+
+    def _predict(self, net: FewShotNet, encoder: Encoder, batch: dict[str, Any]) -> HostOutput:
+        views: list[View] = batch["views"]
+        masks: Tensor = batch["masks"]
+        count = len(masks)
+        images = batch.get("images")
+        features = encoder.features(views) if images is None else encoder.features_of(images)
+        query, shown = features.split(count)
+        output: HostOutput = net.host(
+            net.episodes(
+                query,
+                shown,
+                masks,
+                high=self._shown(encoder, views[count:], shown, batch),
+                base=self._base_maps(views[:count], images),
+                own=batch["own"],
+            )
+        )
+        return output
+
+    def _shown(
+        self, encoder: Encoder, supports: Sequence[View], shown: Features, batch: dict[str, Any]
+    ) -> Tensor | None:
+        if "images" in batch:
+            return None
+        return encoder.shown(supports, shown, batch["masks"].flatten(0, 1))
+
+    def _base_maps(self, queries: Sequence[View], images: Tensor | None) -> Tensor | None:
+        if self._base is None:
+            return None
+        return self._base(queries) if images is None else self._base.of(images[: len(queries)])
+
+    def _distorted(
+        self, views: Sequence[View], random: np.random.Generator
+    ) -> tuple[Tensor, Tensor]:
+        pictures = self._task.pictures
+        ranges = COCO_RANGES if self._task.data.dataset == "coco-20i" else PAPER_RANGES
+        with ThreadPoolExecutor(THREADS) as threads:
+            made = list(
+                threads.map(
+                    lambda view, source: pictures.distorted(view.pair, view.label, source, ranges),
+                    views,
+                    random.spawn(len(views)),
+                )
+            )
+        images, masks = zip(*made, strict=True)
+        return torch.stack(images), torch.stack(masks)
+
+    def _base_probabilities(self, net: FewShotNet) -> BaseProbabilities:
+        """Train the base learner once a seed, on a copy of the backbone that stays as it is."""
+        task = self._task
+        frozen = FewShotNet(copy.deepcopy(net.backbone), net.plan, nn.Identity())
+        frozen.requires_grad_(False).eval()
+        encoder = self._encode(frozen, training=False)
+        if self._seed not in task.learners:
+            settings = task.rules.base_learner
+            task.learners[self._seed] = train_base_learner(
+                encoder,
+                net.plan.channels[net.plan.names.high],
+                self._pool,
+                task.pictures,
+                BaseTraining(settings.steps, settings.batch_size, settings.lr, self._seed),
+            )
+        return BaseProbabilities(encoder, task.learners[self._seed])
+
+
+def _net_of(model: nn.Module) -> FewShotNet:
+    """Find the network in whatever wraps it: several processes, or adapters."""
+    return next(module for module in model.modules() if isinstance(module, FewShotNet))
+
+
+def _metrics(scores: Scores, prefix: str = "") -> dict[str, float]:
+    return {f"{prefix}miou": scores.miou, f"{prefix}fb_iou": scores.fb_iou}
