@@ -164,7 +164,8 @@ def test_killed_processes_resume(tmp_path: Path) -> None:
     for layers_before_kill in (1, 4, 9):
         process = subprocess.Popen(command(*args, "-o", output, "--resume", "-q"), cwd=ROOT)
         while process.poll() is None:
-            if len(list(output.with_name("f.partial").glob("layers/0*.json"))) >= layers_before_kill:
+            finished = list(output.with_name("f.partial").glob("layers/0*.json"))
+            if len(finished) >= layers_before_kill:
                 process.send_signal(signal.SIGKILL)
                 kills += process.wait() == -signal.SIGKILL
                 break

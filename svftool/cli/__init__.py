@@ -17,6 +17,7 @@ from typer.core import TyperGroup
 from svftool.cli import decompose, demo, extract, finetune, inspect, merge
 from svftool.cli.console import stderr
 from svftool.errors import SvftoolError
+from svftool.report.text import safe
 
 INTERRUPTED = 130
 TERMINATED = 143
@@ -52,7 +53,7 @@ class ErrorBoundary(TyperGroup):
 def _say_error(message: str) -> None:
     console = stderr()
     console.print("error:", style="bold red", end=" ")
-    console.print(message, markup=False)
+    console.print(safe(message), markup=False)
 
 
 app = typer.Typer(

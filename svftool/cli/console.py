@@ -20,6 +20,7 @@ from rich.progress import (
 from rich.progress import Progress as RichProgress
 
 from svftool.progress import SILENT, Progress
+from svftool.report.text import safe
 
 
 def stderr() -> Console:
@@ -74,12 +75,12 @@ class ConsoleProgress:
     def note(self, message: str) -> None:
         """Print one dim line."""
         if not self._quiet:
-            self._console.print(message, style="dim", markup=False)
+            self._console.print(safe(message), style="dim", markup=False)
 
     def warn(self, message: str) -> None:
         """Print one yellow line."""
         self._console.print("warning:", style="bold yellow", end=" ")
-        self._console.print(message, markup=False)
+        self._console.print(safe(message), markup=False)
 
 
 class ConsoleTask:

@@ -12,7 +12,8 @@ from svftool.factors import LayerRecord
 from svftool.report import json
 from svftool.report.tables import by_reason, plain_table
 from svftool.report.text import display_names, safe, seconds, shape, size
-from svftool.stages.decompose import DecomposeResult, LayerPlan, Plan
+from svftool.stages.decompose import DecomposeResult, Plan
+from svftool.stages.factorise import LayerPlan
 
 MOST_ROWS = 12
 NAME_WIDTH = 36

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import os
 import shutil
 import time
@@ -24,7 +23,7 @@ from svftool.checkpoints import (
     select,
     write_errors,
 )
-from svftool.engine import parse_rank
+from svftool.engine import parse_rank, peak_memory
 from svftool.errors import UsageError
 from svftool.factors import FactorConfig, LayerSpool
 from svftool.numerics import Method
@@ -35,7 +34,6 @@ from svftool.stages.usage import peak_memory_bytes
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 METHODS = ("auto", "exact", "randomized")
-IMPORTED_BYTES = 400 << 20
 
 
 class DecomposeOptions(TypedDict, total=False):
@@ -269,11 +267,10 @@ def _plan(source: Checkpoint, settings: Settings) -> Plan:
         matrix = matrix_shape(info.shape, choice.view)
         layers.append(LayerPlan(info, choice, matrix, settings.rank.fixed(*matrix[-2:])))
     whole = 0 if settings.layers_only else sum(source.infos[one.name].nbytes for one in left)
-    largest = max((math.prod(one.matrix[-2:]) for one in layers), default=0)
     return Plan(
         checkpoint=source.path,
         layers=tuple(layers),
         left_whole={one.name: one.reason for one in left},
         output_bytes=whole + sum(one.factor_bytes for one in layers),
-        peak_memory_bytes=4 * 8 * largest + IMPORTED_BYTES,
+        peak_memory_bytes=peak_memory([one.job for one in layers]),
     )

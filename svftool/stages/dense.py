@@ -11,6 +11,7 @@ from typing import Any
 from torch import Tensor
 
 from svftool.checkpoints import (
+    PICKLE_SUFFIXES,
     CheckpointWriter,
     SafetensorsWriter,
     TensorInfo,
@@ -19,7 +20,6 @@ from svftool.checkpoints import (
     side_files,
     write_errors,
 )
-from svftool.checkpoints.folder import PICKLE_SUFFIXES
 from svftool.factors import CONFIG_FILE
 from svftool.progress import Progress
 from svftool.stages.mixture import LayerChange, Mixture

@@ -28,8 +28,7 @@ from svftool.checkpoints import (
     side_files,
     write_errors,
 )
-from svftool.engine import Job, RankRule, run_svds
-from svftool.engine.share import share
+from svftool.engine import Job, RankRule, run_svds, share
 from svftool.errors import NumericalError, shortlist
 from svftool.factors import (
     BaseRecord,

@@ -9,13 +9,13 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from svftool.checkpoints import (
+    PICKLE_SUFFIXES,
     Checkpoint,
     open_checkpoint,
     parse_size,
     replace_output,
     tensor_digest,
 )
-from svftool.checkpoints.folder import PICKLE_SUFFIXES
 from svftool.errors import NumericalError, UsageError, shortlist
 from svftool.factors import check_tuned, open_factors
 from svftool.progress import SILENT, Progress
