@@ -10,8 +10,8 @@ from torch import Tensor, nn
 from svftool.tasks.few_shot_segmentation.backbones import Features
 from svftool.tasks.few_shot_segmentation.hosts import (
     BAM,
-    Baseline,
     BaseLearner,
+    Baseline,
     EpisodeFeatures,
     HostOutput,
     PFENet,

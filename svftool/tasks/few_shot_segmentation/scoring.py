@@ -1,4 +1,4 @@
-"""Test episodes through a network to pooled scores."""
+"""Test episodes through a backbone and a host to pooled scores."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from svftool.progress import SILENT, Progress
 from svftool.tasks.few_shot_segmentation.canvas import Alignment, predict_at
@@ -16,7 +16,7 @@ from svftool.tasks.few_shot_segmentation.encoding import Encoder, View
 from svftool.tasks.few_shot_segmentation.episodes import Episode
 from svftool.tasks.few_shot_segmentation.masks import Mask
 from svftool.tasks.few_shot_segmentation.metrics import Pooled, Scores
-from svftool.tasks.few_shot_segmentation.network import FewShotNet, by_query
+from svftool.tasks.few_shot_segmentation.network import by_query
 from svftool.tasks.few_shot_segmentation.pictures import Pictures
 from svftool.tasks.few_shot_segmentation.pool import Pool
 
@@ -58,7 +58,7 @@ class Scorer:
 
     def score(
         self,
-        net: FewShotNet,
+        host: nn.Module,
         encoder: Encoder,
         pool: Pool,
         episodes: Sequence[Episode],
@@ -69,10 +69,10 @@ class Scorer:
 
         Parameters
         ----------
-        net : FewShotNet
+        host : nn.Module
             In evaluation mode.
         encoder : Encoder
-            Gives the features.
+            Gives the features that it takes.
         pool : Pool
             What the episodes index.
         episodes : sequence of Episode
@@ -82,19 +82,19 @@ class Scorer:
         """
         pooled = Pooled()
         with progress.task("test episodes", total=len(episodes), unit="episodes") as bar:
-            for prediction in self.predict(net, encoder, pool, episodes):
+            for prediction in self.predict(host, encoder, pool, episodes):
                 pooled.add(prediction.predicted, prediction.truth, prediction.episode.label)
                 bar.advance()
         return pooled.scores()
 
     @torch.no_grad()
     def predict(
-        self, net: FewShotNet, encoder: Encoder, pool: Pool, episodes: Sequence[Episode]
+        self, host: nn.Module, encoder: Encoder, pool: Pool, episodes: Sequence[Episode]
     ) -> Iterator[Prediction]:
         """Predict the episodes one after the other."""
         for start in range(0, len(episodes), EPISODES_AT_ONCE):
             part = episodes[start : start + EPISODES_AT_ONCE]
-            logits = self._logits(net, encoder, pool, part)
+            logits = self._logits(host, encoder, pool, part)
             for episode, of_query in zip(part, logits, strict=True):
                 truth = self.pictures.truth(pool.pairs[episode.query], episode.label)
                 size = (truth.shape[0], truth.shape[1])
@@ -104,7 +104,7 @@ class Scorer:
                 yield Prediction(episode, predicted, truth)
 
     def _logits(
-        self, net: FewShotNet, encoder: Encoder, pool: Pool, episodes: Sequence[Episode]
+        self, host: nn.Module, encoder: Encoder, pool: Pool, episodes: Sequence[Episode]
     ) -> Tensor:
         queries = [View(pool.pairs[e.query], e.label) for e in episodes]
         supports = [View(pool.pairs[i], e.label) for e in episodes for i in e.support]
@@ -112,8 +112,8 @@ class Scorer:
         shown = encoder.features(supports)
         high = encoder.shown(supports, shown, masks)
         own = [self.place_of(e.label) for e in episodes]
-        output = net.host(
-            net.episodes(
+        output = host(
+            encoder.net.episodes(
                 encoder.features(queries),
                 shown,
                 by_query(masks, len(supports) // len(queries)),

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -29,7 +30,7 @@ from svftool.tasks.few_shot_segmentation.base_learner import (
 from svftool.tasks.few_shot_segmentation.canvas import canvas_side
 from svftool.tasks.few_shot_segmentation.encoding import Encoder, View
 from svftool.tasks.few_shot_segmentation.episodes import draw_episode, fixed_episodes
-from svftool.tasks.few_shot_segmentation.hosts import BaseLearner, HostOutput, make_host
+from svftool.tasks.few_shot_segmentation.hosts import BaseLearner, HostOutput, Nearest, make_host
 from svftool.tasks.few_shot_segmentation.metrics import Scores
 from svftool.tasks.few_shot_segmentation.network import FewShotNet, by_query
 from svftool.tasks.few_shot_segmentation.pictures import THREADS, Pictures
@@ -51,6 +52,8 @@ class FewShotSegmentation:
         Everything else.
     preprocessing : Preprocessing
         Mean and deviation that the backbone was trained with.
+    pictures : Pictures, optional
+        Images and masks that other tasks use too.
 
     Raises
     ------
@@ -69,6 +72,7 @@ class FewShotSegmentation:
         shots: int = 1,
         rules: Rules = DEFAULT_RULES,
         preprocessing: Preprocessing = DEFAULT_PREPROCESSING,
+        pictures: Pictures | None = None,
     ) -> None:
         for pool, part in ((data.train, "training"), (data.test, "test")):
             require_shots(pool, shots, data.split, part)
@@ -76,10 +80,15 @@ class FewShotSegmentation:
         self.shots = shots
         self.rules = rules
         self.preprocessing = preprocessing
-        self.pictures = Pictures(canvas_side(rules.image_size))
+        self.pictures = pictures or Pictures(canvas_side(rules.image_size))
         enough = set(data.held_out.classes) - set(data.held_out.too_small(shots))
         self.held_out = data.held_out.only(enough)
         self.learners: dict[int, BaseLearner] = {}
+
+    @property
+    def facts(self) -> dict[str, int]:
+        """The fold."""
+        return {"fold": self.data.split.fold}
 
     def describe(self) -> dict[str, Any]:
         """Say what was trained on, and by which rules."""
@@ -118,6 +127,7 @@ class FewShotDraw:
         self._pool = task.data.train
         self._scorer = Scorer(task.pictures, task.rules.alignment, task.data.split.base)
         self._encoder: Encoder | None = None
+        self._untrained: Tensor | None = None
         self._base: BaseProbabilities | None = None
 
     @property
@@ -141,6 +151,7 @@ class FewShotDraw:
             host = make_host(rules.host, plan.middle_channels, width=rules.width, shots=task.shots)
         net = FewShotNet(model, plan, host.to(device))
         self._encoder = self._base = None
+        self._untrained = next(host.parameters()).detach().clone()
         if rules.host == "bam":
             self._base = self._base_probabilities(net)
         return Prepared(net, "host", new_head=True)
@@ -189,7 +200,11 @@ class FewShotDraw:
     def evaluate(
         self, model: nn.Module, part: Part = "query", *, progress: Progress = SILENT
     ) -> dict[str, float]:
-        """Give mIoU and FB-IoU of the novel classes, and of held-out images of the base classes."""
+        """Give mIoU and FB-IoU of the novel classes, and of held-out images of the base classes.
+
+        A host that has not been trained yet says nothing; in its place stands `Nearest`, which
+        tells what the backbone can do by itself.
+        """
         net, rules, task = _net_of(model), self._task.rules, self._task
         net.eval()
         if part == "held_out":
@@ -207,11 +222,13 @@ class FewShotDraw:
     ) -> Scores:
         episodes = list(fixed_episodes(pool, count, self._task.shots, 3 * self._seed + purpose))
         encoder = self._encode(net, training=False)
-        return self._scorer_with_base().score(net, encoder, pool, episodes, progress=progress)
+        scorer = replace(self._scorer, base_maps=self._base)
+        return scorer.score(self._host(net), encoder, pool, episodes, progress=progress)
 
-    def _scorer_with_base(self) -> Scorer:
-        scorer = self._scorer
-        return Scorer(scorer.pictures, scorer.alignment, scorer.base_classes, self._base)
+    def _host(self, net: FewShotNet) -> nn.Module:
+        now = next(net.host.parameters())
+        before = self._untrained
+        return Nearest() if before is not None and torch.equal(before, now) else net.host
 
     def _encode(self, net: FewShotNet, *, training: bool) -> Encoder:
         task = self._task

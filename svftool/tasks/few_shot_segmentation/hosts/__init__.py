@@ -8,6 +8,7 @@ from torch import nn
 
 from svftool.tasks.few_shot_segmentation.hosts.bam import BAM, BaseLearner
 from svftool.tasks.few_shot_segmentation.hosts.baseline import Baseline
+from svftool.tasks.few_shot_segmentation.hosts.nearest import Nearest
 from svftool.tasks.few_shot_segmentation.hosts.parts import EpisodeFeatures, HostOutput
 from svftool.tasks.few_shot_segmentation.hosts.pfenet import PFENet
 
@@ -18,6 +19,7 @@ __all__ = [
     "EpisodeFeatures",
     "HostName",
     "HostOutput",
+    "Nearest",
     "PFENet",
     "make_host",
 ]

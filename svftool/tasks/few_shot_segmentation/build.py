@@ -1,0 +1,90 @@
+"""From options to tasks: one for every fold and number of shots."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from svftool.errors import UsageError
+from svftool.models import DEFAULT_PREPROCESSING, Preprocessing
+from svftool.progress import SILENT, Progress
+from svftool.tasks.few_shot_segmentation.canvas import canvas_side
+from svftool.tasks.few_shot_segmentation.layouts import open_source
+from svftool.tasks.few_shot_segmentation.pictures import Pictures
+from svftool.tasks.few_shot_segmentation.rules import Rules
+from svftool.tasks.few_shot_segmentation.task import FewShotSegmentation
+
+SIZES = {"coco-20i": 641}
+DEFAULT_SIZE = 473
+
+
+def few_shot_tasks(
+    data: Path,
+    *,
+    preprocessing: Preprocessing = DEFAULT_PREPROCESSING,
+    folds: Sequence[int] = (0,),
+    shots: Sequence[int] = (1,),
+    lists: Path | None = None,
+    remove_novel: bool = False,
+    image_size: int | None = None,
+    progress: Progress = SILENT,
+    **rules: Any,
+) -> list[FewShotSegmentation]:
+    """Make the tasks of a comparison over folds and shots.
+
+    Parameters
+    ----------
+    data : Path
+        Folder of the data set; see `svftool.tasks.few_shot_segmentation.layouts.open_source`.
+    preprocessing : Preprocessing
+        Mean and deviation that the backbone was trained with.
+    folds : sequence of int
+        Folds, from 0.
+    shots : sequence of int
+        Supports of an episode.
+    lists : Path, optional
+        Folder of list files.
+    remove_novel : bool
+        Leave out training images that hold novel classes, as BAM and SVF do.
+    image_size : int, optional
+        Side of the canvases; 473, on COCO-20i 641.
+    progress : Progress
+        Told of the masks that are read.
+    rules
+        Fields of `Rules`.
+
+    Returns
+    -------
+    list of FewShotSegmentation
+        By shots, then folds.
+
+    Raises
+    ------
+    DataError
+        If the data cannot be read, a fold does not exist or a class is too small.
+    UsageError
+        If there are no folds or shots, or one is named twice.
+    """
+    for name, values in (("fold", folds), ("shots", shots)):
+        if not values or len(set(values)) < len(values):
+            raise UsageError(f"--{name} {','.join(map(str, values))}: expected each number once")
+    if min(shots) < 1:
+        raise UsageError(f"--shots {min(shots)}: expected at least 1")
+    source = open_source(data, lists=lists)
+    size = image_size or SIZES.get(source.dataset, DEFAULT_SIZE)
+    parts = {
+        fold: source.fold(fold, remove_novel=remove_novel, progress=progress) for fold in folds
+    }
+    pictures = Pictures(canvas_side(size))
+    return [
+        FewShotSegmentation(
+            parts[fold],
+            shots=count,
+            rules=Rules(image_size=size, **rules),
+            preprocessing=preprocessing,
+            pictures=pictures,
+        )
+        for count in shots
+        for fold in folds
+    ]
