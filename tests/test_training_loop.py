@@ -82,9 +82,9 @@ def fit(model: nn.Module, draw: LeastSquares, seed: int = 0, **options: Any) -> 
 def test_the_answer_is_found(optimizer: str) -> None:
     model, draw = linear(), LeastSquares()
     model[1].p = 0.0
-    outcome = fit(model, draw, optimizer=optimizer, steps=300)
+    outcome = fit(model, draw, optimizer=optimizer, steps=150)
     assert outcome.ending == "finished"
-    assert outcome.steps == outcome.kept == 300
+    assert outcome.steps == outcome.kept == 150
     assert draw.evaluate(model)["error"] < 1e-3
     assert outcome.last_loss < 0.01 * outcome.first_loss
     assert 0 < outcome.step_seconds <= outcome.seconds
@@ -205,7 +205,7 @@ def test_half_precision_trains_float32_weights(precision: str) -> None:
     model[1].p = 0.0
     inside: list[torch.dtype] = []
     model[2].register_forward_hook(lambda _m, _a, output: inside.append(output.dtype))
-    fit(model, draw, precision=precision, steps=200)
+    fit(model, draw, precision=precision)
     assert inside[0] == {"bf16": torch.bfloat16, "fp16": torch.float16}[precision]
     assert model[2].weight.dtype == torch.float32
     assert draw.evaluate(model)["error"] < 0.05
@@ -214,8 +214,8 @@ def test_half_precision_trains_float32_weights(precision: str) -> None:
 def test_decay_pulls_to_the_start() -> None:
     free, held = linear(), linear()
     start = free[2].weight.detach().clone()
-    fit(free, LeastSquares(), steps=300)
-    fit(held, LeastSquares(), steps=300, decay=5.0)
+    fit(free, LeastSquares())
+    fit(held, LeastSquares(), decay=5.0)
     moved = [float((m[2].weight.detach() - start).norm()) for m in (free, held)]
     assert moved[1] < 0.5 * moved[0]
 

@@ -13,7 +13,7 @@ from typing import Any
 
 from torch import nn
 
-from svftool.attaching.regimes import Regime, parse_regime
+from svftool.attaching import Regime, parse_regime
 from svftool.checkpoints import Checkpoint, replace_output, write_errors
 from svftool.errors import UsageError
 from svftool.factors import open_factors

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from svftool.attaching.regimes import Regime, Trainable
+from svftool.attaching import Regime, Trainable
 from svftool.checkpoints import WEIGHT_SUFFIXES, Checkpoint, write_errors
 from svftool.errors import UsageError
 from svftool.factors import FactorStore, TunedFile, write_tuned

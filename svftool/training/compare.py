@@ -12,7 +12,7 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from svftool.attaching.regimes import Trainable, apply_regime
+from svftool.attaching import Trainable, apply_regime
 from svftool.factors import FactorStore
 from svftool.progress import SILENT, Progress
 from svftool.tasks import Draw, Metric, Prepared, Task

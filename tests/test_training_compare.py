@@ -1,0 +1,230 @@
+"""Comparison of regimes over seeds on a real small network."""
+
+from __future__ import annotations
+
+import math
+import os
+import signal
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from pictures import write_pictures
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from svftool.attaching import Trainable
+from svftool.factors import FactorStore, open_factors
+from svftool.progress import Silent
+from svftool.stages.decompose import decompose
+from svftool.tasks.classification import Classification
+from svftool.training import Plan, Run, Settings, compare, interval, summarise
+
+REGIMES = ("head", "svf", "svf+bias", "bias", "norm", "full")
+
+
+class SmallNet(nn.Module):
+    """Convolution, batch norm, mean and a head."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.conv = nn.Conv2d(3, 8, 3)
+        self.bn = nn.BatchNorm2d(8)
+        self.fc = nn.Linear(8, 3)
+
+    def forward(self, images: Tensor) -> Tensor:
+        return self.fc(self.bn(self.conv(images)).relu().mean((2, 3)))
+
+
+@pytest.fixture
+def store(tmp_path: Path) -> Iterator[FactorStore]:
+    """Give the factors of a `SmallNet`."""
+    save_file(SmallNet().state_dict(), tmp_path / "base.safetensors", metadata={"format": "pt"})
+    decompose(tmp_path / "base.safetensors", tmp_path / "factors")
+    with open_factors(tmp_path / "factors") as opened:
+        yield opened
+
+
+@pytest.fixture
+def plan(tmp_path: Path, store: FactorStore) -> Callable[..., Plan]:
+    """Return a factory of plans for a few steps on coloured pictures."""
+    data = write_pictures(tmp_path / "data", count=8)
+
+    def make(**options: Any) -> Plan:
+        settings = {"steps": 4, "batch_size": 6} | options.pop("settings", {})
+        chosen = {"regimes": ["svf"], "seeds": [0]} | options
+        return Plan(
+            build=SmallNet,
+            store=store,
+            task=Classification(data, shots=3),
+            settings=Settings(**settings),
+            device=torch.device("cpu"),
+            **chosen,
+        )
+
+    return make
+
+
+class Kept:
+    """Saves nothing, but remembers what it was given."""
+
+    def __init__(self) -> None:
+        self.tensors: dict[tuple[str, int], dict[str, Tensor]] = {}
+
+    def __call__(self, run: Run, trainable: Trainable) -> Path:
+        values = trainable.singular_values() | trainable.whole_tensors()
+        self.tensors[run.regime, run.seed] = {k: v.clone() for k, v in values.items()}
+        return Path(run.regime)
+
+
+def test_regimes_train_what_they_say(plan: Callable[..., Plan]) -> None:
+    kept = Kept()
+    runs, signum = compare(plan(regimes=REGIMES), kept)
+    assert signum is None
+    head = {"fc.weight", "fc.bias"}
+    assert {regime: set(names) for (regime, _), names in kept.tensors.items()} == {
+        "head": head,
+        "svf": head | {"conv.weight"},
+        "svf+bias": head | {"conv.weight", "conv.bias", "bn.bias"},
+        "bias": head | {"conv.bias", "bn.bias"},
+        "norm": head | {"bn.weight", "bn.bias"},
+        "full": head | {"conv.weight", "conv.bias", "bn.weight", "bn.bias"},
+    }
+    assert {run.regime: run.trainable_parameters for run in runs} == {
+        "head": 27,
+        "svf": 35,
+        "svf+bias": 51,
+        "bias": 43,
+        "norm": 43,
+        "full": 267,
+    }
+
+
+def test_every_run_starts_from_the_same_and_is_measured_on_the_same(
+    plan: Callable[..., Plan],
+) -> None:
+    runs, _ = compare(plan(regimes=REGIMES, seeds=[0, 1]), Kept())
+    assert [(run.seed, run.regime) for run in runs] == [
+        (seed, regime) for seed in (0, 1) for regime in REGIMES
+    ]
+    for seed in (0, 1):
+        assert len({tuple(run.before.items()) for run in runs if run.seed == seed}) == 1
+    assert runs[0].before != runs[-1].before
+    assert all(run.outcome.steps == 4 and run.shots == 3 for run in runs)
+    assert all(run.output == Path(run.regime) for run in runs)
+
+
+def test_runs_repeat_alone_and_in_company(plan: Callable[..., Plan]) -> None:
+    company, alone = Kept(), Kept()
+    compare(plan(regimes=["full", "svf"], seeds=[0, 1]), company)
+    torch.rand(7)
+    compare(plan(regimes=["svf"], seeds=[1]), alone)
+    for name, value in alone.tensors["svf", 1].items():
+        assert torch.equal(value, company.tensors["svf", 1][name]), name
+
+
+def test_training_helps_and_globs_limit_it(plan: Callable[..., Plan]) -> None:
+    kept = Kept()
+    longer = {"steps": 25, "lr": 0.02, "head_lr": 0.05}
+    runs, _ = compare(plan(settings=longer), kept)
+    assert runs[0].after["loss"] < runs[0].before["loss"]
+    assert not runs[0].worse
+    limited = Kept()
+    with pytest.raises(Exception, match="layer"):
+        compare(plan(exclude=["conv*"]), limited)
+
+
+def test_a_worse_tune_is_said_aloud(plan: Callable[..., Plan]) -> None:
+    class Loud(Silent):
+        def __init__(self) -> None:
+            self.warnings: list[str] = []
+
+        def warn(self, message: str) -> None:
+            self.warnings.append(message)
+
+    class Ruin:
+        """Gives every label but the right one, so that training can only harm."""
+
+        def __init__(self, draw: Any) -> None:
+            self._draw = draw
+
+        def __getattr__(self, name: str) -> Any:
+            return getattr(self._draw, name)
+
+        def loss(self, model: nn.Module, batch: Any) -> Tensor:
+            images, labels = batch
+            return self._draw.loss(model, (images, (labels + 1) % 3))
+
+    loud, chosen = Loud(), plan(settings={"steps": 25, "head_lr": 0.1}, seeds=[0, 1])
+    draw = chosen.task.draw
+    runs, _ = compare(chosen, Kept(), progress=loud)
+    assert not any(run.worse for run in runs)
+    assert loud.warnings == []
+    chosen.task.draw = lambda seed: Ruin(draw(seed))
+    runs, _ = compare(chosen, Kept(), progress=loud)
+    assert all(run.worse for run in runs)
+    assert [warning.partition(": accuracy")[0] for warning in loud.warnings] == [
+        "svf, seed 0: this tune is worse than the base",
+        "svf, seed 1: this tune is worse than the base",
+    ]
+    assert all(row.worse for row in summarise(runs, chosen.task.primary))
+
+
+def test_an_interruption_keeps_what_is_done(plan: Callable[..., Plan]) -> None:
+    class Press(Kept):
+        def __call__(self, run: Run, trainable: Trainable) -> Path:
+            os.kill(os.getpid(), signal.SIGTERM)
+            return super().__call__(run, trainable)
+
+    press = Press()
+    before = signal.getsignal(signal.SIGTERM)
+    runs, signum = compare(plan(regimes=["svf", "full"], seeds=[0, 1]), press)
+    assert signum == signal.SIGTERM
+    assert [(run.regime, run.seed) for run in runs] == [("svf", 0)]
+    assert set(press.tensors) == {("svf", 0)}
+    assert signal.getsignal(signal.SIGTERM) is before
+
+
+def test_an_interruption_before_anything_is_trained_is_raised(plan: Callable[..., Plan]) -> None:
+    chosen = plan()
+    draw = chosen.task.draw
+
+    def press(seed: int) -> Any:
+        os.kill(os.getpid(), signal.SIGINT)
+        return draw(seed)
+
+    chosen.task.draw = press
+    with pytest.raises(KeyboardInterrupt):
+        compare(chosen, Kept())
+
+
+def test_curves_go_to_tensorboard(plan: Callable[..., Plan], tmp_path: Path) -> None:
+    pytest.importorskip("tensorboard")
+    compare(plan(log_dir=tmp_path / "logs", settings={"steps": 5}), Kept())
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    events = EventAccumulator(str(tmp_path / "logs" / "svf-seed0"))
+    events.Reload()
+    assert [event.step for event in events.Scalars("loss")] == [0, 1, 2, 3, 4]
+    assert "query/accuracy" in events.Tags()["scalars"]
+
+
+def test_the_summary_is_by_regime(plan: Callable[..., Plan]) -> None:
+    chosen = plan(regimes=["head", "svf"], seeds=[0, 1, 2])
+    runs, _ = compare(chosen, Kept())
+    summary = summarise(runs, chosen.task.primary)
+    assert [row.regime for row in summary] == ["head", "svf"]
+    values = [run.after["accuracy"] for run in runs if run.regime == "svf"]
+    assert summary[1].mean == pytest.approx(sum(values) / 3)
+    assert summary[1].ci95 == interval(values)
+    alone = summarise(runs[:1], chosen.task.primary)
+    assert alone[0].ci95 is None
+
+
+def test_the_interval_is_students() -> None:
+    low, high = interval([1.0, 2.0, 3.0, 4.0])
+    half = 3.182446305 * math.sqrt(5 / 3) / 2
+    assert (low, high) == pytest.approx((2.5 - half, 2.5 + half))
