@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 from rich.console import Group, RenderableType
@@ -26,47 +27,45 @@ def document(result: FinetuneResult) -> dict[str, Any]:
 
 def view(result: FinetuneResult) -> RenderableType:
     """Return the result for people: one row a regime, and what is to be said about it."""
-    notes = [_verdict(summary, result.metric) for summary in result.summary if summary.worse]
-    parts: list[RenderableType] = [_table(result)]
+    parts: list[RenderableType] = [_table(result), ""]
     if result.interrupted is not None:
         parts.append(Text("interrupted: what was trained until then is saved", "bold yellow"))
-    parts += [Text(note, "bold red") for note in notes]
-    parts += [Text("tuned: ").append(safe(str(result.output)), "bold")]
-    return Group(*parts)
+    parts += [Text(_verdict(one, result.metric), "bold red") for one in result.summary if one.worse]
+    return Group(*parts, Text("tuned: ").append(safe(str(result.output)), "bold"))
 
 
 def _table(result: FinetuneResult) -> Table:
+    percent = " %" if result.metric in FRACTIONS else ""
+    several = len(result.runs) > len(result.summary)
     table = plain_table()
     table.add_column("regime")
     table.add_column("seeds", justify="right")
-    table.add_column(result.metric)
+    table.add_column(result.metric + percent, justify="right")
     table.add_column("gain", justify="right")
-    if len(result.runs) > len(result.summary):
-        table.add_column("95 % interval")
+    if several:
+        table.add_column("± 95 %", justify="right")
     table.add_column("trained", justify="right")
     table.add_column("a step", justify="right")
     table.add_column("a run", justify="right")
     for summary in result.summary:
         runs = [run for run in result.runs if run.regime == summary.regime]
-        table.add_row(*_row(summary, runs, len(table.columns)))
+        cells = _cells(summary, runs)
+        table.add_row(*(cells if several else cells[:4] + cells[5:]))
     return table
 
 
-def _row(summary: Summary, runs: list[Run], columns: int) -> list[Text]:
+def _cells(summary: Summary, runs: Sequence[Run]) -> list[Text]:
     metric, gain = summary.metric, summary.mean - summary.before
     style = "bold red" if summary.worse else "green" if gain else ""
-    row = [
-        Text(summary.regime, "bold"),
-        Text(str(summary.seeds)),
-        Text(f"{value(metric, summary.before)} → {value(metric, summary.mean)}"),
-        Text(value(metric, gain, sign=True), style),
-    ]
-    if columns == 8:
-        ends = summary.ci95
-        row.append(Text("" if ends is None else " to ".join(value(metric, end) for end in ends)))
+    before, mean = (value(metric, number) for number in (summary.before, summary.mean))
+    half = None if summary.ci95 is None else (summary.ci95[1] - summary.ci95[0]) / 2
     step = summary.step_seconds
     return [
-        *row,
+        Text(summary.regime, "bold"),
+        Text(str(summary.seeds)),
+        Text(f"{before} → {mean}"),
+        Text(value(metric, gain, sign=True), style),
+        Text("" if half is None else value(metric, half)),
         Text(f"{summary.trainable_parameters:,}"),
         Text("" if step is None else duration(step)),
         Text(duration(sum(run.seconds for run in runs) / len(runs))),
@@ -79,17 +78,17 @@ def value(metric: str, number: float, *, sign: bool = False) -> str:
     Examples
     --------
     >>> value("accuracy", 0.8658), value("loss", -0.25, sign=True)
-    ('86.6 %', '-0.250')
+    ('86.6', '-0.250')
     """
     plus = "+" if sign else ""
     if metric in FRACTIONS:
-        return f"{100 * number:{plus}.1f} %"
+        return f"{100 * number:{plus}.1f}"
     return f"{number:{plus}.3f}"
 
 
 def _verdict(summary: Summary, metric: str) -> str:
+    before, mean = (value(metric, number) for number in (summary.before, summary.mean))
     return (
-        f"{summary.regime} ends WORSE than the base: {metric} {value(metric, summary.before)} → "
-        f"{value(metric, summary.mean)}. Do not ship it; try a lower --lr, fewer --steps or more "
-        "images."
+        f"{summary.regime} ends WORSE than the base: {metric} {before} → {mean}. "
+        "Try a lower --lr, fewer --steps or more examples."
     )

@@ -204,7 +204,7 @@ class ClassificationDraw:
         ModelError
             If the model does not take the images, or ``keep`` meets another number of classes.
         """
-        task, head = self._task, self._task.head_name or find_head(model)
+        task, head = self._task, _head_of(model, self._task.head_name)
         outputs = self._outputs(model)
         if head is not None and outputs == len(task.classes) and task.head != "new":
             return Prepared(model, head)
@@ -272,6 +272,15 @@ class ClassificationDraw:
                 count.add(logits_of(model(images)), labels)
                 bar.advance(len(labels))
         return count.result()
+
+
+def _head_of(model: nn.Module, name: str | None) -> str | None:
+    if name is None:
+        return find_head(model)
+    names = [found for found, _ in model.named_modules() if found]
+    if name not in names:
+        raise ModelError(f"--head-name {name!r} is no module of the model: {shortlist(names)}")
+    return name
 
 
 def _device_of(model: nn.Module) -> torch.device:
