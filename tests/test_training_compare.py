@@ -19,6 +19,7 @@ from svftool.attaching import Trainable
 from svftool.factors import FactorStore, open_factors
 from svftool.progress import Silent
 from svftool.stages.decompose import decompose
+from svftool.tasks import Task
 from svftool.tasks.classification import Classification
 from svftool.training import Plan, Run, Settings, compare, interval, summarise
 
@@ -59,7 +60,7 @@ def plan(tmp_path: Path, store: FactorStore) -> Callable[..., Plan]:
         return Plan(
             build=SmallNet,
             store=store,
-            task=Classification(data, shots=3),
+            tasks=[Classification(data, shots=3)],
             settings=Settings(**settings),
             device=torch.device("cpu"),
             **chosen,
@@ -74,7 +75,7 @@ class Kept:
     def __init__(self) -> None:
         self.tensors: dict[tuple[str, int], dict[str, Tensor]] = {}
 
-    def __call__(self, run: Run, trainable: Trainable) -> Path:
+    def __call__(self, run: Run, trainable: Trainable, task: Task) -> Path:
         values = trainable.singular_values() | trainable.whole_tensors()
         self.tensors[run.regime, run.seed] = {k: v.clone() for k, v in values.items()}
         return Path(run.regime)
@@ -159,25 +160,25 @@ def test_a_worse_tune_is_said_aloud(plan: Callable[..., Plan]) -> None:
             return self._draw.loss(model, (images, (labels + 1) % 3))
 
     loud, chosen = Loud(), plan(settings={"steps": 25, "head_lr": 0.1}, seeds=[0, 1])
-    draw = chosen.task.draw
+    draw = chosen.tasks[0].draw
     runs, _ = compare(chosen, Kept(), progress=loud)
     assert not any(run.worse for run in runs)
     assert loud.warnings == []
-    chosen.task.draw = lambda seed: Ruin(draw(seed))
+    chosen.tasks[0].draw = lambda seed: Ruin(draw(seed))
     runs, _ = compare(chosen, Kept(), progress=loud)
     assert all(run.worse for run in runs)
     assert [warning.partition(": accuracy")[0] for warning in loud.warnings] == [
         "svf, seed 0: this tune is worse than the base",
         "svf, seed 1: this tune is worse than the base",
     ]
-    assert all(row.worse for row in summarise(runs, chosen.task.primary))
+    assert all(row.worse for row in summarise(runs, chosen.tasks[0].primary))
 
 
 def test_an_interruption_keeps_what_is_done(plan: Callable[..., Plan]) -> None:
     class Press(Kept):
-        def __call__(self, run: Run, trainable: Trainable) -> Path:
+        def __call__(self, run: Run, trainable: Trainable, task: Task) -> Path:
             os.kill(os.getpid(), signal.SIGTERM)
-            return super().__call__(run, trainable)
+            return super().__call__(run, trainable, task)
 
     press = Press()
     before = signal.getsignal(signal.SIGTERM)
@@ -190,13 +191,13 @@ def test_an_interruption_keeps_what_is_done(plan: Callable[..., Plan]) -> None:
 
 def test_an_interruption_before_anything_is_trained_is_raised(plan: Callable[..., Plan]) -> None:
     chosen = plan()
-    draw = chosen.task.draw
+    draw = chosen.tasks[0].draw
 
     def press(seed: int) -> Any:
         os.kill(os.getpid(), signal.SIGINT)
         return draw(seed)
 
-    chosen.task.draw = press
+    chosen.tasks[0].draw = press
     with pytest.raises(KeyboardInterrupt):
         compare(chosen, Kept())
 
@@ -215,12 +216,12 @@ def test_curves_go_to_tensorboard(plan: Callable[..., Plan], tmp_path: Path) -> 
 def test_the_summary_is_by_regime(plan: Callable[..., Plan]) -> None:
     chosen = plan(regimes=["head", "svf"], seeds=[0, 1, 2])
     runs, _ = compare(chosen, Kept())
-    summary = summarise(runs, chosen.task.primary)
+    summary = summarise(runs, chosen.tasks[0].primary)
     assert [row.regime for row in summary] == ["head", "svf"]
     values = [run.after["accuracy"] for run in runs if run.regime == "svf"]
     assert summary[1].mean == pytest.approx(sum(values) / 3)
     assert summary[1].ci95 == interval(values)
-    alone = summarise(runs[:1], chosen.task.primary)
+    alone = summarise(runs[:1], chosen.tasks[0].primary)
     assert alone[0].ci95 is None
 
 

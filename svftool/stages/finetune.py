@@ -6,7 +6,7 @@ import json
 import math
 import os
 import signal
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -22,12 +22,21 @@ from svftool.progress import SILENT, Progress
 from svftool.stages.run_output import RunWriter, is_run_itself
 from svftool.tasks import Task
 from svftool.tasks.classification import Classification
+from svftool.tasks.few_shot_segmentation import few_shot_tasks
 from svftool.training import Plan, Run, Settings, Summary, compare, pick_device, summarise
 
 RESULTS_FILE = "results.json"
 
-TASKS = {"classification": Classification}
-"""Tasks by name; each is made from its data, a preprocessing and its own options."""
+
+def _classification(data: Path, **options: Any) -> list[Task]:
+    return [Classification(data, **options)]
+
+
+TASKS: dict[str, Callable[..., Sequence[Task]]] = {
+    "classification": _classification,
+    "few-shot-segmentation": few_shot_tasks,
+}
+"""Makers of tasks by name; each takes its data, a preprocessing and its own options."""
 
 
 @dataclass(frozen=True)
@@ -92,7 +101,7 @@ def finetune(
         and ``lora:r`` a PEFT folder. Several runs, or a name without a suffix, write a folder of
         these with a ``results.json``.
     task : str
-        ``classification``.
+        ``classification`` or ``few-shot-segmentation``.
     model : str
         See `svftool.models.build_model`.
     base : path-like, optional
@@ -118,7 +127,8 @@ def finetune(
         Told how far the work is, and of runs that end worse than the base.
     options
         The task's own, such as ``shots`` and ``evaluation``; see
-        `svftool.tasks.classification.Classification`.
+        `svftool.tasks.classification.Classification` and
+        `svftool.tasks.few_shot_segmentation.few_shot_tasks`.
 
     Returns
     -------
@@ -141,7 +151,6 @@ def finetune(
     chosen = _parse_regimes(regimes)
     numbers = list(range(seeds)) if isinstance(seeds, int) else list(seeds)
     target = Path(output)
-    itself = is_run_itself(target, chosen, len(chosen) * len(numbers))
     with (
         open_factors(factors) as store,
         store.open_base(base, progress=progress) as checkpoint,
@@ -150,11 +159,13 @@ def finetune(
         ) as partial,
     ):
         models = _Models(model, checkpoint, trust_remote_code=trust_remote_code)
-        work = _make_task(task, Path(data), find_preprocessing(checkpoint, models.first), options)
+        preprocessing = find_preprocessing(checkpoint, models.first)
+        tasks = _make_tasks(task, Path(data), preprocessing, options)
+        itself = is_run_itself(target, chosen, len(chosen) * len(numbers) * len(tasks))
         plan = Plan(
             build=models.build,
             store=store,
-            task=work,
+            tasks=tasks,
             regimes=[regime.name for regime in chosen],
             seeds=numbers,
             settings=settings,
@@ -166,14 +177,14 @@ def finetune(
         if not itself:
             with write_errors(partial):
                 partial.mkdir()
-        writer = RunWriter(target, partial, itself, store, checkpoint, work, settings)
+        writer = RunWriter(target, partial, itself, store, checkpoint, settings)
         runs, signum = compare(plan, writer, progress=progress)
         result = FinetuneResult(
             output=target,
-            task=work.name,
-            metric=work.primary.name,
+            task=task,
+            metric=tasks[0].primary.name,
             runs=tuple(runs),
-            summary=tuple(summarise(runs, work.primary)),
+            summary=tuple(summarise(runs, tasks[0].primary)),
             interrupted=signum,
         )
         if not itself:
@@ -212,9 +223,9 @@ def _parse_regimes(names: Sequence[str]) -> list[Regime]:
     return regimes
 
 
-def _make_task(
+def _make_tasks(
     name: str, data: Path, preprocessing: Preprocessing, options: Mapping[str, Any]
-) -> Task:
+) -> Sequence[Task]:
     if name not in TASKS:
         raise UsageError(f"task {name!r}, expected one of {', '.join(TASKS)}")
     return TASKS[name](data, preprocessing=preprocessing, **options)
@@ -236,6 +247,7 @@ def _run_fields(run: Run) -> dict[str, Any]:
         "regime": run.regime,
         "seed": run.seed,
         "shots": run.shots,
+        **run.facts,
         "metrics": {"before": _finite(run.before), "after": _finite(run.after)},
         "trainable_parameters": run.trainable_parameters,
         "steps": run.outcome.steps,
@@ -253,6 +265,8 @@ def _summary_fields(summary: Summary) -> dict[str, Any]:
     return {
         "regime": summary.regime,
         "metric": summary.metric,
+        "shots": summary.shots,
+        **summary.facts,
         "seeds": summary.seeds,
         "before": summary.before,
         "mean": summary.mean,

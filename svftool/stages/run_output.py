@@ -64,7 +64,6 @@ class RunWriter:
         The factors.
     base : Checkpoint
         The base, whose form a dense checkpoint follows.
-    task : Task
     settings : Settings
     """
 
@@ -73,28 +72,28 @@ class RunWriter:
     itself: bool
     store: FactorStore
     base: Checkpoint
-    task: Task
     settings: Settings
 
-    def __call__(self, run: Run, trainable: Trainable) -> Path:
+    def __call__(self, run: Run, trainable: Trainable, task: Task) -> Path:
         """Write a run, and return where it will be when the output is complete."""
-        name = file_stem(run.regime, run.seed) + self._suffix(trainable.regime)
+        stem = file_stem(run.regime, run.seed, run.shots, run.facts)
+        name = stem + self._suffix(trainable.regime)
         where = self.partial if self.itself else self.partial / name
         target = self.target if self.itself else self.target / name
         if trainable.regime.lora is not None:
             with write_errors(where):
                 trainable.model.save_pretrained(where)  # type: ignore[operator]
         elif trainable.regime.full:
-            self._write_dense(run, trainable, where, target)
+            self._write_dense(trainable, task, where, target)
         else:
             write_tuned(
                 where,
                 store=self.store,
                 S=trainable.singular_values(),
                 whole=trainable.whole_tensors(),
-                task=self.task.name,
-                classes=self.task.classes,
-                training=self._facts(run, trainable),
+                task=task.name,
+                classes=task.classes,
+                training=self._facts(run, trainable, task),
             )
         return target
 
@@ -103,7 +102,7 @@ class RunWriter:
             return ""
         return ".safetensors" if regime.full else TUNED_SUFFIX
 
-    def _write_dense(self, run: Run, trainable: Trainable, where: Path, target: Path) -> None:
+    def _write_dense(self, trainable: Trainable, task: Task, where: Path, target: Path) -> None:
         trained = TunedFile(
             path=target,
             S={},
@@ -112,19 +111,19 @@ class RunWriter:
             base_fingerprint=self.store.base_fingerprint,
             factors_fingerprint=self.store.fingerprint,
             probes={},
-            task=self.task.name,
-            classes=self.task.classes,
+            task=task.name,
+            classes=task.classes,
         )
         mixture = Mixture(self.store, self.base, [Expert(trained)])
         write_dense(mixture, where, target=target, max_bytes=None, progress=SILENT)
 
-    def _facts(self, run: Run, trainable: Trainable) -> dict[str, Any]:
+    def _facts(self, run: Run, trainable: Trainable, task: Task) -> dict[str, Any]:
         """Say how a tuned file came about; without times and paths, so that bytes repeat."""
         settings = self.settings
         return {
             "regime": run.regime,
             "seed": run.seed,
-            "data": self.task.describe(),
+            "data": task.describe(),
             "metrics": {"before": dict(run.before), "after": dict(run.after)},
             "trainable_parameters": run.trainable_parameters,
             "steps": run.outcome.steps,

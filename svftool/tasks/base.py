@@ -103,6 +103,10 @@ class Task(Protocol):
         """Examples a class in the support set; None for all of them."""
 
     @property
+    def facts(self) -> Mapping[str, int]:
+        """What tells it from the other tasks of one comparison, such as its fold."""
+
+    @property
     def classes(self) -> tuple[str, ...] | None:
         """Class names in the order of the head's outputs; None where there are none."""
 

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, Literal
 
 import torch
@@ -91,6 +92,7 @@ class Classification:
 
     name = "classification"
     primary = Metric("accuracy", higher_is_better=True)
+    facts: Mapping[str, int] = MappingProxyType({})
 
     def __init__(
         self,

@@ -8,6 +8,7 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import nn
@@ -35,8 +36,9 @@ class Plan:
         Gives a fresh model with the base's weights, on the CPU.
     store : FactorStore
         Factors of the base.
-    task : Task
-        Data, loss and metrics.
+    tasks : sequence of Task
+        Data, loss and metrics; several of one kind, such as the folds of a data set, are trained
+        one after the other.
     regimes : sequence of str
         What is trained, such as ``svf`` or ``lora:8``.
     seeds : sequence of int
@@ -53,7 +55,7 @@ class Plan:
 
     build: Callable[[], nn.Module]
     store: FactorStore
-    task: Task
+    tasks: Sequence[Task]
     regimes: Sequence[str]
     seeds: Sequence[int]
     settings: Settings
@@ -71,6 +73,8 @@ class Run:
     ----------
     regime, seed, shots
         What was trained, on which draw of how many examples a class.
+    facts : mapping of str to int
+        What tells its task from the others, such as the fold.
     before, after : mapping of str to float
         Metrics on the query set; before training with the head that training starts from.
     trainable_parameters : int
@@ -90,6 +94,7 @@ class Run:
     regime: str
     seed: int
     shots: int | None
+    facts: Mapping[str, int]
     before: Mapping[str, float]
     after: Mapping[str, float]
     trainable_parameters: int
@@ -108,6 +113,10 @@ class Summary:
     ----------
     regime, metric : str
         The regime, and the task's primary metric.
+    shots : int or None
+        Examples a class.
+    facts : mapping of str to int or None
+        What tells its task from the others; None stands for the mean over all of them.
     seeds : int
         Runs that count: those that were not interrupted, unless all were.
     before, mean : float
@@ -124,6 +133,8 @@ class Summary:
 
     regime: str
     metric: str
+    shots: int | None
+    facts: Mapping[str, int | None]
     seeds: int
     before: float
     mean: float
@@ -133,7 +144,7 @@ class Summary:
     worse: bool
 
 
-Save = Callable[[Run, Trainable], Path]
+Save = Callable[[Run, Trainable, Task], Path]
 
 
 def compare(
@@ -141,7 +152,8 @@ def compare(
 ) -> tuple[list[Run], signal.Signals | None]:
     """Train every regime with every seed.
 
-    Seeds are the outer loop, so that regimes can be compared pair by pair however far it came.
+    Seeds are the outer loop and regimes the inner one, so that regimes can be compared pair by
+    pair however far it came.
 
     Parameters
     ----------
@@ -161,7 +173,8 @@ def compare(
     with Interruption() as interruption:
         comparison = _Comparison(plan, save, interruption, progress)
         for seed in plan.seeds:
-            comparison.run_seed(seed)
+            for task in plan.tasks:
+                comparison.run_seed(task, seed)
     if interruption.signum is None:
         return comparison.runs, None
     if not comparison.runs:
@@ -181,11 +194,11 @@ class _Comparison:
         self._interruption = interruption
         self._progress = progress
 
-    def run_seed(self, seed: int) -> None:
-        """Train every regime on the draw of a seed, unless interrupted."""
+    def run_seed(self, task: Task, seed: int) -> None:
+        """Train every regime on a task's draw of a seed, unless interrupted."""
         if self._interruption.came():
             return
-        draw = self._plan.task.draw(seed)
+        draw = task.draw(seed)
         before: dict[str, float] | None = None
         for regime in self._plan.regimes:
             if self._interruption.came():
@@ -194,12 +207,20 @@ class _Comparison:
                 prepared = draw.prepare(self._plan.build().to(self._plan.device))
                 if before is None:
                     before = draw.evaluate(prepared.model, progress=self._progress)
-                self._run(draw, prepared, regime, seed, before)
+                self._run(task, draw, prepared, regime, seed, before)
 
     def _run(
-        self, draw: Draw, prepared: Prepared, regime: str, seed: int, before: dict[str, float]
+        self,
+        task: Task,
+        draw: Draw,
+        prepared: Prepared,
+        regime: str,
+        seed: int,
+        before: dict[str, float],
     ) -> None:
-        plan, begun = self._plan, time.perf_counter()
+        plan, begun, metric = self._plan, time.perf_counter(), task.primary
+        stem = file_stem(regime, seed, task.shots, task.facts)
+        label = ", ".join([regime, f"seed {seed}", *(f"{k} {v}" for k, v in task.facts.items())])
         reset_peak_memory(plan.device)
         with repeatable(plan.device):
             # LoRA draws its start from the global generator.
@@ -213,15 +234,15 @@ class _Comparison:
                 exclude=plan.exclude,
             )
         model = trainable.model
-        with Logbook(plan.log_dir, file_stem(regime, seed)) as log:
+        with Logbook(plan.log_dir, stem) as log:
             outcome = train(
                 model,
                 trainable.groups,
                 draw,
                 plan.settings,
                 seed=seed,
-                metric=plan.task.primary,
-                label=f"{regime}, seed {seed}",
+                metric=metric,
+                label=label,
                 interruption=self._interruption,
                 log=log,
                 progress=self._progress,
@@ -230,11 +251,11 @@ class _Comparison:
                 return
             after = draw.evaluate(model, progress=self._progress)
             log.scalars(outcome.steps, {f"query/{name}": value for name, value in after.items()})
-        metric = plan.task.primary
         run = Run(
             regime=regime,
             seed=seed,
-            shots=plan.task.shots,
+            shots=task.shots,
+            facts=dict(task.facts),
             before=before,
             after=after,
             trainable_parameters=trainable.trainable_parameters,
@@ -243,52 +264,74 @@ class _Comparison:
             peak_memory_bytes=peak_memory(plan.device),
             worse=metric.better(before[metric.name], after[metric.name]),
         )
-        self._warn(run, metric)
-        self.runs.append(replace(run, output=self._save(run, trainable)))
+        self._warn(run, label, metric)
+        self.runs.append(replace(run, output=self._save(run, trainable, task)))
 
-    def _warn(self, run: Run, metric: Metric) -> None:
-        name = f"{run.regime}, seed {run.seed}"
+    def _warn(self, run: Run, label: str, metric: Metric) -> None:
         if run.outcome.ending == "diverged":
             self._progress.warn(
-                f"{name}: the loss diverged after {run.outcome.steps} steps; the weights of step "
+                f"{label}: the loss diverged after {run.outcome.steps} steps; the weights of step "
                 f"{run.outcome.kept} are kept. Lower --lr"
             )
         if run.worse:
             self._progress.warn(
-                f"{name}: this tune is worse than the base: {metric.name} "
+                f"{label}: this tune is worse than the base: {metric.name} "
                 f"{run.before[metric.name]:.4f} -> {run.after[metric.name]:.4f}"
             )
 
 
-def file_stem(regime: str, seed: int) -> str:
-    """Name of a run's files.
+def file_stem(
+    regime: str, seed: int, shots: int | None = None, facts: Mapping[str, int] | None = None
+) -> str:
+    """Name of a run, and of its files.
 
     Examples
     --------
-    >>> file_stem("lora:8", 0)
-    'lora-8-seed0'
+    >>> file_stem("lora:8", 0), file_stem("svf", 1, 5, {"fold": 3})
+    ('lora-8-seed0', 'fold3-5shot-svf-seed1')
     """
-    return f"{regime.replace(':', '-')}-seed{seed}"
+    parts = [f"{name}{value}" for name, value in (facts or {}).items()]
+    if parts:
+        parts.append(f"{shots}shot")
+    return "-".join([*parts, regime.replace(":", "-"), f"seed{seed}"])
 
 
 def summarise(runs: Sequence[Run], metric: Metric) -> list[Summary]:
-    """Sum up the runs of each regime, in the order in which the regimes came."""
-    return [
-        _summary([run for run in runs if run.regime == regime], metric)
-        for regime in dict.fromkeys(run.regime for run in runs)
-    ]
+    """Sum up the runs of each task and regime, in the order in which they came.
 
-
-def _summary(runs: Sequence[Run], metric: Metric) -> Summary:
+    Where there are several tasks of the same shots, such as folds, the mean over them follows: its
+    interval is that of the seeds' means, over the seeds that went through all tasks.
+    """
     whole = [run for run in runs if run.outcome.ending != "interrupted"] or list(runs)
-    values = [run.after[metric.name] for run in whole]
+    groups: dict[tuple[Any, ...], list[Run]] = {}
+    for run in whole:
+        groups.setdefault((run.shots, run.regime, tuple(run.facts.items())), []).append(run)
+    summaries = [_summary(group, metric, group[0].facts) for group in groups.values()]
+    for shots, regime in dict.fromkeys((shots, regime) for shots, regime, _ in groups):
+        tasks = {facts for s, r, facts in groups if (s, r) == (shots, regime)}
+        if len(tasks) > 1:
+            chosen = [run for run in whole if (run.shots, run.regime) == (shots, regime)]
+            seeds = [run.seed for run in chosen]
+            complete = [run for run in chosen if seeds.count(run.seed) == len(tasks)]
+            if complete:
+                summaries.append(_summary(complete, metric, dict.fromkeys(complete[0].facts)))
+    return summaries
+
+
+def _summary(whole: Sequence[Run], metric: Metric, facts: Mapping[str, int | None]) -> Summary:
+    by_seed: dict[int, list[float]] = {}
+    for run in whole:
+        by_seed.setdefault(run.seed, []).append(run.after[metric.name])
+    values = [statistics.fmean(ends) for ends in by_seed.values()]
     before = statistics.fmean(run.before[metric.name] for run in whole)
     mean = statistics.fmean(values)
     times = [run.outcome.step_seconds for run in whole if run.outcome.step_seconds is not None]
     return Summary(
         regime=whole[0].regime,
         metric=metric.name,
-        seeds=len(whole),
+        shots=whole[0].shots,
+        facts=facts,
+        seeds=len(values),
         before=before,
         mean=mean,
         ci95=interval(values),

@@ -12,6 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from svftool.errors import ModelError
 from svftool.models import DEFAULT_PREPROCESSING, Preprocessing
 from svftool.progress import SILENT, Progress
 from svftool.tasks.base import Metric, Part, Prepared
@@ -33,6 +34,7 @@ from svftool.tasks.few_shot_segmentation.episodes import draw_episode, fixed_epi
 from svftool.tasks.few_shot_segmentation.hosts import BaseLearner, HostOutput, Nearest, make_host
 from svftool.tasks.few_shot_segmentation.metrics import Scores
 from svftool.tasks.few_shot_segmentation.network import FewShotNet, by_query
+from svftool.tasks.few_shot_segmentation.networks import own_base_learner
 from svftool.tasks.few_shot_segmentation.pictures import THREADS, Pictures
 from svftool.tasks.few_shot_segmentation.pool import FoldData, Pool, require_shots
 from svftool.tasks.few_shot_segmentation.rules import DEFAULT_RULES, Rules
@@ -287,6 +289,9 @@ class FewShotDraw:
         frozen = FewShotNet(copy.deepcopy(net.backbone), net.plan, nn.Identity())
         frozen.requires_grad_(False).eval()
         encoder = self._encode(frozen, training=False)
+        learner = own_base_learner(net.backbone)
+        if learner is not None:
+            return BaseProbabilities(encoder, _fitting(learner, self._pool))
         if self._seed not in task.learners:
             settings = task.rules.base_learner
             task.learners[self._seed] = train_base_learner(
@@ -302,6 +307,16 @@ class FewShotDraw:
 def _net_of(model: nn.Module) -> FewShotNet:
     """Find the network in whatever wraps it: several processes, or adapters."""
     return next(module for module in model.modules() if isinstance(module, FewShotNet))
+
+
+def _fitting(learner: BaseLearner, pool: Pool) -> BaseLearner:
+    known = learner.cls[-1].out_channels
+    if known != len(pool.classes) + 1:
+        raise ModelError(
+            f"the base network knows {known} classes with background, expected "
+            f"{len(pool.classes) + 1} for this fold"
+        )
+    return copy.deepcopy(learner).requires_grad_(False).eval()
 
 
 def _metrics(scores: Scores, prefix: str = "") -> dict[str, float]:
