@@ -14,6 +14,7 @@ from torch import Tensor
 from svftool.checkpoints import (
     Checkpoint,
     TensorInfo,
+    dtype_named,
     fingerprint_checkpoint,
     open_checkpoint,
 )
@@ -122,9 +123,12 @@ class FactorStore:
         """Read the singular values of one layer, shape (k,) or (E, k)."""
         return self._tensors.read(f"{name}.S")
 
-    def whole_info(self, name: str) -> TensorInfo:
-        """Dtype and shape of a tensor that was not decomposed."""
-        return self._tensors.infos[name]
+    def info(self, name: str) -> TensorInfo:
+        """Dtype and shape of a tensor of the base, decomposed or kept whole."""
+        layer = self.layers.get(name)
+        if layer is None:
+            return self._tensors.infos[name]
+        return TensorInfo(name, dtype_named(layer.dtype), layer.shape, "")
 
     def read_whole(self, name: str) -> Tensor:
         """Read a tensor that was not decomposed."""

@@ -191,8 +191,4 @@ class Mixture:
 
 
 def _stored_infos(store: FactorStore) -> dict[str, TensorInfo]:
-    infos = {
-        layer.name: TensorInfo(layer.name, dtype_named(layer.dtype), layer.shape, "")
-        for layer in store.layers.values()
-    }
-    return infos | {name: store.whole_info(name) for name in store.whole}
+    return {name: store.info(name) for name in (*store.layers, *store.whole)}

@@ -1,0 +1,45 @@
+"""``svftool extract``."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from svftool.cli.common import (
+    ForceOption,
+    JsonOption,
+    OutputOption,
+    QuietOption,
+    VerboseOption,
+    emit,
+)
+from svftool.cli.console import progress_for
+
+NAME = "extract"
+EXAMPLE = "Example: svftool extract base.safetensors tuned.safetensors -o small.svf.safetensors"
+
+
+def command(
+    base: Annotated[Path, typer.Argument(help="The base, or its factor checkpoint.")],
+    tuned: Annotated[Path, typer.Argument(help="Its dense fine-tune.")],
+    *,
+    output: OutputOption,
+    force: ForceOption = False,
+    json: JsonOption = False,
+    quiet: QuietOption = False,
+    verbose: VerboseOption = 0,
+) -> None:
+    """Turn a dense fine-tune into the tuned file that approximates it best."""
+    from svftool.report import extract as report
+    from svftool.stages.extract import extract
+
+    result = extract(
+        base,
+        tuned,
+        output=output,
+        force=force,
+        progress=progress_for(quiet=quiet, verbose=verbose),
+    )
+    emit(report.document(result), report.view(result), as_json=json)

@@ -1,0 +1,52 @@
+"""Results of ``svftool extract`` as a document and as a table."""
+
+from __future__ import annotations
+
+from dataclasses import asdict
+from typing import Any
+
+from rich.console import Group, RenderableType
+from rich.text import Text
+
+from svftool.errors import shortlist
+from svftool.report import json
+from svftool.report.tables import plain_table
+from svftool.report.text import display_names, safe
+from svftool.stages.extract import ExtractResult
+
+MOST_ROWS = 12
+
+
+def document(result: ExtractResult) -> dict[str, Any]:
+    """Return the result for scripts."""
+    return json.document(
+        "extract",
+        output=str(result.output),
+        layers=[asdict(one) for one in result.layers],
+        error=result.error,
+        whole=result.whole,
+        missing=result.missing,
+    )
+
+
+def view(result: ExtractResult) -> RenderableType:
+    """Return the result for people: the layers that are approximated worst, and the whole."""
+    rows = sorted(result.layers, key=lambda one: -one.error)
+    table = plain_table()
+    table.add_column("layer")
+    table.add_column("change", justify="right")
+    table.add_column("not reached", justify="right")
+    shown = rows[:MOST_ROWS]
+    names = display_names((one.name for one in shown), 46)
+    for one in shown:
+        table.add_row(Text(names[one.name]), f"{one.change:.2%}", f"{one.error:.1%}")
+    parts: list[RenderableType] = [table]
+    if len(rows) > MOST_ROWS:
+        parts.append(Text(f"and {len(rows) - MOST_ROWS} more layers, approximated better", "dim"))
+    text = Text(
+        f"{result.error:.1%} of the change (as a norm) cannot be made by singular values.\n"
+    )
+    for title, listed in (("stored whole", result.whole), ("not in the fine-tune", result.missing)):
+        if listed:
+            text.append(f"{title}: {shortlist(map(safe, listed), 4)}\n")
+    return Group(*parts, "", text.append("tuned: ").append(safe(str(result.output)), "bold"))
