@@ -29,6 +29,7 @@ from svftool.errors import NumericalError
 from svftool.numerics.checks import measure
 from svftool.numerics.eigen import eigenvalues, gram
 from svftool.numerics.gram import gram_factors
+from svftool.numerics.krylov import krylov_factors
 from svftool.numerics.lapack import NotConverged
 from svftool.numerics.results import Svd
 from svftool.numerics.tall import Choose, Tall, Thin, tall
@@ -42,6 +43,8 @@ ORTHOGONALITY_BOUND = 1e-5
 Rank = int | Callable[[Tensor], int]
 
 _Rung = tuple[str, Callable[[Tall, Choose, Pool], Thin]]
+_LARGE = 768
+_SPARSE = 16
 _SMALLEST = 1e-31
 _SPREAD = 2e8  # multiplications above which one matrix is worth several threads
 
@@ -155,6 +158,13 @@ def _one(
     choose = _choice(rank, A.n)
     if A.top == 0.0:
         return _zero(matrix, choose(torch.zeros(A.n, dtype=torch.float64)), dtype)
+    if isinstance(rank, int) and dtype == torch.float32 and _worth_iterating(A, rank, method):
+        found = krylov_factors(A, rank, pool, seed=seed)
+        if found is not None:
+            errors = measure(A, found.factors, pool)
+            if _within(errors):
+                result = _finish(A, found.factors, "krylov", errors, dtype)
+                return replace(result, values_error=found.values_error)
     rungs = _RUNGS if dtype == torch.float32 else _RUNGS[-1:]
     best = (math.inf, math.inf)
     for name, rung in rungs:
@@ -163,13 +173,23 @@ def _one(
         except NotConverged:
             continue
         errors = measure(A, factors, pool)
-        if errors[0] <= RECONSTRUCTION_BOUND and errors[1] <= ORTHOGONALITY_BOUND:
+        if _within(errors):
             return _finish(A, factors, name, errors, dtype)
         best = min(best, errors)
     raise NumericalError(
         f"reconstruction error {best[0]:.1e} and orthogonality error {best[1]:.1e} at best, "
         f"expected {RECONSTRUCTION_BOUND:.0e} and {ORTHOGONALITY_BOUND:.0e} at most"
     )
+
+
+def _within(errors: tuple[float, float]) -> bool:
+    return errors[0] <= RECONSTRUCTION_BOUND and errors[1] <= ORTHOGONALITY_BOUND
+
+
+def _worth_iterating(A: Tall, rank: int, method: Method) -> bool:
+    if method == "randomized":
+        return rank < A.n
+    return method == "auto" and A.n >= _LARGE and _SPARSE * rank <= A.n
 
 
 def _choice(rank: Rank | None, n: int) -> Choose:
@@ -242,6 +262,7 @@ def _batch(
         reconstruction_error=max((part.reconstruction_error for part in done), default=0.0),
         orthogonality_error=max((part.orthogonality_error for part in done), default=0.0),
         energy=min((part.energy for part in done), default=1.0),
+        values_error=max((part.values_error for part in done), default=0.0),
     )
 
 

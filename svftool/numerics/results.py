@@ -28,6 +28,8 @@ class Svd:
         Upper estimate of the largest entry of ``|U'U - I|`` and ``|Vh Vh' - I|``.
     energy : float
         Share of the sum of squares of W that the k singular values keep.
+    values_error : float
+        Estimated error of S over S[0] where an iteration found it; 0 where the method is exact.
     seconds : float
         Time that the decomposition took.
     """
@@ -39,6 +41,7 @@ class Svd:
     reconstruction_error: float
     orthogonality_error: float
     energy: float = 1.0
+    values_error: float = 0.0
     seconds: float = 0.0
 
     @property

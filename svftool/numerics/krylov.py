@@ -1,0 +1,218 @@
+"""The largest singular values of a big matrix by block Krylov iteration, checked by residuals.
+
+From a random block the space of ``x, A'A x, (A'A)^2 x, ...`` is built with an orthonormal basis;
+the matrix enters through products with single precision blocks only. What the space knows of the
+largest singular values is measured by the residuals ``A'u - s v`` (with ``A v = s u``): a value is
+off by no more than its residual, and by no more than about the residual's square over the gap to
+the values that the space does not hold yet. Once that is small enough a second random block is
+iterated beside the first one, which would bring up values that the first had missed (more than a
+block of equal ones), and the measure is taken again. The vectors found are then rotated by a small
+exact decomposition in float64.
+
+References
+----------
+Golub, Luk and Overton, A block Lanczos method for computing the singular values and corresponding
+singular vectors of a matrix, ACM TOMS 7, 1981. Musco and Musco, Randomized block Krylov methods,
+NeurIPS 2015.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+
+import torch
+from torch import Tensor
+
+from svftool.numerics.eigen import eigenvectors
+from svftool.numerics.tall import Tall, Thin, cuts
+from svftool.numerics.threads import Pool
+
+VALUES_BOUND = 1e-6
+"""Error of the singular values that is promised, relative to the largest."""
+
+BLOCK = 32
+_AIM = 8e-7
+_CONFIRM = 4
+_GROWTH = 1.25
+_CUT = 1024
+
+
+@dataclass(frozen=True)
+class Krylov:
+    """What the iteration found, and how it went.
+
+    Attributes
+    ----------
+    factors : Thin
+        Of rank k.
+    values_error : float
+        Estimated error of the singular values, relative to the largest.
+    dimension : int
+        Size of the space that it took.
+    """
+
+    factors: Thin
+    values_error: float
+    dimension: int
+
+
+def krylov_factors(
+    A: Tall, k: int, pool: Pool, *, seed: int = 0, limit: int | None = None
+) -> Krylov | None:
+    """Find the k largest singular values and their vectors.
+
+    Parameters
+    ----------
+    A : Tall
+        Not zero.
+    k : int
+        Less than n.
+    pool : Pool
+    seed : int
+        Of the random blocks.
+    limit : int, optional
+        Largest dimension of the space; half of n by default.
+
+    Returns
+    -------
+    Krylov or None
+        None if the space of that dimension does not give the values to `VALUES_BOUND`.
+    """
+    space = _Space(A, pool, seed, limit or A.n // 2)
+    block, check = space.fresh_block(), max(2 * k, 4 * BLOCK)
+    before: _Ritz | None = None
+    while space.has_room:
+        block = space.extend(block)
+        if space.dimension < check:
+            continue
+        found = space.ritz(k)
+        check = max(int(space.dimension * _GROWTH), space.dimension + BLOCK)
+        if found.values_error > _AIM:
+            before = None
+        elif before is None or found.differs_from(before):
+            before, check = found, space.dimension + _CONFIRM * BLOCK
+            block = space.fresh_block()
+        else:
+            factors = _rotated(A, found.vectors, pool)
+            return Krylov(factors, found.values_error, space.dimension)
+    return None
+
+
+@dataclass(frozen=True)
+class _Ritz:
+    """Approximate singular values, and right singular vectors as rows."""
+
+    values: Tensor
+    vectors: Tensor
+    values_error: float
+
+    def differs_from(self, other: _Ritz) -> bool:
+        return float((self.values - other.values).abs().max()) > _AIM * float(self.values[0])
+
+
+class _Space:
+    """An orthonormal basis, as rows, and ``H = basis A'A basis'``, whose upper triangle is kept."""
+
+    def __init__(self, A: Tall, pool: Pool, seed: int, limit: int) -> None:
+        device = A.matrix.device
+        self._A = A.single(slice(None))
+        self._pool = pool
+        self._generator = torch.Generator().manual_seed(seed)
+        self._basis = torch.empty(limit, A.n, device=device)
+        self._H = torch.zeros(limit, limit, dtype=torch.float64, device=device)
+        self.dimension = 0
+
+    @property
+    def has_room(self) -> bool:
+        return self.dimension + BLOCK <= len(self._basis)
+
+    def fresh_block(self) -> Tensor:
+        """Draw a random block, orthonormal and orthogonal to the space."""
+        drawn = torch.randn(BLOCK, self._basis.shape[1], generator=self._generator)
+        return self._orthonormal(drawn.to(self._basis.device))
+
+    def extend(self, block: Tensor) -> Tensor:
+        """Add a block to the basis; return the next one of its sequence."""
+        old, new = self.dimension, self.dimension + BLOCK
+        self._basis[old:new] = block
+        self.dimension = new
+        image = self._times_back(self._times(block))
+        self._H[:new, old:new] = self._take_out(image)
+        return self._orthonormal(image)
+
+    def ritz(self, k: int) -> _Ritz:
+        """Return the k largest approximations and the error that their residuals allow."""
+        size = self.dimension
+        values, rows = eigenvectors(self._H[:size, :size].clone(), lambda _: k, self._pool)
+        vectors = rows.float() @ self._basis[:size]
+        left, S, turn = _orthogonal_columns(self._times(vectors).double())
+        vectors = turn.float() @ vectors
+        residual = self._times_back(left.float()).double() - S[:, None] * vectors
+        off = torch.linalg.vector_norm(residual, dim=1)
+        gap = (S.square() - values[min(k + k // 2, size - 1)]).clamp_min(1e-300)
+        error = torch.minimum(off, off.square() * S / (2.0 * gap))
+        return _Ritz(S, vectors, float(error.max() / S[0]))
+
+    def _times(self, rows: Tensor) -> Tensor:
+        """Return ``A rows'``."""
+        A, left = self._A, rows.new_empty(self._A.shape[0], len(rows))
+        _spread(self._pool, len(left), lambda s: torch.mm(A[s], rows.mT, out=left[s]))
+        return left
+
+    def _times_back(self, left: Tensor) -> Tensor:
+        """Return ``left' A``."""
+        A, rows = self._A, left.new_empty(left.shape[1], self._A.shape[1])
+        _spread(self._pool, rows.shape[1], lambda s: torch.mm(left.mT, A[:, s], out=rows[:, s]))
+        return rows
+
+    def _take_out(self, rows: Tensor) -> Tensor:
+        """Take the space's share out of `rows`, in place; return its coordinates, by columns."""
+        basis = self._basis[: self.dimension]
+        share = rows.new_empty(len(basis), len(rows))
+        _spread(self._pool, len(basis), lambda s: torch.mm(basis[s], rows.mT, out=share[s]))
+        _spread(
+            self._pool,
+            rows.shape[1],
+            lambda s: rows[:, s].addmm_(share.mT, basis[:, s], alpha=-1.0),
+        )
+        return share
+
+    def _orthonormal(self, rows: Tensor) -> Tensor:
+        """Orthogonalise twice: what rounding left of a vanished row becomes a new direction."""
+        for _ in range(2):
+            self._take_out(rows)
+            rows = torch.linalg.qr(rows.mT).Q.mT.contiguous()
+        return rows
+
+
+def _spread(pool: Pool, total: int, work: Callable[[slice], object]) -> None:
+    def one(part: slice) -> None:
+        work(part)
+
+    pool.share([partial(one, part) for part in cuts(total, _CUT)])
+
+
+def _rotated(A: Tall, vectors: Tensor, pool: Pool) -> Thin:
+    """Return the exact factors of A within the span of the rows given."""
+    basis = torch.linalg.qr(vectors.double().mT).Q
+    slices = A.slices()
+    image = basis.new_empty(A.matrix.shape[0], basis.shape[1])
+    squares = basis.new_zeros(len(slices))
+
+    def block(index: int, rows: slice) -> None:
+        wide = A.double(rows)
+        squares[index] = wide.square().sum()
+        torch.mm(wide, basis, out=image[rows])
+
+    pool.share([partial(block, i, rows) for i, rows in enumerate(slices)])
+    left, S, turn = _orthogonal_columns(image)
+    return Thin(left.float(), S, (turn @ basis.mT).float(), float(squares.sum()))
+
+
+def _orthogonal_columns(image: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Decompose a narrow matrix by LAPACK: its thin factors U, S and Vh."""
+    Q, R = torch.linalg.qr(image)
+    left, S, right = torch.linalg.svd(R)
+    return Q @ left, S, right
