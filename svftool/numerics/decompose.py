@@ -88,8 +88,12 @@ def svd(
     NumericalError
         If the matrix holds NaN or infinity, or no method meets the bounds: reconstruction to 1e-6
         of the Frobenius norm, orthogonality to 1e-5.
+    ValueError
+        If the matrix has other than two or three dimensions, or the rank is below 1.
     """
     start = time.perf_counter()
+    if isinstance(rank, int) and rank < 1:
+        raise ValueError(f"rank is {rank}, expected at least 1")
     with _threads(matrix, pool) as used:
         if matrix.ndim == 3:
             result = _batch(matrix, rank, method, seed, dtype, used)
@@ -99,7 +103,7 @@ def svd(
 
 
 def singular_values(matrix: Tensor, *, pool: Pool | None = None) -> Tensor:
-    """Compute singular values alone, to 1e-7 of the largest.
+    """Compute singular values alone, to 1e-6 of the largest or better.
 
     Parameters
     ----------

@@ -101,7 +101,7 @@ def eigenvalues(G: Tensor) -> Tensor:
 
 
 def _in_parts(G: Tensor) -> bool:
-    return G.device.type == "cpu" and len(G) > 1 and lapack.available()
+    return G.device.type == "cpu" and 1 < len(G) <= lapack.LARGEST and lapack.available()
 
 
 def _dense(G: Tensor, choose: Choose) -> tuple[Tensor, Tensor]:

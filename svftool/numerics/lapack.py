@@ -16,6 +16,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+LARGEST = 40_000
+"""Largest side whose work space LAPACK can count in 32 bits."""
+
 _BLOCK = 64
 
 
@@ -85,13 +88,15 @@ def add_gram(G: Tensor, X: Tensor) -> None:
     G : (n, n) Tensor
         float64, rows contiguous; changed.
     X : (r, n) Tensor
-        float64, rows or columns contiguous.
+        float64; copied unless its rows or its columns are contiguous.
     """
     r, n = X.shape
-    plain = X.stride(1) == 1 or n == 1
-    stride = X.stride(0) if plain else X.stride(1)
-    trans = "N" if plain else "T"
-    _call("dsyrk", "L", trans, n, r, 1.0, X, max(stride, 1), 1.0, G, G.stride(0))
+    if X.stride(0) == 1 and X.stride(1) >= r:
+        _call("dsyrk", "L", "T", n, r, 1.0, X, X.stride(1), 1.0, G, G.stride(0))
+        return
+    if X.stride(1) != 1 or X.stride(0) < n:
+        X = X.contiguous()
+    _call("dsyrk", "L", "N", n, r, 1.0, X, max(X.stride(0), n), 1.0, G, G.stride(0))
 
 
 def tridiagonalise(G: Tensor) -> tuple[Tensor, Tensor, Tensor]:

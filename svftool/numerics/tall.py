@@ -16,6 +16,7 @@ Choose = Callable[[Tensor], int]
 
 _ROWS = 1024
 _MODEST = 24
+_WIDE = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
 
 @dataclass(frozen=True)
@@ -102,6 +103,7 @@ def tall(matrix: Tensor) -> Tall:
         If it holds NaN or infinity.
     """
     W = matrix.detach()
+    W = W if W.dtype in _WIDE else W.float()
     top = largest(W)
     exponent = math.frexp(top)[1]
     if abs(exponent) <= _MODEST:

@@ -1,0 +1,89 @@
+from __future__ import annotations
+
+import threading
+import time
+from functools import partial
+
+import pytest
+
+from svftool.numerics.threads import Closed, Pool
+
+
+@pytest.mark.parametrize("workers", [0, 1, 4])
+def test_every_block_runs_once(workers: int) -> None:
+    ran: list[int] = []
+    with Pool(workers) as pool:
+        pool.share([partial(ran.append, number) for number in range(100)])
+        pool.share([])
+    assert sorted(ran) == list(range(100))
+
+
+def test_idle_threads_help() -> None:
+    names: set[str] = set()
+    both = threading.Barrier(2, timeout=20)
+
+    def block() -> None:
+        names.add(threading.current_thread().name)
+        both.wait()  # passes only if two threads are here at once
+
+    with Pool(1) as pool:
+        pool.share([block, block])
+    assert len(names) == 2
+
+
+def test_blocks_may_share_blocks_themselves() -> None:
+    ran: list[int] = []
+    with Pool(2) as pool:
+        inner = [partial(ran.append, number) for number in range(5)]
+        pool.share([partial(pool.share, inner) for _ in range(6)])
+    assert sorted(ran) == sorted(list(range(5)) * 6)
+
+
+@pytest.mark.parametrize("workers", [0, 3])
+def test_an_error_in_a_block_reaches_who_shared_it(workers: int) -> None:
+    def fail() -> None:
+        raise ArithmeticError("no luck")
+
+    with Pool(workers) as pool:
+        with pytest.raises(ArithmeticError, match="no luck"):
+            pool.share([time.time, fail, *[time.time] * 20])
+        pool.share([time.time] * 3)  # the pool is still of use
+
+
+def test_whole_work_runs_in_turn_and_can_share() -> None:
+    done: list[int] = []
+    finished = threading.Event()
+
+    def work(number: int, pool: Pool) -> None:
+        pool.share([partial(done.append, number)] * 3)
+        if number == 4:
+            finished.set()
+
+    with Pool(1) as pool:
+        for number in range(5):
+            pool.submit(partial(work, number, pool))
+        assert finished.wait(20)
+    assert done == [number for number in range(5) for _ in range(3)]
+
+
+def test_a_pool_that_is_given_up_stops_soon() -> None:
+    started, stopped = threading.Event(), threading.Event()
+
+    def work(pool: Pool) -> None:
+        started.set()
+        try:
+            while True:
+                pool.share([partial(time.sleep, 0.01)] * 2)
+        except Closed:
+            stopped.set()
+
+    def give_up() -> None:
+        with Pool(2) as pool:
+            pool.submit(partial(work, pool))
+            pool.submit(partial(work, pool))
+            assert started.wait(20)
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        give_up()
+    assert stopped.wait(20)
