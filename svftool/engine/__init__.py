@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from svftool.engine.plan import Job, budget, job_bytes, peak_memory, seconds, share
 from svftool.engine.ranks import FULL, RankRule, parse_rank
-from svftool.engine.run import run_svds, run_values
+from svftool.engine.run import run_layers, run_svds, run_values
 
 __all__ = [
     "FULL",
@@ -14,6 +14,7 @@ __all__ = [
     "job_bytes",
     "parse_rank",
     "peak_memory",
+    "run_layers",
     "run_svds",
     "run_values",
     "seconds",

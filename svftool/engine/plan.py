@@ -126,7 +126,7 @@ def job_bytes(job: Job, rank: int | None = None, *, values_only: bool = False) -
         return held + 8 * short**2 + _SCRATCH * short
     kept = short if rank is None else min(rank, short)
     result = 4 * kept * (long + short)
-    vectors = max(24 * short**2, 16 * short**2 + 20 * short * kept, result + 16 * short * kept)
+    vectors = max(20 * short**2, 12 * short**2 + 8 * short * kept, result + 16 * short * kept)
     return held + (job.count - 1) * result + vectors + _SCRATCH * short
 
 

@@ -95,13 +95,14 @@ def parse_rank(text: str) -> RankRule:
     plain = text.strip().lower()
     if plain == "full":
         return FULL
-    kind, _, number = plain.rpartition(":")
-    if kind in ("", "energy"):
-        if not kind and number.isdecimal() and int(number) > 0:
-            return RankRule("count", int(number))
-        share = _share(number)
-        if share is not None and (kind or "." in number):
-            return RankRule("energy" if kind else "fraction", share)
+    if plain.isdecimal() and int(plain) > 0:
+        return RankRule("count", int(plain))
+    number = plain.removeprefix("energy:")
+    share = _share(number)
+    if share is not None and number != plain:
+        return RankRule("energy", share)
+    if share is not None and "." in plain:
+        return RankRule("fraction", share)
     raise UsageError(
         f"rank {text!r}, expected 'full', a count such as 16, a fraction of the short side such "
         "as 0.25, or 'energy:0.99'"

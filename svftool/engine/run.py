@@ -129,6 +129,54 @@ def run_values(
     return _run(jobs, read, work, size, _workers(workers, place), "taking spectra", skip, progress)
 
 
+def run_layers(
+    jobs: Iterable[Job],
+    read: Callable[[str], Tensor],
+    work: Callable[[Job, Tensor, Pool], _T],
+    *,
+    size: Callable[[Job], int],
+    title: str,
+    device: str | torch.device = "cpu",
+    workers: int | None = None,
+    progress: Progress = SILENT,
+) -> Iterator[tuple[str, _T]]:
+    """Run any work on layers; the results come in the order they are done.
+
+    Parameters
+    ----------
+    jobs, read, device, workers, progress
+        As in `run_svds`.
+    work : callable
+        Makes the result of a job from its tensor, with the help of a pool.
+    size : callable
+        Bytes that a job takes until its result is released.
+    title : str
+        What is shown beside the progress.
+
+    Yields
+    ------
+    name : str
+    result : object
+
+    Raises
+    ------
+    NumericalError
+        As `work` raises it, with the layer's name.
+    ResourceError
+        If a layer does not fit in memory, before anything is computed.
+    """
+    place = _device(device)
+
+    def placed(job: Job, tensor: Tensor, pool: Pool) -> _T:
+        return _on(place, job, tensor, partial(_swapped, work, job, pool))
+
+    return _run(jobs, read, placed, size, _workers(workers, place), title, None, progress)
+
+
+def _swapped(work: Callable[[Job, Tensor, Pool], _T], job: Job, pool: Pool, tensor: Tensor) -> _T:
+    return work(job, tensor, pool)
+
+
 def _run(
     jobs: Iterable[Job],
     read: Callable[[str], Tensor],
@@ -172,8 +220,13 @@ def _on(device: torch.device, job: Job, tensor: Tensor, work: Callable[[Tensor],
     if device.type == "cpu" or job.sides[1] < _SMALL:
         return work(tensor)
     try:
-        with torch.cuda.stream(torch.cuda.Stream(device)):  # type: ignore[no-untyped-call]
-            return work(tensor.to(device))
+        return _on_device(device, tensor, work)
     except torch.OutOfMemoryError:
         torch.cuda.empty_cache()
         return work(tensor)
+
+
+def _on_device(device: torch.device, tensor: Tensor, work: Callable[[Tensor], _T]) -> _T:
+    """Run on a stream of its own, so that transfers of one layer overlap with work on another."""
+    with torch.cuda.stream(torch.cuda.Stream(device)):  # type: ignore[no-untyped-call]
+        return work(tensor.to(device))

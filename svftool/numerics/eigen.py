@@ -69,11 +69,12 @@ def eigenvectors(G: Tensor, choose: Choose, pool: Pool) -> tuple[Tensor, Tensor]
         return _dense(G, choose)
     n = len(G)
     d, e, tau = lapack.tridiagonalise(G)
+    panels = [_panel(G, tau, first) for first in range(0, n - 1, _PANEL)]
+    del G  # the panels are half of it
     values, rows = lapack.tridiagonal_vectors(d, e)
     values = values.flip(0)
     count = _count(values, choose)
     rows = rows[n - count :].flip(0)
-    panels = [_panel(G, tau, first) for first in range(0, n - 1, _PANEL)]
 
     def rotate(block: Tensor) -> None:
         for first in range(len(panels) - 1, -1, -1):

@@ -1,0 +1,203 @@
+from __future__ import annotations
+
+import math
+import threading
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor
+
+from svftool.engine import Job, flow, memory, parse_rank, run, run_svds, run_values
+from svftool.errors import NumericalError, ResourceError
+from svftool.numerics import Pool, singular_values, svd
+
+
+def weights() -> dict[str, Tensor]:
+    g = torch.Generator().manual_seed(0)
+    shapes = [(64, 27), (10, 6, 3, 3), (33, 90), (1, 8), (40, 40), (3, 12, 20), (200, 150)]
+    return {str(number): torch.randn(*s, generator=g) for number, s in enumerate(shapes)}
+
+
+def jobs_of(tensors: dict[str, Tensor]) -> list[Job]:
+    batches = {"5"}
+    return [
+        Job(name, tuple(t.shape) if name in batches else (len(t), t.numel() // len(t)), t.dtype)
+        for name, t in tensors.items()
+    ]
+
+
+def test_every_layer_comes_once_with_the_bits_of_a_lone_decomposition() -> None:
+    tensors = weights()
+    jobs = jobs_of(tensors)
+    for workers in (1, 3):
+        found = dict(run_svds(reversed(jobs), tensors.__getitem__, workers=workers))
+        assert found.keys() == tensors.keys()
+        for job in jobs:
+            alone = svd(tensors[job.name].reshape(job.matrix))
+            for part in ("U", "S", "Vh"):
+                assert torch.equal(getattr(found[job.name], part), getattr(alone, part))
+            assert found[job.name].seconds > 0
+
+
+def test_values() -> None:
+    tensors = weights()
+    jobs = jobs_of(tensors)
+    found = dict(run_values(jobs, tensors.__getitem__))
+    for job in jobs:
+        assert torch.equal(found[job.name], singular_values(tensors[job.name].reshape(job.matrix)))
+
+
+@pytest.mark.parametrize("text", ["3", "0.5", "energy:0.9"])
+def test_rank_rules_hold_for_matrices_and_batches(text: str) -> None:
+    tensors, rule = weights(), parse_rank(text)
+    jobs = jobs_of(tensors)
+    for name, result in run_svds(jobs, tensors.__getitem__, rank=rule):
+        job = next(job for job in jobs if job.name == name)
+        values = singular_values(tensors[name].reshape(job.matrix))
+        assert result.rank == rule.rank_of(values, *job.matrix[-2:])
+        assert result.U.shape[-1] == result.Vh.shape[-2] == result.rank
+
+
+def test_a_bad_layer_is_named() -> None:
+    tensors = weights()
+    tensors["2"][3, 4] = math.nan
+    with pytest.raises(NumericalError, match="2: 1 of 2970 entries are NaN or infinite"):
+        list(run_svds(jobs_of(tensors), tensors.__getitem__))
+    skipped: dict[str, NumericalError] = {}
+    found = dict(run_values(jobs_of(tensors), tensors.__getitem__, skip=skipped.__setitem__))
+    assert skipped.keys() == {"2"}
+    assert found.keys() == tensors.keys() - {"2"}
+
+
+def test_an_error_of_reading_ends_the_run() -> None:
+    tensors = weights()
+
+    def read(name: str) -> Tensor:
+        if name == "3":
+            raise OSError(5, "Input/output error")
+        return tensors[name]
+
+    before = threading.active_count()
+    with pytest.raises(OSError, match="Input/output"):
+        list(run_svds(jobs_of(tensors), read))
+    wait_for(lambda: threading.active_count() == before)
+
+
+def test_a_caller_that_stops_early_leaves_nothing_running() -> None:
+    tensors = weights()
+    before = threading.active_count(), torch.get_num_threads()
+    results = run_svds(jobs_of(tensors), tensors.__getitem__)
+    next(results)
+    results.close()
+    wait_for(lambda: (threading.active_count(), torch.get_num_threads()) == before)
+
+
+def wait_for(condition: object) -> None:
+    for _ in range(200):
+        if condition():
+            return
+        time.sleep(0.05)
+    pytest.fail("still not so after ten seconds")
+
+
+def test_layers_in_memory_are_bounded() -> None:
+    held, most = 0, 0
+    lock = threading.Lock()
+
+    class Held:
+        def __init__(self) -> None:
+            nonlocal held, most
+            with lock:
+                held += 1
+                most = max(most, held)
+
+        def let_go(self) -> None:
+            nonlocal held
+            with lock:
+                held -= 1
+
+    def work(job: Job, tensor: Tensor, pool: Pool) -> Held:
+        return kept[job.name]
+
+    kept: dict[str, Held] = {}
+
+    def read_and_keep(name: str) -> Tensor:
+        kept[name] = Held()
+        return torch.zeros(4)
+
+    jobs = [Job(str(number), (2, 2)) for number in range(30)]
+    outcomes = flow.flow(jobs, read_and_keep, work, size=lambda _: 10, budget=45, workers=2)
+    for number, (_, outcome) in enumerate(outcomes):
+        if number % 7 == 0:
+            time.sleep(0.02)  # a slow writer holds the reader back
+        outcome.let_go()
+    assert most <= 4 + 1  # the one being handed out is let go of before its room is
+    assert most > 1
+
+
+def test_a_layer_larger_than_the_budget_runs_alone() -> None:
+    running: list[str] = []
+    seen: list[tuple[str, ...]] = []
+
+    def work(job: Job, tensor: Tensor, pool: Pool) -> None:
+        running.append(job.name)
+        time.sleep(0.01)
+        seen.append(tuple(running))
+        running.remove(job.name)
+
+    sizes = {"large": 100, "a": 3, "b": 3, "c": 3}
+    jobs = [Job(name, (1, 1)) for name in sizes]
+    read = lambda _: torch.zeros(1)  # noqa: E731
+    size = lambda job: sizes[job.name]  # noqa: E731
+    assert len(list(flow.flow(jobs, read, work, size=size, budget=10, workers=3))) == 4
+    assert ("large",) in seen
+    assert not any("large" in names and len(names) > 1 for names in seen)
+
+
+def test_too_little_memory_is_said_before_anything_is_read(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(memory, "available_memory", lambda: 3 << 30)
+    read: list[str] = []
+    jobs = [Job("small", (4, 4)), Job("model.large", (40000, 20000))]
+    with pytest.raises(
+        ResourceError, match=r"model.large: a matrix of 40000 x 20000 needs"
+    ) as info:
+        list(run_svds(jobs, read.append))
+    assert not read
+    assert "found 3.0 GiB free" in str(info.value)
+
+
+def test_available_memory_is_told() -> None:
+    free = memory.available_memory()
+    assert free is None or 0 < free < 1 << 50
+    assert (free is not None) == Path("/proc/meminfo").exists()
+
+
+def test_another_device_runs_the_same_code_and_falls_back(monkeypatch: pytest.MonkeyPatch) -> None:
+    tensors = {"w": torch.randn(300, 400), "tiny": torch.randn(5, 4)}
+    moved: list[str] = []
+
+    def full(device: torch.device, tensor: Tensor, work: object) -> None:
+        moved.append(str(device))
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    monkeypatch.setattr(run, "_on_device", full)
+    found = dict(run_svds(jobs_of(tensors), tensors.__getitem__, device="cuda:1"))
+    assert moved == ["cuda:1"]
+    assert torch.equal(found["w"].U, svd(tensors["w"]).U)
+    assert found.keys() == tensors.keys()
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
+@pytest.mark.parametrize("shape", [(4096, 4096), (1024, 4096), (3, 700, 500)])
+def test_on_a_gpu(shape: tuple[int, ...]) -> None:
+    W = torch.randn(*shape)
+    found = dict(run_svds([Job("w", shape)], lambda _: W, device="cuda"))["w"]
+    assert found.U.device.type == "cpu"
+    torch.testing.assert_close(found.S.double(), singular_values(W), rtol=0, atol=1e-4)
+    rebuilt = (found.U * found.S.unsqueeze(-2)) @ found.Vh
+    assert float((rebuilt - W).norm() / W.norm()) <= 1e-6
