@@ -1,25 +1,59 @@
-"""What a fine-tune changed: sources, matching of names, drift of layers, verdicts, gates."""
+"""What a fine-tune changed: sources, matching of names, metrics, verdicts, gates."""
 
-from svftool.auditing.drift import LayerDrift, drift_of_factors, drift_of_tuned, single_spectrum
-from svftool.auditing.gates import Gate, parse_gate, tripped
+from svftool.auditing.compare import BaseMatrix, Found, Tuned, compare_spectra, compare_vectors
+from svftool.auditing.counterparts import Counterparts, counterparts
+from svftool.auditing.evidence import Evidence
+from svftool.auditing.gates import Gate, check_metric, parse_gate, tripped
 from svftool.auditing.matching import Matching, Pair, match_names
+from svftool.auditing.metrics import METRICS, Measured, Metric, choose_metrics
+from svftool.auditing.policy import Policy, Violation, read_policy
+from svftool.auditing.results import (
+    AuditResult,
+    Comparison,
+    Curves,
+    Row,
+    Trajectory,
+    Unread,
+    trajectory_of,
+)
 from svftool.auditing.sources import Source, open_source
-from svftool.auditing.verdicts import VERDICTS, layer_verdict, overall_verdict
+from svftool.auditing.verdicts import VERDICTS, Verdict, judge, judge_all, judge_tensor
 
 __all__ = [
+    "METRICS",
     "VERDICTS",
+    "AuditResult",
+    "BaseMatrix",
+    "Comparison",
+    "Counterparts",
+    "Curves",
+    "Evidence",
+    "Found",
     "Gate",
-    "LayerDrift",
     "Matching",
+    "Measured",
+    "Metric",
     "Pair",
+    "Policy",
+    "Row",
     "Source",
-    "drift_of_factors",
-    "drift_of_tuned",
-    "layer_verdict",
+    "Trajectory",
+    "Tuned",
+    "Unread",
+    "Verdict",
+    "Violation",
+    "check_metric",
+    "choose_metrics",
+    "compare_spectra",
+    "compare_vectors",
+    "counterparts",
+    "judge",
+    "judge_all",
+    "judge_tensor",
     "match_names",
     "open_source",
-    "overall_verdict",
     "parse_gate",
-    "single_spectrum",
+    "read_policy",
+    "trajectory_of",
     "tripped",
 ]

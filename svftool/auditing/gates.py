@@ -2,28 +2,15 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 
-from svftool.auditing.drift import LayerDrift
+from svftool.auditing.metrics import EXTRA, METRICS
+from svftool.auditing.results import Row
 from svftool.errors import UsageError
 
-METRICS = (
-    "weight_drift",
-    "relative_drift",
-    "delta_norm",
-    "max_log_ratio",
-    "spectrum_share",
-    "svf_share",
-    "off_diagonal_share",
-    "out_of_span_share",
-    "rounding_floor",
-    "intruders",
-    "cosine",
-)
-"""Metrics with one number a layer, by which rows can be sorted and gated."""
-
-assert {field.name for field in fields(LayerDrift)} >= set(METRICS)
+_SIDES = ("base", "tuned", "change")
 
 
 @dataclass(frozen=True)
@@ -53,28 +40,47 @@ def parse_gate(text: str) -> Gate:
     metric, separator, value = text.partition("=")
     check_metric(metric)
     try:
-        return Gate(metric, float(value if separator else ""))
+        number = float(value if separator else "")
     except ValueError:
-        raise UsageError(f"{text!r}: no number after the metric, expected METRIC=VALUE") from None
+        number = math.nan
+    if math.isnan(number):
+        raise UsageError(f"{text!r}: no number after the metric, expected METRIC=VALUE")
+    return Gate(metric, number)
 
 
 def check_metric(name: str) -> None:
     """Refuse the name of a metric that does not exist.
+
+    Parameters
+    ----------
+    name : str
+        A metric; one of a single spectrum may end in ``.base``, ``.tuned`` or ``.change``, which is
+        the relative difference of the two.
 
     Raises
     ------
     UsageError
         With the names that do.
     """
-    if name not in METRICS:
-        raise UsageError(f"metric {name!r}, expected one of {', '.join(METRICS)}")
+    metric, _, side = name.partition(".")
+    if metric in METRICS or metric in EXTRA:
+        one_spectrum = metric in METRICS and METRICS[metric].of_spectrum is not None
+        if not side or (one_spectrum and side in _SIDES):
+            return
+    raise UsageError(f"metric {name!r}, expected one of {', '.join((*METRICS, *EXTRA))}")
 
 
-def tripped(rows: Iterable[LayerDrift], gate: Gate) -> list[LayerDrift]:
-    """List the rows whose metric exceeds the gate."""
-    found = []
-    for row in rows:
-        value = getattr(row, gate.metric)
-        if value is not None and value > gate.value:
-            found.append(row)
-    return found
+def tripped(rows: Iterable[Row], gate: Gate) -> list[Row]:
+    """List the rows whose metric exceeds the gate, the worst first.
+
+    A tensor that is broken trips every gate: it has no number that could be below.
+    """
+    found = [row for row in rows if _exceeds(row, gate)]
+    return sorted(found, key=lambda row: -(row.value(gate.metric) or math.inf))
+
+
+def _exceeds(row: Row, gate: Gate) -> bool:
+    if row.verdict is not None and row.verdict.name == "broken":
+        return True
+    value = row.value(gate.metric)
+    return value is not None and value > gate.value

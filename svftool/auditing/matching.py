@@ -2,14 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections import Counter
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
-from itertools import product
 
 from svftool.checkpoints import TensorInfo
 
-PREFIXES = ("module.", "_orig_mod.", "model.", "backbone.", "body.", "encoder.", "base_model.")
-"""What wrappers and detectors put before the names of a backbone."""
+PREFIXES = (
+    "module.", "_orig_mod.", "model.", "backbone.", "body.", "encoder.", "base_model.",
+    "base_model.model.", "transformer.", "state_dict.", "net.", "network.", "student.",
+)  # fmt: skip
+"""What wrappers and detectors put before the names of a backbone: one tensor is enough to take
+them for a prefix. Any other needs `ENOUGH` tensors that agree."""
+
+ENOUGH = 3
 
 
 @dataclass(frozen=True)
@@ -21,8 +27,23 @@ class Pair:
 
 
 @dataclass(frozen=True)
+class Renaming:
+    """A prefix on either side that stands for one on the other, and how many tensors it matched."""
+
+    base: str
+    tuned: str
+    count: int
+
+    def __str__(self) -> str:
+        return (
+            f"{self.count} tensors matched by taking {self.base or 'nothing'!r} off the base's "
+            f"names and {self.tuned or 'nothing'!r} off the fine-tune's"
+        )
+
+
+@dataclass(frozen=True)
 class Matching:
-    """How the tensors of two checkpoints correspond.
+    """How the tensors of two checkpoints correspond; every tensor of both sides is in one place.
 
     Attributes
     ----------
@@ -32,79 +53,99 @@ class Matching:
         Same name, another shape.
     base_only, tuned_only : tuple of str
         Names without a counterpart.
-    base_prefix, tuned_prefix : str
-        What was dropped from the names of each side.
+    renamings : tuple of Renaming
+        The prefixes that were dropped, those with the most tensors first.
     """
 
     pairs: tuple[Pair, ...]
     misshapen: tuple[Pair, ...]
     base_only: tuple[str, ...]
     tuned_only: tuple[str, ...]
-    base_prefix: str = ""
-    tuned_prefix: str = ""
+    renamings: tuple[Renaming, ...] = ()
 
     @property
     def notes(self) -> tuple[str, ...]:
         """What was dropped, as sentences."""
-        sides = (("base", self.base_prefix), ("tuned", self.tuned_prefix))
-        return tuple(
-            f"matched without the prefix {prefix!r} of the {side} names"
-            for side, prefix in sides
-            if prefix
-        )
+        return tuple(map(str, self.renamings))
 
 
 def match_names(base: Mapping[str, TensorInfo], tuned: Mapping[str, TensorInfo]) -> Matching:
     """Match the tensors of two checkpoints by name.
 
-    Of the known prefixes, alone or in pairs, those are dropped that let the most names agree in
-    name and shape; none where that is as good.
+    Equal names match first. Then, one after another, the pair of prefixes is dropped that lets the
+    most of what is left agree in name and shape. Prefixes end at a dot.
 
     Parameters
     ----------
     base, tuned : mapping of str to TensorInfo
         Tensors of both sides.
     """
-    choices = product(_prefixes(base), _prefixes(tuned))
-    best = max(choices, key=lambda choice: (_agreeing(base, tuned, *choice), -len("".join(choice))))
-    left, right = _without(base, best[0]), _without(tuned, best[1])
-    both = [name for name in left if name in right]
-    pairs = [Pair(left[name], right[name]) for name in both]
-    fits = [base[pair.base].shape == tuned[pair.tuned].shape for pair in pairs]
-    matched_base, matched_tuned = {pair.base for pair in pairs}, {pair.tuned for pair in pairs}
-    return Matching(
-        pairs=tuple(pair for pair, fit in zip(pairs, fits, strict=True) if fit),
-        misshapen=tuple(pair for pair, fit in zip(pairs, fits, strict=True) if not fit),
-        base_only=tuple(name for name in base if name not in matched_base),
-        tuned_only=tuple(name for name in tuned if name not in matched_tuned),
-        base_prefix=best[0],
-        tuned_prefix=best[1],
+    found = {name: name for name in base if name in tuned}
+    renamings: list[Renaming] = []
+    while True:
+        taken = set(found.values())
+        left = {name: info for name, info in base.items() if name not in found}
+        right = {name: info for name, info in tuned.items() if name not in taken}
+        best = _best_renaming(left, right)
+        if best is None:
+            break
+        renamings.append(best)
+        for name in left:
+            other = _renamed(name, best)
+            if other in right:
+                found[name] = other
+    return _gathered(base, tuned, found, renamings)
+
+
+def _renamed(name: str, renaming: Renaming) -> str:
+    """Return the name in the fine-tune, or one that it cannot have."""
+    if not name.startswith(renaming.base):
+        return ""
+    return renaming.tuned + name[len(renaming.base) :]
+
+
+def _best_renaming(
+    left: Mapping[str, TensorInfo], right: Mapping[str, TensorInfo]
+) -> Renaming | None:
+    by_tail: dict[tuple[str, tuple[int, ...]], list[str]] = {}
+    for name, info in right.items():
+        for prefix, tail in _splits(name):
+            by_tail.setdefault((tail, info.shape), []).append(prefix)
+    votes: Counter[tuple[str, str]] = Counter()
+    for name, info in left.items():
+        for prefix, tail in _splits(name):
+            votes.update((prefix, other) for other in by_tail.get((tail, info.shape), ()))
+    if not votes:
+        return None
+    # Of prefixes that match as many tensors, the shortest: the longer ones repeat what is equal.
+    (base, tuned), count = max(
+        votes.items(), key=lambda item: (item[1], -len(item[0][0]) - len(item[0][1]))
     )
+    known = all(not prefix or prefix in PREFIXES for prefix in (base, tuned))
+    return Renaming(base, tuned, count) if known or count >= ENOUGH else None
 
 
-def _prefixes(names: Mapping[str, TensorInfo]) -> list[str]:
-    joined = ["", *PREFIXES, *("".join(pair) for pair in product(PREFIXES, repeat=2))]
-    return [prefix for prefix in joined if any(name.startswith(prefix) for name in names)]
+def _splits(name: str) -> Iterable[tuple[str, str]]:
+    """Yield every prefix of a name that ends at a dot, with the rest; the empty one first."""
+    yield "", name
+    for index, letter in enumerate(name):
+        if letter == "." and index + 1 < len(name):
+            yield name[: index + 1], name[index + 1 :]
 
 
-def _without(names: Mapping[str, TensorInfo], prefix: str) -> dict[str, str]:
-    """Map names without the prefix to names; one that is there with and without keeps its own."""
-    short = {name.removeprefix(prefix): name for name in names if name.startswith(prefix)}
-    return {name: name for name in names if not prefix or not name.startswith(prefix)} | short
-
-
-def _agreeing(
+def _gathered(
     base: Mapping[str, TensorInfo],
     tuned: Mapping[str, TensorInfo],
-    base_prefix: str,
-    tuned_prefix: str,
-) -> int:
-    left, right = _without(base, base_prefix), _without(tuned, tuned_prefix)
-    return sum(
-        base[left[name]].shape == tuned[right[name]].shape for name in left.keys() & right.keys()
+    found: Mapping[str, str],
+    renamings: list[Renaming],
+) -> Matching:
+    both = [Pair(name, found[name]) for name in base if name in found]
+    fits = [base[pair.base].shape == tuned[pair.tuned].shape for pair in both]
+    taken = set(found.values())
+    return Matching(
+        pairs=tuple(pair for pair, fit in zip(both, fits, strict=True) if fit),
+        misshapen=tuple(pair for pair, fit in zip(both, fits, strict=True) if not fit),
+        base_only=tuple(name for name in base if name not in found),
+        tuned_only=tuple(name for name in tuned if name not in taken),
+        renamings=tuple(renamings),
     )
-
-
-def shared_fraction(matching: Matching, names: Sequence[str]) -> float:
-    """Share of `names` that found a counterpart of the same shape."""
-    return len(matching.pairs) / max(1, len(names))

@@ -1,14 +1,14 @@
-"""What can be inspected: dense checkpoints and factor checkpoints, one weight at a time."""
+"""What can be inspected: dense checkpoints, factor checkpoints, tuned files and LoRA folders."""
 
 from __future__ import annotations
 
 import os
 from collections.abc import Callable, Mapping
-from contextlib import AbstractContextManager
-from dataclasses import dataclass
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass, field
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Self
+from typing import Any, Literal, Self
 
 from torch import Tensor
 
@@ -19,8 +19,20 @@ from svftool.checkpoints import (
     fingerprint_checkpoint,
     open_checkpoint,
 )
-from svftool.factors import FactorStore, is_factors, open_factors, rebuild
+from svftool.checkpoints.lora import LoraFolder, is_lora, open_lora
+from svftool.errors import FactorsError
+from svftool.factors import (
+    FactorStore,
+    TunedFile,
+    is_factors,
+    is_tuned,
+    open_factors,
+    read_tuned,
+    rebuild,
+)
 from svftool.progress import Progress
+
+Kind = Literal["checkpoint", "factors", "tuned", "lora"]
 
 
 @dataclass(frozen=True)
@@ -31,31 +43,43 @@ class Source:
     ----------
     path : Path
         What was named.
-    kind : {"checkpoint", "factors"}
+    kind : {"checkpoint", "factors", "tuned", "lora"}
         Its form.
     infos : mapping of str to TensorInfo
-        Its tensors in file order.
-    views : mapping of str to {"matrix", "batch"}
-        Views that a factor checkpoint recorded.
-    notes : tuple of str
-        What the user should be told.
-    config : mapping or None
-        ``config.json`` beside the weights.
+        The tensors that `read` gives, in file order.
     read : callable
         Gives a dense tensor by name.
     fingerprint : callable
-        Gives the fingerprint of the checkpoint, or of the base that was decomposed.
+        Gives the fingerprint of the checkpoint, or of the base of factors and tuned files.
+    notes : tuple of str
+        What the user should be told.
+    views : mapping of str to {"matrix", "batch"}
+        Views that a factor checkpoint recorded.
+    config : mapping or None
+        ``config.json`` beside the weights.
+    spectra : callable or None
+        Gives the singular values of a name without any decomposition, or None: factor checkpoints
+        of full rank have them.
+    tuned : TunedFile or None
+        Of a tuned file: its layers are known by their singular values alone.
+    lora : LoraFolder or None
+        Of a LoRA folder: its layers are known by their change alone.
+    file : context manager
+        What is closed at the end.
     """
 
     path: Path
-    kind: str
+    kind: Kind
     infos: Mapping[str, TensorInfo]
-    views: Mapping[str, View]
-    notes: tuple[str, ...]
-    config: Mapping[str, Any] | None
     read: Callable[[str], Tensor]
     fingerprint: Callable[[Progress], str]
-    file: AbstractContextManager[object]
+    notes: tuple[str, ...] = ()
+    views: Mapping[str, View] = field(default_factory=dict)
+    config: Mapping[str, Any] | None = None
+    spectra: Callable[[str], Tensor | None] | None = None
+    tuned: TunedFile | None = None
+    lora: LoraFolder | None = None
+    file: AbstractContextManager[object] = field(default_factory=nullcontext)
 
     def __enter__(self) -> Self:
         return self
@@ -70,7 +94,12 @@ class Source:
 
 
 def open_source(path: str | os.PathLike[str]) -> Source:
-    """Open a dense checkpoint or a factor checkpoint for inspection.
+    """Open whatever can be inspected.
+
+    Parameters
+    ----------
+    path : path-like
+        A checkpoint in any format, a factor checkpoint, a tuned file, or a PEFT LoRA folder.
 
     Raises
     ------
@@ -79,19 +108,28 @@ def open_source(path: str | os.PathLike[str]) -> Source:
     """
     if is_factors(path):
         return _from_factors(open_factors(path))
+    if is_lora(path):
+        return _from_lora(open_lora(path))
+    if is_tuned(path):
+        return _from_tuned(read_tuned(path))
     file = open_checkpoint(path)
-    notes, config = file.notes, file.config
 
     def fingerprint(progress: Progress) -> str:
         return fingerprint_checkpoint(file, progress=progress)
 
     return Source(
-        file.path, "checkpoint", file.infos, {}, notes, config, file.read, fingerprint, file
+        file.path,
+        "checkpoint",
+        file.infos,
+        file.read,
+        fingerprint,
+        notes=file.notes,
+        config=file.config,
+        file=file,
     )
 
 
 def _from_factors(store: FactorStore) -> Source:
-
     def read(name: str) -> Tensor:
         layer = store.layers.get(name)
         if layer is None:
@@ -100,15 +138,57 @@ def _from_factors(store: FactorStore) -> Source:
         dtype = dtype_named(layer.dtype)
         return rebuild(factors, factors.S, shape=layer.shape, dtype=dtype, view=layer.view)
 
+    def spectra(name: str) -> Tensor | None:
+        layer = store.layers.get(name)
+        return store.read_S(name) if layer is not None and layer.full_rank else None
+
     truncated = sum(not layer.full_rank for layer in store.layers.values())
+    note = (
+        f"{store.path.name}: {truncated} layers are truncated; what was cut off counts as changed"
+    )
     return Source(
         path=store.path,
         kind="factors",
         infos={name: store.info(name) for name in (*store.layers, *store.whole)},
-        views={layer.name: layer.view for layer in store.layers.values()},
-        notes=(f"{store.path.name}: {truncated} layers are truncated",) if truncated else (),
-        config=None,
         read=read,
         fingerprint=lambda progress: store.base_fingerprint,
+        notes=(note,) if truncated else (),
+        views={layer.name: layer.view for layer in store.layers.values()},
+        spectra=spectra,
         file=store,
+    )
+
+
+def _from_lora(lora: LoraFolder) -> Source:
+    infos = {name: lora.info(key) for name, key in lora.whole.items()}
+
+    def fingerprint(progress: Progress) -> str:
+        raise FactorsError(
+            f"{lora.path}: a LoRA folder does not record the fingerprint of its base"
+        )
+
+    return Source(
+        path=lora.path,
+        kind="lora",
+        infos=infos,
+        read=lambda name: lora.read(lora.whole[name]),
+        fingerprint=fingerprint,
+        notes=lora.notes,
+        lora=lora,
+        file=lora,
+    )
+
+
+def _from_tuned(tuned: TunedFile) -> Source:
+    infos = {
+        name: TensorInfo(name, value.dtype, tuple(value.shape), tuned.path.name)
+        for name, value in tuned.whole.items()
+    }
+    return Source(
+        path=tuned.path,
+        kind="tuned",
+        infos=infos,
+        read=lambda name: tuned.whole[name],
+        fingerprint=lambda progress: tuned.base_fingerprint,
+        tuned=tuned,
     )

@@ -1,68 +1,318 @@
-"""Verdicts in words, from stated rules; see docs/metrics.md."""
+"""Verdicts in words, from stated rules over the evidence; docs/metrics.md explains each.
+
+The rules are asked in this order, and the first that holds gives the verdict: broken, untouched,
+rearranged, rounding noise, spectrum only, unrelated, low rank, full fine-tune.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import math
+from collections import Counter
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from typing import Literal
 
-from svftool.auditing.drift import LayerDrift
+from svftool.auditing.evidence import Evidence, Noise
+from svftool.checkpoints import dtype_name
+
+Confidence = Literal["high", "medium", "low"]
 
 UNTOUCHED = "untouched"
 ROUNDING = "rounding noise"
 SPECTRUM_ONLY = "spectrum only"
-GENERAL = "general change"
+LOW_RANK = "low rank"
+FULL = "full fine-tune"
 UNRELATED = "unrelated"
+REARRANGED = "rearranged"
+CHANGED = "changed"
 BROKEN = "broken"
+MIXED = "mixed"
 
 VERDICTS = {
     UNTOUCHED: "not one value differs",
     ROUNDING: "the change is no larger than what rounding to the dtype makes",
     SPECTRUM_ONLY: "singular values changed, singular vectors did not: a singular value fine-tune",
-    GENERAL: "singular vectors changed too: a full or low-rank fine-tune",
+    LOW_RANK: "the change has few singular values: a LoRA-like update",
+    FULL: "singular values and vectors changed, in many directions",
     UNRELATED: "almost no correlation with the base: retrained, or another model",
-    BROKEN: "values that are not finite, or a matrix that became zero",
+    REARRANGED: "same singular values, other entries: permuted, sign-flipped or rotated",
+    CHANGED: "norms, biases or other tensors that are no matrices changed",
+    MIXED: "layers changed in different ways",
+    BROKEN: "values that are not finite, a weight that became zero, or another shape",
 }
-"""Each verdict with what it means."""
+"""Each verdict with what it means. ``changed`` and ``mixed`` are for tensors that are no matrices
+and for whole comparisons."""
 
-NOISE_FACTOR = 2.0
-"""A change up to this many times the expected rounding noise counts as noise."""
+STEPS = 1.0
+"""Steps of the dtype up to which a moved entry counts as rounded."""
 
-SVF_SHARE = 0.9
+SVF_SHARE = 0.95
 """Share of a change, rounding noise taken off, that must lie on the diagonal."""
 
 COSINE = 0.2
 """Absolute cosine with the base below which a weight counts as unrelated."""
 
+RANK_SHARE = 0.5
+"""Share of the short side up to which a change's rank counts as low."""
 
-def layer_verdict(row: LayerDrift) -> str:
-    """Judge one compared layer.
+TAIL = 2.0
+"""How many times the expected noise the rest of a low-rank change may hold."""
+
+_EXACT_TAIL = 1e-9
+_ORDER: tuple[Confidence, ...] = ("low", "medium", "high")
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """What happened to a layer, or to a whole checkpoint.
+
+    Attributes
+    ----------
+    name : str
+        A key of `VERDICTS`.
+    confidence : {"high", "medium", "low"}
+    evidence : str
+        The numbers it rests on, as a sentence without a capital and a full stop.
+    rank : int or None
+        Of a low-rank change.
+    """
+
+    name: str
+    confidence: Confidence
+    evidence: str
+    rank: int | None = None
+
+    @property
+    def text(self) -> str:
+        """The verdict with its rank, where it has one."""
+        return self.name if self.rank is None else f"{self.name} {self.rank}"
+
+
+def judge(found: Evidence) -> Verdict:
+    """Give the verdict on one matrix or batch of matrices.
 
     Parameters
     ----------
-    row : LayerDrift
-        With its metrics; ``broken`` rows are judged where they are found.
+    found : Evidence
+
+    Returns
+    -------
+    Verdict
     """
-    if row.weight_drift is None:
-        return row.verdict
-    if row.weight_drift == 0.0:
-        return UNTOUCHED
-    floor = row.rounding_floor or 0.0
-    if row.weight_drift <= NOISE_FACTOR * floor:
-        return ROUNDING
-    if row.cosine is not None and abs(row.cosine) < COSINE:
-        return UNRELATED
-    noise = (floor / row.weight_drift) ** 2
-    if row.svf_share is not None and row.svf_share >= SVF_SHARE * (1.0 - noise):
-        return SPECTRUM_ONLY
-    return GENERAL
+    if found.broken:
+        return Verdict(BROKEN, "high", found.broken)
+    if found.identical:
+        return Verdict(UNTOUCHED, "high", "every value is equal")
+    if found.tuned_energy == 0.0:
+        return Verdict(BROKEN, "high", "all values became zero")
+    if found.rearranged:
+        return Verdict(REARRANGED, "high", found.rearranged)
+    for rule in (_rounding, _spectrum_only, _unrelated, _low_rank):
+        verdict = rule(found)
+        if verdict is not None:
+            return verdict
+    return _full(found)
 
 
-def overall_verdict(rows: Sequence[LayerDrift]) -> str:
-    """Judge a whole comparison by the verdict that most of its changed matrices share."""
-    judged = [row for row in rows if row.matrix is not None or row.svf_share is not None]
-    if any(row.verdict == BROKEN for row in rows):
-        return BROKEN
-    changed = [row.verdict for row in judged if row.verdict != UNTOUCHED]
-    if not changed:
-        return UNTOUCHED if all(not row.weight_drift for row in rows) else GENERAL
-    moved = [verdict for verdict in changed if verdict != ROUNDING] or changed
-    return max(VERDICTS, key=moved.count)
+def judge_tensor(found: Evidence) -> Verdict:
+    """Give the verdict on a tensor that is no matrix: a norm, a bias, a counter."""
+    if found.broken:
+        return Verdict(BROKEN, "high", found.broken)
+    if found.identical:
+        return Verdict(UNTOUCHED, "high", "every value is equal")
+    rounded = _rounding(found)
+    if rounded is not None:
+        return rounded
+    if found.rearranged:
+        return Verdict(REARRANGED, "medium", found.rearranged)
+    return Verdict(CHANGED, "high", f"moved by {_percent(found.weight_drift)} of its norm")
+
+
+def _rounding(found: Evidence) -> Verdict | None:
+    noise = found.noise
+    if noise is None or noise.steps is None or noise.steps > STEPS:
+        return None
+    evidence = (
+        f"no entry moved by more than {noise.steps:.2g} steps of {dtype_name(noise.dtype)}, "
+        f"by {_percent(found.weight_drift)} in all"
+    )
+    # Rounding an entry to the nearest number moves it by half a step and spreads evenly.
+    single = noise.steps <= 0.51 and found.change_energy <= 2.0 * noise.energy
+    return Verdict(ROUNDING, "high" if single else "medium", evidence)
+
+
+def _spectrum_only(found: Evidence) -> Verdict | None:
+    if found.svf_share is None:
+        return None
+    for noise in _noises(found):
+        share, noisy = _cleaned_share(found, noise)
+        if share < SVF_SHARE or noisy > 0.9:
+            continue
+        evidence = f"{_percent(found.svf_share)} of the change is one of singular values"
+        if noise is not None and found.svf_share < 0.99:
+            evidence += (
+                f", {_percent(share)} without the rounding noise of {dtype_name(noise.dtype)}"
+            )
+        if found.cosine is not None and abs(found.cosine) > 1.0 - 1e-9:
+            evidence += "; it is a plain rescaling"
+        return Verdict(SPECTRUM_ONLY, _spectral_confidence(found, noisy), evidence)
+    return None
+
+
+def _spectral_confidence(found: Evidence, noisy: float) -> Confidence:
+    if found.side < 4 or noisy > 0.5:
+        return "low"
+    return "high" if noisy < 0.1 else "medium"
+
+
+def _cleaned_share(found: Evidence, noise: Noise | None) -> tuple[float, float]:
+    """Share on the diagonal once noise is taken off, which falls there by chance, and its part."""
+    assert found.svf_share is not None
+    energy = 0.0 if noise is None else noise.energy
+    left = found.change_energy - energy
+    if left <= 0.0:
+        return 0.0, 1.0
+    chance = energy / max(found.m, found.n)
+    return (found.svf_share * found.change_energy - chance) / left, energy / found.change_energy
+
+
+def _noises(found: Evidence) -> Iterable[Noise | None]:
+    """Return the finer precision first: a change may need no coarser noise to explain it."""
+    kinds = [noise for noise in (found.tuned_noise, found.noise) if noise is not None]
+    return kinds or [None]
+
+
+def _unrelated(found: Evidence) -> Verdict | None:
+    if found.base_energy == 0.0:
+        return Verdict(UNRELATED, "medium", "the base's weight is all zeros")
+    cosine = found.cosine
+    entries = found.m * found.n * found.count
+    limit = max(COSINE, 3.0 / math.sqrt(entries))
+    if cosine is None or abs(cosine) >= limit:
+        return None
+    confidence: Confidence = "high" if abs(cosine) < COSINE / 2 and entries >= 400 else "medium"
+    return Verdict(
+        UNRELATED, confidence if entries >= 100 else "low", f"cosine with the base {cosine:.2f}"
+    )
+
+
+def _low_rank(found: Evidence) -> Verdict | None:
+    rank = found.rank
+    if rank is None or not 1 <= rank <= RANK_SHARE * found.side:
+        return None
+    for noise in _noises(found):
+        energy = 0.0 if noise is None else noise.energy
+        if found.tail <= max(TAIL * energy, _EXACT_TAIL * found.change_energy):
+            noisy = energy / found.change_energy
+            kept = 1.0 - found.tail / found.change_energy
+            evidence = f"{rank} of {found.side} directions hold {_percent(kept)} of the change"
+            if noise is not None:
+                evidence += f", the rest is within the rounding of {dtype_name(noise.dtype)}"
+            return Verdict(LOW_RANK, _rank_confidence(found, rank, noisy), evidence, rank)
+    return None
+
+
+def _rank_confidence(found: Evidence, rank: int, noisy: float) -> Confidence:
+    if noisy > 0.3 or found.side < 8:
+        return "low"
+    return "high" if noisy < 0.05 and rank <= found.side / 4 else "medium"
+
+
+def _full(found: Evidence) -> Verdict:
+    parts = [f"moved by {_percent(found.weight_drift)} of its norm"]
+    if found.svf_share is not None:
+        parts.append(f"{_percent(found.svf_share)} of that by singular values")
+    if found.rank is not None:
+        parts.append(f"rank {found.rank} of {found.side}")
+    confidence: Confidence = "high"
+    if found.svf_share is None or found.side < 4 or found.noise_share > 0.3:
+        confidence = "medium"
+    if found.noise_share > 0.7 or found.side < 2:
+        confidence = "low"
+    return Verdict(FULL, confidence, ", ".join(parts))
+
+
+def judge_all(
+    matrices: Sequence[tuple[Verdict, Evidence | None]], others: Sequence[Verdict]
+) -> Verdict:
+    """Give the verdict on a whole comparison.
+
+    Parameters
+    ----------
+    matrices : sequence of (Verdict, Evidence)
+        Of every matrix that both sides have.
+    others : sequence of Verdict
+        Of the tensors that are no matrices.
+
+    Returns
+    -------
+    Verdict
+    """
+    broken = sum(verdict.name == BROKEN for verdict in (*(v for v, _ in matrices), *others))
+    if broken:
+        return Verdict(BROKEN, "high", f"{broken} tensors are broken")
+    moved = [(v, e) for v, e in matrices if v.name not in (UNTOUCHED, ROUNDING)]
+    if not moved:
+        return _still(matrices, others)
+    counts = Counter(verdict.name for verdict in _absorbed(moved))
+    name, most = counts.most_common(1)[0]
+    total, still = len(moved), len(matrices) - len(moved)
+    if most < 0.8 * total:
+        name = MIXED if FULL not in counts or counts[FULL] < 0.5 * total else FULL
+    alike = [verdict for verdict, _ in moved if verdict.name == name] or [v for v, _ in moved]
+    evidence = _tally(counts, len(matrices), still)
+    ranks = sorted(verdict.rank for verdict in alike if verdict.rank is not None)
+    rank = ranks[-1] if name == LOW_RANK else None
+    if rank is not None and ranks[0] != rank:
+        evidence += f"; ranks {ranks[0]} to {rank}"
+    return Verdict(name, _joint(alike), evidence, rank)
+
+
+def _still(
+    matrices: Sequence[tuple[Verdict, Evidence | None]], others: Sequence[Verdict]
+) -> Verdict:
+    rounded = sum(verdict.name == ROUNDING for verdict, _ in matrices)
+    changed = sum(verdict.name in (CHANGED, REARRANGED) for verdict in others)
+    if changed:
+        part = "all matrices are as in the base"
+        if rounded:
+            part += " but for rounding"
+        return Verdict(CHANGED, "high", f"{part}; {changed} norms, biases or statistics changed")
+    if rounded or any(verdict.name == ROUNDING for verdict in others):
+        alike = [verdict for verdict, _ in matrices if verdict.name == ROUNDING]
+        return Verdict(
+            ROUNDING, _joint(alike or others), f"{rounded} of {len(matrices)} matrices, by rounding"
+        )
+    return Verdict(UNTOUCHED, "high", f"all {len(matrices) + len(others)} tensors are equal")
+
+
+def _absorbed(moved: Sequence[tuple[Verdict, Evidence | None]]) -> list[Verdict]:
+    """Count a full change of a small layer as low rank, where the others' rank would fill it."""
+    ranks = [verdict.rank for verdict, _ in moved if verdict.rank is not None]
+    top = max(ranks) if len(ranks) >= 0.5 * len(moved) else 0
+    return [
+        Verdict(LOW_RANK, "medium", verdict.evidence)
+        if verdict.name == FULL and found is not None and top > RANK_SHARE * found.side
+        else verdict
+        for verdict, found in moved
+    ]
+
+
+def _tally(counts: Counter[str], matrices: int, still: int) -> str:
+    parts = [f"{count} {name}" for name, count in counts.most_common()]
+    text = f"of {matrices} matrices {', '.join(parts)}"
+    return text + (f", {still} as in the base" if still else "")
+
+
+def _joint(verdicts: Sequence[Verdict]) -> Confidence:
+    """Return the confidence that at least four of five of them have."""
+    levels = sorted(_ORDER.index(verdict.confidence) for verdict in verdicts)
+    return _ORDER[levels[len(levels) // 5]] if levels else "high"
+
+
+def _percent(share: float) -> str:
+    if not math.isfinite(share):
+        return "infinitely many times"
+    if share >= 0.1:
+        return f"{share:.0%}"
+    return f"{share:.2%}" if share >= 1e-4 else f"{100 * share:.1e} %"

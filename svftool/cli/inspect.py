@@ -17,30 +17,49 @@ from svftool.cli.common import (
     emit,
 )
 from svftool.cli.console import progress_for
-from svftool.errors import GateError
 
 NAME = "inspect"
-EXAMPLE = "Example: svftool inspect base.safetensors merged.safetensors --top 10"
+EXAMPLE = "Example: svftool inspect base.safetensors merged.safetensors --html report.html"
 
 
 def command(
     base: Annotated[
-        Path, typer.Argument(help="Dense or factor checkpoint; a tuned file may stand alone.")
+        str, typer.Argument(help="Dense or factor checkpoint; a tuned file may stand alone.")
     ],
     tuned: Annotated[
-        list[Path] | None, typer.Argument(help="Fine-tunes: checkpoints, factors or tuned files.")
+        list[str] | None,
+        typer.Argument(help="Fine-tunes: checkpoints, factors, tuned files, LoRA folders."),
     ] = None,
     *,
+    metrics: Annotated[
+        str | None,
+        typer.Option(metavar="NAME,...|all", help="Metrics beside the default ones."),
+    ] = None,
+    fast: Annotated[
+        bool, typer.Option("--fast", help="Singular values only: no shares, no intruders.")
+    ] = False,
     sort: Annotated[
         str, typer.Option(metavar="METRIC", help="Metric that orders the table.")
     ] = "weight_drift",
     top: Annotated[int | None, typer.Option(min=1, help="Rows to show.", show_default="20")] = None,
-    csv: Annotated[Path | None, typer.Option(help="Write one line a layer to this file.")] = None,
+    group: Annotated[
+        bool, typer.Option("--group", help="Gather the rows of each block of the network.")
+    ] = False,
+    csv: Annotated[Path | None, typer.Option(help="Write one line a tensor to this file.")] = None,
+    html: Annotated[
+        Path | None, typer.Option(help="Write a page with charts, for any browser.")
+    ] = None,
+    plot: Annotated[
+        Path | None, typer.Option(help="Write a figure; the suffix says png, svg or pdf.")
+    ] = None,
     fail_above: Annotated[
         list[str] | None,
         typer.Option(
             metavar="METRIC=VALUE", help="Exit with 10 if any layer exceeds it (repeatable)."
         ),
+    ] = None,
+    policy: Annotated[
+        Path | None, typer.Option(help="TOML file of allowed and denied verdicts; exit 10.")
     ] = None,
     include: IncludeOption = None,
     exclude: ExcludeOption = None,
@@ -51,29 +70,27 @@ def command(
     verbose: VerboseOption = 0,
 ) -> None:
     """Say what fine-tunes did to a checkpoint, layer by layer."""
-    from svftool.auditing import parse_gate, tripped
-    from svftool.auditing.gates import check_metric
     from svftool.report import inspect as report
-    from svftool.report.files import write_text
+    from svftool.report.inspect.files import Files
     from svftool.stages.audit import audit
+    from svftool.stages.gate import Gatekeeper
 
-    gates = [parse_gate(text) for text in fail_above or []]
-    check_metric(sort)
+    gate = Gatekeeper.read(fail_above or (), policy)
+    files = Files(csv=csv, html=html, plot=plot, force=force, inputs=(base, *(tuned or ())))
+    files.check(sort)
+    asked = () if metrics is None else tuple(name.strip() for name in metrics.split(","))
     result = audit(
         base,
         tuned or [],
+        metrics=gate.with_metrics((*asked, sort)),
+        fast=fast,
         include=include or (),
         exclude=exclude or (),
         device=device,
         progress=progress_for(quiet=quiet, verbose=verbose),
     )
-    if csv is not None:
-        write_text(csv, report.csv_text(result), force=force, inputs=[base, *(tuned or [])])
-    emit(report.document(result), report.view(result, sort=sort, top=top), as_json=json)
-    rows = [row for one in result.comparisons for row in one.layers]
-    for gate in gates:
-        found = tripped(rows, gate)
-        if found:
-            raise GateError(
-                f"{len(found)} layers with {gate}: {report.gate_lines(found, gate.metric)}"
-            )
+    failed = gate.violations(result)
+    files.write(result, failed)
+    shown = report.view(result, sort=sort, top=top, group=group, failed=failed)
+    emit(report.document(result, failed=failed), shown, as_json=json)
+    gate.close(failed)

@@ -13,6 +13,7 @@ left and the right vectors may turn apart.
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 from itertools import pairwise
 
@@ -82,11 +83,17 @@ def change_shares(
     total = float(D.square().sum())
     if total == 0.0:
         return None
-    regular = count_regular(S.double(), near_equal)
+    S = S.double()
+    r = count_regular(S, near_equal)
     N = U.mT @ D @ V
-    rest = (D @ V).square().sum(dim=0) - N[:regular].square().sum(dim=0)
+    rest = (D @ V).square().sum(dim=0) - N[:r].square().sum(dim=0)
     return divide(
-        N[:regular], rest, S.double(), square=U.shape[0] == V.shape[0], near_equal=near_equal
+        N.diagonal()[:r],
+        [N[a:b, a:b] for a, b in groups(S[:r], near_equal) if b - a > 1],
+        inside=float(N[:r].square().sum()),
+        outside=float(rest[:r].sum()),
+        null=float(rest[r:].sum()),
+        square=U.shape[0] == V.shape[0],
     )
 
 
@@ -137,38 +144,41 @@ def groups(S: Tensor, near_equal: float = NEAR_EQUAL) -> list[tuple[int, int]]:
 
 
 def divide(
-    N: Tensor, rest: Tensor, S: Tensor, *, square: bool, near_equal: float = NEAR_EQUAL
+    diagonal: Tensor,
+    blocks: Iterable[Tensor],
+    *,
+    inside: float,
+    outside: float,
+    null: float,
+    square: bool,
 ) -> Shares:
-    """Divide a change, given in the base's basis with the long side on the left.
+    """Divide a change whose parts in the base's basis are known, the long side on the left.
 
     Parameters
     ----------
-    N : (r, k) Tensor
-        ``U[:, :r]' D V`` for the r singular values that are not zero, see `count_regular`; float64.
-    rest : (k,) Tensor
-        Column sums of squares of ``D V`` that N does not hold.
-    S : (k,) Tensor
-        Singular values of the base, non-increasing.
+    diagonal : (r,) Tensor
+        Diagonal of ``U' D V``, over the r singular values that are not zero.
+    blocks : iterable of (b, b) Tensor
+        Its diagonal blocks over groups of more than one value, see `groups`.
+    inside : float
+        Sum of squares of the first r rows of ``U' D V``.
+    outside : float
+        What the first r columns of ``D V`` hold beyond them.
+    null : float
+        What the other columns of ``D V`` hold beyond them.
     square : bool
         Whether the matrix is square, so that nothing lies outside the left vectors.
-    near_equal : float
-        As in `change_shares`.
 
     Returns
     -------
     Shares
     """
-    r = N.shape[0]
-    rest = rest.clamp_min(0.0)
-    inside, outside, null = (float(x) for x in (N.square().sum(), rest[:r].sum(), rest[r:].sum()))
+    inside, outside, null = max(inside, 0.0), max(outside, 0.0), max(null, 0.0)
     total = inside + outside + null
-    diagonal = float(N.diagonal().square().sum()) + null
-    for start, stop in groups(S[:r], near_equal):
-        if stop - start > 1:
-            block = N[start:stop, start:stop]
-            diagonal += float(
-                ((block + block.mT) / 2).square().sum() - block.diagonal().square().sum()
-            )
-    svf = min(diagonal / total, 1.0)
+    spectral = float(diagonal.square().sum()) + null
+    for block in blocks:
+        even = (block + block.mT) / 2
+        spectral += float(even.square().sum() - block.diagonal().square().sum())
+    svf = min(spectral / total, 1.0)
     out = 0.0 if square else min(outside / total, 1.0 - svf)
     return Shares(svf, max(1.0 - svf - out, 0.0), out)

@@ -3,98 +3,59 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterator, Mapping, Sequence
+import time
+from collections.abc import Iterable, Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass, replace
-from pathlib import Path
 
+import torch
 from torch import Tensor
 
 from svftool.auditing import (
-    LayerDrift,
+    AuditResult,
+    BaseMatrix,
+    Comparison,
+    Counterparts,
+    Curves,
+    Found,
+    Measured,
+    Metric,
+    Row,
     Source,
-    drift_of_factors,
-    drift_of_tuned,
-    layer_verdict,
-    match_names,
+    Unread,
+    Verdict,
+    choose_metrics,
+    compare_spectra,
+    compare_vectors,
+    counterparts,
+    judge,
+    judge_all,
+    judge_tensor,
     open_source,
-    overall_verdict,
-    single_spectrum,
+    trajectory_of,
 )
-from svftool.auditing.drift import drift_of_vectors
-from svftool.auditing.matching import Matching
-from svftool.auditing.verdicts import BROKEN
-from svftool.checkpoints import (
-    Choice,
-    Selection,
-    TensorInfo,
-    View,
-    matrix_shape,
-    select,
-    to_matrix,
-)
-from svftool.engine import Job, run_svds, run_values
-from svftool.errors import CheckpointError, FactorsError, NumericalError, shortlist
-from svftool.factors import TunedFile, is_tuned, read_tuned
-from svftool.numerics import Svd
+from svftool.auditing.verdicts import BROKEN, UNTOUCHED
+from svftool.checkpoints import Selection, TensorInfo, View, dtype_name, matrix_shape, select
+from svftool.checkpoints.dtypes import FLOAT8
+from svftool.engine import Job, run_layers, share
+from svftool.errors import CheckpointError, FactorsError
+from svftool.numerics import Pool
 from svftool.progress import SILENT, Progress
+from svftool.stages.processes import joined_processes
 
-_BASE, _TUNED = "\0base", "\0tuned"
-_COMPARED_AS_VALUES = frozenset(
-    {"fewer than two dimensions", "one side of the matrix is 1", "not floating point"}
-)
+_VECTORS = frozenset({"fewer than two dimensions", "one side of the matrix is 1", "empty"})
+"""Reasons of `select` for which a tensor is compared by its values."""
 
-EVERYTHING = Selection(include=("*",))
+EVERYTHING = ("*",)
 """Embeddings and heads are looked at too, though `decompose` leaves them whole by default."""
-
-
-@dataclass(frozen=True)
-class Unread:
-    """A tensor that is in no comparison, and why."""
-
-    name: str
-    reason: str
-
-
-@dataclass(frozen=True)
-class Comparison:
-    """A base and one fine-tune, or a base alone.
-
-    Attributes
-    ----------
-    base : Path
-        The base.
-    tuned : Path or None
-        The fine-tune.
-    layers : tuple of LayerDrift
-        One row a matched tensor, in the base's order.
-    unmatched_base, unmatched_tuned : tuple of Unread
-        Every other tensor of both sides, with the reason.
-    verdict : str
-        For the whole.
-    notes : tuple of str
-        What was found and dropped on the way.
-    """
-
-    base: Path
-    tuned: Path | None
-    layers: tuple[LayerDrift, ...]
-    unmatched_base: tuple[Unread, ...] = ()
-    unmatched_tuned: tuple[Unread, ...] = ()
-    verdict: str = ""
-    notes: tuple[str, ...] = ()
-
-
-@dataclass(frozen=True)
-class AuditResult:
-    """All comparisons of one call, in the order of the fine-tunes."""
-
-    comparisons: tuple[Comparison, ...]
 
 
 def audit(
     base: str | os.PathLike[str],
     tuned: Sequence[str | os.PathLike[str]] = (),
     *,
+    metrics: Sequence[str] | None = None,
+    fast: bool = False,
     include: Sequence[str] = (),
     exclude: Sequence[str] = (),
     device: str = "auto",
@@ -107,8 +68,12 @@ def audit(
     base : path-like
         A dense checkpoint or a factor checkpoint; a tuned file may stand alone.
     tuned : sequence of path-like
-        Dense checkpoints, factor checkpoints and tuned files. Without any, the base's spectra are
-        summarised.
+        Dense checkpoints, factor checkpoints, tuned files, PEFT LoRA folders. Several of one base
+        give a trajectory, in the order given. Without any, the base's spectra are summarised.
+    metrics : sequence of str, optional
+        Metrics beside the default ones; ``["all"]`` for every one.
+    fast : bool
+        Values only: no singular vectors, so no shares and no intruders.
     include, exclude : sequence of str
         Globs of the base's tensor names; everything by default.
     device : str
@@ -124,200 +89,261 @@ def audit(
     ------
     CheckpointError, FactorsError
         If an input cannot be read, has nothing in common with the base, or belongs to another one.
+    UsageError
+        For a metric that does not exist, or a glob that matches nothing.
     """
-    if not tuned and is_tuned(base):
-        return AuditResult((_of_tuned_file(Path(base), read_tuned(base)),))
-    selection = Selection(include=tuple(include) or EVERYTHING.include, exclude=tuple(exclude))
-    with open_source(base) as source:
-        for note in source.notes:
+    start = time.perf_counter()
+    chosen = choose_metrics(metrics, fast=fast)
+    with ExitStack() as stack:
+        source = stack.enter_context(open_source(base))
+        others = [stack.enter_context(open_source(path)) for path in tuned]
+        for note in dict.fromkeys(note for one in (source, *others) for note in one.notes):
             progress.note(note)
-        auditor = _Auditor(source, selection, device, progress)
-        if not tuned:
-            return AuditResult((auditor.alone(),))
-        return AuditResult(tuple(auditor.compare(path) for path in tuned))
+        if source.kind == "lora":
+            raise CheckpointError(
+                f"{source.path}: a LoRA folder, expected a checkpoint. Name its base first: "
+                f"svftool inspect BASE {source.path}"
+            )
+        layers = _layers(source, include, exclude)
+        auditor = _Auditor(source, layers, chosen, fast, device, progress)
+        if source.tuned is not None:
+            comparisons = tuple(_tuned_pair(source, one, chosen) for one in others or [source])
+        else:
+            comparisons = auditor.compare(others)
+    names = tuple(metric.name for metric in chosen)
+    return AuditResult(comparisons, names, trajectory_of(comparisons), time.perf_counter() - start)
 
 
-def _of_tuned_file(base: Path, tuned: TunedFile) -> Comparison:
-    rows = [_judged(drift_of_tuned(name, tuned)) for name in tuned.S]
-    whole = tuple(Unread(name, "trained whole; its base is not here") for name in tuned.whole)
-    return Comparison(
-        base=base,
-        tuned=tuned.path,
-        layers=tuple(rows),
-        unmatched_tuned=whole,
-        verdict=overall_verdict(rows),
-    )
+@dataclass(frozen=True)
+class _Layers:
+    """What is done with each tensor of the base."""
+
+    views: Mapping[str, View]
+    left: Mapping[str, str]
+
+    def matrix(self, info: TensorInfo) -> tuple[int, ...]:
+        return matrix_shape(info.shape, self.views[info.name])
 
 
-def _collect(broken: dict[str, str]) -> Callable[[str, NumericalError], None]:
-    return lambda name, error: broken.update({name: str(error)})
+def _layers(base: Source, include: Sequence[str], exclude: Sequence[str]) -> _Layers:
+    if base.tuned is not None:
+        return _Layers({}, {})
+    selection = Selection(include=tuple(include) or EVERYTHING, exclude=tuple(exclude))
+    choices, left = select(base.infos, selection, config=base.config)
+    reasons = {one.name: one.reason for one in left}
+    views = {}
+    for one in choices:
+        if base.infos[one.name].dtype in FLOAT8:
+            reasons[one.name] = "float8 values of a quantised layer"
+        else:
+            views[one.name] = base.views.get(one.name, one.view)
+    return _Layers(views, reasons)
 
 
-def _split(job: str) -> tuple[str, str]:
-    name, _, side = job.rpartition("\0")
-    return name, f"\0{side}"
-
-
-def _judged(row: LayerDrift) -> LayerDrift:
-    return replace(row, verdict=row.verdict or layer_verdict(row))
-
-
-@dataclass
+@dataclass(frozen=True)
 class _Auditor:
-    """Compares one opened base with one fine-tune after another."""
+    """Compares one opened base with all fine-tunes, a layer of all of them at a time."""
 
     base: Source
-    selection: Selection
+    layers: _Layers
+    metrics: tuple[Metric, ...]
+    fast: bool
     device: str
     progress: Progress
 
-    def alone(self) -> Comparison:
-        choices, left = select(self.base.infos, self.selection, config=self.base.config)
-        matrices = {one.name: self._matrix(one, self.base.infos[one.name]) for one in choices}
-        views = {one.name: self._view(one) for one in choices}
-        broken: dict[str, str] = {}
-        jobs = [Job(name, matrix, self.base.infos[name].dtype) for name, matrix in matrices.items()]
-        found = {
-            name: single_spectrum(name, views[name], matrices[name], S)
-            for name, S in run_values(
-                jobs,
-                self.base.read,
-                device=self.device,
-                skip=_collect(broken),
-                progress=self.progress,
-            )
-        }
-        for name in broken:
-            found[name] = LayerDrift(name, views[name], matrices[name], verdict=BROKEN)
-        rows = tuple(found[one.name] for one in choices)
-        rest = tuple(Unread(one.name, one.reason) for one in left)
-        return Comparison(
-            self.base.path,
-            None,
-            rows,
-            unmatched_base=rest,
-            verdict=BROKEN if broken else "",
-            notes=self.base.notes,
+    def compare(self, others: Sequence[Source]) -> tuple[Comparison, ...]:
+        """Compare with each fine-tune, or summarise the base where there is none."""
+        sides = [counterparts(self.base, other, self.progress) for other in others]
+        found = self._matrices(sides)
+        if not sides:
+            return (self._alone({name: one[0] for name, one in found.items()}),)
+        return tuple(
+            self._comparison(side, {name: one[index] for name, one in found.items()})
+            for index, side in enumerate(sides)
         )
 
-    def compare(self, path: str | os.PathLike[str]) -> Comparison:
-        if is_tuned(path):
-            return self._compare_tuned(read_tuned(path))
-        with open_source(path) as tuned:
-            matching = match_names(self.base.infos, tuned.infos)
-            notes = (*self.base.notes, *tuned.notes, *matching.notes)
-            for note in (*tuned.notes, *matching.notes):
-                self.progress.note(note)
-            if not matching.pairs:
-                raise CheckpointError(
-                    f"{tuned.path}: no tensor in common with {self.base.path}, expected a "
-                    f"fine-tune of it (base has {shortlist(matching.base_only, 2)}; this has "
-                    f"{shortlist(matching.tuned_only, 2)})."
+    def _matrices(self, sides: Sequence[Counterparts]) -> dict[str, list[Found | None]]:
+        """Work on every matrix that any fine-tune says something of, each process its part."""
+        infos = [self.base.infos[name] for name in self.layers.views]
+        jobs = [
+            Job(info.name, self.layers.matrix(info), info.dtype)
+            for info in infos
+            if not sides or any(side.holds(info.name) for side in sides)
+        ]
+
+        def work(job: Job, weight: Tensor, pool: Pool) -> list[Found | None]:
+            if not sides:
+                return [self._spectrum(job, weight, pool)]
+            base = BaseMatrix(weight, self.metrics, vectors=not self.fast, pool=pool)
+            return [self._held(job, base, weight, side) for side in sides]
+
+        with joined_processes() as processes:
+            mine = share(jobs, processes.count)[processes.rank]
+            done = dict(
+                run_layers(
+                    mine,
+                    self.base.read,
+                    work,
+                    size=lambda job: _bytes(job, len(sides)),
+                    title="inspecting",
+                    device=self.device,
+                    progress=self.progress,
                 )
-            rows, unread = self._rows(matching, tuned)
-        misshapen = {
-            pair.base: f"shape {self.base.infos[pair.base].shape}, "
-            f"tuned {tuned.infos[pair.tuned].shape}"
-            for pair in matching.misshapen
-        }
-        return Comparison(
-            base=self.base.path,
-            tuned=tuned.path,
-            layers=rows,
-            unmatched_base=(
-                *(Unread(name, "not in the fine-tune") for name in matching.base_only),
-                *(Unread(name, reason) for name, reason in misshapen.items()),
-                *unread,
-            ),
-            unmatched_tuned=tuple(Unread(name, "not in the base") for name in matching.tuned_only),
-            verdict=overall_verdict(rows),
-            notes=notes,
-        )
-
-    def _compare_tuned(self, tuned: TunedFile) -> Comparison:
-        if self._fingerprint() != tuned.base_fingerprint:
-            raise FactorsError(
-                f"{tuned.path}: was trained on the base {tuned.base_fingerprint[:12]}, expected "
-                f"{self._fingerprint()[:12]}, that of {self.base.path}. "
-                "Inspect it with its own base."
             )
-        rows = [drift_of_tuned(name, tuned) for name in tuned.S]
-        for name, value in tuned.whole.items():
-            info = self.base.infos.get(name)
-            if info is not None and info.shape == tuple(value.shape):
-                rows.append(drift_of_vectors(name, self.base.read(name), value))
-        judged = {row.name: _judged(row) for row in rows}
-        added = tuple(Unread(name, "new") for name in tuned.whole if name not in judged)
-        rest = [name for name in self.base.infos if name not in judged]
+            return {name: one for part in processes.gather(done) for name, one in part.items()}
+
+    def _spectrum(self, job: Job, weight: Tensor, pool: Pool) -> Found:
+        S = None if self.base.spectra is None else self.base.spectra(job.name)
+        if S is None:
+            return BaseMatrix(weight, self.metrics, vectors=False, pool=pool).alone()
+        m, n = job.matrix[-2:]
+        known = compare_spectra(S, S, sides=(m, n), metrics=self.metrics)
+        curves = None if known.curves is None else Curves(known.curves.base)
+        return Found(Measured(base=known.measured.base), None, curves)
+
+    def _held(self, job: Job, base: BaseMatrix, weight: Tensor, side: Counterparts) -> Found | None:
+        spectra = side.spectra(job.name)
+        if spectra is not None:
+            m, n = job.matrix[-2:]
+            return compare_spectra(*spectra, sides=(m, n), metrics=self.metrics)
+        info = self.base.infos[job.name]
+        found = side.read(job.name, weight.reshape(info.shape))
+        return None if found is None else base.against(found.reshaped(job.matrix, weight.device))
+
+    def _alone(self, found: Mapping[str, Found | None]) -> Comparison:
+        rows = tuple(self._row(name, None, found[name]) for name in self.layers.views)
+        broken = sum(row.verdict is not None for row in rows)
         return Comparison(
             base=self.base.path,
-            tuned=tuned.path,
-            layers=tuple(judged[name] for name in self.base.infos if name in judged),
-            unmatched_base=tuple(Unread(name, "not trained") for name in rest),
-            unmatched_tuned=added,
-            verdict=overall_verdict(list(judged.values())),
+            tuned=None,
+            kinds=(self.base.kind,),
+            rows=rows,
+            left_out=tuple(Unread(name, why) for name, why in self.layers.left.items()),
+            verdict=Verdict(BROKEN, "high", f"{broken} tensors are broken") if broken else None,
+            totals=(len(self.base.infos), 0),
             notes=self.base.notes,
         )
 
-    def _fingerprint(self) -> str:
-        return self.base.fingerprint(self.progress)
-
-    def _rows(
-        self, matching: Matching, tuned: Source
-    ) -> tuple[tuple[LayerDrift, ...], tuple[Unread, ...]]:
-        """Compare matched pairs: matrices by their decompositions, the rest by their values."""
-        counterpart = {pair.base: pair.tuned for pair in matching.pairs}
-        infos = {name: self.base.infos[name] for name in counterpart}
-        choices, left = select(infos, self.selection, config=self.base.config)
-        rows = {row.name: row for row in self._matrices(choices, counterpart, tuned)}
-        unread = []
-        for one in left:
-            if one.reason in _COMPARED_AS_VALUES:
-                read = self.base.read(one.name), tuned.read(counterpart[one.name])
-                rows[one.name] = _judged(drift_of_vectors(one.name, *read))
+    def _comparison(self, side: Counterparts, found: Mapping[str, Found | None]) -> Comparison:
+        rows, left_out = [], []
+        for name in side.names:
+            if name in self.layers.views:
+                rows.append(self._row(name, side, found.get(name)))
+            elif _as_values(self.base.infos[name], self.layers.left[name]):
+                rows.append(self._row(name, side, self._values(name, side)))
             else:
-                unread.append(Unread(one.name, one.reason))
-        return tuple(rows[name] for name in counterpart if name in rows), tuple(unread)
+                left_out.append(Unread(name, self.layers.left[name]))
+        return Comparison(
+            base=self.base.path,
+            tuned=side.source.path,
+            kinds=(self.base.kind, side.source.kind),
+            rows=tuple(rows),
+            unmatched_base=side.base_only,
+            unmatched_tuned=side.tuned_only,
+            left_out=tuple(left_out),
+            verdict=_whole(rows),
+            totals=(len(self.base.infos), side.total),
+            notes=(*self.base.notes, *side.source.notes, *side.notes),
+        )
 
-    def _matrices(
-        self, choices: Sequence[Choice], counterpart: Mapping[str, str], tuned: Source
-    ) -> Iterator[LayerDrift]:
-        views = {one.name: self._view(one) for one in choices}
-        broken: dict[str, str] = {}
-        jobs = []
-        for one in choices:
-            matrix = self._matrix(one, self.base.infos[one.name])
-            jobs.append(Job(f"{one.name}{_BASE}", matrix, self.base.infos[one.name].dtype))
-            info = tuned.infos[counterpart[one.name]]
-            jobs.append(Job(f"{one.name}{_TUNED}", matrix, info.dtype))
+    def _values(self, name: str, side: Counterparts) -> Found | None:
+        if not side.holds(name):
+            return None
+        base = self.base.read(name)
+        found = side.read(name, base)
+        return None if found is None else compare_vectors(base, found.weight, found.change)
 
-        def read(job: str) -> Tensor:
-            name, side = _split(job)
-            return self.base.read(name) if side == _BASE else tuned.read(counterpart[name])
+    def _row(self, name: str, side: Counterparts | None, found: Found | None) -> Row:
+        info = self.base.infos[name]
+        view = self.layers.views.get(name)
+        other = None if side is None else side.info(name)
+        renamed = None if side is None else side.others.get(name)
+        row = Row(
+            name,
+            view=view,
+            matrix=None if view is None else self.layers.matrix(info),
+            shape=info.shape,
+            dtype=tuple(dtype_name(one.dtype) for one in (info, other) if one is not None),
+            tuned_name=None if renamed == name else renamed,
+        )
+        return _filled(row, found)
 
-        waiting: dict[str, Svd] = {}
-        for job, svd in run_svds(
-            jobs, read, device=self.device, skip=_collect(broken), progress=self.progress
-        ):
-            name, side = _split(job)
-            twin = name + (_TUNED if side == _BASE else _BASE)
-            if twin in broken:
-                continue
-            if twin not in waiting:
-                waiting[job] = svd
-                continue
-            found = {job: svd, twin: waiting.pop(twin)}
-            view = views[name]
-            before, after = (to_matrix(read(name + one), view) for one in (_BASE, _TUNED))
-            drift = drift_of_factors(
-                name, view, before, after, found[name + _BASE], found[name + _TUNED]
-            )
-            yield _judged(drift)
-        for name in dict.fromkeys(_split(job)[0] for job in broken):
-            yield LayerDrift(name, views[name], None, verdict=BROKEN)
 
-    def _view(self, choice: Choice) -> View:
-        return self.base.views.get(choice.name, choice.view)
+def _as_values(info: TensorInfo, reason: str) -> bool:
+    if info.layout != "dense" or info.dtype.is_complex:
+        return False
+    return reason in _VECTORS or (reason == "not floating point" and len(info.shape) < 2)
 
-    def _matrix(self, choice: Choice, info: TensorInfo) -> tuple[int, ...]:
-        return matrix_shape(info.shape, self._view(choice))
+
+def _filled(row: Row, found: Found | None) -> Row:
+    """Put in what was found; nothing is found of what the fine-tune's file does not hold."""
+    if found is None:
+        return replace(row, verdict=Verdict(UNTOUCHED, "high", "not in the fine-tune's file"))
+    verdict = None
+    if found.evidence is not None:
+        verdict = judge(found.evidence) if row.is_matrix else judge_tensor(found.evidence)
+    return replace(
+        row,
+        measured=found.measured,
+        evidence=found.evidence,
+        curves=found.curves,
+        verdict=verdict,
+    )
+
+
+def _whole(rows: Sequence[Row]) -> Verdict:
+    judged = [(row, row.verdict) for row in rows if row.verdict is not None]
+    return judge_all(
+        [(verdict, row.evidence) for row, verdict in judged if row.is_matrix],
+        [verdict for row, verdict in judged if not row.is_matrix],
+    )
+
+
+def _tuned_pair(base: Source, other: Source, metrics: Sequence[Metric]) -> Comparison:
+    """Compare two tuned files of one base, or one with the singular values it started from."""
+    first, second = base.tuned, other.tuned
+    assert first is not None
+    if second is None:
+        raise FactorsError(
+            f"{other.path}: not a tuned file, expected one to hold against {base.path}. "
+            "Name the base checkpoint first."
+        )
+    if first.base_fingerprint != second.base_fingerprint:
+        raise FactorsError(
+            f"{other.path}: was trained on the base {second.base_fingerprint[:12]}, expected "
+            f"{first.base_fingerprint[:12]} as {base.path}. Compare each with its own base."
+        )
+    alone = first is second
+    start = first.S_base if alone else first.S
+    rows = []
+    for name, S in start.items():
+        if name in second.S and second.S[name].shape == S.shape:
+            found = compare_spectra(S, second.S[name], sides=None, metrics=metrics)
+            rows.append(_filled(Row(name, "batch" if S.ndim == 2 else "matrix"), found))
+    done = {row.name for row in rows}
+    mine = () if alone else (*first.S, *first.whole)
+    theirs = (*second.S, *second.whole)
+    return Comparison(
+        base=base.path,
+        tuned=other.path,
+        kinds=("tuned", "tuned"),
+        rows=tuple(rows),
+        unmatched_base=_rest(mine, done),
+        unmatched_tuned=_rest(theirs, done),
+        verdict=_whole(rows),
+        totals=(len(start) if alone else len(mine), len(theirs)),
+        notes=("compared with the singular values that it started from",) if alone else (),
+    )
+
+
+def _rest(names: Iterable[str], done: set[str]) -> tuple[Unread, ...]:
+    why = "no counterpart in the other file; its base is not here"
+    return tuple(Unread(name, why) for name in names if name not in done)
+
+
+def _bytes(job: Job, sides: int) -> int:
+    """Bound the memory that one layer takes: both weights, the change, and the Gram matrices."""
+    long, short = job.sides
+    held = job.count * long * short * job.dtype.itemsize * (2 if sides else 1)
+    change = long * short * (8 if job.dtype == torch.float64 else 4) if sides else 0
+    return held + change + 8 * short**2 * (9 if sides else 3)

@@ -1,0 +1,251 @@
+"""One tensor before and after: metrics, evidence and curves of a matrix, a batch, or a vector."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from svftool.auditing.evidence import Evidence, gather, join, noise_of
+from svftool.auditing.metrics import Measured, Metric, combine, measure
+from svftool.auditing.pair import Array, MatrixPair, Pair, SpectralPair
+from svftool.auditing.results import Curves
+from svftool.errors import NumericalError
+from svftool.numerics import Pool
+from svftool.numerics.rounding import coarser, precision_of
+from svftool.numerics.tall import largest
+
+
+@dataclass(frozen=True)
+class Found:
+    """What was found of one tensor.
+
+    Attributes
+    ----------
+    measured : Measured
+    evidence : Evidence or None
+        None where there is nothing to compare with.
+    curves : Curves or None
+    """
+
+    measured: Measured
+    evidence: Evidence | None = None
+    curves: Curves | None = None
+
+
+@dataclass(frozen=True)
+class Tuned:
+    """The other side of a matrix: its weight, or the change that makes it.
+
+    Attributes
+    ----------
+    weight : Tensor or None
+        Of the base's shape.
+    change : Tensor or None
+        What is added to the base without rounding.
+    """
+
+    weight: Tensor | None = None
+    change: Tensor | None = None
+
+    def reshaped(self, shape: tuple[int, ...], device: torch.device) -> Tuned:
+        """Return both in another shape and place."""
+        weight, change = (
+            None if one is None else one.reshape(shape).to(device)
+            for one in (self.weight, self.change)
+        )
+        return Tuned(weight, change)
+
+
+class BaseMatrix:
+    """A base matrix, or a batch, decomposed once for every fine-tune it is held against.
+
+    Parameters
+    ----------
+    weight : (m, n) or (E, m, n) Tensor
+        Any floating dtype.
+    metrics : sequence of Metric
+        What to compute.
+    vectors : bool
+        Whether singular vectors may be computed.
+    pool : Pool
+        Threads for large products.
+    """
+
+    def __init__(
+        self, weight: Tensor, metrics: Sequence[Metric], *, vectors: bool, pool: Pool
+    ) -> None:
+        self._weights = weight.unsqueeze(0) if weight.ndim == 2 else weight
+        self._metrics = metrics
+        self._vectors = vectors
+        self._pool = pool
+        self._broken = _defect(weight, "the base")
+        self._alone = [
+            MatrixPair(one, vectors=vectors, pool=pool)
+            for one in (self._weights if not self._broken else ())
+        ]
+
+    def alone(self) -> Found:
+        """Describe the base's spectrum."""
+        if self._broken:
+            return self._unusable(self._broken)
+        parts = [measure(pair, self._metrics) for pair in self._alone]
+        return Found(combine(parts, self._alone), None, _curves(self._alone))
+
+    def against(self, tuned: Tuned) -> Found:
+        """Compare with a fine-tune."""
+        other = tuned.weight if tuned.weight is not None else tuned.change
+        assert other is not None
+        broken = self._broken or _defect(other, "the fine-tune")
+        if broken:
+            return self._unusable(broken)
+        pairs = [
+            one.with_tuned(weight, change)
+            for one, (weight, change) in zip(self._alone, self._each(tuned), strict=True)
+        ]
+        parts = [measure(pair, self._metrics) for pair in pairs]
+        measured = combine(parts, pairs)
+        evidence = [
+            gather(
+                pair,
+                base if weight is not None else None,
+                weight,
+                relative_drift=part.change["relative_drift"],
+                values=self._vectors,
+            )
+            for pair, part, base, (weight, _) in zip(
+                pairs, parts, self._weights, self._each(tuned), strict=True
+            )
+        ]
+        joined = join(evidence, measured.change["relative_drift"])
+        return Found(measured, joined, _curves(pairs))
+
+    def _each(self, tuned: Tuned) -> Iterator[tuple[Tensor | None, Tensor | None]]:
+        shape = self._weights.shape
+        weight = None if tuned.weight is None else tuned.weight.reshape(shape)
+        change = None if tuned.change is None else tuned.change.reshape(shape)
+        for index in range(len(self._weights)):
+            yield (
+                None if weight is None else weight[index],
+                None if change is None else change[index],
+            )
+
+    def _unusable(self, broken: str) -> Found:
+        m, n = self._weights.shape[-2:]
+        return Found(Measured(), Evidence(m, n, count=len(self._weights), broken=broken))
+
+
+def _defect(weight: Tensor, side: str) -> str:
+    try:
+        largest(weight)
+    except NumericalError as error:
+        return f"{side}: {error}"
+    return ""
+
+
+def compare_spectra(
+    S: Tensor, S_tuned: Tensor, *, sides: tuple[int, int] | None, metrics: Sequence[Metric]
+) -> Found:
+    """Compare a layer by its singular values before and after, in one and the same basis.
+
+    Parameters
+    ----------
+    S, S_tuned : (k,) or (E, k) Tensor
+        As a tuned file holds them.
+    sides : (int, int) or None
+        Of one matrix; taken as k where they are not known.
+    metrics : sequence of Metric
+        What to compute.
+    """
+    rows = [S, S_tuned] if S.ndim == 2 else [S.unsqueeze(0), S_tuned.unsqueeze(0)]
+    m, n = sides or (S.shape[-1], S.shape[-1])
+    if not bool(S_tuned.isfinite().all()):
+        bad = int((~S_tuned.isfinite()).sum())
+        broken = f"the fine-tune: {bad} of {S_tuned.numel()} singular values are not finite"
+        return Found(Measured(), Evidence(m, n, count=len(rows[0]), broken=broken))
+    pairs = [SpectralPair(a, b, m=m, n=n) for a, b in zip(*rows, strict=True)]
+    parts = [measure(pair, metrics) for pair in pairs]
+    measured = combine(parts, pairs)
+    drift = measured.change["relative_drift"]
+    evidence = [gather(pair, None, None, relative_drift=drift) for pair in pairs]
+    return Found(measured, join(evidence, drift), _curves(pairs))
+
+
+def compare_vectors(base: Tensor, tuned: Tensor | None, change: Tensor | None = None) -> Found:
+    """Compare tensors that are no matrices: norms, biases, counters.
+
+    Parameters
+    ----------
+    base : Tensor
+        Any shape and dtype.
+    tuned, change : Tensor or None
+        One of the two.
+    """
+    n = base.numel()
+    if tuned is not None and base.dtype == tuned.dtype and torch.equal(base, tuned):
+        return Found(Measured({"weight_drift": 0.0}), Evidence(1, n, identical=True))
+    W = base.double()
+    T = tuned.double() if tuned is not None else W + _must(change)
+    for side, values in (("the base", W), ("the fine-tune", T)):
+        bad = int((~values.isfinite()).sum())
+        if bad:
+            broken = f"{side}: {bad} of {n} entries are NaN or infinite"
+            return Found(Measured(), Evidence(1, n, broken=broken))
+    D = T - W
+    found = Evidence(
+        1,
+        n,
+        identical=not bool(D.any()),
+        base_energy=float(W.square().sum()),
+        tuned_energy=float(T.square().sum()),
+        change_energy=float(D.square().sum()),
+        inner=float((W * T).sum()),
+    )
+    drift = found.weight_drift
+    measured = Measured({"weight_drift": drift if np.isfinite(drift) else None})
+    if found.identical or tuned is None or not (_floats(base) and _floats(tuned)):
+        return Found(measured, found)
+    return Found(measured, _with_noise(found, base, tuned))
+
+
+def _with_noise(found: Evidence, base: Tensor, tuned: Tensor) -> Evidence:
+    dtype = coarser(precision_of(base), precision_of(tuned))
+    noise = noise_of(base, tuned, dtype, drift=found.weight_drift)
+    moved = "" if base.numel() < 2 else _moved(base, tuned)
+    return replace(found, noise=noise, rearranged=moved)
+
+
+def _moved(base: Tensor, tuned: Tensor) -> str:
+    """Say whether the same values stand in another order."""
+    before, after = (side.double().flatten().sort().values for side in (base, tuned))
+    if torch.equal(before, after) and bool((before != before[0]).any()):
+        return "the same values in another order"
+    return ""
+
+
+def _floats(tensor: Tensor) -> bool:
+    return tensor.dtype in (torch.float64, torch.float32, torch.float16, torch.bfloat16)
+
+
+def _must(change: Tensor | None) -> Tensor:
+    if change is None:
+        raise ValueError("either tuned or change is needed")
+    return change.double()
+
+
+def _curves(pairs: Sequence[Pair]) -> Curves:
+    tuned = [pair.tuned for pair in pairs if pair.tuned is not None]
+    along = [pair.along for pair in pairs if pair.paired and pair.along is not None]
+    return Curves(
+        _mean([pair.base for pair in pairs]),
+        _mean(tuned) if tuned else None,
+        _mean(along) if along else None,
+    )
+
+
+def _mean(curves: Sequence[Array]) -> Array:
+    mean: Array = curves[0] if len(curves) == 1 else np.mean(curves, axis=0)
+    return mean

@@ -1,0 +1,208 @@
+"""How a fine-tune, in whatever form, answers for each tensor of the base."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+from svftool.auditing.compare import Tuned
+from svftool.auditing.matching import Matching, Pair, match_names
+from svftool.auditing.results import Unread
+from svftool.auditing.sources import Source
+from svftool.checkpoints import TensorInfo
+from svftool.checkpoints.lora import LoraFolder
+from svftool.errors import CheckpointError, FactorsError, shortlist
+from svftool.factors import TunedFile
+from svftool.progress import Progress
+
+_ANY = TensorInfo("", torch.float32, (), "")
+
+
+@dataclass(frozen=True)
+class Counterparts:
+    """A fine-tune seen from its base.
+
+    Attributes
+    ----------
+    source : Source
+        The fine-tune.
+    names : tuple of str
+        Tensors of the base that have a counterpart, in the base's order. Tuned files and LoRA
+        folders answer for every tensor: what they do not hold, they do not change.
+    others : mapping of str to str
+        Name in the fine-tune, by name in the base.
+    base_only, tuned_only : tuple of Unread
+        What cannot be compared, with the reason.
+    total : int
+        Tensors of the fine-tune.
+    notes : tuple of str
+        How names were matched.
+    """
+
+    source: Source
+    names: tuple[str, ...]
+    others: Mapping[str, str]
+    base_only: tuple[Unread, ...] = ()
+    tuned_only: tuple[Unread, ...] = ()
+    total: int = 0
+    notes: tuple[str, ...] = ()
+
+    def holds(self, name: str) -> bool:
+        """Whether the fine-tune says anything of a tensor of the base."""
+        return name in self.others
+
+    def info(self, name: str) -> TensorInfo | None:
+        """Return what is known of the counterpart without reading it."""
+        return self.source.infos.get(self.others.get(name, ""))
+
+    def spectra(self, name: str) -> tuple[Tensor, Tensor] | None:
+        """Singular values before and after, where that is how the fine-tune holds a layer."""
+        tuned = self.source.tuned
+        other = self.others.get(name)
+        if tuned is None or other is None or other not in tuned.S:
+            return None
+        return tuned.S_base[other], tuned.S[other]
+
+    def read(self, name: str, base: Tensor) -> Tuned | None:
+        """Read the counterpart of a tensor, or form its change; None where it is not changed."""
+        other = self.others.get(name)
+        if other is None:
+            return None
+        lora = self.source.lora
+        if lora is not None and (other in lora.layers or other in lora.biases):
+            return Tuned(change=lora.change(other, base))
+        return Tuned(weight=self.source.read(other))
+
+
+def counterparts(base: Source, other: Source, progress: Progress) -> Counterparts:
+    """Find out how a fine-tune answers for each tensor of the base.
+
+    Parameters
+    ----------
+    base, other : Source
+        Both open.
+    progress : Progress
+        Told of prefixes that were dropped, and of the fingerprint that tuned files need.
+
+    Raises
+    ------
+    CheckpointError
+        If the two have no tensor in common.
+    FactorsError
+        If a tuned file belongs to another base.
+    """
+    if other.tuned is not None:
+        return _of_tuned(base, other, other.tuned, progress)
+    found = _of_lora(base, other, other.lora) if other.lora is not None else _of_dense(base, other)
+    for note in found.notes:
+        progress.note(note)
+    return found
+
+
+def _of_dense(base: Source, other: Source) -> Counterparts:
+    matching = match_names(base.infos, other.infos)
+    _refuse_strangers(base, other, matching)
+    misshapen = {pair: _shapes(base, other, pair) for pair in matching.misshapen}
+    return Counterparts(
+        source=other,
+        names=tuple(pair.base for pair in matching.pairs),
+        others={pair.base: pair.tuned for pair in matching.pairs},
+        base_only=(
+            *(Unread(pair.base, why) for pair, why in misshapen.items()),
+            *(Unread(name, "not in the fine-tune") for name in matching.base_only),
+        ),
+        tuned_only=(
+            *(Unread(pair.tuned, why) for pair, why in misshapen.items()),
+            *(Unread(name, "not in the base") for name in matching.tuned_only),
+        ),
+        total=len(other.infos),
+        notes=matching.notes,
+    )
+
+
+def _refuse_strangers(base: Source, other: Source, matching: Matching) -> None:
+    if matching.pairs:
+        return
+    if matching.misshapen:
+        first = matching.misshapen[0]
+        raise CheckpointError(
+            f"{other.path}: every tensor that {base.path} has too is of another shape, such as "
+            f"{first.tuned!r} with {_shapes(base, other, first)}. Name a fine-tune of this base."
+        )
+    raise CheckpointError(
+        f"{other.path}: no tensor in common with {base.path}, expected a fine-tune of it "
+        f"(base has {shortlist(matching.base_only, 2)}; this has "
+        f"{shortlist(matching.tuned_only, 2)}). Name a fine-tune of this base."
+    )
+
+
+def _shapes(base: Source, other: Source, pair: Pair) -> str:
+    before, after = base.infos[pair.base].shape, other.infos[pair.tuned].shape
+    hint = ", stored transposed" if len(before) == 2 and before == after[::-1] else ""
+    return f"shape {before} in the base, {after} in the fine-tune{hint}"
+
+
+def _of_tuned(base: Source, other: Source, tuned: TunedFile, progress: Progress) -> Counterparts:
+    missing = [name for name in tuned.S if name not in base.infos]
+    if not missing and base.fingerprint(progress) != tuned.base_fingerprint:
+        missing = ["its fingerprint is another"]
+    if missing:
+        raise FactorsError(
+            f"{tuned.path}: belongs to another base than {base.path} ({shortlist(missing, 2)}), "
+            f"expected {tuned.base_fingerprint[:12]}. Inspect it with its own base, or alone."
+        )
+    others = {name: name for name in tuned.S}
+    strangers = []
+    for name, value in tuned.whole.items():
+        info = base.infos.get(name)
+        if info is None:
+            strangers.append(Unread(name, "not in the base"))
+        elif info.shape != tuple(value.shape):
+            strangers.append(Unread(name, _shapes(base, other, Pair(name, name))))
+        else:
+            others[name] = name
+    gone = {one.name for one in strangers if one.name in base.infos}
+    return Counterparts(
+        source=other,
+        names=tuple(name for name in base.infos if name not in gone),
+        others=others,
+        base_only=tuple(one for one in strangers if one.name in gone),
+        tuned_only=tuple(strangers),
+        total=len(tuned.S) + len(tuned.whole),
+    )
+
+
+def _of_lora(base: Source, other: Source, lora: LoraFolder) -> Counterparts:
+    wanted = dict.fromkeys((*lora.layers, *lora.biases, *lora.whole))
+    shapeless = [
+        {name: replace(_ANY, name=name) for name in names} for names in (base.infos, wanted)
+    ]
+    matching = match_names(*shapeless)
+    if not any(pair.tuned in lora.layers for pair in matching.pairs):
+        raise CheckpointError(
+            f"{lora.path}: none of the adapter's {len(lora.layers)} layers is in {base.path} "
+            f"({shortlist(lora.layers, 2)}), expected the adapter's base"
+            + (f" {lora.base!r}." if lora.base else ".")
+        )
+    others = {pair.base: pair.tuned for pair in matching.pairs}
+    strangers = [Unread(name, "not in the base") for name in matching.tuned_only]
+    strangers += [Unread(name, "part of no LoRA layer") for name in lora.unused]
+    gone = []
+    for name, mine in list(others.items()):
+        if mine in lora.whole and lora.info(lora.whole[mine]).shape != base.infos[name].shape:
+            gone.append(Unread(name, _shapes(base, other, Pair(name, mine))))
+            strangers.append(Unread(mine, gone[-1].reason))
+            del others[name]
+    dropped = {one.name for one in gone}
+    return Counterparts(
+        source=other,
+        names=tuple(name for name in base.infos if name not in dropped),
+        others=others,
+        base_only=tuple(gone),
+        tuned_only=tuple(strangers),
+        total=len(wanted) + len(lora.unused),
+        notes=matching.notes,
+    )

@@ -1,0 +1,287 @@
+"""What a verdict on a layer rests on, gathered from the tensors and from the pair of matrices."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+from svftool.auditing.pair import Pair, norm_ratio
+from svftool.numerics.rounding import coarser, noise_edge, precision_of, rounding_error, spacing
+
+EDGE_MARGIN = 1.1
+"""How far above the noise's edge a singular value of the change must be to count."""
+
+_RESOLVED = 1e-6
+_PERMUTED = 1e-6
+
+
+@dataclass(frozen=True)
+class Noise:
+    """Rounding noise to expect in a change.
+
+    Attributes
+    ----------
+    dtype : torch.dtype
+        The precision it is of.
+    energy : float
+        Sum of squares to expect.
+    steps : float or None
+        Largest change of an entry, in units of the dtype's spacing there; None where the change is
+        far above it.
+    """
+
+    dtype: torch.dtype
+    energy: float
+    steps: float | None = None
+
+
+@dataclass(frozen=True)
+class Evidence:
+    """Numbers that a verdict is read off.
+
+    Attributes
+    ----------
+    m, n, count : int
+        Sides of one matrix, and how many there are.
+    identical : bool
+        Every entry is equal.
+    base_energy, tuned_energy, change_energy, inner : float
+        ``||W||^2``, ``||W'||^2``, ``||D||^2`` and ``<W, W'>``.
+    relative_drift : float or None
+    svf_share : float or None
+    noise : Noise or None
+        Of the coarser precision of the two sides; None where nothing was rounded.
+    tuned_noise : Noise or None
+        Of the tuned side's precision, where it is finer.
+    rank : int or None
+        Singular values of the change above its noise; None where it was not taken.
+    tail : float
+        Sum of squares of the others.
+    participation : float
+        Lower bound of the change's rank.
+    rearranged : str
+        How the entries were moved or flipped; empty where they were not.
+    broken : str
+        What cannot be right; empty where nothing is.
+    """
+
+    m: int
+    n: int
+    count: int = 1
+    identical: bool = False
+    base_energy: float = 0.0
+    tuned_energy: float = 0.0
+    change_energy: float = 0.0
+    inner: float = 0.0
+    relative_drift: float | None = None
+    svf_share: float | None = None
+    noise: Noise | None = None
+    tuned_noise: Noise | None = None
+    rank: int | None = None
+    tail: float = 0.0
+    participation: float = 0.0
+    rearranged: str = ""
+    broken: str = ""
+
+    @property
+    def side(self) -> int:
+        """Length of the short side."""
+        return min(self.m, self.n)
+
+    @property
+    def weight_drift(self) -> float:
+        """``||D|| / ||W||``; infinite for a base of zeros."""
+        ratio = norm_ratio(self.change_energy, self.base_energy)
+        return math.inf if ratio is None else ratio
+
+    @property
+    def cosine(self) -> float | None:
+        """Cosine of base and tuned, None where one of them is zero."""
+        product = self.base_energy * self.tuned_energy
+        return self.inner / math.sqrt(product) if product > 0.0 else None
+
+    @property
+    def noise_share(self) -> float:
+        """Part of the change's energy that rounding would account for."""
+        if self.noise is None or self.change_energy == 0.0:
+            return 0.0
+        return self.noise.energy / self.change_energy
+
+
+def gather(
+    pair: Pair,
+    base: Tensor | None,
+    tuned: Tensor | None,
+    *,
+    relative_drift: float | None,
+    values: bool = True,
+) -> Evidence:
+    """Collect the evidence on one matrix.
+
+    Parameters
+    ----------
+    pair : Pair
+        The matrices' spectra, norms and shares.
+    base, tuned : (m, n) Tensor or None
+        The matrices as stored; None where only factors or a change are known, which were not
+        rounded.
+    relative_drift : float or None
+        As the metric.
+    values : bool
+        Whether the spectrum of the change may be computed.
+
+    Returns
+    -------
+    Evidence
+    """
+    plain = Evidence(
+        pair.m,
+        pair.n,
+        identical=pair.identical,
+        base_energy=pair.base_energy,
+        tuned_energy=pair.tuned_energy,
+        change_energy=pair.change_energy,
+        inner=pair.inner,
+        relative_drift=relative_drift,
+        svf_share=None if pair.shares is None else pair.shares.svf,
+    )
+    if pair.identical:
+        return plain
+    found = _with_noise(plain, base, tuned)
+    if base is not None and tuned is not None and _may_be_rearranged(found):
+        found = replace(found, rearranged=rearrangement(base, tuned))
+    return _with_rank(found, pair) if values else found
+
+
+def _with_noise(found: Evidence, base: Tensor | None, tuned: Tensor | None) -> Evidence:
+    if base is None or tuned is None:
+        return found
+    precisions = precision_of(base), precision_of(tuned)
+    dtype = coarser(*precisions)
+    noise = noise_of(base, tuned, dtype, drift=found.weight_drift)
+    finer = None
+    if precisions[1] != dtype:
+        finer = noise_of(base, tuned, precisions[1], drift=found.weight_drift)
+    return replace(found, noise=noise, tuned_noise=finer)
+
+
+def noise_of(base: Tensor, tuned: Tensor, dtype: torch.dtype, *, drift: float) -> Noise:
+    """Return the rounding noise of a dtype to expect, and how many of its steps entries moved."""
+    steps = None
+    if drift <= 4.0 * torch.finfo(dtype).eps:
+        wide = torch.promote_types(torch.promote_types(base.dtype, tuned.dtype), torch.float32)
+        moved = (tuned.to(wide) - base.to(wide)).abs()
+        larger = torch.maximum(base.to(wide).abs(), tuned.to(wide).abs())
+        steps = float((moved / spacing(larger, dtype)).max())
+    return Noise(dtype, rounding_error(tuned, dtype) ** 2, steps)
+
+
+def _with_rank(found: Evidence, pair: Pair) -> Evidence:
+    """Count the singular values of the change above its noise, unless they are certainly many."""
+    found = replace(found, participation=pair.change_participation)
+    noise = found.tuned_noise or found.noise
+    energy = 0.0 if noise is None else noise.energy
+    if found.participation > found.side / 2 and energy < 0.01 * found.change_energy:
+        return found
+    values = pair.change_values
+    if values is None or not values.size:
+        return found
+    edge = EDGE_MARGIN * noise_edge(math.sqrt(energy), found.m, found.n)
+    kept = int((values > max(edge, _RESOLVED * float(values[0]))).sum())
+    return replace(found, rank=kept, tail=float(values[kept:] @ values[kept:]))
+
+
+def _may_be_rearranged(found: Evidence) -> bool:
+    """Tell whether entries changed much and the spectrum stayed where it was."""
+    if found.relative_drift is None or found.weight_drift < 1e-3:
+        return False
+    floor = math.sqrt(found.noise.energy / found.base_energy) if found.noise else 0.0
+    return found.relative_drift <= max(1e-5, 2.0 * floor) and (
+        found.relative_drift < 0.05 * found.weight_drift
+    )
+
+
+def rearrangement(base: Tensor, tuned: Tensor) -> str:
+    """Say how the entries of a matrix were rearranged.
+
+    Parameters
+    ----------
+    base, tuned : (m, n) Tensor
+        With the same singular values.
+
+    Returns
+    -------
+    str
+        As the end of a sentence; a general rotation where it is none of the plain ways.
+    """
+    W, T = base.float(), tuned.float()
+    close = _PERMUTED + 2.0 * torch.finfo(coarser(precision_of(base), precision_of(tuned))).eps
+    if torch.allclose(W.abs(), T.abs(), rtol=close, atol=0.0):
+        share = float((W != T).float().mean())
+        return f"the signs of {share:.0%} of the entries are flipped, their sizes are the same"
+    if W.shape == T.mT.shape and torch.allclose(W.mT, T, rtol=close, atol=0.0):
+        return "the matrix is transposed"
+    rows, columns = (_same_lengths(W, T, dim, close) for dim in (1, 0))
+    if rows and columns:
+        return "its rows or columns are permuted or sign-flipped"
+    return "rotated: the singular values are the same and the vectors are not"
+
+
+def _same_lengths(W: Tensor, T: Tensor, dim: int, close: float) -> bool:
+    """Whether rows or columns have the same set of lengths."""
+    before, after = (torch.linalg.vector_norm(X, dim=dim).sort().values for X in (W, T))
+    return torch.allclose(before, after, rtol=max(close, 1e-5), atol=0.0)
+
+
+def join(parts: Sequence[Evidence], relative_drift: float | None) -> Evidence:
+    """Add up the evidence on the matrices of a batch."""
+    if len(parts) == 1:
+        return parts[0]
+    changed = [part for part in parts if not part.identical]
+    shares = [part for part in changed if part.svf_share is not None]
+    change = sum(part.change_energy for part in parts)
+    ranks = [part.rank for part in changed]
+    ways = sorted({part.rearranged for part in changed})
+    return Evidence(
+        parts[0].m,
+        parts[0].n,
+        count=len(parts),
+        identical=not changed,
+        base_energy=sum(part.base_energy for part in parts),
+        tuned_energy=sum(part.tuned_energy for part in parts),
+        change_energy=change,
+        inner=sum(part.inner for part in parts),
+        relative_drift=relative_drift,
+        svf_share=(
+            sum(
+                part.svf_share * part.change_energy for part in shares if part.svf_share is not None
+            )
+            / change
+            if shares
+            else None
+        ),
+        noise=_joined_noise([part.noise for part in changed]),
+        tuned_noise=_joined_noise([part.tuned_noise for part in changed]),
+        rank=max((rank for rank in ranks if rank is not None), default=None)
+        if all(rank is not None for rank in ranks)
+        else None,
+        tail=sum(part.tail for part in changed),
+        participation=max((part.participation for part in changed), default=0.0),
+        rearranged="" if "" in ways else "; ".join(ways),
+    )
+
+
+def _joined_noise(parts: Sequence[Noise | None]) -> Noise | None:
+    known = [part for part in parts if part is not None]
+    if not known or len(known) < len(parts):
+        return None
+    steps = [part.steps for part in known]
+    return Noise(
+        known[0].dtype,
+        sum(part.energy for part in known),
+        None if None in steps else max(step for step in steps if step is not None),
+    )

@@ -1,0 +1,438 @@
+"""One matrix before and after: everything that metrics read, computed when first asked for.
+
+With the long side of W first and D the change, three Gram matrices of the short side hold all that
+singular values, shares and overlaps need: ``G = W'W``, ``C = W'D`` and ``H = D'D`` (a prime
+transposes); that of the tuned matrix is ``G + C + C' + H``. They are summed in float64 over blocks
+of rows, so memory is set by the short side, and ``N = U'DV = S^-1 V'C V`` needs no long factor.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from functools import cached_property, partial
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor
+
+from svftool.numerics import Pool
+from svftool.numerics.eigen import eigenvalues, eigenvectors, gram
+from svftool.numerics.shares import Shares, count_regular, divide, groups
+from svftool.numerics.subspace import INTRUDER_TOP
+from svftool.numerics.tall import Tall, cuts, tall
+
+Array = npt.NDArray[np.float64]
+_TILE = 1024
+_ROWS = 1024
+
+
+class MatrixPair:
+    """A base matrix and what became of it; of a matrix alone, only the base's side is there.
+
+    Parameters
+    ----------
+    base : (m, n) Tensor
+        Finite, any floating dtype.
+    tuned : (m, n) Tensor or None
+        Finite, any floating dtype.
+    change : (m, n) Tensor or None
+        The change, where it is known better than as a difference; then `tuned` is not needed.
+    vectors : bool
+        Whether singular vectors may be computed. Without them the shares and overlaps are None.
+    pool : Pool, optional
+        Threads that share the blocks of large products.
+
+    Attributes
+    ----------
+    m, n : int
+        Sides of the matrix.
+    """
+
+    def __init__(
+        self,
+        base: Tensor,
+        tuned: Tensor | None = None,
+        *,
+        change: Tensor | None = None,
+        vectors: bool = True,
+        pool: Pool | None = None,
+    ) -> None:
+        self.m, self.n = base.shape
+        self._vectors = vectors
+        self._pool = pool or Pool(0)
+        self._base = base
+        self._tuned = tuned
+        self._change = change
+        self.paired = tuned is not None or change is not None
+        self._shared: dict[str, Tensor] = {}
+
+    def with_tuned(self, tuned: Tensor | None, change: Tensor | None = None) -> MatrixPair:
+        """Hold the same base against a fine-tune; what is known of it is kept."""
+        other = MatrixPair(self._base, tuned, change=change, vectors=self._vectors, pool=self._pool)
+        other._shared = self._shared
+        return other
+
+    # What the matrices are.
+
+    @cached_property
+    def identical(self) -> bool:
+        """Whether nothing changed: every entry is equal."""
+        if self._change is not None:
+            return not bool(self._change.any())
+        same = self._tuned is not None and self._tuned.dtype == self._base.dtype
+        if same and torch.equal(self._base, self._tuned):  # type: ignore[arg-type]
+            return True
+        return not bool(self._difference.any())
+
+    @cached_property
+    def _difference(self) -> Tensor:
+        if self._change is not None:
+            return self._change
+        assert self._tuned is not None
+        wide = torch.float64 in (self._base.dtype, self._tuned.dtype)
+        dtype = torch.float64 if wide else torch.float32
+        return self._tuned.to(dtype) - self._base.to(dtype)
+
+    @cached_property
+    def _A(self) -> Tall:
+        return _unscaled(self._base)
+
+    @cached_property
+    def _D(self) -> Tall:
+        return _unscaled(self._difference)
+
+    # Gram matrices of the short side, upper triangles but for C.
+
+    @property
+    def _G(self) -> Tensor:
+        if "gram" not in self._shared:
+            self._shared["gram"] = gram(self._A, self._pool)
+        return self._shared["gram"]
+
+    @cached_property
+    def _H(self) -> Tensor:
+        return gram(self._D, self._pool)
+
+    @cached_property
+    def _C(self) -> Tensor:
+        A, D = self._A, self._D
+        C = torch.zeros(A.n, A.n, dtype=torch.float64, device=A.matrix.device)
+        columns = cuts(A.n, _TILE)
+
+        def tile(i: slice, j: slice) -> None:
+            for rows in A.slices(_ROWS):
+                C[i, j].addmm_(A.double(rows, i).mT, D.double(rows, j))
+
+        self._pool.share([partial(tile, i, j) for i in columns for j in columns])
+        return C
+
+    @cached_property
+    def _G_tuned(self) -> Tensor:
+        if self._vectors or self._tuned is None:
+            return self._G + self._C + self._C.mT + self._H
+        return gram(_unscaled(self._tuned), self._pool)
+
+    # Spectra.
+
+    @property
+    def _base_eigen(self) -> tuple[Tensor, Tensor]:
+        if "vectors" not in self._shared:
+            values, rows = eigenvectors(self._G.clone(), len, self._pool)
+            self._shared["values"] = values.clamp_min(0.0).sqrt()
+            self._shared["vectors"] = rows
+        return self._shared["values"], self._shared["vectors"]
+
+    @cached_property
+    def _tuned_eigen(self) -> tuple[Tensor, Tensor]:
+        count = min(INTRUDER_TOP, self._A.n)
+        values, rows = eigenvectors(self._G_tuned.clone(), _constant(count), self._pool)
+        return values.clamp_min(0.0).sqrt(), rows
+
+    @cached_property
+    def base(self) -> Array:
+        """Singular values of the base, (k,), non-increasing."""
+        if "values" not in self._shared:
+            if self._vectors and self.paired and not self.identical:
+                return _numpy(self._base_eigen[0])
+            values = eigenvalues(self._G.clone())
+            self._shared["values"] = values.clamp_min(0.0).sqrt()
+        return _numpy(self._shared["values"])
+
+    @cached_property
+    def tuned(self) -> Array | None:
+        """Singular values of the tuned matrix, (k,), non-increasing."""
+        if not self.paired:
+            return None
+        if self.identical:
+            return self.base
+        if self._vectors:
+            return _numpy(self._tuned_eigen[0])
+        return _roots(eigenvalues(self._G_tuned.clone()))
+
+    @cached_property
+    def index_change(self) -> Array | None:
+        """Change of each singular value, the i-th largest against the i-th largest."""
+        return None if self.tuned is None else self.tuned - self.base
+
+    @cached_property
+    def change_values(self) -> Array | None:
+        """Singular values of the change."""
+        if not self.paired:
+            return None
+        if self.identical:
+            return np.zeros_like(self.base)
+        return _roots(eigenvalues(self._H.clone()))
+
+    @cached_property
+    def change_participation(self) -> float:
+        """Participation ratio of the change's spectrum, a lower bound of its rank."""
+        H = self._H
+        squares = 2.0 * float(H.triu(1).square().sum()) + float(H.diagonal().square().sum())
+        return float(H.trace()) ** 2 / squares if squares > 0.0 else 0.0
+
+    # Norms.
+
+    @cached_property
+    def base_energy(self) -> float:
+        """``||W||_F^2``."""
+        return float(self._G.trace())
+
+    @cached_property
+    def change_energy(self) -> float:
+        """``||D||_F^2``, exactly 0 where nothing changed."""
+        if not self.paired or self.identical:
+            return 0.0
+        if self._vectors:
+            return float(self._H.trace())
+        return float(torch.linalg.vector_norm(self._difference, dtype=torch.float64)) ** 2
+
+    @cached_property
+    def tuned_energy(self) -> float:
+        """``||W'||_F^2``."""
+        return self.base_energy if self.identical else float(self._G_tuned.trace())
+
+    @cached_property
+    def inner(self) -> float:
+        """``<W, W'>``."""
+        return (self.base_energy + self.tuned_energy - self.change_energy) / 2.0
+
+    # What needs singular vectors.
+
+    @cached_property
+    def _VC(self) -> Tensor:
+        return self._base_eigen[1] @ self._C
+
+    @cached_property
+    def along(self) -> Array | None:
+        """Change along each singular direction of the base, ``diag(U' D V)``, (k,)."""
+        if not self._comparable:
+            return None
+        S, V = self._base_eigen
+        r = count_regular(S)
+        along = torch.zeros_like(S)
+        along[:r] = (self._VC[:r] * V[:r]).sum(dim=1) / S[:r]
+        return _numpy(along)
+
+    @cached_property
+    def shares(self) -> Shares | None:
+        """Shares of the change; None where there is none, or vectors were not asked for."""
+        if not self._comparable:
+            return None
+        S, V = self._base_eigen
+        r = count_regular(S)
+        rows = self._VC[:r] / S[:r, None]
+        inside, outside, null = float(rows.square().sum()), 0.0, 0.0
+        if r == len(S):
+            outside = self.change_energy - inside
+        else:
+            H = _symmetric(self._H)
+            rest = ((V @ H) * V).sum(dim=1) - (rows @ V.mT).square().sum(dim=0)
+            outside, null = float(rest[:r].sum()), float(rest[r:].sum())
+        return divide(
+            (rows * V[:r]).sum(dim=1),
+            [rows[a:b] @ V[a:b].mT for a, b in groups(S[:r]) if b - a > 1],
+            inside=inside,
+            outside=outside,
+            null=null,
+            square=self.m == self.n,
+        )
+
+    @property
+    def _comparable(self) -> bool:
+        return self._vectors and self.paired and not self.identical
+
+    @cached_property
+    def left_overlaps(self) -> Tensor | None:
+        """``U' u'_j`` of all base vectors with the leading tuned ones, (k, t)."""
+        return self._overlaps(short=self._A.transposed)
+
+    @cached_property
+    def right_overlaps(self) -> Tensor | None:
+        """``V' v'_j`` of all base vectors with the leading tuned ones, (k, t)."""
+        return self._overlaps(short=not self._A.transposed)
+
+    def _overlaps(self, *, short: bool) -> Tensor | None:
+        if not (self._vectors and self.paired):
+            return None
+        if self.identical:
+            return torch.eye(self._A.n, min(INTRUDER_TOP, self._A.n), dtype=torch.float64)
+        S, V = self._base_eigen
+        S_tuned, V_tuned = self._tuned_eigen
+        inner = V @ V_tuned.mT
+        if not short:
+            # u_i'u'_j = v_i' (G + C) v'_j / (s_i s'_j), and V G = S^2 V.
+            inner = S.square()[:, None] * inner + self._VC @ V_tuned.mT
+            scale = S[:, None] * S_tuned[: len(V_tuned)]
+            floor = 1e-12 * float(S[0]) * float(S_tuned[0])
+            inner = torch.where(scale > floor, inner / scale.clamp_min(1e-300), 0.0)
+        return inner.clamp(-1.0, 1.0).cpu()
+
+    @cached_property
+    def cka(self) -> float | None:
+        """``||W'W'_||_F^2 / (||W'W||_F ||W'_'W'_||_F)`` of base W and tuned W_, uncentred."""
+        if not (self._vectors and self.paired) or self.base_energy * self.tuned_energy == 0.0:
+            return None
+        if self.identical:
+            return 1.0
+        G, T = _symmetric(self._G), _symmetric(self._G_tuned)
+        # With the rows as the short side, ||W'T||^2 is the inner product of WW' and TT'.
+        inner = (G * T).sum() if self._A.transposed else (G + self._C).square().sum()
+        return float(inner / (G.square().sum() * T.square().sum()).sqrt())
+
+    @cached_property
+    def amplification(self) -> float | None:
+        """``||D||_F / ||U_D' W V_D||_F`` over the leading 10 directions of the change."""
+        if not self._comparable:
+            return None
+        values, V = eigenvectors(
+            self._H.clone(), _constant(min(INTRUDER_TOP, self._A.n)), self._pool
+        )
+        S = values[: len(V)].clamp_min(0.0).sqrt()
+        kept = 1e-7 * S[0] < S
+        # U_D' W V_D = S_D^-1 V_D' D'W V_D
+        inner = (V[kept] @ self._C.mT @ V[kept].mT) / S[kept, None]
+        norm = float(inner.square().sum().sqrt())
+        return math.sqrt(self.change_energy) / norm if norm > 0.0 else None
+
+    def bases(self, r: int, *, left: bool) -> tuple[Tensor, Tensor] | None:
+        """Leading singular vectors of base and tuned, (side, r) each; None without vectors."""
+        if not (self._vectors and self.paired):
+            return None
+        V = self._base_eigen[1][:r].mT
+        V_tuned = V if self.identical else self._tuned_eigen[1][:r].mT
+        if left == self._A.transposed:
+            return V, V_tuned
+        U = _orthonormal(self._long(V, tuned=False))
+        return (U, U) if self.identical else (U, _orthonormal(self._long(V_tuned, tuned=True)))
+
+    def _long(self, V: Tensor, *, tuned: bool) -> Tensor:
+        blocks = []
+        for rows in self._A.slices(_ROWS):
+            block = self._A.double(rows)
+            blocks.append((block + self._D.double(rows) if tuned else block) @ V)
+        return torch.cat(blocks)
+
+
+def _symmetric(G: Tensor) -> Tensor:
+    return G.triu() + G.triu(1).mT
+
+
+def _unscaled(matrix: Tensor) -> Tall:
+    A = tall(matrix)
+    return Tall(A.matrix, A.transposed, 0, A.top)
+
+
+def _orthonormal(columns: Tensor) -> Tensor:
+    Q: Tensor = torch.linalg.qr(columns).Q
+    return Q
+
+
+def _constant(count: int) -> Callable[[Tensor], int]:
+    return lambda _: count
+
+
+def _numpy(values: Tensor) -> Array:
+    array: Array = values.cpu().numpy()
+    return array
+
+
+def _roots(values: Tensor) -> Array:
+    return _numpy(values.clamp_min(0.0).sqrt())
+
+
+class SpectralPair:
+    """A layer known only by its singular values before and after, in one and the same basis.
+
+    Parameters
+    ----------
+    S, S_tuned : (k,) Tensor
+        By index, as a tuned file holds them.
+    m, n : int
+        Sides of the matrix; k where they are not known.
+    energy : float, optional
+        ``||W||_F^2`` where the factors were truncated.
+    """
+
+    def __init__(
+        self, S: Tensor, S_tuned: Tensor, *, m: int, n: int, energy: float | None = None
+    ) -> None:
+        self.m, self.n, self.paired = m, n, True
+        self._S, self._S_tuned = S.double().numpy(), S_tuned.double().numpy()
+        self.along: Array | None = self._S_tuned - self._S
+        self.identical = not bool(self.along.any())
+        self._order = np.argsort(-np.abs(self._S_tuned), kind="stable")
+        self._base_order = np.argsort(-np.abs(self._S), kind="stable")
+        self.base: Array = np.abs(self._S)[self._base_order]
+        self.tuned: Array | None = np.abs(self._S_tuned)[self._order]
+        self.index_change: Array | None = self.along
+        self.change_values: Array | None = np.sort(np.abs(self.along))[::-1]
+        self.base_energy = float(self._S @ self._S) if energy is None else energy
+        outside = max(self.base_energy - float(self._S @ self._S), 0.0)
+        self.change_energy = float(self.along @ self.along)
+        self.tuned_energy = float(self._S_tuned @ self._S_tuned) + outside
+        self.inner = float(self._S @ self._S_tuned) + outside
+        self.shares = None if self.identical else Shares(1.0, 0.0, 0.0)
+        squares = float((self.along**4).sum())
+        self.change_participation = self.change_energy**2 / squares if squares > 0.0 else 0.0
+        self.left_overlaps: Tensor | None = self._matching()
+        self.right_overlaps: Tensor | None = self.left_overlaps
+
+        before, after = self._S**2, self._S_tuned**2
+        scale = math.sqrt(float(before @ before) * float(after @ after))
+        self.cka: float | None = float(before @ after) / scale if scale > 0.0 else None
+        self.amplification = self._amplification()
+
+    def _amplification(self) -> float | None:
+        assert self.along is not None
+        top = np.argsort(-np.abs(self.along), kind="stable")[:INTRUDER_TOP]
+        norm = float(np.linalg.norm(self._S[top[self.along[top] != 0.0]]))
+        return math.sqrt(self.change_energy) / norm if norm > 0.0 else None
+
+    def _matching(self) -> Tensor:
+        eye = torch.eye(len(self._S), dtype=torch.float64)
+        base, tuned = torch.from_numpy(self._base_order), torch.from_numpy(self._order)
+        return eye[base][:, tuned[:INTRUDER_TOP]]
+
+    def bases(self, r: int, *, left: bool) -> tuple[Tensor, Tensor] | None:
+        """Leading vectors of base and tuned in the basis of the factors, (k, r) each."""
+        del left
+        eye = torch.eye(len(self._S), dtype=torch.float64)
+        base, tuned = torch.from_numpy(self._base_order), torch.from_numpy(self._order)
+        return eye[:, base[:r]], eye[:, tuned[:r]]
+
+
+Pair = MatrixPair | SpectralPair
+
+
+def energy_of(values: Array) -> float:
+    """Sum of squares of singular values."""
+    return float(values @ values)
+
+
+def norm_ratio(part: float, whole: float) -> float | None:
+    """``sqrt(part / whole)`` of two sums of squares; None where the whole is 0 and the part not."""
+    if part == 0.0:
+        return 0.0
+    return math.sqrt(part / whole) if whole > 0.0 else None

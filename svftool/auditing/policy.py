@@ -1,0 +1,198 @@
+"""A policy file: which verdicts and how much drift each part of a model may have.
+
+::
+
+    schema_version = 1
+
+    [[rule]]
+    layers = ["backbone.*"]             # globs of the base's tensor names
+    allow = ["untouched", "rounding noise", "spectrum only"]
+    reason = "the backbone is shared by all experts"
+
+    [[rule]]
+    layers = "*"
+    deny = ["broken", "unrelated"]
+    limits = { weight_drift = 0.5, intruders = 2 }
+
+    [tensors]
+    unmatched = "deny"                  # "allow" by default
+
+Every rule that matches a tensor must hold for it.
+"""
+
+from __future__ import annotations
+
+import tomllib
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from fnmatch import fnmatchcase
+from pathlib import Path
+from typing import Any
+
+from svftool.auditing.gates import Gate, check_metric, tripped
+from svftool.auditing.results import Comparison, Row
+from svftool.auditing.verdicts import VERDICTS
+from svftool.errors import UsageError
+
+SCHEMA_VERSION = 1
+_KEYS = frozenset({"layers", "allow", "deny", "limits", "reason"})
+
+
+@dataclass(frozen=True)
+class Rule:
+    """What the tensors that match some globs may be.
+
+    Attributes
+    ----------
+    layers : tuple of str
+        Globs.
+    allow : tuple of str
+        The verdicts that are allowed; all where there are none.
+    deny : tuple of str
+        Verdicts that are not.
+    limits : mapping of str to float
+        Metrics and the values that they may not exceed.
+    reason : str
+        Shown with a violation.
+    """
+
+    layers: tuple[str, ...]
+    allow: tuple[str, ...] = ()
+    deny: tuple[str, ...] = ()
+    limits: Mapping[str, float] = field(default_factory=dict)
+    reason: str = ""
+
+    def complaint(self, row: Row) -> str:
+        """Say what is wrong with a row; nothing where it is fine or another's business."""
+        if not any(fnmatchcase(row.name, glob) for glob in self.layers) or row.verdict is None:
+            return ""
+        name = row.verdict.name
+        if name in self.deny or (self.allow and name not in self.allow):
+            return row.verdict.text
+        for metric, limit in self.limits.items():
+            if tripped([row], Gate(metric, limit)):
+                value = row.value(metric)
+                return row.verdict.text if value is None else f"{metric} {value:.4g} > {limit:g}"
+        return ""
+
+
+@dataclass(frozen=True)
+class Violation:
+    """A tensor that breaks a rule."""
+
+    name: str
+    found: str
+    reason: str
+
+    def __str__(self) -> str:
+        return f"{self.name}: {self.found}" + (f" ({self.reason})" if self.reason else "")
+
+
+@dataclass(frozen=True)
+class Policy:
+    """The rules of a policy file.
+
+    Attributes
+    ----------
+    path : Path
+    rules : tuple of Rule
+    unmatched : bool
+        Whether tensors that only one side has are allowed.
+    """
+
+    path: Path
+    rules: tuple[Rule, ...]
+    unmatched: bool = True
+
+    @property
+    def metrics(self) -> tuple[str, ...]:
+        """Metrics that the limits need."""
+        return tuple(
+            {metric.partition(".")[0]: None for rule in self.rules for metric in rule.limits}
+        )
+
+    def violations(self, comparison: Comparison) -> list[Violation]:
+        """List everything in a comparison that breaks a rule."""
+        return [*self._of_rows(comparison.rows), *self._of_others(comparison)]
+
+    def _of_rows(self, rows: Sequence[Row]) -> Iterator[Violation]:
+        for row in rows:
+            for rule in self.rules:
+                found = rule.complaint(row)
+                if found:
+                    yield Violation(row.name, found, rule.reason)
+                    break
+
+    def _of_others(self, comparison: Comparison) -> Iterator[Violation]:
+        if self.unmatched:
+            return
+        for one in (*comparison.unmatched_base, *comparison.unmatched_tuned):
+            yield Violation(one.name, one.reason, "unmatched tensors are denied")
+
+
+def read_policy(path: Path) -> Policy:
+    """Read a policy file.
+
+    Parameters
+    ----------
+    path : Path
+        TOML, see the module's text.
+
+    Raises
+    ------
+    UsageError
+        If it cannot be read, or holds a key, verdict or metric that does not exist.
+    """
+    try:
+        document = tomllib.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise UsageError(f"{path}: {error}, expected a policy in TOML.") from error
+    if document.get("schema_version", SCHEMA_VERSION) != SCHEMA_VERSION:
+        raise UsageError(
+            f"{path}: schema version {document['schema_version']!r}, expected {SCHEMA_VERSION}."
+        )
+    _only(path, document, {"schema_version", "rule", "tensors"}, "the file")
+    rules = document.get("rule")
+    if not isinstance(rules, list) or not rules:
+        raise UsageError(f"{path}: no [[rule]], expected at least one.")
+    tensors = document.get("tensors", {})
+    _only(path, tensors, {"unmatched"}, "[tensors]")
+    unmatched = tensors.get("unmatched", "allow")
+    if unmatched not in ("allow", "deny"):
+        raise UsageError(f"{path}: unmatched = {unmatched!r}, expected 'allow' or 'deny'.")
+    return Policy(path, tuple(_rule(path, rule) for rule in rules), unmatched == "allow")
+
+
+def _only(path: Path, table: Any, keys: set[str] | frozenset[str], where: str) -> None:
+    if not isinstance(table, dict):
+        raise UsageError(f"{path}: {where} is {table!r}, expected a table.")
+    unknown = sorted(table.keys() - keys)
+    if unknown:
+        raise UsageError(
+            f"{path}: {where} has the key {unknown[0]!r}, expected {', '.join(sorted(keys))}."
+        )
+
+
+def _rule(path: Path, table: Any) -> Rule:
+    _only(path, table, _KEYS, "a [[rule]]")
+    allow, deny = (_texts(path, table, key) for key in ("allow", "deny"))
+    for name in (*allow, *deny):
+        if name not in VERDICTS:
+            raise UsageError(f"{path}: verdict {name!r}, expected one of {', '.join(VERDICTS)}.")
+    limits = table.get("limits", {})
+    if not isinstance(limits, dict) or not all(
+        isinstance(value, int | float) for value in limits.values()
+    ):
+        raise UsageError(f"{path}: limits = {limits!r}, expected metrics with numbers.")
+    for metric in limits:
+        check_metric(metric)
+    layers = _texts(path, table, "layers") or ("*",)
+    return Rule(layers, allow, deny, limits, str(table.get("reason", "")))
+
+
+def _texts(path: Path, table: Mapping[str, Any], key: str) -> tuple[str, ...]:
+    value = table.get(key, [])
+    listed = [value] if isinstance(value, str) else value
+    if not isinstance(listed, list) or not all(isinstance(one, str) for one in listed):
+        raise UsageError(f"{path}: {key} = {value!r}, expected a text or a list of texts.")
+    return tuple(listed)

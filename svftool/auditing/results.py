@@ -1,0 +1,258 @@
+"""What an audit found, as plain numbers: rows, comparisons, trajectories."""
+
+from __future__ import annotations
+
+import math
+from collections import Counter
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from svftool.auditing.evidence import Evidence
+from svftool.auditing.metrics import METRICS, Measured, Value
+from svftool.auditing.pair import Array
+from svftool.auditing.verdicts import Verdict
+from svftool.checkpoints import View
+
+
+@dataclass(frozen=True)
+class Curves:
+    """The spectra of a row, for views; a batch gives the mean over its matrices.
+
+    Attributes
+    ----------
+    base : (k,) ndarray
+        Singular values of the base, non-increasing.
+    tuned : (k,) ndarray or None
+        Of the fine-tune.
+    along : (k,) ndarray or None
+        Change along each singular direction of the base, ``diag(U' D V)``.
+    """
+
+    base: Array
+    tuned: Array | None = None
+    along: Array | None = None
+
+
+@dataclass(frozen=True)
+class Row:
+    """One tensor of a comparison.
+
+    Attributes
+    ----------
+    name : str
+        In the base.
+    tuned_name : str or None
+        In the fine-tune, where it differs.
+    view : {"matrix", "batch"} or None
+        How it is seen; None for what is no matrix.
+    matrix : tuple of int or None
+        ``(m, n)`` or ``(E, m, n)``; None for what is no matrix, or where it is not known.
+    shape : tuple of int
+        Of the tensor; empty where it is not known.
+    dtype : tuple of str
+        Of the base and of the fine-tune.
+    measured : Measured
+        The metrics.
+    verdict : Verdict or None
+        None where nothing was compared.
+    evidence : Evidence or None
+        What the verdict rests on.
+    curves : Curves or None
+        Of matrices.
+    """
+
+    name: str
+    view: View | None = None
+    matrix: tuple[int, ...] | None = None
+    shape: tuple[int, ...] = ()
+    dtype: tuple[str, ...] = ()
+    tuned_name: str | None = None
+    measured: Measured = field(default_factory=Measured)
+    verdict: Verdict | None = None
+    evidence: Evidence | None = None
+    curves: Curves | None = None
+
+    @property
+    def is_matrix(self) -> bool:
+        """Whether the tensor was looked at as a matrix."""
+        return self.view is not None
+
+    @property
+    def rounding_floor(self) -> Value:
+        """Relative norm of the rounding noise to expect."""
+        found = self.evidence
+        if found is None or found.noise is None or found.base_energy == 0.0:
+            return None
+        return math.sqrt(found.noise.energy / found.base_energy)
+
+    @property
+    def change_rank(self) -> Value:
+        """Rank of the change above its rounding noise."""
+        found = self.evidence
+        return None if found is None or found.rank is None else float(found.rank)
+
+    def value(self, name: str) -> Value:
+        """Look a number up by name.
+
+        Parameters
+        ----------
+        name : str
+            A metric, ``rounding_floor`` or ``change_rank``; of a metric of one spectrum also
+            ``METRIC.base``, ``METRIC.tuned`` (meant by the plain name too) and ``METRIC.change``,
+            the relative difference.
+        """
+        metric, _, side = name.partition(".")
+        if metric == "rounding_floor":
+            return self.rounding_floor
+        if metric == "change_rank":
+            return self.change_rank
+        if METRICS[metric].of_pair is not None:
+            return self.measured.change.get(metric)
+        base, tuned = self.measured.base.get(metric), self.measured.tuned.get(metric)
+        if side == "base":
+            return base
+        if side in ("tuned", ""):
+            return tuned if tuned is not None or side == "tuned" else base
+        if base is None or tuned is None or base == 0.0:
+            return None
+        return abs(tuned - base) / abs(base)
+
+
+@dataclass(frozen=True)
+class Unread:
+    """A tensor that is in no comparison, and why."""
+
+    name: str
+    reason: str
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """A base and one fine-tune, or a base alone.
+
+    Attributes
+    ----------
+    base : Path
+        The base.
+    tuned : Path or None
+        The fine-tune.
+    kinds : tuple of str
+        The forms of both: checkpoint, factors, tuned, lora.
+    rows : tuple of Row
+        One a matched tensor, in the base's order.
+    unmatched_base, unmatched_tuned : tuple of Unread
+        Tensors that only one side has, or whose shapes differ.
+    left_out : tuple of Unread
+        Matched tensors that cannot be compared as numbers, such as packed integers.
+    verdict : Verdict or None
+        For the whole; None for a base alone, unless it is broken.
+    totals : tuple of int
+        Tensors of the base and of the fine-tune.
+    notes : tuple of str
+        What was found and dropped on the way.
+    """
+
+    base: Path
+    tuned: Path | None
+    kinds: tuple[str, ...]
+    rows: tuple[Row, ...]
+    unmatched_base: tuple[Unread, ...] = ()
+    unmatched_tuned: tuple[Unread, ...] = ()
+    left_out: tuple[Unread, ...] = ()
+    verdict: Verdict | None = None
+    totals: tuple[int, int] = (0, 0)
+    notes: tuple[str, ...] = ()
+
+    @property
+    def matrices(self) -> tuple[Row, ...]:
+        """Rows that were looked at as matrices."""
+        return tuple(row for row in self.rows if row.is_matrix)
+
+    def counts(self) -> Mapping[str, int]:
+        """How many matrices have each verdict, the most frequent first."""
+        found = Counter(row.verdict.name for row in self.matrices if row.verdict is not None)
+        return dict(found.most_common())
+
+    def total(self, name: str) -> Value:
+        """Return ``weight_drift`` or ``svf_share`` of all matrices as one block matrix."""
+        found = [row.evidence for row in self.matrices if row.evidence is not None]
+        change = sum(one.change_energy for one in found)
+        base = sum(one.base_energy for one in found)
+        if name == "weight_drift":
+            if change == 0.0:
+                return 0.0 if found else None
+            return math.sqrt(change / base) if base > 0.0 else None
+        known = [one for one in found if one.svf_share is not None]
+        if change == 0.0 or not known:
+            return None
+        return sum((one.svf_share or 0.0) * one.change_energy for one in known) / change
+
+    def median(self, name: str) -> Value:
+        """Return the median of a metric over the matrices that have it."""
+        values = sorted(value for row in self.matrices if (value := row.value(name)) is not None)
+        middle = len(values) // 2
+        if not values:
+            return None
+        return values[middle] if len(values) % 2 else (values[middle - 1] + values[middle]) / 2.0
+
+
+@dataclass(frozen=True)
+class Trajectory:
+    """Drift over a series of fine-tunes of one base, in the order given.
+
+    Attributes
+    ----------
+    checkpoints : tuple of Path
+    metrics : mapping of str to tuple
+        Medians over the matrices, by metric, one a checkpoint.
+    layers : mapping of str to tuple
+        Weight drift of each matrix, one a checkpoint; None where it has no counterpart.
+    monotone : bool
+        Whether the median weight drift never falls.
+    """
+
+    checkpoints: tuple[Path, ...]
+    metrics: Mapping[str, tuple[Value, ...]]
+    layers: Mapping[str, tuple[Value, ...]]
+    monotone: bool
+
+
+@dataclass(frozen=True)
+class AuditResult:
+    """All comparisons of one call, in the order of the fine-tunes.
+
+    Attributes
+    ----------
+    comparisons : tuple of Comparison
+    metrics : tuple of str
+        What was computed.
+    trajectory : Trajectory or None
+        Of two fine-tunes or more.
+    seconds : float
+    """
+
+    comparisons: tuple[Comparison, ...]
+    metrics: tuple[str, ...]
+    trajectory: Trajectory | None = None
+    seconds: float = 0.0
+
+
+def trajectory_of(comparisons: tuple[Comparison, ...]) -> Trajectory | None:
+    """Line up the comparisons of a series; None for fewer than two."""
+    tuned = [one.tuned for one in comparisons if one.tuned is not None]
+    if len(tuned) < 2:
+        return None
+    names = dict.fromkeys(row.name for one in comparisons for row in one.matrices)
+    values = [{row.name: row.value("weight_drift") for row in one.matrices} for one in comparisons]
+    medians = {
+        name: tuple(one.median(name) for one in comparisons)
+        for name in ("weight_drift", "relative_drift", "svf_share", "intruders")
+    }
+    drift = [value for value in medians["weight_drift"] if value is not None]
+    return Trajectory(
+        tuple(tuned),
+        medians,
+        {name: tuple(found.get(name) for found in values) for name in names},
+        monotone=drift == sorted(drift),
+    )

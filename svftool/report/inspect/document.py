@@ -1,0 +1,174 @@
+"""An audit for scripts: the JSON document, and one line a tensor for spreadsheets."""
+
+from __future__ import annotations
+
+import csv
+import io
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+from svftool.auditing import METRICS, AuditResult, Comparison, Row, Trajectory, Unread, Verdict
+from svftool.auditing.policy import Violation
+from svftool.report import json
+
+SUMMARISED = ("weight_drift", "relative_drift", "svf_share", "intruders")
+
+
+def document(
+    result: AuditResult, *, failed: Sequence[Violation] = (), curves: bool = False
+) -> dict[str, Any]:
+    """Return the result for scripts.
+
+    Parameters
+    ----------
+    result : AuditResult
+    failed : sequence of Violation
+        What gates and a policy found.
+    curves : bool
+        Whether the singular values themselves are put in.
+    """
+    return json.document(
+        "inspect",
+        metrics=result.metrics,
+        comparisons=[_comparison(one, result.metrics, curves) for one in result.comparisons],
+        trajectory=None if result.trajectory is None else _trajectory(result.trajectory),
+        failed=[{"name": one.name, "found": one.found, "reason": one.reason} for one in failed],
+        seconds=result.seconds,
+    )
+
+
+def _comparison(one: Comparison, metrics: Sequence[str], curves: bool) -> dict[str, Any]:
+    return {
+        "base": str(one.base),
+        "tuned": None if one.tuned is None else str(one.tuned),
+        "kinds": one.kinds,
+        "verdict": None if one.verdict is None else one.verdict.name,
+        "confidence": None if one.verdict is None else one.verdict.confidence,
+        "evidence": None if one.verdict is None else one.verdict.evidence,
+        "rank": None if one.verdict is None else one.verdict.rank,
+        "summary": summary(one),
+        "layers": [_row(row, metrics, curves) for row in one.rows],
+        "unmatched": {
+            "base": [_unread(item) for item in one.unmatched_base],
+            "tuned": [_unread(item) for item in one.unmatched_tuned],
+        },
+        "left_out": [_unread(item) for item in one.left_out],
+        "notes": one.notes,
+    }
+
+
+def summary(one: Comparison) -> dict[str, Any]:
+    """Count tensors and verdicts, and give medians and totals over the matrices."""
+    return {
+        "tensors": {
+            "base": one.totals[0],
+            "tuned": one.totals[1],
+            "compared": len(one.rows),
+            "matrices": len(one.matrices),
+            "left_out": len(one.left_out),
+            "unmatched_base": len(one.unmatched_base),
+            "unmatched_tuned": len(one.unmatched_tuned),
+        },
+        "verdicts": one.counts(),
+        "median": {name: one.median(name) for name in SUMMARISED},
+        "total": {name: one.total(name) for name in ("weight_drift", "svf_share")},
+    }
+
+
+def _row(row: Row, metrics: Sequence[str], curves: bool) -> dict[str, Any]:
+    found: dict[str, Any] = {
+        "name": row.name,
+        "tuned_name": row.tuned_name or row.name,
+        "view": row.view,
+        "shape": row.shape,
+        "matrix": row.matrix,
+        "dtype": row.dtype,
+    }
+    for name in metrics:
+        if METRICS[name].of_pair is not None:
+            found[name] = row.measured.change.get(name)
+        else:
+            sides = row.measured.base, row.measured.tuned
+            found[name] = dict(zip(("base", "tuned"), (x.get(name) for x in sides), strict=True))
+    found |= {"rounding_floor": row.rounding_floor, "change_rank": row.change_rank}
+    found |= _verdict(row.verdict)
+    if curves and row.curves is not None:
+        found["curves"] = {
+            side: None if values is None else values.tolist()
+            for side, values in vars(row.curves).items()
+        }
+    return found
+
+
+def _verdict(verdict: Verdict | None) -> dict[str, Any]:
+    if verdict is None:
+        return dict.fromkeys(("verdict", "rank", "confidence", "evidence"))
+    return {
+        "verdict": verdict.name,
+        "rank": verdict.rank,
+        "confidence": verdict.confidence,
+        "evidence": verdict.evidence,
+    }
+
+
+def _unread(item: Unread) -> dict[str, str]:
+    return {"name": item.name, "reason": item.reason}
+
+
+def _trajectory(one: Trajectory) -> dict[str, Any]:
+    return {
+        "checkpoints": [str(path) for path in one.checkpoints],
+        "median": one.metrics,
+        "monotone": one.monotone,
+        "layers": [{"name": name, "weight_drift": drift} for name, drift in one.layers.items()],
+    }
+
+
+def csv_text(result: AuditResult) -> str:
+    """Return one line a tensor for spreadsheets; what would be taken for a formula is quoted."""
+    out = io.StringIO()
+    writer = csv.writer(out, lineterminator="\n")
+    writer.writerow(_columns(result.metrics))
+    for one in result.comparisons:
+        for row in one.rows:
+            writer.writerow(_cell(value) for value in _values(one, row, result.metrics))
+    return out.getvalue()
+
+
+def _columns(metrics: Sequence[str]) -> list[str]:
+    columns = ["base", "tuned", "name", "view", "matrix"]
+    for name in metrics:
+        two = METRICS[name].of_pair is None
+        columns += [f"{name}_base", f"{name}_tuned"] if two else [name]
+    return [*columns, "rounding_floor", "change_rank", "verdict", "confidence", "evidence"]
+
+
+def _values(one: Comparison, row: Row, metrics: Sequence[str]) -> Iterator[Any]:
+    yield from (one.base, one.tuned, row.name, row.view, row.matrix)
+    for name in metrics:
+        if METRICS[name].of_pair is None:
+            yield row.measured.base.get(name)
+            yield row.measured.tuned.get(name)
+        else:
+            yield row.measured.change.get(name)
+    verdict = row.verdict
+    yield from (row.rounding_floor, row.change_rank)
+    yield from (
+        (None,) * 3
+        if verdict is None
+        else (
+            verdict.text,
+            verdict.confidence,
+            verdict.evidence,
+        )
+    )
+
+
+def _cell(value: Any) -> str:
+    if value is None:
+        return ""
+    if isinstance(value, tuple):
+        return "x".join(map(str, value))
+    text = str(value)
+    formula = not isinstance(value, float | int) and text[:1] in "=+-@\t\r\n"
+    return f"'{text}" if formula else text

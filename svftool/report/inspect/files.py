@@ -1,0 +1,81 @@
+"""The files that an inspection leaves: spreadsheet, page, figure."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from svftool.auditing import AuditResult, check_metric
+from svftool.auditing.policy import Violation
+from svftool.checkpoints import replace_output
+from svftool.errors import UsageError
+from svftool.report.inspect.document import csv_text
+
+FIGURES = (".png", ".svg", ".pdf")
+
+
+@dataclass(frozen=True)
+class Files:
+    """Where the files go.
+
+    Attributes
+    ----------
+    csv, html, plot : Path or None
+    force : bool
+        Replace existing files.
+    inputs : tuple of str
+        What is inspected, none of which may be overwritten.
+    """
+
+    csv: Path | None
+    html: Path | None
+    plot: Path | None
+    force: bool
+    inputs: tuple[str, ...]
+
+    def check(self, sort: str) -> None:
+        """Find out before any work whether the files can be made.
+
+        Raises
+        ------
+        UsageError
+            For an unknown metric or suffix, or a file that exists.
+        MissingDependencyError
+            If a page or a figure needs a package that is not installed.
+        """
+        check_metric(sort)
+        if self.plot is not None:
+            if self.plot.suffix.lower() not in FIGURES:
+                raise UsageError(
+                    f"{self.plot}: suffix {self.plot.suffix!r}, expected {', '.join(FIGURES)}"
+                )
+            from svftool.report.inspect.figure import require_matplotlib
+
+            require_matplotlib()
+        if self.html is not None:
+            from svftool.report.inspect.page import require_jinja
+
+            require_jinja()
+        for path in (self.csv, self.html, self.plot):
+            if path is not None and path.exists() and not self.force:
+                raise UsageError(
+                    f"{path}: exists already, expected a new output. Use --force to replace it."
+                )
+
+    def write(self, result: AuditResult, failed: Sequence[Violation]) -> None:
+        """Write what was asked for, each file complete or not at all."""
+        inputs = [Path(one) for one in self.inputs]
+        if self.csv is not None:
+            with replace_output(self.csv, force=self.force, inputs=inputs) as partial:
+                partial.write_text(csv_text(result), encoding="utf-8")
+        if self.html is not None:
+            from svftool.report.inspect.page import page
+
+            with replace_output(self.html, force=self.force, inputs=inputs) as partial:
+                partial.write_text(page(result, failed=failed), encoding="utf-8")
+        if self.plot is not None:
+            from svftool.report.inspect.figure import save_figure
+
+            with replace_output(self.plot, force=self.force, inputs=inputs) as partial:
+                save_figure(result, partial, kind=self.plot.suffix.lower().lstrip("."))

@@ -1,0 +1,95 @@
+"""Small marks that table, page and figure share: bars, sparklines, colours, blocks of names."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+import numpy as np
+import numpy.typing as npt
+
+COLOURS = {
+    "untouched": "dim",
+    "rounding noise": "dim green",
+    "spectrum only": "cyan",
+    "low rank": "blue",
+    "full fine-tune": "yellow",
+    "mixed": "yellow",
+    "changed": "yellow",
+    "rearranged": "magenta",
+    "unrelated": "red",
+    "broken": "bold red",
+}
+"""Colour of each verdict on a terminal."""
+
+_LEVELS = "▁▂▃▄▅▆▇█"
+_EIGHTHS = ("", "▏", "▎", "▍", "▌", "▋", "▊", "▉")
+
+
+def bar(part: float, width: int) -> str:
+    """Draw a horizontal bar in eighths of a character; what is not zero can be seen.
+
+    Examples
+    --------
+    >>> bar(0.5, 4), bar(1.0, 4), bar(0.0, 4), bar(1e-9, 4)
+    ('██', '████', '', '▏')
+    """
+    if not part > 0.0:
+        return ""
+    eighths = max(1, round(min(1.0, part) * width * 8))
+    return "█" * (eighths // 8) + _EIGHTHS[eighths % 8]
+
+
+def sparkline(values: Sequence[float] | npt.NDArray[np.floating], width: int) -> str:
+    """Draw a curve in one line: the largest of each stretch, against the largest of all.
+
+    Examples
+    --------
+    >>> sparkline([0.0, 1.0, 2.0, 4.0], 4)
+    '·▂▄█'
+    """
+    found = np.asarray(values, dtype=np.float64)
+    if found.size == 0:
+        return ""
+    stretches = np.array_split(found, min(width, found.size))
+    tops = [float(part.max()) for part in stretches]
+    largest = max(tops)
+    if largest <= 0.0:
+        return "·" * len(tops)
+    return "".join(
+        _LEVELS[min(7, max(0, math.ceil(8 * top / largest) - 1))] if top > 0.0 else "·"
+        for top in tops
+    )
+
+
+def block_of(name: str) -> str:
+    """Return the part of a network that a tensor belongs to: its name up to the first number.
+
+    Examples
+    --------
+    >>> block_of("model.layers.11.mlp.up_proj.weight"), block_of("fc.weight"), block_of("pos")
+    ('model.layers.11', 'fc', 'pos')
+    """
+    parts = name.split(".")
+    for index, part in enumerate(parts[:-1]):
+        if part.isdecimal():
+            return ".".join(parts[: index + 1])
+    return ".".join(parts[:-1]) or name
+
+
+def number(value: float | None) -> str:
+    """Write a number in six characters or less.
+
+    Examples
+    --------
+    >>> [number(x) for x in (0.0, 0.12345, 1.5e-5, 12345.6, 3.0, None)]
+    ['0', '0.123', '1.5e-5', '1.2e4', '3', '–']
+    """
+    if value is None:
+        return "–"
+    if value == 0.0 or (value == int(value) and abs(value) < 1e4):
+        return str(int(value))
+    if 1e-3 <= abs(value) < 1e4:
+        return f"{value:.3g}"
+    mantissa, exponent = f"{value:.1e}".split("e")
+    return f"{mantissa}e{int(exponent)}"
