@@ -66,7 +66,7 @@ class SplitLayer(torch.autograd.Function):
         if g is not None and want_s:
             ds = sum_positions(g * z, split.channel, s.dtype)
         if g is not None and want_x:
-            dx = split.right_adjoint(g * along(s, g, split.channel), right, ctx.shape)
+            dx = _contract(g, s, right, ctx.shape, split)
             if weight is not None:
                 dx = dx.add_(split.whole_adjoint(dy, weight, ctx.shape))
         if want_bias:
@@ -79,6 +79,13 @@ def _expand(z: Tensor, s: Tensor, left: Tensor, bias: Tensor | None, split: Spli
     if z.numel() > left.numel():
         return split.left(z, left * along(s, left, split.inner), bias)
     return split.left(z * along(s, z, split.channel), left, bias)
+
+
+def _contract(g: Tensor, s: Tensor, right: Tensor, shape: tuple[int, ...], split: SplitMap) -> Tensor:
+    # As in `_expand`; the gradient is this pass's own and may be changed in place.
+    if g.numel() > right.numel():
+        return split.right_adjoint(g, right * along(s, right, 0), shape)
+    return split.right_adjoint(g.mul_(along(s, g, split.channel)), right, shape)
 
 
 def sum_positions(values: Tensor, channel: int, dtype: torch.dtype) -> Tensor:

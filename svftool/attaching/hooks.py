@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from svftool.attaching.folding import FoldPlan
 from svftool.attaching.layer import PREFIX, AttachedWeight
 from svftool.attaching.standin import StandIn
 
@@ -43,6 +44,9 @@ class Enter(Places):
 
     def __call__(self, module: nn.Module, args: Any) -> None:
         """Place a stand-in, or the dense weight where no gradient is asked for."""
+        self._place(module)
+
+    def _place(self, module: nn.Module) -> None:
         shared: dict[int, Tensor] = {}
         placed: list[tuple[nn.Module, str]] = []
         module.__dict__.setdefault(_STACK, []).append(placed)
@@ -53,6 +57,25 @@ class Enter(Places):
                 shared[id(attached)] = _present(owner.get_parameter(attribute), attached)
             owner.__dict__[attribute] = shared[id(attached)]
             placed.append((owner, attribute))
+
+
+class EnterRoot(Enter):
+    """The same for the whole model, which alone may fold norms: it runs as it was traced."""
+
+    def __init__(self, places: Sequence[tuple[str, str]], folds: FoldPlan) -> None:
+        super().__init__(places)
+        self.folds = folds
+
+    def __call__(  # type: ignore[override]
+        self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> None:
+        """Place what the pass is to use, and tell stand-ins which norm follows them."""
+        pairs = self.folds.pairs(module, args, kwargs) if torch.is_grad_enabled() else []
+        self._place(module)
+        for layer, norm in pairs:
+            weight = layer.__dict__.get("weight")
+            if isinstance(weight, StandIn):
+                weight.follower = norm
 
 
 class Leave:

@@ -7,7 +7,8 @@ from collections.abc import Mapping
 
 from torch import nn
 
-from svftool.attaching.hooks import Enter, Leave, LoadMerged, SaveMerged
+from svftool.attaching.folding import FoldPlan, unfold
+from svftool.attaching.hooks import Enter, EnterRoot, Leave, LoadMerged, SaveMerged
 from svftool.attaching.layer import PREFIX, AttachedWeight
 
 _HANDLES = "_svf_handles"
@@ -39,8 +40,9 @@ def install(model: nn.Module, weights: Mapping[nn.Parameter, AttachedWeight]) ->
         own = [attribute for place, attribute in places.get(path, []) if not place]
         for attribute in own:
             owner.add_module(PREFIX + attribute, weights[_parameter(owner, attribute)])
+    folds = FoldPlan(_alone(model))
     for path, inside in places.items():
-        _hook(model.get_submodule(path), inside)
+        _hook(model.get_submodule(path), inside, folds if not path else None)
 
 
 def _parameter(owner: nn.Module, attribute: str) -> nn.Parameter:
@@ -50,10 +52,21 @@ def _parameter(owner: nn.Module, attribute: str) -> nn.Parameter:
     return parameter
 
 
-def _hook(module: nn.Module, places: list[tuple[str, str]]) -> None:
+def _alone(model: nn.Module) -> list[str]:
+    """Return the paths of modules whose attached weight belongs to no other module."""
+    owners: dict[int, list[str]] = defaultdict(list)
+    for path, module in model.named_modules():
+        attached = module._modules.get(f"{PREFIX}weight")
+        if attached is not None:
+            owners[id(attached)].append(path)
+    return [paths[0] for paths in owners.values() if len(paths) == 1]
+
+
+def _hook(module: nn.Module, places: list[tuple[str, str]], folds: FoldPlan | None) -> None:
     own = [place for place in places if not place[0]]
+    enter = Enter(places) if folds is None else EnterRoot(places, folds)
     handles = [
-        module.register_forward_pre_hook(Enter(places)),
+        module.register_forward_pre_hook(enter, with_kwargs=folds is not None),
         module.register_forward_hook(Leave(), always_call=True),
     ]
     if own:
@@ -66,6 +79,7 @@ def _hook(module: nn.Module, places: list[tuple[str, str]]) -> None:
 
 def uninstall(model: nn.Module) -> None:
     """Remove everything that `install` put on the model."""
+    unfold(model)
     for module in list(model.modules()):
         for handle in module.__dict__.pop(_HANDLES, ()):
             handle.remove()

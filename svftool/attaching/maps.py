@@ -85,7 +85,9 @@ class LinearMap:
 
 @dataclass(frozen=True)
 class ConvMap:
-    """A convolution of one group: ``right`` is a kernel with k outputs, ``left`` a pointwise one.
+    """A convolution: ``right`` is a kernel with k outputs, ``left`` a pointwise one.
+
+    Only one of a single group can be split.
 
     Attributes
     ----------
@@ -96,6 +98,7 @@ class ConvMap:
     stride: tuple[int, ...]
     padding: tuple[int, ...]
     dilation: tuple[int, ...]
+    groups: int = 1
     channel: int = 1
     inner: int = 1
 
@@ -114,7 +117,7 @@ class ConvMap:
 
     def left_adjoint(self, dy: Tensor, left: Tensor) -> Tensor:
         """Mix channels with the transposed left singular vectors."""
-        return _CONV[self.dims](dy, left.transpose(0, 1))
+        return _TRANSPOSED[self.dims](dy, left)
 
     def right_adjoint(self, g: Tensor, right: Tensor, shape: tuple[int, ...]) -> Tensor:
         """Transposed convolution with the right singular vectors."""
@@ -122,7 +125,8 @@ class ConvMap:
 
     def whole(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         """Convolve with the dense weight."""
-        return _CONV[self.dims](x, weight, bias, self.stride, self.padding, self.dilation)
+        sizes = (self.stride, self.padding, self.dilation)
+        return _CONV[self.dims](x, weight, bias, *sizes, self.groups)
 
     def whole_adjoint(self, dy: Tensor, weight: Tensor, shape: tuple[int, ...]) -> Tensor:
         """Transposed convolution, back to the spatial size of `shape`."""
@@ -179,7 +183,7 @@ class TransposedConvMap:
 
     def right_adjoint(self, g: Tensor, right: Tensor, shape: tuple[int, ...]) -> Tensor:
         """Mix channels back."""
-        return _CONV[self.dims](g, right.transpose(0, 1))
+        return _TRANSPOSED[self.dims](g, right)
 
     def whole(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         """Transposed convolution with the dense weight."""

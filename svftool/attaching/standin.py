@@ -12,14 +12,16 @@ from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
+from svftool.attaching.folding import affine_in
 from svftool.attaching.functions import SplitLayer
 from svftool.attaching.layer import AttachedLayer, AttachedWeight
 from svftool.attaching.maps import ConvMap, EmbeddingMap, LinearMap, SplitMap, TransposedConvMap
 from svftool.attaching.ways import choose_way
 
 Kernels = Callable[[AttachedLayer, torch.dtype], tuple[Tensor, Tensor]]
+Plain = Callable[[Tensor, Tensor, Tensor | None], Tensor]
 
 
 class StandIn(Tensor):
@@ -31,13 +33,15 @@ class StandIn(Tensor):
 
     attached: AttachedWeight
     base: Tensor
+    follower: nn.Module | None
     _composed: Tensor | None
 
     @staticmethod
     def of(attached: AttachedWeight, base: Tensor) -> StandIn:
         """Make the stand-in of `base`, a frozen parameter."""
         self = base.detach().as_subclass(StandIn)
-        self.attached, self.base, self._composed = attached, base.detach(), None
+        self.attached, self.base = attached, base.detach()
+        self.follower = self._composed = None
         return self
 
     def composed(self) -> Tensor:
@@ -93,27 +97,37 @@ def _dense(value: Any) -> Any:
     return value
 
 
-def _run_split(
+def _run(
     x: Tensor,
     weight: StandIn,
     bias: Tensor | None,
-    split: SplitMap,
+    plain: Plain,
+    *,
+    split: SplitMap | None,
     kernels: Kernels,
-    positions: int,
-) -> Any:
-    way = choose_way(weight.attached, positions)
+    positions: int = 0,
+) -> Tensor:
+    """Run a layer the cheapest way, with the norm behind it folded in where there is one."""
+    way = "composed" if split is None else choose_way(weight.attached, positions)
     layer = weight.attached.single
-    if way == "composed" or layer is None:
-        return NotImplemented
     dtype = _compute_dtype(x, weight.base)
+    affine = affine_in(weight.follower, dtype)
+    if way == "composed" or layer is None or split is None:
+        if affine is None:
+            return plain(x, weight.composed(), bias)
+        return affine.mark(plain(x, affine.rows(weight.composed()), affine.bias(bias)))
     right, left = kernels(layer, dtype)
     base = weight.base.t() if kernels is _columns else weight.base
     dense = base.to(dtype) if way == "residual" else None
     s = layer.delta() if way == "residual" else layer.values()
     x = x.to(dtype) if x.is_floating_point() else x
     bias = None if bias is None else bias.to(dtype)
+    if affine is not None:
+        left, bias = affine.rows(left), affine.bias(bias)
+        dense = None if dense is None else affine.rows(dense)
     with torch.autocast(x.device.type, enabled=False):
-        return SplitLayer.apply(x, s, right, left, dense, bias, split)
+        y: Tensor = SplitLayer.apply(x, s, right, left, dense, bias, split)
+    return y if affine is None else affine.mark(y)
 
 
 def _compute_dtype(x: Tensor, weight: Tensor) -> torch.dtype:
@@ -127,7 +141,7 @@ def _linear(input: Tensor, weight: Any, bias: Tensor | None = None) -> Any:  # n
     if not isinstance(weight, StandIn) or isinstance(input, StandIn):
         return NotImplemented
     count = input.numel() // max(1, input.shape[-1])
-    return _run_split(input, weight, bias, LinearMap(), _rows, count)
+    return _run(input, weight, bias, F.linear, split=LinearMap(), kernels=_rows, positions=count)
 
 
 def _rows(layer: AttachedLayer, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
@@ -142,14 +156,20 @@ def _matmul(input: Tensor, other: Any) -> Any:  # noqa: A002
     if not isinstance(other, StandIn) or isinstance(input, StandIn) or other.ndim != 2:
         return NotImplemented
     count = input.numel() // max(1, input.shape[-1])
-    return _run_split(input, other, None, LinearMap(), _columns, count)
+    return _run(input, other, None, _multiply, split=LinearMap(), kernels=_columns, positions=count)
+
+
+def _multiply(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    return x @ weight if bias is None else torch.addmm(bias, x, weight)
 
 
 def _addmm(input: Tensor, mat1: Tensor, mat2: Any, *, beta: float = 1, alpha: float = 1) -> Any:  # noqa: A002
     plain = beta == 1 and alpha == 1 and input.ndim == 1
     if not plain or not isinstance(mat2, StandIn) or isinstance(mat1, StandIn):
         return NotImplemented
-    return _run_split(mat1, mat2, input, LinearMap(), _columns, mat1.shape[0])
+    return _run(
+        mat1, mat2, input, _multiply, split=LinearMap(), kernels=_columns, positions=mat1.shape[0]
+    )
 
 
 def _embedding(
@@ -165,8 +185,13 @@ def _embedding(
         return NotImplemented
     if sparse:
         return F.embedding(input, weight.composed(), padding_idx)
-    y = _run_split(input, weight, None, EmbeddingMap(), _lookup, input.numel())
-    if padding_idx is None or y is NotImplemented:
+
+    def plain(x: Tensor, dense: Tensor, bias: Tensor | None) -> Tensor:
+        return F.embedding(x, dense, padding_idx)
+
+    split = EmbeddingMap()
+    y = _run(input, weight, None, plain, split=split, kernels=_lookup, positions=input.numel())
+    if padding_idx is None:
         return y
     padding = input == padding_idx % weight.shape[0]
     return torch.where(padding.unsqueeze(-1), y.detach(), y)
@@ -185,7 +210,7 @@ def _conv(
     dilation: int | tuple[int, ...] = 1,
     groups: int = 1,
 ) -> Any:
-    if groups != 1 or not isinstance(weight, StandIn):
+    if not isinstance(weight, StandIn):
         return NotImplemented
     dims = weight.ndim - 2
     x, steps, spread = input, _tuple(stride, dims), _tuple(dilation, dims)
@@ -193,10 +218,11 @@ def _conv(
         x, padding = _pad_same(x, weight.shape[2:], spread, padding)
     batched = x.ndim == dims + 2
     x = x if batched else x.unsqueeze(0)
-    split = ConvMap(steps, _tuple(padding, dims), spread)
-    count = x.shape[0] * _outputs(x.shape[2:], weight.shape[2:], split)
-    y = _run_split(x, weight, bias, split, _convolution, count)
-    return y if batched or y is NotImplemented else y.squeeze(0)
+    map_ = ConvMap(steps, _tuple(padding, dims), spread, groups)
+    split = map_ if groups == 1 else None
+    count = x.shape[0] * _outputs(x.shape[2:], weight.shape[2:], map_)
+    y = _run(x, weight, bias, map_.whole, split=split, kernels=_convolution, positions=count)
+    return y if batched else y.squeeze(0)
 
 
 def _tuple(value: int | tuple[int, ...], dims: int) -> tuple[int, ...]:
@@ -250,7 +276,7 @@ def _conv_transpose(
         _tuple(dilation, dims),
     )
     count = input.numel() // max(1, input.shape[1])
-    return _run_split(input, weight, bias, split, _transposed, count)
+    return _run(input, weight, bias, split.whole, split=split, kernels=_transposed, positions=count)
 
 
 def _transposed(layer: AttachedLayer, dtype: torch.dtype) -> tuple[Tensor, Tensor]:

@@ -1,0 +1,256 @@
+"""Cost of one optimiser step: singular values beside head, bias, LoRA and full fine-tuning.
+
+All regimes of a model run in one process and take turns, so that what else the machine does
+falls on all of them alike; the medians are compared. Each side runs with the settings that a user
+gets by default and, in rows marked ``channels_last``, with the best that either can be set to.
+Memory is measured in a process of its own for each regime: the highest resident size during two
+steps, above what is resident once the model's file is read.
+
+    python benchmarks/training.py                     all models
+    python benchmarks/training.py resnet50 --memory
+    python benchmarks/training.py --quick             small models: does it run
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+import svftool
+from svftool.attaching import apply_regime
+from svftool.factors import open_factors
+from svftool.models import find_head
+
+Batch = dict[str, Tensor]
+REGIMES = ("head", "svf", "bias", "lora:8", "full")
+
+
+@dataclass(frozen=True)
+class Case:
+    """A model, a batch, and what the loss is."""
+
+    build: Callable[[], nn.Module]
+    batch: Callable[[], Batch]
+    images: bool
+
+    def loss(self, model: nn.Module, batch: Batch) -> Tensor:
+        """Run the model on a batch."""
+        if self.images:
+            return nn.functional.cross_entropy(model(batch["x"]), batch["y"])
+        return model(input_ids=batch["x"], labels=batch["x"]).loss
+
+
+def _timm(name: str) -> Callable[[], nn.Module]:
+    def build() -> nn.Module:
+        import timm
+
+        return timm.create_model(name, num_classes=100)
+
+    return build
+
+
+def _gpt2(layers: int, width: int, heads: int, vocabulary: int) -> Callable[[], nn.Module]:
+    def build() -> nn.Module:
+        from transformers import GPT2Config, GPT2LMHeadModel
+
+        config = GPT2Config(
+            n_layer=layers, n_embd=width, n_head=heads, vocab_size=vocabulary, n_positions=256,
+            bos_token_id=1, eos_token_id=1, resid_pdrop=0.0, embd_pdrop=0.0, attn_pdrop=0.0,
+        )  # fmt: skip
+        return GPT2LMHeadModel(config)
+
+    return build
+
+
+def _images(count: int, side: int) -> Callable[[], Batch]:
+    return lambda: {"x": torch.randn(count, 3, side, side), "y": torch.randint(0, 100, (count,))}
+
+
+def _tokens(count: int, length: int, vocabulary: int) -> Callable[[], Batch]:
+    return lambda: {"x": torch.randint(0, vocabulary, (count, length))}
+
+
+CASES = {
+    "resnet50": Case(_timm("resnet50"), _images(8, 224), True),
+    "vit_base": Case(_timm("vit_base_patch16_224"), _images(8, 224), True),
+    "gpt2": Case(_gpt2(12, 768, 12, 50257), _tokens(2, 256, 50257), False),
+}
+QUICK = {
+    "resnet18": Case(_timm("resnet18"), _images(4, 96), True),
+    "vit_tiny": Case(_timm("vit_tiny_patch16_224"), _images(2, 224), True),
+    "gpt2_small": Case(_gpt2(2, 128, 4, 500), _tokens(2, 64, 500), False),
+}
+
+
+class Runner:
+    """One regime of one model, ready to step."""
+
+    def __init__(self, case: Case, folder: Path, regime: str, layout: str) -> None:
+        torch.manual_seed(0)
+        self.case, self.regime, self.layout = case, regime, layout
+        model = case.build()
+        model.load_state_dict(torch.load(folder / "state.pt", weights_only=True))  # noqa: TID251
+        model.eval()
+        self.batch = case.batch()
+        if layout == "channels_last":
+            model.to(memory_format=torch.channels_last)
+            self.batch["x"] = self.batch["x"].to(memory_format=torch.channels_last)
+        head = find_head(model) if case.images else None
+        with open_factors(folder / "factors") as store:
+            trainable = apply_regime(model, regime, store, head=head)
+        self.model = trainable.model
+        self.trainable_parameters = trainable.trainable_parameters
+        parameters = [p for group in trainable.groups.values() for p in group]
+        self.optimiser = torch.optim.AdamW(parameters, lr=1e-5, fused=True)
+
+    def step(self) -> float:
+        """Do one step and give its seconds."""
+        begun = time.perf_counter()
+        self.case.loss(self.model, self.batch).backward()
+        self.optimiser.step()
+        self.optimiser.zero_grad(set_to_none=True)
+        return time.perf_counter() - begun
+
+
+def prepare(name: str, case: Case, cache: Path) -> Path:
+    """Write weights and factors of a model once."""
+    folder = cache / name
+    if not (folder / "factors").is_dir():
+        folder.mkdir(parents=True, exist_ok=True)
+        torch.manual_seed(0)
+        state = case.build().state_dict()
+        torch.save(state, folder / "state.pt")
+        alone = {key: value.clone().contiguous() for key, value in state.items()}
+        save_file(alone, folder / "base.safetensors", {"format": "pt"})
+        svftool.decompose(folder / "base.safetensors", folder / "factors")
+    return folder
+
+
+def variants(case: Case, regimes: list[str]) -> list[tuple[str, str]]:
+    layouts = ("default", "channels_last") if case.images else ("default",)
+    chosen = [(r, layout) for layout in layouts for r in regimes]
+    return [pair for pair in chosen if case.images or pair[0] != "head"]
+
+
+def time_steps(case: Case, folder: Path, regimes: list[str], rounds: int) -> list[dict[str, Any]]:
+    """Let all regimes take turns and give the median step of each."""
+    runners = [Runner(case, folder, *variant) for variant in variants(case, regimes)]
+    times: dict[Runner, list[float]] = {runner: [] for runner in runners}
+    for turn in range(rounds + 2):
+        for runner in runners:
+            seconds = runner.step()
+            if turn >= 2:
+                times[runner].append(seconds)
+    return [
+        {
+            "regime": runner.regime,
+            "layout": runner.layout,
+            "trainable_parameters": runner.trainable_parameters,
+            "seconds": statistics.median(seconds),
+            "spread": (max(seconds) - min(seconds)) / statistics.median(seconds),
+        }
+        for runner, seconds in times.items()
+    ]
+
+
+def resident(field: str) -> int:
+    """Read this process's memory, in bytes, from the kernel."""
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return next(int(line.split()[1]) * 1024 for line in lines if line.startswith(field))
+
+
+def measure_memory(case: Case, folder: Path, regime: str, layout: str) -> int:
+    """Give the highest resident size of two steps above that of the libraries."""
+    import peft
+    import timm
+    import transformers
+
+    del peft, timm, transformers
+    before = resident("VmRSS")
+    runner = Runner(case, folder, regime, layout)
+    runner.step()
+    runner.step()
+    return resident("VmHWM") - before
+
+
+def memory_of(name: str, arguments: argparse.Namespace, regime: str, layout: str) -> int:
+    command = [sys.executable, __file__, name, "--cache", str(arguments.cache)]
+    command += ["--one", regime, "--layout", layout, "--threads", str(arguments.threads)]
+    command += ["--quick"] if arguments.quick else []
+    # Large blocks go back to the kernel at once: the high-water mark is that of live memory.
+    environment = os.environ | {"MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "0"}
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=True)
+    return int(done.stdout.split()[-1])
+
+
+def report(name: str, rows: list[dict[str, Any]]) -> None:
+    print(f"\n{name}: one step, {torch.get_num_threads()} threads, float32")
+    print("regime   layout             trained   s/step  /full  /lora  memory  /full")
+    for row in rows:
+        same = {other["regime"]: other for other in rows if other["layout"] == row["layout"]}
+        ratios = [
+            f"{row['seconds'] / same[key]['seconds']:6.2f}" if key in same else " " * 6
+            for key in ("full", "lora:8")
+        ]
+        memory = ""
+        if "memory" in row:
+            share = row["memory"] / same["full"]["memory"] if "full" in same else float("nan")
+            memory = f"{row['memory'] / 2**20:7.0f} MB {share:5.2f}"
+        print(
+            f"{row['regime']:<8} {row['layout']:<14} {row['trainable_parameters']:>11,} "
+            f"{row['seconds']:8.4f} {' '.join(ratios)}  {memory}"
+        )
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("models", nargs="*", help="some of the models; all by default")
+    parser.add_argument("--regimes", default=",".join(REGIMES))
+    parser.add_argument("--rounds", type=int, default=7)
+    parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--memory", action="store_true")
+    parser.add_argument("--quick", action="store_true")
+    parser.add_argument("--json", type=Path)
+    parser.add_argument(
+        "--cache", type=Path, default=Path(tempfile.gettempdir()) / "svftool-training"
+    )
+    parser.add_argument("--one", help=argparse.SUPPRESS)
+    parser.add_argument("--layout", default="default", help=argparse.SUPPRESS)
+    arguments = parser.parse_args()
+    torch.set_num_threads(arguments.threads)
+    cases = QUICK if arguments.quick else CASES
+    if arguments.one:
+        (name,) = arguments.models
+        folder = arguments.cache / name
+        print(measure_memory(cases[name], folder, arguments.one, arguments.layout))
+        return
+    results = {}
+    for name in arguments.models or cases:
+        folder = prepare(name, cases[name], arguments.cache)
+        regimes = arguments.regimes.split(",")
+        rows = time_steps(cases[name], folder, regimes, arguments.rounds)
+        if arguments.memory:
+            for row in rows:
+                row["memory"] = memory_of(name, arguments, row["regime"], row["layout"])
+        report(name, rows)
+        results[name] = rows
+    if arguments.json:
+        arguments.json.write_text(json.dumps(results, indent=2) + "\n")
+
+
+if __name__ == "__main__":
+    main()

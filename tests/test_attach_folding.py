@@ -1,0 +1,197 @@
+"""Folding of frozen batch norm: the same results, and only where nothing lies between."""
+
+from __future__ import annotations
+
+import copy
+import pickle
+from collections.abc import Callable
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import svftool
+from svftool.attaching import folding
+from tests.attaching import MemoryStore, randomise
+
+
+class Block(nn.Module):
+    """A residual block; `tap` lets something else use the first convolution's output."""
+
+    def __init__(self, *, tap: bool = False, twice: bool = False) -> None:
+        super().__init__()
+        self.conv1 = nn.Conv2d(4, 6, 3, padding=1, bias=False)
+        self.bn1 = nn.BatchNorm2d(6)
+        self.conv2 = nn.Conv2d(6, 6, 3, padding=1, groups=2)
+        self.bn2 = nn.BatchNorm2d(6, affine=False)
+        self.conv3 = nn.Conv2d(6, 4, 1)
+        self.bn3 = nn.BatchNorm2d(4)
+        self.relu = nn.ReLU(inplace=True)
+        self.tap, self.twice = tap, twice
+
+    def forward(self, x: Tensor, scale: float | None = None) -> Tensor:
+        y = self.conv1(x)
+        z = self.relu(self.bn1(y))
+        if self.twice:
+            z = self.relu(self.bn1(z))
+        z = self.relu(self.bn2(self.conv2(z)))
+        if self.tap:
+            z = z + y
+        z = self.relu(x + self.bn3(self.conv3(z)))
+        return z if scale is None else scale * z
+
+
+def make(**options: bool) -> Block:
+    torch.manual_seed(0)
+    block = Block(**options).double()
+    for norm in (block.bn1, block.bn2, block.bn3):
+        norm.running_mean.normal_()
+        norm.running_var.uniform_(0.5, 2.0)
+    with torch.no_grad():
+        block.bn1.weight.normal_()
+        block.bn1.bias.normal_()
+    return block.eval()
+
+
+@pytest.fixture
+def folded(monkeypatch: pytest.MonkeyPatch) -> list[nn.Module]:
+    """Collect the norms that were folded into a layer, in order."""
+    seen: list[nn.Module] = []
+    original = folding.Affine.mark
+
+    def mark(self: folding.Affine, output: Tensor) -> Tensor:
+        seen.append(self.norm)
+        return original(self, output)
+
+    monkeypatch.setattr(folding.Affine, "mark", mark)
+    return seen
+
+
+def run(model: nn.Module, x: Tensor, **options: float) -> tuple[Tensor, list[Tensor]]:
+    model.zero_grad()
+    x = x.clone().requires_grad_()
+    y = model(x, **options)
+    y.square().sum().backward()
+    gradients = [p.grad.clone() for p in model.parameters() if p.grad is not None]
+    return y.detach(), [*gradients, x.grad]
+
+
+def attach(model: Block, mode: str = "auto") -> Block:
+    attached = svftool.attach(model, MemoryStore(model), mode=mode)  # type: ignore[arg-type]
+    randomise(attached)
+    return model
+
+
+def assert_same(a: tuple[Tensor, list[Tensor]], b: tuple[Tensor, list[Tensor]]) -> None:
+    torch.testing.assert_close(a[0], b[0], rtol=1e-10, atol=1e-10)
+    assert len(a[1]) == len(b[1]) > 1
+    for found, expected in zip(a[1], b[1], strict=True):
+        torch.testing.assert_close(found, expected, rtol=1e-9, atol=1e-9)
+
+
+def without_folding(model: Block, x: Tensor) -> tuple[Tensor, list[Tensor]]:
+    """Run the blocks' layers without the root's forward, which is what folds."""
+    twin = copy.deepcopy(model)
+    inner = lambda images: Block.forward(twin, images)  # noqa: E731
+    twin.zero_grad()
+    x = x.clone().requires_grad_()
+    y = inner(x)
+    y.square().sum().backward()
+    return y.detach(), [*[p.grad for p in twin.parameters() if p.grad is not None], x.grad]
+
+
+X = torch.randn(2, 4, 6, 5, dtype=torch.float64, generator=torch.Generator().manual_seed(2))
+
+
+@pytest.mark.parametrize("mode", ["factored", "composed", "residual"])
+def test_folding_changes_no_result(mode: str, folded: list[nn.Module]) -> None:
+    model = attach(make(), mode)
+    expected = without_folding(model, X)
+    assert not folded
+    assert_same(run(model, X), expected)
+    assert folded == [model.bn1, model.bn2, model.bn3]
+
+
+def test_what_else_uses_the_output_prevents_it(folded: list[nn.Module]) -> None:
+    model = attach(make(tap=True))
+    assert_same(run(model, X), without_folding(model, X))
+    assert folded == [model.bn2, model.bn3]
+
+
+def test_a_norm_that_is_called_twice_prevents_it(folded: list[nn.Module]) -> None:
+    model = make()
+    model.twice = True
+    model.bn1 = nn.BatchNorm2d(6).double().eval()
+    model = attach(model)
+    assert_same(run(model, X), without_folding(model, X))
+    assert folded == [model.bn2, model.bn3]
+
+
+def test_other_arguments_than_traced_prevent_it(folded: list[nn.Module]) -> None:
+    model = attach(make())
+    doubled, _ = run(model, X, scale=2.0)
+    assert not folded
+    torch.testing.assert_close(doubled, 2.0 * run(model, X)[0])
+    assert folded
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda model: model.bn1.train(),
+        lambda model: model.bn1.weight.requires_grad_(True),
+        lambda model: model.conv1.register_forward_hook(lambda *_: None),
+        lambda model: model.bn1.register_forward_pre_hook(lambda *_: None),
+    ],
+    ids=["training", "trained", "hooked layer", "hooked norm"],
+)
+def test_a_norm_that_is_not_frozen_or_watched_is_left(
+    change: Callable[[Block], object], folded: list[nn.Module]
+) -> None:
+    model = attach(make())
+    change(model)
+    model(X)
+    assert folded == [model.bn2, model.bn3]
+
+
+def test_training_mode_is_traced_anew(folded: list[nn.Module]) -> None:
+    model = attach(make())
+    model(X)
+    model.train()
+    for norm in (model.bn1, model.bn2, model.bn3):
+        norm.eval()
+    folded.clear()
+    model(X)
+    assert folded == [model.bn1, model.bn2, model.bn3]
+
+
+class Undecided(Block):
+    """Cannot be traced: what it does depends on the data."""
+
+    def forward(self, x: Tensor, scale: float | None = None) -> Tensor:
+        return super().forward(x if x.sum() > 0 else -x)
+
+
+def test_models_that_cannot_be_traced_run_as_they_are(folded: list[nn.Module]) -> None:
+    model = make()
+    model.__class__ = Undecided
+    attach(model)
+    model(X).sum().backward()
+    assert not folded
+
+
+def test_copies_and_pickles_fold_their_own_norms(folded: list[nn.Module]) -> None:
+    model = attach(make())
+    expected = run(model, X)
+    for twin in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
+        folded.clear()
+        assert_same(run(twin, X), expected)
+        assert folded == [twin.bn1, twin.bn2, twin.bn3]
+
+
+def test_detaching_gives_norms_their_forward_back() -> None:
+    model = attach(make())
+    tuned = model(X).detach()
+    svftool.detach(model)
+    assert "forward" not in vars(model.bn1)
+    torch.testing.assert_close(model(X).detach(), tuned)
