@@ -299,9 +299,13 @@ def _absorbed(moved: Sequence[tuple[Verdict, Evidence | None]]) -> list[Verdict]
 
 
 def _tally(counts: Counter[str], matrices: int, still: int) -> str:
-    parts = [f"{count} {name}" for name, count in counts.most_common()]
-    text = f"of {matrices} matrices {', '.join(parts)}"
-    return text + (f", {still} as in the base" if still else "")
+    moved = matrices - still
+    text = (
+        f"{moved} of {matrices} matrices changed" if still else f"all {matrices} matrices changed"
+    )
+    if len(counts) < 2:
+        return text
+    return f"{text}: {', '.join(f'{count} {name}' for name, count in counts.most_common())}"
 
 
 def _joint(verdicts: Sequence[Verdict]) -> Confidence:

@@ -79,8 +79,9 @@ def _title(one: Comparison) -> Text:
 def _headline(verdict: Verdict) -> Text:
     colour = COLOURS[verdict.name]
     text = Text(verdict.text, f"bold {colour}".replace("bold bold", "bold"))
-    text.append(f" ({verdict.confidence} confidence): {VERDICTS[verdict.name]}.\n")
-    return text.append(f"{verdict.evidence[:1].upper()}{verdict.evidence[1:]}.", "dim")
+    text.append(f": {VERDICTS[verdict.name]}\n")
+    evidence = f"{verdict.evidence[:1].upper()}{verdict.evidence[1:]}"
+    return text.append(f"{evidence}; {verdict.confidence} confidence.", "dim")
 
 
 def _sorted(rows: Sequence[Row], sort: str) -> list[Row]:
@@ -231,16 +232,18 @@ def _trajectory(one: Trajectory) -> Iterator[RenderableType]:
         "not bold",
     )
     table = plain_table()
+    table.padding = (0, 1, 0, 0)
     table.add_column("checkpoint", no_wrap=True)
-    for name in one.metrics:
-        table.add_column(name.replace("_", " "), justify="right", no_wrap=True)
+    for title in ("weight drift", "spectral", "svf share", "intruders"):
+        table.add_column(title, justify="right", no_wrap=True)
     table.add_column("", width=BAR_WIDTH, no_wrap=True)
     drift = one.metrics["weight_drift"]
     largest = max((value or 0.0 for value in drift), default=0.0)
     for index, path in enumerate(one.checkpoints):
         cells = (number(values[index]) for values in one.metrics.values())
         length = (drift[index] or 0.0) / largest if largest > 0.0 else 0.0
-        table.add_row(Text(short(safe(path.name), NAME_WIDTH)), *cells, bar(length, BAR_WIDTH))
+        name = path.name.removesuffix(path.suffix)
+        table.add_row(Text(short(safe(name), NAME_WIDTH)), *cells, Text(bar(length, BAR_WIDTH)))
     yield table
 
 

@@ -1,0 +1,220 @@
+"""An audit as one self-contained page: no network, light and dark, made for print as well."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from importlib import resources
+from types import ModuleType
+from typing import Any
+
+from svftool.auditing import METRICS, VERDICTS, AuditResult, Comparison, Row
+from svftool.auditing.policy import Violation
+from svftool.errors import MissingDependencyError
+from svftool.report.inspect import charts
+from svftool.report.inspect.marks import number
+from svftool.report.text import safe, shape
+
+HEAT = (
+    "weight_drift",
+    "relative_drift",
+    "svf_share",
+    "off_diagonal_share",
+    "out_of_span_share",
+    "intruders",
+    "effective_rank.change",
+    "stable_rank.change",
+    "spectral_norm.change",
+)
+"""Lines of the heat map."""
+
+EXAMPLES = 6
+"""Layers whose spectra are drawn."""
+
+KINDS = {name: name.replace(" ", "-") for name in VERDICTS}
+
+
+def require_jinja() -> ModuleType:
+    """Import jinja2.
+
+    Raises
+    ------
+    MissingDependencyError
+        If it is not installed.
+    """
+    try:
+        import jinja2
+    except ImportError:
+        raise MissingDependencyError("jinja2", extra="report", purpose="a page") from None
+    return jinja2
+
+
+def page(result: AuditResult, *, failed: Sequence[Violation] = ()) -> str:
+    """Return the page.
+
+    Parameters
+    ----------
+    result : AuditResult
+    failed : sequence of Violation
+        What gates and a policy found.
+
+    Raises
+    ------
+    MissingDependencyError
+        If jinja2 is not installed.
+    """
+    from svftool import __version__
+
+    jinja2 = require_jinja()
+    markup = jinja2.Environment(autoescape=True, undefined=jinja2.StrictUndefined)
+    files = resources.files("svftool.report.inspect").joinpath("assets")
+    texts = {name: files.joinpath(name).read_text("utf-8") for name in _ASSETS}
+    line = result.trajectory
+    rendered: str = markup.from_string(texts["page.html"]).render(
+        style=texts["page.css"],
+        script=texts["page.js"],
+        version=__version__,
+        title=_title(result),
+        sections=[_section(one, number) for number, one in enumerate(result.comparisons, 1)],
+        trajectory="" if line is None else charts.trajectory(line),
+        monotone=line is not None and line.monotone,
+        meanings=VERDICTS,
+        kinds=KINDS,
+        metrics={name: METRICS[name].what for name in result.metrics},
+        failed=[(safe(one.name), safe(one.found), safe(one.reason)) for one in failed],
+    )
+    return rendered
+
+
+_ASSETS = ("page.html", "page.css", "page.js")
+
+
+def _title(result: AuditResult) -> str:
+    first = result.comparisons[0]
+    if first.tuned is None:
+        return safe(first.base.name)
+    others = [safe(one.tuned.name) for one in result.comparisons if one.tuned is not None]
+    listed = others[0] if len(others) == 1 else f"{len(others)} fine-tunes"
+    return f"{safe(first.base.name)} → {listed}"
+
+
+def _section(one: Comparison, index: int) -> dict[str, Any]:
+    rows = one.matrices
+    by_drift = sorted(rows, key=lambda row: -(row.value("weight_drift") or 0.0))
+    drawn = [row for row in by_drift if row.curves is not None][:EXAMPLES]
+    compared = one.tuned is not None
+    return {
+        "index": index,
+        "base": safe(one.base.name),
+        "tuned": safe(one.tuned.name) if one.tuned is not None else None,
+        "kinds": one.kinds,
+        "verdict": one.verdict,
+        "kind": "" if one.verdict is None else KINDS[one.verdict.name],
+        "tiles": _tiles(one),
+        "counts": _counted(one),
+        "heat": charts.heat_map(rows, _heat_lines(one)),
+        "directions": charts.direction_map(rows) if compared else "",
+        "spectra": [
+            (safe(row.name), _facts(row), charts.spectra(row.curves))
+            for row in drawn
+            if row.curves is not None
+        ],
+        "rows": [_line(row, by_drift) for row in (by_drift if compared else rows)],
+        "vectors": _vectors(one),
+        "missing": _missing(one),
+        "totals": one.totals,
+        "compared": len(one.rows),
+        "notes": [safe(note) for note in one.notes],
+    }
+
+
+def _heat_lines(one: Comparison) -> tuple[str, ...]:
+    if one.tuned is None:
+        return tuple(f"{name}.base" for name in ("spectral_norm", "effective_rank", "stable_rank"))
+    known = {
+        name for row in one.matrices for name, v in row.measured.change.items() if v is not None
+    }
+    return tuple(name for name in HEAT if "." in name or name in known)
+
+
+def _tiles(one: Comparison) -> list[tuple[str, str, str]]:
+    """Return the numbers at the top: what, value, explanation."""
+    matrices = f"{len(one.matrices)} of {one.totals[0]}"
+    if one.tuned is None:
+        return [("matrices", matrices, "tensors of the checkpoint")]
+    share = one.total("svf_share")
+    moved = sum(
+        row.verdict is not None and row.verdict.name not in ("untouched", "rounding noise")
+        for row in one.matrices
+    )
+    intruders = [row.value("intruders") for row in one.matrices]
+    found = [value for value in intruders if value is not None]
+    return [
+        ("matrices changed", f"{moved} of {len(one.matrices)}", "beyond rounding"),
+        ("weight drift", number(one.total("weight_drift")), "‖∆W‖ / ‖W‖, all matrices"),
+        ("spectral drift", number(one.median("relative_drift")), "‖∆S‖ / ‖S‖, median"),
+        ("svf share", "–" if share is None else f"{share:.0%}", "of the change is in S alone"),
+        ("intruders", number(sum(found)) if found else "–", "new leading directions in all"),
+    ]
+
+
+def _counted(one: Comparison) -> list[tuple[str, str, int, float]]:
+    counts = one.counts()
+    whole = sum(counts.values())
+    return [(name, KINDS[name], count, 100.0 * count / whole) for name, count in counts.items()]
+
+
+def _facts(row: Row) -> str:
+    parts = [shape(row.matrix or ())]
+    drift = row.value("weight_drift")
+    if drift is not None:
+        parts.append(f"drift {number(drift)}")
+    if row.verdict is not None:
+        parts.append(row.verdict.text)
+    return ", ".join(parts)
+
+
+def _line(row: Row, ranked: Sequence[Row]) -> dict[str, Any]:
+    largest = max((one.value("weight_drift") or 0.0 for one in ranked), default=0.0)
+    drift = row.value("weight_drift")
+    verdict = row.verdict
+    return {
+        "name": safe(row.name),
+        "renamed": safe(row.tuned_name or ""),
+        "matrix": shape(row.matrix or ()),
+        "size": row.matrix[-1] * row.matrix[-2] if row.matrix else 0,
+        "verdict": "" if verdict is None else verdict.text,
+        "kind": "" if verdict is None else KINDS[verdict.name],
+        "confidence": "" if verdict is None else verdict.confidence,
+        "evidence": "" if verdict is None else safe(verdict.evidence),
+        "drift": drift,
+        "bar": 100.0 * drift / largest if drift and largest > 0.0 else 0.0,
+        "spectral": row.value("relative_drift"),
+        "shares": [
+            row.value(name) for name in ("svf_share", "off_diagonal_share", "out_of_span_share")
+        ],
+        "intruders": row.value("intruders"),
+        "rank": (row.measured.base.get("effective_rank"), row.measured.tuned.get("effective_rank")),
+        "norm": (row.measured.base.get("spectral_norm"), row.measured.tuned.get("spectral_norm")),
+        "number": number,
+    }
+
+
+def _vectors(one: Comparison) -> tuple[int, int, list[tuple[str, str]]]:
+    vectors = [row for row in one.rows if not row.is_matrix]
+    moved = [row for row in vectors if row.value("weight_drift")]
+    moved.sort(key=lambda row: -(row.value("weight_drift") or 0.0))
+    listed = [(safe(row.name), number(row.value("weight_drift"))) for row in moved]
+    return len(moved), len(vectors), listed
+
+
+def _missing(one: Comparison) -> list[tuple[str, list[tuple[str, str]]]]:
+    lists = (
+        ("Only in the base", one.unmatched_base),
+        ("Only in the fine-tune", one.unmatched_tuned),
+        ("Left out", one.left_out),
+    )
+    return [
+        (what, [(safe(item.name), safe(item.reason)) for item in items])
+        for what, items in lists
+        if items
+    ]
