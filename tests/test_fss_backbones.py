@@ -64,7 +64,7 @@ def net() -> SmallNet:
     return SmallNet().eval()
 
 
-NAMES = FeatureNames(("layer2", "layer3"), "layer4")
+NAMES = FeatureNames(("layer2", "layer3"), "layer4", "layer1")
 
 
 def test_the_chain_of_stages_is_found_by_watching(net: SmallNet):
@@ -74,6 +74,8 @@ def test_the_chain_of_stages_is_found_by_watching(net: SmallNet):
     assert plan.stem == ("conv1",)
     assert dict(plan.channels) == {"layer2": 12, "layer3": 16, "layer4": 20}
     assert dict(plan.strides) == {"layer2": 8, "layer3": 16, "layer4": 16}
+    assert plan.trained == ("layer2", "layer3", "layer4")
+    assert plan_features(net, parse_names("layer3,layer4")).trained == ("layer3", "layer4")
     assert net.training is False
     assert not net._forward_hooks
 
@@ -143,9 +145,10 @@ def test_the_papers_resnet_is_dilated_to_stride_8():
 def test_vgg_is_cut_and_pooled_as_in_pfenet():
     net = torchvision.models.vgg16_bn()
     names = default_names(net)
-    assert names == FeatureNames(("features.23", "features.33"), "features.42")
+    assert names == FeatureNames(("features.23", "features.33"), "features.42", "features.13")
     plan = adapt_backbone(net, names)
     assert plan.middle_channels == 768
+    assert plan.trained[0] == "features.14"
     assert plan.strides["features.33"] == 16
     assert all(m.ceil_mode for m in net.modules() if isinstance(m, nn.MaxPool2d))
 
@@ -159,8 +162,10 @@ def test_the_small_real_backbones_have_features(data: Path):
         names[factory] = default_names(net)
         plan = adapt_backbone(net, names[factory])
         assert set(plan.strides.values()) == {8}
-    assert names["resnet18_to_layer3"] == FeatureNames(("layer2", "layer3"), "layer3")
-    assert names["mobilenet_v2_035"] == FeatureNames(("features.6", "features.13"), "features.18")
+    assert names["resnet18_to_layer3"] == FeatureNames(("layer2", "layer3"), "layer3", "layer1")
+    assert names["mobilenet_v2_035"] == FeatureNames(
+        ("features.6", "features.13"), "features.18", "features.3"
+    )
 
 
 @pytest.mark.parametrize("name", ["resnet18", "convnext_atto", "regnety_002"])

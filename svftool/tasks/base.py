@@ -51,11 +51,15 @@ class Prepared:
         Name of the module that is trained in every regime; None where there is none.
     new_head : bool
         The head is not the checkpoint's: it was made for this data.
+    layers : tuple of str
+        Globs of the tensors whose singular values or adapters the task trains by default; all of
+        them if empty.
     """
 
     model: nn.Module
     head: str | None = None
     new_head: bool = False
+    layers: tuple[str, ...] = ()
 
 
 class Draw(Protocol):

@@ -48,7 +48,8 @@ class Plan:
     device : torch.device
         Where to train.
     include, exclude : sequence of str
-        Globs of the tensors whose singular values or LoRA adapters are trained.
+        Globs of the tensors whose singular values or LoRA adapters are trained; the task's own
+        choice where none is included.
     log_dir : Path or None
         Folder for TensorBoard.
     """
@@ -230,7 +231,7 @@ class _Comparison:
                 regime,
                 plan.store,
                 head=prepared.head,
-                include=plan.include,
+                include=plan.include or prepared.layers,
                 exclude=plan.exclude,
             )
         model = trainable.model

@@ -52,6 +52,8 @@ class Encoder:
     training : bool
         While training, outputs are kept up to the first stage with a trained parameter; otherwise
         all of them, since no weight changes.
+    trunk : Encoder, optional
+        The same network's encoder in training, whose outputs of frozen stages are taken over.
     capacity : int
         Bytes of outputs to keep.
     """
@@ -63,6 +65,7 @@ class Encoder:
         preprocessing: Preprocessing,
         *,
         training: bool,
+        trunk: Encoder | None = None,
         capacity: int = FEATURE_BYTES,
     ) -> None:
         self.net = net
@@ -71,6 +74,7 @@ class Encoder:
         everything = len(net.plan.stages)
         self.stages = frozen_stages(net.backbone, net.plan) if training else everything
         self._all_kept = self.stages == everything
+        self._trunk = trunk if trunk is not None and trunk.stages else None
         self.device = next(net.parameters()).device
         self._states: ByteCache[State] = ByteCache(capacity, tensor_bytes)
         self._shown: ByteCache[Tensor] = ByteCache(capacity // 2, tensor_bytes)
@@ -79,9 +83,7 @@ class Encoder:
         """Give the features of pictures, in order; gradients reach the trained stages."""
         if self.stages == 0:
             return self._finish(self.images(views), 0)
-        kept = self._kept(views)
-        batch = {name: torch.stack([state[name] for state in kept]) for name in kept[0]}
-        return self._finish(batch, self.stages)
+        return self._finish(stacked(self.states(views)), self.stages)
 
     def features_of(self, images: Tensor) -> Features:
         """Give the features of (N, 3, H, W) uint8 canvases that are not worth keeping."""
@@ -137,18 +139,30 @@ class Encoder:
         last = len(net.plan.stages)
         return net.features(run_stages(net.backbone, net.plan, start, first=first, last=last))
 
-    def _kept(self, views: Sequence[View]) -> list[State]:
+    def states(self, views: Sequence[View]) -> list[State]:
+        """Give what the first `stages` stages make of each picture, from what is kept or anew."""
         known, missing = recall(self._states, views)
         for start in range(0, len(missing), BATCH):
             part = missing[start : start + BATCH]
-            with torch.no_grad():
-                images = self.images(part)
-                state = run_stages(self.net.backbone, self.net.plan, images, last=self.stages)
+            state = self._run(part)
             for place, view in enumerate(part):
                 value = {name: tensor[place].clone() for name, tensor in state.items()}
                 known[view.picture] = value
                 self._states.put(view.picture, value)
         return [known[view.picture] for view in views]
+
+    @torch.no_grad()
+    def _run(self, views: Sequence[View]) -> State:
+        net, trunk = self.net, self._trunk
+        if trunk is None:
+            return run_stages(net.backbone, net.plan, self.images(views), last=self.stages)
+        start = stacked(trunk.states(views))
+        return run_stages(net.backbone, net.plan, start, first=trunk.stages, last=self.stages)
+
+
+def stacked(states: Sequence[State]) -> State:
+    """Put the states of single pictures together to that of a batch."""
+    return {name: torch.stack([state[name] for state in states]) for name in states[0]}
 
 
 def recall(

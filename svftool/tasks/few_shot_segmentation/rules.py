@@ -28,8 +28,8 @@ class Rules:
         ``--features``; None for the backbone's family.
     output_stride : int or None
         Pixels a feature; None for 8 (VGG-16: 16).
-    width : int
-        Channels of the host.
+    width : int or None
+        Channels of the host; None as in `make_host`.
     augment : {"none", "flip", "papers"}
         Of training pictures. With ``papers`` nothing can be kept between epochs.
     test_episodes : int
@@ -49,19 +49,19 @@ class Rules:
     image_size: int = 473
     features: str | None = None
     output_stride: int | None = None
-    width: int = 256
+    width: int | None = None
     augment: Augment = "flip"
     test_episodes: int = 1000
-    select_episodes: int = 200
+    select_episodes: int = 100
     select_on: SelectOn = "base"
     alignment: Alignment = "content"
     base_learner: BaseTraining = field(default_factory=BaseTraining)
 
     def __post_init__(self) -> None:
         for name in ("test_episodes", "select_episodes", "width", "image_size"):
-            if getattr(self, name) < 1:
-                option = name.replace("_", "-")
-                raise UsageError(f"--{option} is {getattr(self, name)}, expected at least 1")
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise UsageError(f"--{name.replace('_', '-')} is {value}, expected at least 1")
 
 
 DEFAULT_RULES = Rules()

@@ -156,7 +156,8 @@ class FewShotDraw:
         self._untrained = next(host.parameters()).detach().clone()
         if rules.host == "bam":
             self._base = self._base_probabilities(net)
-        return Prepared(net, "host", new_head=True)
+        layers = tuple(f"*{stage}.*" for stage in plan.trained)
+        return Prepared(net, "host", new_head=True, layers=layers)
 
     def order(self, generator: torch.Generator) -> Tensor:
         """Shuffle the training images."""
@@ -195,9 +196,10 @@ class FewShotDraw:
     def loss(self, model: nn.Module, batch: dict[str, Any]) -> Tensor:
         """Cross-entropy of the host's predictions of a batch of episodes."""
         net = _net_of(model)
-        if self._encoder is None or self._encoder.net is not net:
-            self._encoder = self._encode(net, training=True)
-        return self._predict(net, self._encoder, batch).loss(batch["target"])
+        encoder = self._trunk(net)
+        if encoder is None:
+            encoder = self._encoder = self._encode(net, training=True)
+        return self._predict(net, encoder, batch).loss(batch["target"])
 
     def evaluate(
         self, model: nn.Module, part: Part = "query", *, progress: Progress = SILENT
@@ -232,9 +234,14 @@ class FewShotDraw:
         before = self._untrained
         return Nearest() if before is not None and torch.equal(before, now) else net.host
 
+    def _trunk(self, net: FewShotNet) -> Encoder | None:
+        """Give the encoder that trains this network, if it has been trained."""
+        encoder = self._encoder
+        return encoder if encoder is not None and encoder.net is net else None
+
     def _encode(self, net: FewShotNet, *, training: bool) -> Encoder:
-        task = self._task
-        return Encoder(net, task.pictures, task.preprocessing, training=training)
+        task, trunk = self._task, self._trunk(net)
+        return Encoder(net, task.pictures, task.preprocessing, training=training, trunk=trunk)
 
     def _predict(self, net: FewShotNet, encoder: Encoder, batch: dict[str, Any]) -> HostOutput:
         views: list[View] = batch["views"]

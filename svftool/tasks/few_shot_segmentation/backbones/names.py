@@ -20,10 +20,14 @@ class FeatureNames:
         Their outputs, brought to the resolution of the last one, are compared with the prototype.
     high : str
         Its output gives the prior; the last middle feature where the backbone goes no further.
+    after : str or None
+        The last module that stays frozen unless a user says otherwise; None for whatever comes
+        before the first middle feature's own module.
     """
 
     middle: tuple[str, ...]
     high: str
+    after: str | None = None
 
     @property
     def all(self) -> tuple[str, ...]:
@@ -59,12 +63,14 @@ def default_names(model: nn.Module) -> FeatureNames:
     """
     modules = dict(model.named_modules())
     if {"layer2", "layer3"} <= set(modules):
-        return FeatureNames(("layer2", "layer3"), "layer4" if "layer4" in modules else "layer3")
+        high = "layer4" if "layer4" in modules else "layer3"
+        return FeatureNames(("layer2", "layer3"), high, "layer1")
     if is_vgg16(model):
-        return FeatureNames(("features.23", "features.33"), "features.42")
+        return FeatureNames(("features.23", "features.33"), "features.42", "features.13")
     by_stride = _timm_features(model) or _last_of_stride(model)
     if {8, 16} <= set(by_stride):
-        return FeatureNames((by_stride[8], by_stride[16]), by_stride.get(32, by_stride[16]))
+        high = by_stride.get(32, by_stride[16])
+        return FeatureNames((by_stride[8], by_stride[16]), high, by_stride.get(4))
     raise ModelError(
         f"{type(model).__name__}: no known features, expected layer2 and layer3 or blocks of "
         "stride 8 and 16. Name modules with --features MIDDLE,MIDDLE[,HIGH]."

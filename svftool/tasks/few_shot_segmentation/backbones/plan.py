@@ -63,6 +63,14 @@ class FeaturePlan:
         return sum(self.channels[name] for name in self.names.middle)
 
     @property
+    def trained(self) -> tuple[str, ...]:
+        """Stages whose layers are trained unless a user says otherwise: the paper's layer2 on."""
+        if self.names.after in self.stages[1:]:
+            return self.stages[self.stages.index(self.names.after) + 1 :]
+        first = self.names.middle[0]
+        return self.stages[self.stages.index(first) :] if first in self.stages else ()
+
+    @property
     def repeats_high(self) -> bool:
         """Whether the stages after the middle features can be run again on a masked map."""
         return self.names.middle[-1] in self.stages

@@ -27,7 +27,13 @@ __all__ = [
 HostName = Literal["baseline", "pfenet", "bam"]
 
 
-def make_host(name: HostName, channels: int, *, width: int = 256, shots: int = 1) -> nn.Module:
+WIDTH = 256
+NARROWEST = 32
+
+
+def make_host(
+    name: HostName, channels: int, *, width: int | None = None, shots: int = 1
+) -> nn.Module:
     """Make a host by its name.
 
     Parameters
@@ -35,11 +41,13 @@ def make_host(name: HostName, channels: int, *, width: int = 256, shots: int = 1
     name : {"baseline", "pfenet", "bam"}
     channels : int
         Of the backbone's middle features.
-    width : int
-        Channels of the host; 256 in the papers.
+    width : int, optional
+        Channels of the host. By default 256, as in the papers, but no more than a third of
+        `channels`: 256 for VGG-16 (768) and ResNet-50 (1536), 128 for a ResNet-18 (384).
     shots : int
         Supports that it will be trained with.
     """
+    width = width or min(WIDTH, max(channels // 3, NARROWEST))
     if name == "baseline":
         return Baseline(channels, width)
     if name == "pfenet":
