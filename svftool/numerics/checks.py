@@ -45,27 +45,29 @@ def measure(A: Tall, factors: Thin, pool: Pool) -> tuple[float, float]:
     U, S, V = factors.U, factors.S, factors.V.double()
     u = probes(len(S), device=S.device)
     z = u if len(S) == A.n else V.mT @ u
-    right = S[:, None] * (V @ z)
+    row_probes = torch.cat((S * (V @ z).mT, u.mT))
     slices = A.slices()
     squares = S.new_zeros(len(slices))
-    defects = S.new_zeros(len(slices), *u.shape)
+    defects = S.new_zeros(len(slices), PROBES, len(S))
 
     def block(index: int, rows: slice) -> None:
         for inner in cuts(rows.stop - rows.start, _ROWS):
             part = slice(rows.start + inner.start, rows.start + inner.stop)
             left = U[part].double()
-            squares[index] += (A.double(part) @ z - left @ right).square().sum()
-            defects[index].addmm_(left.mT, left @ u)
+            images = row_probes @ left.mT
+            missed = z.mT @ A.double(part).mT - images[:PROBES]
+            squares[index] += missed.square().sum()
+            defects[index].addmm_(images[PROBES:], left)
 
     pool.share([partial(block, i, rows) for i, rows in enumerate(slices)])
-    of_u = _largest(defects.sum(0) - u, U, pool)
-    of_v = _largest(V @ (V.mT @ u) - u, factors.V.mT, pool)
+    of_u = _largest(defects.sum(0) - u.mT, U, pool)
+    of_v = _largest((u.mT @ V) @ V.mT - u.mT, factors.V.mT, pool)
     return float((squares.sum() / PROBES / factors.squares).sqrt()), max(of_u, of_v)
 
 
 def _largest(defect: Tensor, basis: Tensor, pool: Pool) -> float:
     """Bound the largest entry of ``|basis' basis - I|`` of which `defect` is the probed image."""
-    norms = defect.square().mean(dim=1).sqrt()
+    norms = defect.square().mean(dim=0).sqrt()
     if len(norms) <= _SUSPECTS:
         norms.fill_(torch.inf)
     suspects = (norms > _CLEAR).nonzero().flatten()

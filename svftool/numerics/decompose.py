@@ -31,7 +31,7 @@ from svftool.numerics.eigen import eigenvalues, gram
 from svftool.numerics.gram import gram_factors
 from svftool.numerics.krylov import krylov_factors
 from svftool.numerics.lapack import NotConverged
-from svftool.numerics.results import Svd
+from svftool.numerics.results import Svd, signs
 from svftool.numerics.tall import Choose, Tall, Thin, tall
 from svftool.numerics.threads import Pool
 
@@ -208,7 +208,7 @@ def _finish(
 ) -> Svd:
     """Fix the signs, undo scaling and transposition, and say what truncation cut off."""
     U, V = factors.U, factors.V
-    flips = _signs(V.mT if A.transposed else U)
+    flips = signs(V.mT if A.transposed else U)
     U *= flips
     V *= flips[:, None]
     energy = (
@@ -225,11 +225,6 @@ def _finish(
         orthogonality_error=errors[1],
         energy=energy,
     )
-
-
-def _signs(U: Tensor) -> Tensor:
-    low, high = torch.aminmax(U, dim=0)
-    return torch.where(high < -low, -1.0, 1.0).to(U.dtype)
 
 
 def _zero(matrix: Tensor, k: int, dtype: torch.dtype) -> Svd:

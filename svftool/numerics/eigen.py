@@ -13,8 +13,9 @@ from svftool.numerics.tall import Choose, Tall, cuts
 from svftool.numerics.threads import Pool
 
 _TILE = 1024
-_PANEL = 128
-_ROWS = 512
+_PANEL = 64
+_ROWS = 256
+_GRAM_ROWS = 512
 _BLOCK_ENTRIES = 2**19
 
 
@@ -29,7 +30,7 @@ def gram(A: Tall, pool: Pool) -> Tensor:
     n = A.n
     G = torch.zeros(n, n, dtype=torch.float64, device=A.matrix.device)
     columns = cuts(n, _TILE)
-    rows = A.slices(max(_ROWS, _BLOCK_ENTRIES // n))
+    rows = A.slices(max(_GRAM_ROWS, _BLOCK_ENTRIES // n))
     fast = G.device.type == "cpu" and lapack.available()
 
     def tile(i: slice, j: slice) -> None:
@@ -48,7 +49,7 @@ def eigenvectors(G: Tensor, choose: Choose, pool: Pool) -> tuple[Tensor, Tensor]
     """Decompose a symmetric matrix of which the upper triangle is given; it is overwritten.
 
     LAPACK reduces it to ``Q T Q'`` and finds ``T = Z diag(values) Z'``. Its own way to ``Q Z``
-    takes the reflectors of Q 32 at a time; in blocks of 128 it is all large products, spread over
+    takes the reflectors of Q 32 at a time; in blocks of 64 it is all large products, spread over
     `pool`.
     (Single precision would be twice as fast and rounds the vectors by 7e-7 [measured, n = 768],
     which uses up the bound on the reconstruction.)
@@ -75,12 +76,13 @@ def eigenvectors(G: Tensor, choose: Choose, pool: Pool) -> tuple[Tensor, Tensor]
     values = values.flip(0)
     count = _count(values, choose)
     rows = rows[n - count :].flip(0)
+    panels = [(Y, T @ Y) for Y, T in panels]
 
     def rotate(block: Tensor) -> None:
         for first in range(len(panels) - 1, -1, -1):
-            Y, T = panels[first]
+            Y, TY = panels[first]
             part = block[:, first * _PANEL + 1 :]
-            part.addmm_((part @ Y.mT) @ T, Y, alpha=-1.0)
+            part.addmm_(part @ Y.mT, TY, alpha=-1.0)
 
     pool.share([partial(rotate, rows[part]) for part in cuts(count, _ROWS)])
     return values, rows

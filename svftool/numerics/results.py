@@ -73,9 +73,13 @@ def fix_signs(U: Tensor, Vh: Tensor) -> tuple[Tensor, Tensor]:
     """
     if U.numel() == 0:
         return U, Vh
-    largest = U.abs().argmax(dim=-2, keepdim=True)
-    signs = torch.where(U.gather(-2, largest) < 0, -1.0, 1.0).to(U.dtype)
-    return U * signs, Vh * signs.transpose(-2, -1).to(Vh.dtype)
+    flips = signs(U)
+    return U * flips.unsqueeze(-2), Vh * flips.unsqueeze(-1).to(Vh.dtype)
+
+
+def signs(U: Tensor) -> Tensor:
+    """Return -1 for each column whose largest entry is negative, else 1."""
+    return torch.where(U.amax(-2) < -U.amin(-2), -1.0, 1.0).to(U.dtype)
 
 
 def reconstruct(U: Tensor, S: Tensor, Vh: Tensor) -> Tensor:
