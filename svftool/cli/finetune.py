@@ -18,6 +18,23 @@ from svftool.cli.common import (
     emit,
 )
 from svftool.cli.console import progress_for
+from svftool.cli.task_options import (
+    CLASSIFICATION,
+    AlignmentOption,
+    FeaturesOption,
+    FoldOption,
+    HostOption,
+    ListsOption,
+    OutputStrideOption,
+    RemoveNovelOption,
+    SelectEpisodesOption,
+    SelectOnOption,
+    TestEpisodesOption,
+    WidthOption,
+    numbers,
+    options_of,
+)
+from svftool.errors import UsageError
 
 NAME = "finetune"
 EXAMPLE = (
@@ -26,17 +43,22 @@ EXAMPLE = (
 )
 SIGNAL_EXIT = 128
 
-TRAINING, CLASSIFICATION = "Training", "Classification"
+TRAINING, IMAGES = "Training", "Images"
 
 
 def command(
     factors: Annotated[Path, typer.Argument(help="Factor checkpoint from 'svftool decompose'.")],
     *,
     output: OutputOption,
-    data: Annotated[Path, typer.Option(help="Folder of class folders, or CSV of path,label.")],
-    task: Annotated[Literal["classification"], typer.Option(help="What is learned.")] = (
-        "classification"
-    ),
+    data: Annotated[
+        Path,
+        typer.Option(
+            help="Folder of class folders, CSV of path,label, or a segmentation data set."
+        ),
+    ],
+    task: Annotated[
+        Literal["classification", "few-shot-segmentation"], typer.Option(help="What is learned.")
+    ] = "classification",
     model: Annotated[
         str,
         typer.Option(
@@ -55,7 +77,13 @@ def command(
         ),
     ] = "svf",
     shots: Annotated[
-        int | None, typer.Option(min=1, help="Examples a class to train on.", show_default="all")
+        str | None,
+        typer.Option(
+            metavar="N",
+            help="Examples a class to train on; in few-shot segmentation supports of an episode, "
+            "several as 1,5.",
+            show_default="all, or 1",
+        ),
     ] = None,
     evaluation: Annotated[
         Path | None,
@@ -71,7 +99,7 @@ def command(
     ] = None,
     batch_size: Annotated[
         int, typer.Option(help="Examples a step.", rich_help_panel=TRAINING)
-    ] = 32,
+    ] = 16,
     optimizer: Annotated[Literal["adamw", "sgd"], typer.Option(rich_help_panel=TRAINING)] = "adamw",
     lr: Annotated[
         float | None,
@@ -92,14 +120,15 @@ def command(
         typer.Option(help="Of the network's products.", rich_help_panel=TRAINING),
     ] = "fp32",
     hold_out: Annotated[
-        float,
+        float | None,
         typer.Option(
             min=0,
             max=0.9,
             help="Share of the shots that chooses the best weights; 0 keeps the last ones.",
-            rich_help_panel=TRAINING,
+            show_default="0",
+            rich_help_panel=CLASSIFICATION,
         ),
-    ] = 0.0,
+    ] = None,
     train_layers: Annotated[
         list[str] | None,
         typer.Option(
@@ -124,12 +153,13 @@ def command(
         ),
     ] = None,
     head: Annotated[
-        Literal["auto", "keep", "new"],
+        Literal["auto", "keep", "new"] | None,
         typer.Option(
             help="auto keeps the head where the number of classes is the same.",
+            show_default="auto",
             rich_help_panel=CLASSIFICATION,
         ),
-    ] = "auto",
+    ] = None,
     head_name: Annotated[
         str | None,
         typer.Option(
@@ -140,8 +170,8 @@ def command(
         int | None,
         typer.Option(
             help="Pixels a side.",
-            show_default="the checkpoint's, or the images' own, or 224",
-            rich_help_panel=CLASSIFICATION,
+            show_default="by checkpoint and data",
+            rich_help_panel=IMAGES,
         ),
     ] = None,
     mean: Annotated[
@@ -149,7 +179,7 @@ def command(
         typer.Option(
             help="Of the channels, from 0 to 1.",
             show_default="the checkpoint's or ImageNet's",
-            rich_help_panel=CLASSIFICATION,
+            rich_help_panel=IMAGES,
         ),
     ] = None,
     std: Annotated[
@@ -157,15 +187,28 @@ def command(
         typer.Option(
             help="Of the channels.",
             show_default="the checkpoint's or ImageNet's",
-            rich_help_panel=CLASSIFICATION,
+            rich_help_panel=IMAGES,
         ),
     ] = None,
     augment: Annotated[
-        Literal["none", "light", "strong"],
+        Literal["none", "light", "strong"] | None,
         typer.Option(
-            help="light crops and flips; strong distorts besides.", rich_help_panel=CLASSIFICATION
+            help="light crops and flips (few-shot segmentation: flips); strong distorts besides.",
+            show_default="light",
+            rich_help_panel=IMAGES,
         ),
-    ] = "light",
+    ] = None,
+    host: HostOption = None,
+    fold: FoldOption = None,
+    lists: ListsOption = None,
+    remove_novel: RemoveNovelOption = None,
+    features: FeaturesOption = None,
+    output_stride: OutputStrideOption = None,
+    width: WidthOption = None,
+    test_episodes: TestEpisodesOption = None,
+    select_episodes: SelectEpisodesOption = None,
+    select_on: SelectOnOption = None,
+    alignment: AlignmentOption = None,
     trust_remote_code: Annotated[
         bool, typer.Option("--trust-remote-code", help="Run code that lies beside the checkpoint.")
     ] = False,
@@ -206,17 +249,47 @@ def command(
         trust_remote_code=trust_remote_code,
         force=force,
         progress=progress_for(quiet=quiet, verbose=verbose),
-        evaluation=evaluation,
-        shots=shots,
-        classes=classes,
-        head=head,
-        head_name=head_name,
-        image_size=image_size,
-        mean=mean,
-        std=std,
-        augment=augment,
-        hold_out=hold_out,
+        **options_of(
+            task,
+            {
+                "shots": _shots(task, shots),
+                "evaluation": evaluation,
+                "classes": classes,
+                "head": head,
+                "head_name": head_name,
+                "image_size": image_size,
+                "mean": mean,
+                "std": std,
+                "augment": augment,
+                "hold_out": hold_out,
+                "host": host,
+                "folds": None if fold is None else numbers("fold", fold),
+                "lists": lists,
+                "remove_novel": remove_novel,
+                "features": features,
+                "output_stride": output_stride,
+                "width": width,
+                "test_episodes": test_episodes,
+                "select_episodes": select_episodes,
+                "select_on": select_on,
+                "alignment": alignment,
+            },
+        ),
     )
     emit(report.document(result), report.view(result), as_json=json)
     if result.interrupted is not None:
         raise typer.Exit(SIGNAL_EXIT + result.interrupted)
+
+
+def _shots(task: str, text: str | None) -> int | list[int] | None:
+    """Read --shots: one number, or several for few-shot segmentation."""
+    if text is None:
+        return None
+    found = numbers("shots", text)
+    if min(found) < 1:
+        raise UsageError(f"--shots is {min(found)}, expected at least 1")
+    if task == "few-shot-segmentation":
+        return found
+    if len(found) > 1:
+        raise UsageError(f"--shots {text}: several numbers, --task {task} takes one")
+    return found[0]

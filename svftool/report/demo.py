@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import shlex
+from collections.abc import Sequence
 from types import ModuleType
 from typing import Any
 
@@ -36,18 +38,36 @@ def document(steps: list[dict[str, Any]]) -> dict[str, Any]:
 
 def step_document(step: DemoStep) -> dict[str, Any]:
     """Return one step for scripts: its name, its command line and that command's document."""
-    fields = _pretrained_fields(step.result) if step.command is None else None
-    result = REPORTS[step.name].document(step.result) if fields is None else fields
-    return {"name": step.name, "command": step.command, "result": result}
+    if not step.command:
+        return {"name": step.name, "command": None, "result": _pretrained_fields(step.result)}
+    result = REPORTS[step.name].document(step.result)
+    return {"name": step.name, "command": shlex.join(step.command), "result": result}
 
 
 def step_view(step: DemoStep) -> RenderableType:
     """Return one step for people: its title, the command line it stands for and its report."""
     parts: list[RenderableType] = ["", Rule(TITLES[step.name], align="left", style="bold")]
-    if step.command is None:
+    if not step.command:
         return Group(*parts, _pretrained_view(step.result))
-    command = Text("$ ", "dim").append(safe(step.command), "bold cyan")
+    command = Text(safe(command_lines(step.command)), "bold cyan")
     return Group(*parts, command, "", REPORTS[step.name].view(step.result))
+
+
+def command_lines(words: Sequence[str], *, width: int = 76) -> str:
+    r"""Write a command line that can be pasted: quoted, and continued where it is long.
+
+    Examples
+    --------
+    >>> print(command_lines(["svftool", "merge", "my factors", "-o", "out"], width=26))
+    svftool merge 'my factors' \
+        -o out
+    """
+    lines = [shlex.quote(words[0])]
+    for word in map(shlex.quote, words[1:]):
+        if len(lines[-1]) + len(word) + 1 > width:
+            lines.append("   ")
+        lines[-1] += f" {word}"
+    return " \\\n".join(lines)
 
 
 def _pretrained_fields(base: Pretrained) -> dict[str, Any]:

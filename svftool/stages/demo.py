@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import inspect
-import shlex
 import shutil
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -21,6 +20,7 @@ from svftool.stages.decompose import decompose
 from svftool.stages.finetune import finetune
 from svftool.stages.merge import merge
 from svftool.tasks.classification import Classification
+from svftool.tasks.views import Augment
 from svftool.training import Settings, train
 
 MARKER = ".svftool-demo"
@@ -28,6 +28,8 @@ SEEN, UNSEEN = range(6), range(6, 10)
 PIXELS = 16
 BASE_SHOTS, SHOTS, SEEDS = 120, 5, 3
 REGIMES = ("head", "svf", "full")
+AUGMENT: Augment = "none"
+"""A digit that is flipped is another character."""
 
 
 @dataclass(frozen=True)
@@ -66,14 +68,14 @@ class DemoStep:
     ----------
     name : str
         ``pretrain``, or the command that the step stands for.
-    command : str or None
-        The command line that does the same; None for ``pretrain``.
+    command : tuple of str
+        The command line that does the same, word by word; empty for ``pretrain``.
     result : object
         What the stage returned.
     """
 
     name: str
-    command: str | None
+    command: tuple[str, ...]
     result: Any
 
 
@@ -106,7 +108,7 @@ def demo(folder: Path, *, force: bool = False, progress: Progress = SILENT) -> I
     write_pictures(folder / "seen", digits, labels, SEEN)
     write_pictures(folder / "unseen", digits, labels, UNSEEN)
     (folder / "digits_net.py").write_text(inspect.getsource(demo_net), encoding="utf-8")
-    yield DemoStep("pretrain", None, pretrain(folder, progress=progress))
+    yield DemoStep("pretrain", (), pretrain(folder, progress=progress))
     yield from _tune(folder, progress)
 
 
@@ -123,10 +125,11 @@ def _tune(folder: Path, progress: Progress) -> Iterator[DemoStep]:
         shots=SHOTS,
         seeds=SEEDS,
         regimes=REGIMES,
+        augment=AUGMENT,
         progress=progress,
     )
     options = ["--data", folder / "unseen", "--model", model, "--shots", SHOTS, "--seeds", SEEDS]
-    options += ["--regime", ",".join(REGIMES)]
+    options += ["--regime", ",".join(REGIMES), "--augment", AUGMENT]
     yield _step("finetune", [factors, "-o", runs, *options], tuned)
     expert, merged = runs / "svf-seed0.svf.safetensors", folder / "merged.safetensors"
     result = merge(factors, [expert], output=merged, verify=True, progress=progress)
@@ -136,20 +139,20 @@ def _tune(folder: Path, progress: Progress) -> Iterator[DemoStep]:
 
 
 def _step(name: str, arguments: Sequence[object], result: object) -> DemoStep:
-    return DemoStep(name, shlex.join(["svftool", name, *map(str, arguments)]), result)
+    return DemoStep(name, ("svftool", name, *map(str, arguments)), result)
 
 
 def pretrain(folder: Path, *, progress: Progress = SILENT) -> Pretrained:
     """Train the base on the images in ``seen`` and save it as ``digits.safetensors``."""
     torch.manual_seed(0)
     model = demo_net.digits_net()
-    task = Classification(folder / "seen", shots=BASE_SHOTS, head="keep")
+    task = Classification(folder / "seen", shots=BASE_SHOTS, head="keep", augment="none")
     draw = task.draw(0)
     outcome = train(
         model,
         {"backbone": list(model.parameters())},
         draw,
-        Settings(epochs=10, lr=5e-3),
+        Settings(epochs=10, batch_size=32, lr=5e-3),
         seed=0,
         metric=task.primary,
         label="training a base on digits 0 to 5",

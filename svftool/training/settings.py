@@ -13,16 +13,16 @@ from svftool.errors import UsageError
 Precision = Literal["fp32", "bf16", "fp16"]
 OptimizerName = Literal["adamw", "sgd"]
 
-SHORTEST_RUN = 60
-EPOCHS = 20
+SHORTEST_RUN = 100
+EPOCHS = 10
 
 LEARNING_RATES = {
     "head": 1e-3,
-    "singular_values": 1e-3,
+    "singular_values": 2e-3,
     "bias": 1e-3,
     "norm": 1e-3,
     "lora": 1e-3,
-    "backbone": 1e-5,
+    "backbone": 2e-5,
 }
 """Peak learning rate of each kind of parameter with AdamW."""
 
@@ -39,7 +39,7 @@ class Settings:
     steps : int or None
         Optimiser steps; None goes by `epochs`.
     epochs : float or None
-        Passes over the support set; with neither, 20 epochs and at least 60 steps.
+        Passes over the support set; with neither, 10 epochs and at least 100 steps.
     batch_size : int
         Examples a step; a smaller support set is taken whole.
     optimizer : {"adamw", "sgd"}
@@ -58,7 +58,7 @@ class Settings:
 
     steps: int | None = None
     epochs: float | None = None
-    batch_size: int = 32
+    batch_size: int = 16
     optimizer: OptimizerName = "adamw"
     lr: float | None = None
     head_lr: float | None = None
@@ -83,8 +83,8 @@ class Settings:
 
         Examples
         --------
-        >>> Settings().step_count(100), Settings().step_count(10), Settings(steps=7).step_count(100)
-        (63, 60, 7)
+        >>> Settings().step_count(1000), Settings().step_count(10), Settings(steps=7).step_count(100)
+        (625, 100, 7)
         """
         if self.steps is not None:
             return self.steps
