@@ -6,7 +6,7 @@
 # clones on this machine; `.venv` in the clone is a thin environment on top that holds svftool itself.
 
 PYTHON ?= python3
-PYTEST_ARGS ?=
+PYTEST_ARGS ?= -n 2
 RUN := .venv/bin/python
 
 .PHONY: help demo test check format cov docs-check benchmark-quick clean
@@ -16,7 +16,7 @@ help:
 
 demo:
 	@$(PYTHON) .ci/environment.py demo
-	.venv/bin/svftool demo --force demo
+	.venv/bin/svftool demo demo --force
 
 test: .environment-all
 	$(RUN) -m pytest $(PYTEST_ARGS)
