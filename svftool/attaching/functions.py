@@ -81,7 +81,9 @@ def _expand(z: Tensor, s: Tensor, left: Tensor, bias: Tensor | None, split: Spli
     return split.left(z * along(s, z, split.channel), left, bias)
 
 
-def _contract(g: Tensor, s: Tensor, right: Tensor, shape: tuple[int, ...], split: SplitMap) -> Tensor:
+def _contract(
+    g: Tensor, s: Tensor, right: Tensor, shape: tuple[int, ...], split: SplitMap
+) -> Tensor:
     # As in `_expand`; the gradient is this pass's own and may be changed in place.
     if g.numel() > right.numel():
         return split.right_adjoint(g, right * along(s, right, 0), shape)

@@ -85,7 +85,5 @@ def command(
         planned = plan(checkpoint, progress=progress, **options)
         emit(report.plan_document(planned), report.plan_view(planned), as_json=json)
         return
-    result = decompose(
-        checkpoint, output, resume=resume, force=force, progress=progress, **options
-    )
+    result = decompose(checkpoint, output, resume=resume, force=force, progress=progress, **options)
     emit(report.document(result), report.view(result), as_json=json)
