@@ -9,9 +9,9 @@ import pytest
 import torch
 from pictures import write_pictures
 from PIL import Image
-from svftool.models import Preprocessing
 
 from svftool.errors import DataError, UsageError
+from svftool.models import Preprocessing
 from svftool.tasks.images import image_size, list_images, open_image, to_tensor
 from svftool.tasks.views import ImageSet, choose_view
 

@@ -83,8 +83,10 @@ class Settings:
 
         Examples
         --------
-        >>> Settings().step_count(1000), Settings().step_count(10), Settings(steps=7).step_count(100)
-        (625, 100, 7)
+        >>> Settings().step_count(1000), Settings().step_count(10)
+        (625, 100)
+        >>> Settings(steps=7).step_count(100)
+        7
         """
         if self.steps is not None:
             return self.steps
