@@ -17,9 +17,8 @@ from svftool.numerics.random_matrix import (
 )
 from svftool.numerics.rounding import (
     coarser,
-    noise_edge,
     precision_of,
-    rounding_error,
+    rounding_noise,
     spacing,
 )
 
@@ -50,14 +49,25 @@ def test_rounding_error_and_its_edge_match_measured_rounding(
 ) -> None:
     W = normal(300, 200) * scale
     E = W.to(dtype).double() - W
-    assert rounding_error(W, dtype) == pytest.approx(float(E.norm()), rel=0.02)
-    edge = noise_edge(rounding_error(W, dtype), 300, 200)
-    assert edge == pytest.approx(float(torch.linalg.matrix_norm(E, ord=2)), rel=0.06)
+    noise = rounding_noise(W, dtype)
+    assert math.sqrt(noise.energy) == pytest.approx(float(E.norm()), rel=0.02)
+    assert 1.0 < noise.edge / float(torch.linalg.matrix_norm(E, ord=2)) < 1.15
+
+
+def test_the_edge_of_uneven_noise_follows_its_loudest_rows() -> None:
+    """Weights whose rows differ in size round unevenly: the even edge would be far too low."""
+    W = normal(300, 200) * torch.logspace(0, -2, 300, dtype=torch.float64)[:, None]
+    E = W.bfloat16().double() - W
+    top = float(torch.linalg.matrix_norm(E, ord=2))
+    noise = rounding_noise(W, torch.bfloat16)
+    even = math.sqrt(noise.energy / W.numel()) * (math.sqrt(300) + math.sqrt(200))
+    assert even < top < noise.edge
 
 
 def test_the_noise_floor_of_bfloat16_is_what_the_docs_say() -> None:
     W = normal(400, 400)
-    assert rounding_error(W, torch.bfloat16) / float(W.norm()) == pytest.approx(0.00166, rel=0.03)
+    floor = math.sqrt(rounding_noise(W, torch.bfloat16).energy)
+    assert floor / float(W.norm()) == pytest.approx(0.00166, rel=0.03)
 
 
 def test_precision_is_that_of_the_values_not_of_the_file() -> None:

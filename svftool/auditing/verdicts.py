@@ -202,6 +202,8 @@ def _low_rank(found: Evidence) -> Verdict | None:
         return None
     for noise in _noises(found):
         energy = 0.0 if noise is None else noise.energy
+        if found.tail > 0.5 * found.change_energy:
+            continue
         if found.tail <= max(TAIL * energy, _EXACT_TAIL * found.change_energy):
             noisy = energy / found.change_energy
             kept = 1.0 - found.tail / found.change_energy
@@ -222,8 +224,10 @@ def _full(found: Evidence) -> Verdict:
     parts = [f"moved by {_percent(found.weight_drift)} of its norm"]
     if found.svf_share is not None:
         parts.append(f"{_percent(found.svf_share)} of that by singular values")
-    if found.rank is not None:
+    if found.rank:
         parts.append(f"rank {found.rank} of {found.side}")
+    if found.noise is not None and found.noise_share > 0.3:
+        parts.append(f"rounding to {dtype_name(found.noise.dtype)} hides what was done")
     confidence: Confidence = "high"
     if found.svf_share is None or found.side < 4 or found.noise_share > 0.3:
         confidence = "medium"
