@@ -15,6 +15,8 @@ from svftool.numerics.rounding import coarser, precision_of, rounding_noise, spa
 EDGE_MARGIN = 1.1
 """How far above the noise's edge a singular value of the change must be to count."""
 
+ROTATED = "rotated: the singular values are the same and the vectors are not"
+
 _RESOLVED = 1e-6
 _PERMUTED = 1e-6
 
@@ -236,7 +238,7 @@ def rearrangement(base: Tensor, tuned: Tensor) -> str:
     rows, columns = (_same_lengths(W, T, dim, close) for dim in (1, 0))
     if rows and columns:
         return "its rows or columns are permuted or sign-flipped"
-    return "rotated: the singular values are the same and the vectors are not"
+    return ROTATED
 
 
 def _same_lengths(W: Tensor, T: Tensor, dim: int, close: float) -> bool:

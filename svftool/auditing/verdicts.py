@@ -12,7 +12,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
-from svftool.auditing.evidence import Evidence, Noise
+from svftool.auditing.evidence import ROTATED, Evidence, Noise
 from svftool.checkpoints import dtype_name
 
 Confidence = Literal["high", "medium", "low"]
@@ -105,9 +105,7 @@ def judge(found: Evidence) -> Verdict:
         return Verdict(UNTOUCHED, "high", "every value is equal")
     if found.tuned_energy == 0.0:
         return Verdict(BROKEN, "high", "all values became zero")
-    if found.rearranged:
-        return Verdict(REARRANGED, "high", found.rearranged)
-    for rule in (_rounding, _spectrum_only, _unrelated, _low_rank):
+    for rule in (_rearranged, _rounding, _spectrum_only, _unrelated, _low_rank):
         verdict = rule(found)
         if verdict is not None:
             return verdict
@@ -126,6 +124,14 @@ def judge_tensor(found: Evidence) -> Verdict:
     if found.rearranged:
         return Verdict(REARRANGED, "medium", found.rearranged)
     return Verdict(CHANGED, "high", f"moved by {_percent(found.weight_drift)} of its norm")
+
+
+def _rearranged(found: Evidence) -> Verdict | None:
+    # Singular values that swapped places also leave the spectrum as it was.
+    swapped = found.rearranged == ROTATED and (found.svf_share or 0.0) >= SVF_SHARE
+    if not found.rearranged or swapped:
+        return None
+    return Verdict(REARRANGED, "high", found.rearranged)
 
 
 def _rounding(found: Evidence) -> Verdict | None:
