@@ -49,7 +49,7 @@ def step_view(step: DemoStep) -> RenderableType:
     parts: list[RenderableType] = ["", Rule(TITLES[step.name], align="left", style="bold")]
     if not step.command:
         return Group(*parts, _pretrained_view(step.result))
-    command = Text(safe(command_lines(step.command)), "bold cyan")
+    command = Text(command_lines([safe(word) for word in step.command]), "bold cyan")
     return Group(*parts, command, "", REPORTS[step.name].view(step.result))
 
 
