@@ -15,7 +15,7 @@ from torch import Tensor
 
 from svftool.auditing import Source, match_names, open_source
 from svftool.auditing.matching import Matching
-from svftool.checkpoints import replace_output, to_matrix
+from svftool.checkpoints import Checkpoint, replace_output, to_matrix
 from svftool.errors import CheckpointError
 from svftool.factors import (
     FactorStore,
@@ -111,8 +111,11 @@ def extract(
     target = Path(output)
     with _factors(base, progress) as store, open_source(tuned) as source:
         inputs = [Path(base), Path(tuned)]
-        with replace_output(target, force=force, inputs=inputs) as partial:
-            return _extract(store, source, partial, target, progress)
+        with (
+            store.open_base(progress=progress) as checkpoint,
+            replace_output(target, force=force, inputs=inputs) as partial,
+        ):
+            return _extract(store, checkpoint, source, partial, target, progress)
 
 
 @contextmanager
@@ -128,7 +131,12 @@ def _factors(base: str | os.PathLike[str], progress: Progress) -> Iterator[Facto
 
 
 def _extract(
-    store: FactorStore, source: Source, partial: Path, target: Path, progress: Progress
+    store: FactorStore,
+    base: Checkpoint,
+    source: Source,
+    partial: Path,
+    target: Path,
+    progress: Progress,
 ) -> ExtractResult:
     known = {name: store.info(name) for name in (*store.layers, *store.whole)}
     matching = match_names(known, source.infos)
@@ -142,8 +150,8 @@ def _extract(
     with progress.task("extracting", len(store.layers), unit="layers") as task:
         for name, layer in store.layers.items():
             if name in counterpart:
-                weight = to_matrix(source.read(counterpart[name]), layer.view)
-                S[name], row, sums = _best(name, store.read(name), weight)
+                change = source.read(counterpart[name]).double() - base.read(name).double()
+                S[name], row, sums = _best(name, store.read(name), to_matrix(change, layer.view))
                 rows.append(row)
                 squares = [one + two for one, two in zip(squares, sums, strict=True)]
             task.advance(detail=name)
@@ -159,11 +167,10 @@ def _extract(
 
 
 def _best(
-    name: str, factors: LayerFactors, weight: Tensor
+    name: str, factors: LayerFactors, change: Tensor
 ) -> tuple[Tensor, LayerExtract, tuple[float, float]]:
     """Find the best singular values; also the squares of the change and of what is left of it."""
     U, S, Vh = factors.U.double(), factors.S.double(), factors.Vh.double()
-    change = weight.double() - U * S.unsqueeze(-2) @ Vh
     delta = torch.einsum("...mk,...mn,...kn->...k", U, change, Vh)
     total = float(change.square().sum())
     rest = float((change - U * delta.unsqueeze(-2) @ Vh).square().sum())
@@ -179,8 +186,8 @@ def _best(
 def _changed_whole(
     store: FactorStore, source: Source, counterpart: dict[str, str], matching: Matching
 ) -> dict[str, Tensor]:
-    """Take along what changed and is no layer, and what is new."""
-    whole = {}
+    """Take along what changed and is no layer, what has another shape, and what is new."""
+    whole = {pair.base: source.read(pair.tuned) for pair in matching.misshapen}
     for name in store.whole:
         if name in counterpart:
             value = source.read(counterpart[name])
