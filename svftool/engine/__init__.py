@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from svftool.engine.plan import Job, budget, job_bytes, peak_memory, seconds, share
+from svftool.engine.plan import Job, budget, job_bytes, parts, peak_memory, seconds, share
 from svftool.engine.ranks import FULL, RankRule, parse_rank
 from svftool.engine.run import run_layers, run_svds, run_values
 
@@ -13,6 +13,7 @@ __all__ = [
     "budget",
     "job_bytes",
     "parse_rank",
+    "parts",
     "peak_memory",
     "run_layers",
     "run_svds",

@@ -18,11 +18,15 @@ _T = TypeVar("_T")
 _Done: TypeAlias = "queue.SimpleQueue[tuple[Job, _T | BaseException]]"
 
 
-class _Room:
-    """Counts the bytes in use and makes the reader wait for room."""
+_AHEAD = 2
 
-    def __init__(self, size: int) -> None:
+
+class _Room:
+    """Counts the jobs and bytes in use and makes the reader wait for room."""
+
+    def __init__(self, size: int, places: int) -> None:
         self._free = self._size = size
+        self._places = places
         self._closed = False
         self._changed = threading.Condition()
 
@@ -30,13 +34,17 @@ class _Room:
         """Wait for room; what is larger than all there is waits to be alone. False when closed."""
         size = min(size, self._size)
         with self._changed:
-            self._changed.wait_for(lambda: self._closed or self._free >= size)
+            self._changed.wait_for(
+                lambda: self._closed or (self._free >= size and self._places > 0)
+            )
             self._free -= size
+            self._places -= 1
             return not self._closed
 
     def leave(self, size: int) -> None:
         with self._changed:
             self._free += min(size, self._size)
+            self._places += 1
             self._changed.notify_all()
 
     def close(self) -> None:
@@ -69,7 +77,7 @@ def flow(
     budget : int
         Bytes that all jobs together may take; one that is larger runs alone.
     workers : int
-        Jobs at a time.
+        Jobs at a time; two more may be waiting, read or done.
 
     Yields
     ------
@@ -77,7 +85,7 @@ def flow(
     outcome : object or NumericalError
         In the order that they are done. Any other error is raised.
     """
-    room = _Room(budget)
+    room = _Room(budget, workers + _AHEAD)
     done: _Done[_T] = queue.SimpleQueue()
     with Pool(workers) as pool:
 

@@ -64,14 +64,28 @@ def seconds(job: Job, rank: int | None = None, *, values_only: bool = False) -> 
     values_only : bool
         Without singular vectors.
     """
+    alone, shared = parts(job, rank, values_only=values_only)
+    return alone + shared
+
+
+def parts(job: Job, rank: int | None = None, *, values_only: bool = False) -> tuple[float, float]:
+    """Split the estimate of `seconds`.
+
+    Returns
+    -------
+    alone : float
+        What one thread does alone: the eigenproblem in tridiagonal form.
+    shared : float
+        What idle threads help with: the products.
+    """
     long, short = job.sides
-    gram = _GRAM * long * short**2
-    if values_only:
-        return job.count * (_LAYER + gram + _VALUES * short**3)
-    kept = short if rank is None else min(rank, short)
-    eigen = _VALUES * short**3 + (_VECTORS - _VALUES) * short**2 * kept
-    rest = (_PRODUCT * short + _CHECK) * long * kept
-    return job.count * (_LAYER + gram + eigen + rest)
+    alone = _LAYER + _VALUES * short**3
+    shared = _GRAM * long * short**2
+    if not values_only:
+        kept = short if rank is None else min(rank, short)
+        shared += (_VECTORS - _VALUES) * short**2 * kept
+        shared += (_PRODUCT * short + _CHECK) * long * kept
+    return job.count * alone, job.count * shared
 
 
 def share(jobs: Iterable[Job], count: int) -> list[list[Job]]:
@@ -139,7 +153,12 @@ def budget(jobs: Sequence[Job]) -> int:
     return (512 << 20) + 4 * 8 * largest
 
 
-def peak_memory(jobs: Sequence[Job], rank: int | None = None, *, values_only: bool = False) -> int:
+def peak_memory(
+    jobs: Sequence[Job],
+    rank: int | None = None,
+    *,
+    values_only: bool = False,
+) -> int:
     """Bound the anonymous memory of a process that runs these layers.
 
     Parameters

@@ -40,6 +40,7 @@ def run_svds(
     dtype: torch.dtype = torch.float32,
     device: str | torch.device = "cpu",
     workers: int | None = None,
+    memory: int | None = None,
     skip: Skip | None = None,
     progress: Progress = SILENT,
 ) -> Iterator[tuple[str, Svd]]:
@@ -62,6 +63,9 @@ def run_svds(
     workers : int, optional
         Layers at a time; by default the number of torch's threads. The factors do not depend on
         it.
+    memory : int, optional
+        Bytes that the layers at work may hold together; by default `svftool.engine.budget`. A layer
+        that needs more runs alone.
     skip : callable, optional
         Told of each layer that cannot be decomposed, which is then left out; without it the first
         one ends the run.
@@ -81,24 +85,28 @@ def run_svds(
     ResourceError
         If a layer does not fit in memory, before anything is computed.
     """
-    place = _device(device)
 
     def fixed(job: Job) -> int | None:
         return rank.fixed(*job.matrix[-2:])
 
-    def decompose(job: Job, pool: Pool, tensor: Tensor) -> Svd:
+    def work(job: Job, tensor: Tensor, pool: Pool) -> Svd:
         m, n = job.matrix[-2:]
         kept = fixed(job) or partial(rank.rank_of, m=m, n=n)
-        return svd(tensor, rank=kept, method=method, seed=seed, dtype=dtype, pool=pool)
-
-    def work(job: Job, tensor: Tensor, pool: Pool) -> Svd:
-        result = _on(place, job, tensor, partial(decompose, job, pool))
+        result = svd(tensor, rank=kept, method=method, seed=seed, dtype=dtype, pool=pool)
         return replace(result, U=result.U.cpu(), S=result.S.cpu(), Vh=result.Vh.cpu())
 
-    def size(job: Job) -> int:
-        return job_bytes(job, fixed(job))
-
-    return _run(jobs, read, work, size, _workers(workers, place), "decomposing", skip, progress)
+    return run_layers(
+        jobs,
+        read,
+        work,
+        size=lambda job: job_bytes(job, fixed(job)),
+        title="decomposing",
+        device=device,
+        workers=workers,
+        memory=memory,
+        skip=skip,
+        progress=progress,
+    )
 
 
 def run_values(
@@ -107,6 +115,7 @@ def run_values(
     *,
     device: str | torch.device = "cpu",
     workers: int | None = None,
+    memory: int | None = None,
     skip: Skip | None = None,
     progress: Progress = SILENT,
 ) -> Iterator[tuple[str, Tensor]]:
@@ -120,13 +129,22 @@ def run_values(
     values : (k,) or (E, k) Tensor
         float64, non-increasing, on the CPU.
     """
-    place = _device(device)
 
     def work(job: Job, tensor: Tensor, pool: Pool) -> Tensor:
-        return _on(place, job, tensor, partial(singular_values, pool=pool)).cpu()
+        return singular_values(tensor, pool=pool).cpu()
 
-    size = partial(job_bytes, values_only=True)
-    return _run(jobs, read, work, size, _workers(workers, place), "taking spectra", skip, progress)
+    return run_layers(
+        jobs,
+        read,
+        work,
+        size=partial(job_bytes, values_only=True),
+        title="taking spectra",
+        device=device,
+        workers=workers,
+        memory=memory,
+        skip=skip,
+        progress=progress,
+    )
 
 
 def run_layers(
@@ -138,13 +156,15 @@ def run_layers(
     title: str,
     device: str | torch.device = "cpu",
     workers: int | None = None,
+    memory: int | None = None,
+    skip: Skip | None = None,
     progress: Progress = SILENT,
 ) -> Iterator[tuple[str, _T]]:
     """Run any work on layers; the results come in the order they are done.
 
     Parameters
     ----------
-    jobs, read, device, workers, progress
+    jobs, read, device, workers, memory, skip, progress
         As in `run_svds`.
     work : callable
         Makes the result of a job from its tensor, with the help of a pool.
@@ -165,34 +185,19 @@ def run_layers(
     ResourceError
         If a layer does not fit in memory, before anything is computed.
     """
-    place = _device(device)
-
-    def placed(job: Job, tensor: Tensor, pool: Pool) -> _T:
-        return _on(place, job, tensor, partial(_swapped, work, job, pool))
-
-    return _run(jobs, read, placed, size, _workers(workers, place), title, None, progress)
-
-
-def _swapped(work: Callable[[Job, Tensor, Pool], _T], job: Job, pool: Pool, tensor: Tensor) -> _T:
-    return work(job, tensor, pool)
-
-
-def _run(
-    jobs: Iterable[Job],
-    read: Callable[[str], Tensor],
-    work: Callable[[Job, Tensor, Pool], _T],
-    size: Callable[[Job], int],
-    workers: int,
-    title: str,
-    skip: Skip | None,
-    progress: Progress,
-) -> Iterator[tuple[str, _T]]:
-    ordered = longest_first(jobs)
+    ordered, place = longest_first(jobs), _device(device)
     if ordered:
         largest = max(ordered, key=size)
         check_memory(largest, size(largest))
+    outcomes = flow(
+        ordered,
+        read,
+        partial(_on, place, work),
+        size=size,
+        budget=memory or budget(ordered),
+        workers=workers or (torch.get_num_threads() if place.type == "cpu" else _STREAMS),
+    )
     total = sum(map(seconds, ordered))
-    outcomes = flow(ordered, read, work, size=size, budget=budget(ordered), workers=workers)
     with progress.task(title, total=total, unit="work") as task, closing(outcomes):
         for job, outcome in outcomes:
             if not isinstance(outcome, NumericalError):
@@ -211,19 +216,21 @@ def _device(device: str | torch.device) -> torch.device:
     return torch.device(device)
 
 
-def _workers(asked: int | None, device: torch.device) -> int:
-    return asked or (torch.get_num_threads() if device.type == "cpu" else _STREAMS)
-
-
-def _on(device: torch.device, job: Job, tensor: Tensor, work: Callable[[Tensor], _T]) -> _T:
+def _on(
+    device: torch.device,
+    work: Callable[[Job, Tensor, Pool], _T],
+    job: Job,
+    tensor: Tensor,
+    pool: Pool,
+) -> _T:
     """Run on a device what is large enough for it, and on the CPU what does not fit there."""
     if device.type == "cpu" or job.sides[1] < _SMALL:
-        return work(tensor)
+        return work(job, tensor, pool)
     try:
-        return _on_device(device, tensor, work)
+        return _on_device(device, tensor, lambda moved: work(job, moved, pool))
     except torch.OutOfMemoryError:
         torch.cuda.empty_cache()
-        return work(tensor)
+        return work(job, tensor, pool)
 
 
 def _on_device(device: torch.device, tensor: Tensor, work: Callable[[Tensor], _T]) -> _T:

@@ -34,6 +34,7 @@ VALUES_BOUND = 1e-6
 
 BLOCK = 32
 _AIM = 8e-7
+_HALFWAY, _HOPELESS = 0.6, 5e-3
 _CONFIRM = 4
 _GROWTH = 1.25
 _CUT = 1024
@@ -80,7 +81,8 @@ def krylov_factors(
     Krylov or None
         None if the space of that dimension does not give the values to `VALUES_BOUND`.
     """
-    space = _Space(A, pool, seed, limit or A.n // 2)
+    limit = limit or A.n // 2
+    space = _Space(A, pool, seed, limit)
     block, check = space.fresh_block(), max(2 * k, 4 * BLOCK)
     before: _Ritz | None = None
     while space.has_room:
@@ -89,6 +91,8 @@ def krylov_factors(
             continue
         found = space.ritz(k)
         check = max(int(space.dimension * _GROWTH), space.dimension + BLOCK)
+        if space.dimension > _HALFWAY * limit and found.values_error > _HOPELESS:
+            return None
         if found.values_error > _AIM:
             before = None
         elif before is None or found.differs_from(before):
