@@ -9,7 +9,7 @@ from rich.console import Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
-from svftool.report import json
+from svftool.report import few_shot, json
 from svftool.report.tables import plain_table
 from svftool.report.text import safe
 from svftool.report.text import seconds as duration
@@ -27,10 +27,11 @@ def document(result: FinetuneResult) -> dict[str, Any]:
 
 def view(result: FinetuneResult) -> RenderableType:
     """Return the result for people: one row a regime, and what is to be said about it."""
-    parts: list[RenderableType] = [_table(result), ""]
+    few = result.task == "few-shot-segmentation"
+    parts: list[RenderableType] = [few_shot.tables(result) if few else _table(result), ""]
     if result.interrupted is not None:
         parts.append(Text("interrupted: what was trained until then is saved", "bold yellow"))
-    parts += [Text(_verdict(one, result.metric), "bold red") for one in result.summary if one.worse]
+    parts += [Text(_verdict(one), "bold red") for one in result.summary if one.worse]
     return Group(*parts, Text("tuned: ").append(safe(str(result.output)), "bold"))
 
 
@@ -86,9 +87,13 @@ def value(metric: str, number: float, *, sign: bool = False) -> str:
     return f"{number:{plus}.3f}"
 
 
-def _verdict(summary: Summary, metric: str) -> str:
+def _verdict(summary: Summary) -> str:
+    metric = summary.metric
+    where = "".join(
+        f", {name} {number}" for name, number in summary.facts.items() if number is not None
+    )
     before, mean = (value(metric, number) for number in (summary.before, summary.mean))
     return (
-        f"{summary.regime} ends WORSE than the base: {metric} {before} → {mean}. "
+        f"{summary.regime}{where} ends WORSE than the base: {metric} {before} → {mean}. "
         "Try a lower --lr, fewer --steps or more examples."
     )

@@ -7,7 +7,7 @@ import math
 import os
 import signal
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -55,6 +55,8 @@ class FinetuneResult:
         Every regime over its seeds.
     interrupted : Signals or None
         The signal that cut the runs short.
+    setting : mapping
+        What all runs have in common, as the task describes it.
     """
 
     output: Path
@@ -63,6 +65,7 @@ class FinetuneResult:
     runs: tuple[Run, ...]
     summary: tuple[Summary, ...]
     interrupted: signal.Signals | None = None
+    setting: Mapping[str, Any] = field(default_factory=dict)
 
 
 def finetune(
@@ -186,6 +189,7 @@ def finetune(
             runs=tuple(runs),
             summary=tuple(summarise(runs, tasks[0].primary)),
             interrupted=signum,
+            setting=_common([one.describe() for one in tasks]),
         )
         if not itself:
             _write_results(result, partial / RESULTS_FILE)
@@ -236,6 +240,7 @@ def result_fields(result: FinetuneResult) -> dict[str, Any]:
     return {
         "task": result.task,
         "output": str(result.output),
+        "setting": dict(result.setting),
         "interrupted": None if result.interrupted is None else result.interrupted.name,
         "runs": [_run_fields(run) for run in result.runs],
         "summary": [_summary_fields(summary) for summary in result.summary],
@@ -274,6 +279,15 @@ def _summary_fields(summary: Summary) -> dict[str, Any]:
         "trainable_parameters": summary.trainable_parameters,
         "step_seconds": summary.step_seconds,
         "worse": summary.worse,
+    }
+
+
+def _common(settings: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    first, *others = settings
+    return {
+        name: value
+        for name, value in first.items()
+        if all(other.get(name) == value for other in others)
     }
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +29,8 @@ def few_shot_tasks(
     lists: Path | None = None,
     remove_novel: bool = False,
     image_size: int | None = None,
+    mean: tuple[float, ...] | None = None,
+    std: tuple[float, ...] | None = None,
     progress: Progress = SILENT,
     **rules: Any,
 ) -> list[FewShotSegmentation]:
@@ -49,6 +52,8 @@ def few_shot_tasks(
         Leave out training images that hold novel classes, as BAM and SVF do.
     image_size : int, optional
         Side of the canvases; 473, on COCO-20i 641.
+    mean, std : tuple of float, optional
+        Of the channels, in place of those in `preprocessing`.
     progress : Progress
         Told of the masks that are read.
     rules
@@ -77,12 +82,13 @@ def few_shot_tasks(
         fold: source.fold(fold, remove_novel=remove_novel, progress=progress) for fold in folds
     }
     pictures = Pictures(canvas_side(size))
+    seen_as = replace(preprocessing, mean=mean or preprocessing.mean, std=std or preprocessing.std)
     return [
         FewShotSegmentation(
             parts[fold],
             shots=count,
             rules=Rules(image_size=size, **rules),
-            preprocessing=preprocessing,
+            preprocessing=seen_as,
             pictures=pictures,
         )
         for count in shots

@@ -18,7 +18,7 @@ from svftool.tasks.few_shot_segmentation.masks import Mask, mask_of, read_binary
 from svftool.tasks.few_shot_segmentation.pool import Pair
 from svftool.tasks.images import open_image, to_tensor
 
-Augment = Literal["none", "flip", "papers"]
+Augment = Literal["none", "light", "strong"]
 
 THREADS = 4
 

@@ -30,8 +30,9 @@ class Rules:
         Pixels a feature; None for 8 (VGG-16: 16).
     width : int or None
         Channels of the host; None as in `make_host`.
-    augment : {"none", "flip", "papers"}
-        Of training pictures. With ``papers`` nothing can be kept between epochs.
+    augment : {"none", "light", "strong"}
+        Of training pictures. ``light`` mirrors half of them; ``strong`` scales, rotates, blurs,
+        mirrors and crops them as the papers do, so that nothing can be kept between epochs.
     test_episodes : int
         Episodes of the test on novel classes, and again on base classes.
     select_episodes : int
@@ -50,7 +51,7 @@ class Rules:
     features: str | None = None
     output_stride: int | None = None
     width: int | None = None
-    augment: Augment = "flip"
+    augment: Augment = "light"
     test_episodes: int = 1000
     select_episodes: int = 100
     select_on: SelectOn = "base"

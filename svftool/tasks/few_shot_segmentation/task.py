@@ -34,7 +34,7 @@ from svftool.tasks.few_shot_segmentation.episodes import draw_episode, fixed_epi
 from svftool.tasks.few_shot_segmentation.hosts import BaseLearner, HostOutput, Nearest, make_host
 from svftool.tasks.few_shot_segmentation.metrics import Scores
 from svftool.tasks.few_shot_segmentation.network import FewShotNet, by_query
-from svftool.tasks.few_shot_segmentation.networks import own_base_learner
+from svftool.tasks.few_shot_segmentation.networks import backbone_name, own_base_learner
 from svftool.tasks.few_shot_segmentation.pictures import THREADS, Pictures
 from svftool.tasks.few_shot_segmentation.pool import FoldData, Pool, require_shots
 from svftool.tasks.few_shot_segmentation.rules import DEFAULT_RULES, Rules
@@ -86,6 +86,7 @@ class FewShotSegmentation:
         enough = set(data.held_out.classes) - set(data.held_out.too_small(shots))
         self.held_out = data.held_out.only(enough)
         self.learners: dict[int, BaseLearner] = {}
+        self.backbone: str | None = None
 
     @property
     def facts(self) -> dict[str, int]:
@@ -100,6 +101,7 @@ class FewShotSegmentation:
             "fold": data.split.fold,
             "shots": self.shots,
             "host": rules.host,
+            "backbone": self.backbone,
             "width": rules.width,
             "features": rules.features,
             "output_stride": rules.output_stride,
@@ -145,6 +147,7 @@ class FewShotDraw:
     def prepare(self, model: nn.Module) -> Prepared:
         """Set the backbone's resolution and put a new host on it."""
         task, rules = self._task, self._task.rules
+        task.backbone = backbone_name(model)
         names = parse_names(rules.features) if rules.features else default_names(model)
         plan = adapt_backbone(model, names, rules.output_stride)
         device = next(model.parameters()).device
@@ -178,13 +181,13 @@ class FewShotDraw:
         chosen = [(e.query, e.label) for e in episodes]
         chosen += [(index, e.label) for e in episodes for index in e.support]
         flips = random.random(len(chosen)) < 0.5
-        turned = flips if task.rules.augment == "flip" else np.zeros_like(flips)
+        turned = flips if task.rules.augment == "light" else np.zeros_like(flips)
         views = [
             View(pool.pairs[index], label, bool(flip))
             for (index, label), flip in zip(chosen, turned, strict=True)
         ]
         batch: dict[str, Any] = {"views": views}
-        if task.rules.augment == "papers":
+        if task.rules.augment == "strong":
             batch["images"], masks = self._distorted(views, random)
         else:
             masks = load_masks(task.pictures, views)

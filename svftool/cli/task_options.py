@@ -1,0 +1,151 @@
+"""Options of single tasks, and which of them belongs to which task."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import typer
+
+from svftool.errors import UsageError
+
+CLASSIFICATION, FEW_SHOT = "Classification", "Few-shot segmentation"
+
+HostOption = Annotated[
+    Literal["baseline", "pfenet", "bam"] | None,
+    typer.Option(
+        help="What turns features into masks.", show_default="baseline", rich_help_panel=FEW_SHOT
+    ),
+]
+FoldOption = Annotated[
+    str | None,
+    typer.Option(
+        metavar="0,1,2,3", help="Folds to run.", show_default="0", rich_help_panel=FEW_SHOT
+    ),
+]
+ListsOption = Annotated[
+    Path | None,
+    typer.Option(
+        help="Folder of list files of PFENet, BAM, HSNet or FSS-1000.",
+        show_default="the data set's own",
+        rich_help_panel=FEW_SHOT,
+    ),
+]
+RemoveNovelOption = Annotated[
+    bool | None,
+    typer.Option(
+        "--remove-novel/--keep-novel",
+        help="Leave out training images that hold novel classes, as BAM and SVF do.",
+        show_default="keep",
+        rich_help_panel=FEW_SHOT,
+    ),
+]
+FeaturesOption = Annotated[
+    str | None,
+    typer.Option(
+        metavar="NAME,NAME[,NAME]",
+        help="Modules that give the middle features and the high one.",
+        show_default="by the backbone's family",
+        rich_help_panel=FEW_SHOT,
+    ),
+]
+OutputStrideOption = Annotated[
+    int | None,
+    typer.Option(
+        help="Pixels a feature; strides beyond become dilation.",
+        show_default="8, VGG-16 16",
+        rich_help_panel=FEW_SHOT,
+    ),
+]
+WidthOption = Annotated[
+    int | None,
+    typer.Option(
+        help="Channels of the host.",
+        show_default="256, or a third of the features",
+        rich_help_panel=FEW_SHOT,
+    ),
+]
+TestEpisodesOption = Annotated[
+    int | None,
+    typer.Option(help="Test episodes a fold.", show_default="1000", rich_help_panel=FEW_SHOT),
+]
+SelectEpisodesOption = Annotated[
+    int | None,
+    typer.Option(
+        help="Episodes that weights are chosen by.", show_default="100", rich_help_panel=FEW_SHOT
+    ),
+]
+SelectOnOption = Annotated[
+    Literal["base", "novel", "last"] | None,
+    typer.Option(
+        help="Choose weights on held-out images of base classes, on novel classes as the papers' "
+        "code does, or take the last.",
+        show_default="base",
+        rich_help_panel=FEW_SHOT,
+    ),
+]
+AlignmentOption = Annotated[
+    Literal["content", "canvas"] | None,
+    typer.Option(
+        help="canvas scores as the papers' code does, a little beside the picture.",
+        show_default="content",
+        rich_help_panel=FEW_SHOT,
+    ),
+]
+
+BELONGING = {
+    "classification": frozenset(
+        {
+            "shots", "evaluation", "classes", "head", "head_name", "image_size", "mean", "std",
+            "augment", "hold_out",
+        }
+    ),
+    "few-shot-segmentation": frozenset(
+        {
+            "shots", "image_size", "mean", "std", "augment", "host", "folds", "lists",
+            "remove_novel", "features", "output_stride", "width", "test_episodes",
+            "select_episodes", "select_on", "alignment",
+        }
+    ),
+}  # fmt: skip
+"""Options that each task takes, by their names in the library."""
+
+_FLAGS = {"evaluation": "eval", "folds": "fold"}
+
+
+def options_of(task: str, given: Mapping[str, Any]) -> dict[str, Any]:
+    """Take a task's own options out of those of all tasks.
+
+    Parameters
+    ----------
+    task : str
+        The value of ``--task``.
+    given : mapping of str to object
+        Options of all tasks; None where one was not given.
+
+    Raises
+    ------
+    UsageError
+        If an option of another task is given.
+    """
+    chosen = {name: value for name, value in given.items() if value is not None}
+    foreign = [name for name in chosen if name not in BELONGING[task]]
+    if foreign:
+        flag = _FLAGS.get(foreign[0], foreign[0]).replace("_", "-")
+        raise UsageError(f"--{flag} has no meaning for --task {task}")
+    return chosen
+
+
+def numbers(option: str, text: str) -> list[int]:
+    """Read whole numbers separated by commas.
+
+    Raises
+    ------
+    UsageError
+        If one is no whole number.
+    """
+    try:
+        return [int(part) for part in text.split(",")]
+    except ValueError:
+        raise UsageError(f"--{option} {text!r}, expected whole numbers such as 1,5") from None
