@@ -55,6 +55,8 @@ def test_energy_takes_what_the_spectrum_needs() -> None:
     assert parse_rank("2").rank_of(S, 4, 9) == 2
 
 
-@given(st.integers(1, 10**9))
-def test_any_count(count: int) -> None:
-    assert parse_rank(str(count)) == RankRule("count", count)
+@given(st.integers(1, 10**9), st.floats(1e-9, 1.0))
+def test_the_text_of_a_rule_gives_the_rule(count: int, share: float) -> None:
+    rules = RankRule("count", count), RankRule("fraction", share), RankRule("energy", share)
+    for rule in rules:
+        assert parse_rank(str(rule)) == rule

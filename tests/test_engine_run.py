@@ -170,6 +170,32 @@ def test_too_little_memory_is_said_before_anything_is_read(
     assert "found 3.0 GiB free" in str(info.value)
 
 
+@pytest.mark.parametrize(
+    "error",
+    [
+        MemoryError(),
+        RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 8 bytes."),
+    ],
+)
+def test_memory_that_runs_out_is_said(error: Exception, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(*_: object, **__: object) -> None:
+        raise error
+
+    monkeypatch.setattr(run, "svd", fail)
+    with pytest.raises(ResourceError, match="w: out of memory in a matrix of 3 x 4") as info:
+        list(run_svds([Job("w", (3, 4))], lambda _: torch.ones(3, 4)))
+    assert info.value.__cause__ is error
+
+
+def test_other_errors_of_a_layer_stay_what_they_are(monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(*_: object, **__: object) -> None:
+        raise RuntimeError("a bug")
+
+    monkeypatch.setattr(run, "svd", fail)
+    with pytest.raises(RuntimeError, match="a bug"):
+        list(run_svds([Job("w", (3, 4))], lambda _: torch.ones(3, 4)))
+
+
 def test_available_memory_is_told() -> None:
     free = memory.available_memory()
     assert free is None or 0 < free < 1 << 50

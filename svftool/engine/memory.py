@@ -26,12 +26,29 @@ def check_memory(job: Job, needed: int) -> None:
     """
     free = available_memory()
     if free is not None and needed > free:
-        shape = " x ".join(map(str, job.matrix))
         raise ResourceError(
-            f"{job.name}: a matrix of {shape} needs {needed / _GIB:.1f} GiB of memory, found "
+            f"{job.name}: a matrix of {_shape(job)} needs {needed / _GIB:.1f} GiB of memory, found "
             f"{free / _GIB:.1f} GiB free. Leave it out with --exclude, keep fewer singular values "
             "with --rank, or use a machine with more memory."
         )
+
+
+def as_resource_error(job: Job, error: Exception) -> ResourceError | None:
+    """Tell what an allocation that failed means to the user; None for any other error.
+
+    torch raises a plain RuntimeError where memory of the CPU runs out.
+    """
+    text = str(error)
+    if not isinstance(error, MemoryError) and "allocate memory" not in text:
+        return None
+    return ResourceError(
+        f"{job.name}: out of memory in a matrix of {_shape(job)}. What is finished is kept. "
+        "Keep fewer singular values with --rank, or use a machine with more memory."
+    )
+
+
+def _shape(job: Job) -> str:
+    return " x ".join(map(str, job.matrix))
 
 
 def _machine() -> int | None:

@@ -140,8 +140,10 @@ def job_bytes(job: Job, rank: int | None = None, *, values_only: bool = False) -
         return held + 8 * short**2 + _SCRATCH * short
     kept = short if rank is None else min(rank, short)
     result = 4 * kept * (long + short)
-    vectors = max(20 * short**2, 12 * short**2 + 8 * short * kept, result + 16 * short * kept)
-    return held + (job.count - 1) * result + vectors + _SCRATCH * short
+    stages = [20 * short**2, 12 * short**2 + 8 * short * kept, result + 16 * short * kept]
+    if kept < short:
+        stages.append(4 * long * short + 4 * short**2 + result)
+    return held + (job.count - 1) * result + max(stages) + _SCRATCH * short
 
 
 def budget(jobs: Sequence[Job]) -> int:

@@ -6,6 +6,7 @@ import math
 from dataclasses import dataclass
 from typing import Literal
 
+import numpy as np
 from torch import Tensor
 
 from svftool.errors import UsageError
@@ -64,7 +65,8 @@ class RankRule:
             return "full"
         if self.kind == "count":
             return str(int(self.value))
-        return f"energy:{self.value:g}" if self.kind == "energy" else repr(self.value)
+        number = np.format_float_positional(self.value, trim="0")
+        return f"energy:{number}" if self.kind == "energy" else number
 
 
 FULL = RankRule()

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from svftool.engine.flow import flow
-from svftool.engine.memory import check_memory
+from svftool.engine.memory import as_resource_error, check_memory
 from svftool.engine.plan import Job, budget, job_bytes, longest_first, seconds
 from svftool.engine.ranks import FULL, RankRule
 from svftool.errors import NumericalError
@@ -224,13 +224,15 @@ def _on(
     pool: Pool,
 ) -> _T:
     """Run on a device what is large enough for it, and on the CPU what does not fit there."""
-    if device.type == "cpu" or job.sides[1] < _SMALL:
-        return work(job, tensor, pool)
+    if device.type != "cpu" and job.sides[1] >= _SMALL:
+        try:
+            return _on_device(device, tensor, lambda moved: work(job, moved, pool))
+        except torch.OutOfMemoryError:
+            torch.cuda.empty_cache()
     try:
-        return _on_device(device, tensor, lambda moved: work(job, moved, pool))
-    except torch.OutOfMemoryError:
-        torch.cuda.empty_cache()
         return work(job, tensor, pool)
+    except (MemoryError, RuntimeError) as exc:
+        raise as_resource_error(job, exc) or exc from exc
 
 
 def _on_device(device: torch.device, tensor: Tensor, work: Callable[[Tensor], _T]) -> _T:
