@@ -68,8 +68,8 @@ def fix_signs(U: Tensor, Vh: Tensor) -> tuple[Tensor, Tensor]:
     Examples
     --------
     >>> U, Vh = fix_signs(-torch.eye(2), torch.eye(2))
-    >>> U.tolist(), Vh.tolist()
-    ([[1.0, -0.0], [-0.0, 1.0]], [[-1.0, -0.0], [-0.0, -1.0]])
+    >>> (U + 0.0).tolist(), (Vh + 0.0).tolist()
+    ([[1.0, 0.0], [0.0, 1.0]], [[-1.0, 0.0], [0.0, -1.0]])
     """
     if U.numel() == 0:
         return U, Vh
