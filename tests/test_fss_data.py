@@ -571,3 +571,19 @@ def test_a_class_with_too_few_pairs_is_named(tmp_path: Path):
         DataError, match=r"^1 classes of the test data of fold 1 .*6 images.* b \(2\)"
     ):
         require_shots(data.test, 5, data.split, "test")
+
+
+def test_an_inner_fold_stands_in_for_one_that_takes_no_part(voc: VocFolder):
+    split = split_classes(VOC_CLASSES, 0, inner=2)
+    assert (split.novel, split.tested) == ((11, 12, 13, 14, 15), 2)
+    assert split.base == (6, 7, 8, 9, 10, 16, 17, 18, 19, 20)
+    with pytest.raises(DataError, match="expected another"):
+        split_classes(VOC_CLASSES, 1, inner=1)
+    root = voc(
+        train={"a": {1: 3000}, "b": {6: 3000}, "c": {11: 3000}, "d": {1: 3000, 16: 3000}},
+        val={"v": {1: 3000}, "w": {11: 3000}, "x": {1: 3000, 6: 3000}},
+    )
+    data = open_source(root).fold(0, inner=2)
+    assert [(p.image.stem, p.query) for p in data.train.pairs] == [("b", (6,)), ("d", (16,))]
+    assert [(p.image.stem, p.query) for p in data.test.pairs] == [("w", (11,))]
+    assert [(p.image.stem, p.query) for p in data.held_out.pairs] == [("x", (6,))]

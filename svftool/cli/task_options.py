@@ -24,6 +24,20 @@ FoldOption = Annotated[
         metavar="0,1,2,3", help="Folds to run.", show_default="0", rich_help_panel=FEW_SHOT
     ),
 ]
+InnerFoldOption = Annotated[
+    int | None,
+    typer.Option(
+        help="Test on this fold's classes and leave those of --fold out altogether, to make "
+        "choices without a look at them.",
+        rich_help_panel=FEW_SHOT,
+    ),
+]
+TestShotsOption = Annotated[
+    str | None,
+    typer.Option(
+        metavar="5", help="Further shots to test each model with.", rich_help_panel=FEW_SHOT
+    ),
+]
 ListsOption = Annotated[
     Path | None,
     typer.Option(
@@ -103,15 +117,15 @@ BELONGING = {
     ),
     "few-shot-segmentation": frozenset(
         {
-            "shots", "image_size", "mean", "std", "augment", "host", "folds", "lists",
-            "remove_novel", "features", "output_stride", "width", "test_episodes",
+            "shots", "image_size", "mean", "std", "augment", "host", "folds", "inner", "lists",
+            "remove_novel", "features", "output_stride", "width", "test_episodes", "test_shots",
             "select_episodes", "select_on", "alignment",
         }
     ),
 }  # fmt: skip
 """Options that each task takes, by their names in the library."""
 
-_FLAGS = {"evaluation": "eval", "folds": "fold"}
+_FLAGS = {"evaluation": "eval", "folds": "fold", "inner": "inner-fold"}
 
 
 def options_of(task: str, given: Mapping[str, Any]) -> dict[str, Any]:

@@ -26,6 +26,8 @@ def few_shot_tasks(
     preprocessing: Preprocessing = DEFAULT_PREPROCESSING,
     folds: Sequence[int] = (0,),
     shots: Sequence[int] = (1,),
+    test_shots: Sequence[int] = (),
+    inner: int | None = None,
     lists: Path | None = None,
     remove_novel: bool = False,
     image_size: int | None = None,
@@ -44,8 +46,11 @@ def few_shot_tasks(
         Mean and deviation that the backbone was trained with.
     folds : sequence of int
         Folds, from 0.
-    shots : sequence of int
-        Supports of an episode.
+    shots, test_shots : sequence of int
+        Supports of an episode; further numbers to test with.
+    inner : int, optional
+        A fold whose classes stand in for the novel ones, which take no part: for making choices
+        without a look at them.
     lists : Path, optional
         Folder of list files.
     remove_novel : bool
@@ -79,15 +84,17 @@ def few_shot_tasks(
     source = open_source(data, lists=lists)
     size = image_size or SIZES.get(source.dataset, DEFAULT_SIZE)
     parts = {
-        fold: source.fold(fold, remove_novel=remove_novel, progress=progress) for fold in folds
+        fold: source.fold(fold, inner=inner, remove_novel=remove_novel, progress=progress)
+        for fold in folds
     }
+    chosen = Rules(image_size=size, test_shots=tuple(test_shots), **rules)
     pictures = Pictures(canvas_side(size))
     seen_as = replace(preprocessing, mean=mean or preprocessing.mean, std=std or preprocessing.std)
     return [
         FewShotSegmentation(
             parts[fold],
             shots=count,
-            rules=Rules(image_size=size, **rules),
+            rules=chosen,
             preprocessing=seen_as,
             pictures=pictures,
         )

@@ -56,12 +56,20 @@ class ClassSplit:
         Classes to train on and classes to test on, increasing and disjoint.
     fold : int
         Which fold, from 0.
+    inner : int or None
+        The fold that stands in for it; see `split_classes`.
     """
 
     names: tuple[str, ...]
     base: tuple[int, ...]
     novel: tuple[int, ...]
     fold: int
+    inner: int | None = None
+
+    @property
+    def tested(self) -> int:
+        """The fold whose classes are novel here."""
+        return self.fold if self.inner is None else self.inner
 
     def name(self, label: int) -> str:
         """Give the name of a class."""
@@ -69,7 +77,11 @@ class ClassSplit:
 
 
 def split_classes(
-    names: Sequence[str], fold: int, *, scheme: Literal["blocks", "strides"] = "blocks"
+    names: Sequence[str],
+    fold: int,
+    *,
+    scheme: Literal["blocks", "strides"] = "blocks",
+    inner: int | None = None,
 ) -> ClassSplit:
     """Split a list of classes into the base and novel ones of a fold.
 
@@ -83,11 +95,14 @@ def split_classes(
         ``blocks`` takes the fold-th quarter of the list as novel (Pascal-5i: classes ``5i + 1`` to
         ``5i + 5``); ``strides`` takes every fourth class from ``fold + 1`` (COCO-20i as PFENet, BAM
         and HSNet have it).
+    inner : int, optional
+        Another fold, whose classes are novel instead, while those of `fold` take no part at all:
+        choices that are made this way have seen nothing of `fold`.
 
     Raises
     ------
     DataError
-        If there is no such fold, or there are fewer classes than folds.
+        If there is no such fold, there are fewer classes than folds, or `inner` is `fold`.
 
     Examples
     --------
@@ -97,17 +112,24 @@ def split_classes(
     (2, 6, 10)
     """
     count = len(names)
-    if not 0 <= fold < FOLDS:
-        raise DataError(f"fold {fold} does not exist, expected 0 to {FOLDS - 1}")
+    for number in (fold, fold if inner is None else inner):
+        if not 0 <= number < FOLDS:
+            raise DataError(f"fold {number} does not exist, expected 0 to {FOLDS - 1}")
+    if inner == fold:
+        raise DataError(f"inner fold {inner} is the fold that it stands in for, expected another")
     if count < FOLDS:
         raise DataError(f"{count} classes cannot make {FOLDS} folds, expected at least {FOLDS}")
     labels = range(1, count + 1)
+    outer = _classes_of(labels, fold, scheme)
+    novel = outer if inner is None else _classes_of(labels, inner, scheme)
+    base = tuple(label for label in labels if label not in {*outer, *novel})
+    return ClassSplit(tuple(names), base, novel, fold, inner)
+
+
+def _classes_of(labels: range, fold: int, scheme: str) -> tuple[int, ...]:
     if scheme == "strides":
-        novel = tuple(labels[fold::FOLDS])
-    else:
-        novel = tuple(labels[count * fold // FOLDS : count * (fold + 1) // FOLDS])
-    base = tuple(label for label in labels if label not in novel)
-    return ClassSplit(tuple(names), base, novel, fold)
+        return tuple(labels[fold::FOLDS])
+    return tuple(labels[len(labels) * fold // FOLDS : len(labels) * (fold + 1) // FOLDS])
 
 
 def in_voc_order(names: Sequence[str]) -> tuple[str, ...] | None:

@@ -35,6 +35,8 @@ class Rules:
         mirrors and crops them as the papers do, so that nothing can be kept between epochs.
     test_episodes : int
         Episodes of the test on novel classes, and again on base classes.
+    test_shots : tuple of int
+        Further numbers of shots to test with; what is trained with one shot, say, with five.
     select_episodes : int
         Episodes that weights are chosen by.
     select_on : {"base", "novel", "last"}
@@ -53,12 +55,15 @@ class Rules:
     width: int | None = None
     augment: Augment = "light"
     test_episodes: int = 1000
+    test_shots: tuple[int, ...] = ()
     select_episodes: int = 100
     select_on: SelectOn = "base"
     alignment: Alignment = "content"
     base_learner: BaseTraining = field(default_factory=BaseTraining)
 
     def __post_init__(self) -> None:
+        if any(shots < 1 for shots in self.test_shots):
+            raise UsageError(f"--test-shots is {min(self.test_shots)}, expected at least 1")
         for name in ("test_episodes", "select_episodes", "width", "image_size"):
             value = getattr(self, name)
             if value is not None and value < 1:

@@ -32,7 +32,6 @@ from svftool.tasks.few_shot_segmentation.canvas import canvas_side
 from svftool.tasks.few_shot_segmentation.encoding import Encoder, View
 from svftool.tasks.few_shot_segmentation.episodes import draw_episode, fixed_episodes
 from svftool.tasks.few_shot_segmentation.hosts import BaseLearner, HostOutput, Nearest, make_host
-from svftool.tasks.few_shot_segmentation.metrics import Scores
 from svftool.tasks.few_shot_segmentation.network import FewShotNet, by_query
 from svftool.tasks.few_shot_segmentation.networks import backbone_name, own_base_learner
 from svftool.tasks.few_shot_segmentation.pictures import THREADS, Pictures
@@ -76,15 +75,13 @@ class FewShotSegmentation:
         preprocessing: Preprocessing = DEFAULT_PREPROCESSING,
         pictures: Pictures | None = None,
     ) -> None:
-        for pool, part in ((data.train, "training"), (data.test, "test")):
-            require_shots(pool, shots, data.split, part)
+        require_shots(data.train, shots, data.split, "training")
+        require_shots(data.test, max(shots, *rules.test_shots, 1), data.split, "test")
         self.data = data
         self.shots = shots
         self.rules = rules
         self.preprocessing = preprocessing
         self.pictures = pictures or Pictures(canvas_side(rules.image_size))
-        enough = set(data.held_out.classes) - set(data.held_out.too_small(shots))
-        self.held_out = data.held_out.only(enough)
         self.learners: dict[int, BaseLearner] = {}
         self.backbone: str | None = None
 
@@ -93,12 +90,18 @@ class FewShotSegmentation:
         """The fold."""
         return {"fold": self.data.split.fold}
 
+    def held_out(self, shots: int) -> Pool:
+        """Give the held-out images of the base classes that have enough for so many shots."""
+        pool = self.data.held_out
+        return pool.only(set(pool.classes) - set(pool.too_small(shots)))
+
     def describe(self) -> dict[str, Any]:
         """Say what was trained on, and by which rules."""
         data, rules = self.data, self.rules
         return {
             "dataset": data.dataset,
             "fold": data.split.fold,
+            "inner_fold": data.split.inner,
             "shots": self.shots,
             "host": rules.host,
             "backbone": self.backbone,
@@ -215,22 +218,33 @@ class FewShotDraw:
         net, rules, task = _net_of(model), self._task.rules, self._task
         net.eval()
         if part == "held_out":
-            pool = task.data.test if rules.select_on == "novel" else task.held_out
-            return _metrics(self._score(net, pool, rules.select_episodes, 1, progress))
-        novel = self._score(net, task.data.test, rules.test_episodes, 0, progress)
-        metrics = _metrics(novel)
-        if task.held_out.pairs:
-            base = self._score(net, task.held_out, rules.test_episodes, 2, progress)
-            metrics |= _metrics(base, "base_")
+            novel = rules.select_on == "novel"
+            pool = task.data.test if novel else task.held_out(task.shots)
+            return self._metrics(net, pool, rules.select_episodes, task.shots, 1, progress)
+        metrics: dict[str, float] = {}
+        for shots in dict.fromkeys((task.shots, *rules.test_shots)):
+            suffix = "" if shots == task.shots else f"_{shots}shot"
+            parts = (("", task.data.test, 0), ("base_", task.held_out(shots), 2))
+            for prefix, pool, purpose in parts:
+                if pool.pairs:
+                    found = self._metrics(net, pool, rules.test_episodes, shots, purpose, progress)
+                    metrics |= {f"{prefix}{name}{suffix}": v for name, v in found.items()}
         return metrics
 
-    def _score(
-        self, net: FewShotNet, pool: Pool, count: int, purpose: int, progress: Progress
-    ) -> Scores:
-        episodes = list(fixed_episodes(pool, count, self._task.shots, 3 * self._seed + purpose))
+    def _metrics(
+        self,
+        net: FewShotNet,
+        pool: Pool,
+        count: int,
+        shots: int,
+        purpose: int,
+        progress: Progress,
+    ) -> dict[str, float]:
+        episodes = list(fixed_episodes(pool, count, shots, 3 * self._seed + purpose))
         encoder = self._encode(net, training=False)
         scorer = replace(self._scorer, base_maps=self._base)
-        return scorer.score(self._host(net), encoder, pool, episodes, progress=progress)
+        scores = scorer.score(self._host(net), encoder, pool, episodes, progress=progress)
+        return {"miou": scores.miou, "fb_iou": scores.fb_iou}
 
     def _host(self, net: FewShotNet) -> nn.Module:
         now = next(net.host.parameters())
@@ -327,7 +341,3 @@ def _fitting(learner: BaseLearner, pool: Pool) -> BaseLearner:
             f"{len(pool.classes) + 1} for this fold"
         )
     return copy.deepcopy(learner).requires_grad_(False).eval()
-
-
-def _metrics(scores: Scores, prefix: str = "") -> dict[str, float]:
-    return {f"{prefix}miou": scores.miou, f"{prefix}fb_iou": scores.fb_iou}

@@ -37,7 +37,12 @@ class Source(Protocol):
         """How many folds there are."""
 
     def fold(
-        self, index: int, *, remove_novel: bool = False, progress: Progress = SILENT
+        self,
+        index: int,
+        *,
+        inner: int | None = None,
+        remove_novel: bool = False,
+        progress: Progress = SILENT,
     ) -> FoldData:
         """Give the data of one fold."""
 

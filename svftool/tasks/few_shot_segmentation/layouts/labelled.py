@@ -90,7 +90,12 @@ class LabelledSource:
         return FOLDS
 
     def fold(
-        self, index: int, *, remove_novel: bool = False, progress: Progress = SILENT
+        self,
+        index: int,
+        *,
+        inner: int | None = None,
+        remove_novel: bool = False,
+        progress: Progress = SILENT,
     ) -> FoldData:
         """Give the data of one fold.
 
@@ -98,6 +103,8 @@ class LabelledSource:
         ----------
         index : int
             The fold, from 0.
+        inner : int, optional
+            A fold that stands in for it; see `split_classes`.
         remove_novel : bool
             Leave out training images that hold a novel class anywhere.
         progress : Progress
@@ -108,7 +115,7 @@ class LabelledSource:
         DataError
             If the fold does not exist, or its lists or masks cannot be used.
         """
-        split = split_classes(self.names, index, scheme=self.scheme)
+        split = split_classes(self.names, index, scheme=self.scheme, inner=inner)
         train = self._train(split, progress)
         novel = (
             self._holding(train, split.novel, progress) if self._must_read(remove_novel) else None
@@ -225,16 +232,16 @@ class BamSource(LabelledSource):
         self._relocator = relocator
 
     def _train(self, split: ClassSplit, progress: Progress) -> list[Pair]:
-        return self._read("train", split.fold, split.base, progress)
+        return self._read("train", split.tested, split.base, progress)
 
     def _held_out(self, split: ClassSplit, progress: Progress) -> list[Pair]:
-        others = [fold for fold in range(FOLDS) if fold != split.fold]
+        others = [fold for fold in range(FOLDS) if fold != split.tested]
         return _merge(
             pair for fold in others for pair in self._read("val", fold, split.base, progress)
         )
 
     def _test(self, split: ClassSplit, progress: Progress) -> list[Pair]:
-        return self._read("val", split.fold, split.novel, progress)
+        return self._read("val", split.tested, split.novel, progress)
 
     def _read(self, part: str, fold: int, classes: Sequence[int], progress: Progress) -> list[Pair]:
         images = self._folder / part / f"data_list_{fold}.txt"
@@ -292,17 +299,17 @@ class HsnetSource(LabelledSource):
 
     def _train(self, split: ClassSplit, progress: Progress) -> list[Pair]:
         if self._pickled:
-            return allow(self._read("trn", split.fold), query=split.base, support=split.base)
+            return allow(self._read("trn", split.tested), query=split.base, support=split.base)
         return self._others("trn", split)
 
     def _held_out(self, split: ClassSplit, progress: Progress) -> list[Pair]:
         return self._others("val", split)
 
     def _test(self, split: ClassSplit, progress: Progress) -> list[Pair]:
-        return allow(self._read("val", split.fold), query=split.novel, support=split.novel)
+        return allow(self._read("val", split.tested), query=split.novel, support=split.novel)
 
     def _others(self, part: str, split: ClassSplit) -> list[Pair]:
-        others = [fold for fold in range(FOLDS) if fold != split.fold]
+        others = [fold for fold in range(FOLDS) if fold != split.tested]
         pairs = [pair for fold in others for pair in self._read(part, fold)]
         merged = _merge(pairs) if self._pickled else pairs
         return allow(merged, query=split.base, support=split.base)

@@ -72,7 +72,12 @@ class PairsSource:
         return FOLDS if self._parts is None else 1
 
     def fold(
-        self, index: int, *, remove_novel: bool = False, progress: Progress = SILENT
+        self,
+        index: int,
+        *,
+        inner: int | None = None,
+        remove_novel: bool = False,
+        progress: Progress = SILENT,
     ) -> FoldData:
         """Give the data of one fold.
 
@@ -84,6 +89,8 @@ class PairsSource:
         ----------
         index : int
             The fold, from 0.
+        inner : int, optional
+            A fold that stands in for it; see `split_classes`.
         remove_novel : bool
             Leave out training pairs whose picture stands under a novel class.
         progress : Progress
@@ -94,7 +101,7 @@ class PairsSource:
         DataError
             If the fold does not exist, sizes differ or masks are empty.
         """
-        split, chosen_by = self._split(index)
+        split, chosen_by = self._split(index, inner)
         pairs = self._read(progress)
         base = allow(pairs, query=split.base, support=split.base)
         test = allow(pairs, query=split.novel, support=split.novel)
@@ -118,11 +125,13 @@ class PairsSource:
             removed=remove_novel,
         )
 
-    def _split(self, index: int) -> tuple[ClassSplit, tuple[int, ...] | None]:
+    def _split(self, index: int, inner: int | None) -> tuple[ClassSplit, tuple[int, ...] | None]:
         if self._parts is None:
-            return split_classes(self.names, index), None
-        if index != 0:
-            raise DataError(f"fold {index} does not exist, expected 0: {self._lists} makes one")
+            return split_classes(self.names, index, inner=inner), None
+        if index != 0 or inner is not None:
+            raise DataError(
+                f"fold {index if inner is None else inner} does not exist, expected 0: {self._lists} makes one"
+            )
         numbers = {name: label for label, name in enumerate(self.names, start=1)}
         train, val, test = (
             tuple(sorted(numbers[name] for name in self._parts[part]))
