@@ -129,9 +129,8 @@ class PairsSource:
         if self._parts is None:
             return split_classes(self.names, index, inner=inner), None
         if index != 0 or inner is not None:
-            raise DataError(
-                f"fold {index if inner is None else inner} does not exist, expected 0: {self._lists} makes one"
-            )
+            number = index if inner is None else inner
+            raise DataError(f"fold {number} does not exist, expected 0: {self._lists} makes one")
         numbers = {name: label for label, name in enumerate(self.names, start=1)}
         train, val, test = (
             tuple(sorted(numbers[name] for name in self._parts[part]))

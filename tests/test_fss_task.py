@@ -1,0 +1,336 @@
+"""The task as training meets it, on coloured shapes that a small network can learn to find."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from torch import Tensor, nn
+
+from svftool.errors import DataError, ModelError, UsageError
+from svftool.tasks import to_device
+from svftool.tasks.few_shot_segmentation import FewShotSegmentation, few_shot_tasks
+from svftool.tasks.few_shot_segmentation.augment import Ranges, distort
+from svftool.tasks.few_shot_segmentation.base_learner import BaseMaps, BaseTraining
+from svftool.tasks.few_shot_segmentation.encoding import View
+from svftool.tasks.few_shot_segmentation.network import FewShotNet
+from svftool.tasks.few_shot_segmentation.overlays import HEIGHT, write_overlay
+from svftool.tasks.few_shot_segmentation.scoring import Prediction
+from svftool.training.loop import training_mode
+
+COLOURS = {
+    "blue": (30, 30, 220),
+    "green": (20, 200, 40),
+    "red": (220, 20, 30),
+    "yellow": (230, 220, 10),
+}
+
+
+class SmallNet(nn.Module):
+    """Three stages of convolutions."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.conv1 = nn.Conv2d(3, 16, 3, 2, 1)
+        self.layer1 = nn.Sequential(nn.ReLU(), nn.Conv2d(16, 16, 3, 2, 1), nn.ReLU())
+        self.layer2 = nn.Sequential(nn.Conv2d(16, 24, 3, 2, 1), nn.ReLU())
+        self.layer3 = nn.Sequential(nn.Conv2d(24, 32, 3, 2, 1), nn.ReLU())
+        for layer in self.modules():
+            if isinstance(layer, nn.Conv2d):
+                nn.init.kaiming_normal_(layer.weight)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.layer3(self.layer2(self.layer1(self.conv1(x)))).mean((2, 3))
+
+
+@pytest.fixture(scope="module")
+def shapes(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Write four classes of 8 coloured rectangles on grey noise, with their masks."""
+    root = tmp_path_factory.mktemp("shapes")
+    random = np.random.default_rng(0)
+    for name, colour in COLOURS.items():
+        (root / name).mkdir()
+        for index in range(8):
+            picture = random.integers(90, 160, (48, 64, 3), dtype=np.uint8)
+            top, left = random.integers(4, 20), random.integers(4, 30)
+            mask = np.zeros((48, 64), np.uint8)
+            mask[top : top + 22, left : left + 26] = 255
+            picture[mask > 0] = np.array(colour) + random.integers(-15, 16, 3)
+            Image.fromarray(picture).save(root / name / f"{index}.jpg", quality=95)
+            Image.fromarray(mask).save(root / name / f"{index}.png")
+    return root
+
+
+MakeTask = Callable[..., FewShotSegmentation]
+
+
+@pytest.fixture
+def make(shapes: Path) -> MakeTask:
+    def build(**options: Any) -> FewShotSegmentation:
+        chosen = {"image_size": 65, "width": 16, "test_episodes": 24, "select_episodes": 6}
+        return few_shot_tasks(shapes, **(chosen | options))[0]
+
+    return build
+
+
+def train(task: FewShotSegmentation, steps: int, *, frozen: bool = True) -> tuple[Any, FewShotNet]:
+    draw = task.draw(0)
+    net = draw.prepare(SmallNet()).model
+    assert isinstance(net, FewShotNet)
+    net.backbone.requires_grad_(not frozen)
+    training_mode(net)
+    generator = torch.Generator().manual_seed(0)
+    optimiser = torch.optim.Adam([p for p in net.parameters() if p.requires_grad], lr=1e-2)
+    torch.manual_seed(0)
+    for _ in range(steps):
+        order = draw.order(generator)
+        loss = draw.loss(net, to_device(draw.batch(order[:6], generator), torch.device("cpu")))
+        optimiser.zero_grad()
+        loss.backward()
+        optimiser.step()
+    return draw, net
+
+
+def test_novel_classes_are_found_after_training_on_others(make: MakeTask):
+    draw, net = train(make(folds=[2]), 80)
+    before = net.host
+    after = draw.evaluate(net)
+    assert after["base_miou"] > 0.4
+    assert after["miou"] > 0.3  # everything marked gives 0.19, nothing 0
+    assert set(after) == {"miou", "fb_iou", "base_miou", "base_fb_iou"}
+    assert net.host is before
+    assert draw.evaluate(net) == after
+
+
+def test_before_training_the_nearest_prototype_speaks(make: MakeTask):
+    draw = make().draw(0)
+    net = draw.prepare(SmallNet()).model
+    first = draw.evaluate(net)
+    assert first["miou"] > 0.2
+    with torch.no_grad():
+        next(net.host.parameters()).add_(1e-3)
+    assert draw.evaluate(net) != first
+
+
+def test_kept_features_train_the_same_as_features_computed_anew(make: MakeTask):
+    states = []
+    for whole in (False, True):
+        task = make(augment="none")
+        draw, net = task.draw(0), None
+        net = draw.prepare(SmallNet()).model
+        net.backbone.requires_grad_(False)
+        net.backbone.layer3.requires_grad_(True)
+        if whole:  # a trained stem keeps nothing
+            net.backbone.conv1.requires_grad_(True)
+        net.eval()
+        generator = torch.Generator().manual_seed(3)
+        losses = []
+        for _ in range(3):
+            batch = draw.batch(torch.tensor([0, 5, 9]), generator)
+            loss = draw.loss(net, batch)
+            gradient = torch.autograd.grad(loss, net.backbone.layer3[0].weight)[0]
+            losses.append((loss.detach(), gradient))
+        states.append(losses)
+    for (a, g), (b, h) in zip(*states, strict=True):
+        torch.testing.assert_close(a, b)
+        torch.testing.assert_close(g, h)
+
+
+def test_a_batch_depends_on_its_generator_alone(make: MakeTask):
+    def batch(seed: int) -> dict[str, Any]:
+        return (
+            make(shots=[2]).draw(0).batch(torch.tensor([0, 3]), torch.Generator().manual_seed(seed))
+        )
+
+    first, again, other = batch(1), batch(1), batch(2)
+    assert first["views"] == again["views"]
+    assert torch.equal(first["masks"], again["masks"])
+    assert first["views"] != other["views"]
+    assert first["masks"].shape == (2, 2, 65, 65)
+    assert first["target"].shape == (2, 65, 65)
+    assert len(first["views"]) == 6
+    assert set(np.unique(first["target"])) <= {0, 1, 255}
+    assert (first["own"] >= 0).all()
+
+
+def test_light_augmentation_mirrors_half_of_the_pictures(make: MakeTask):
+    generator = torch.Generator().manual_seed(0)
+    draw = make().draw(0)
+    flips = [v.flipped for _ in range(20) for v in draw.batch(torch.arange(6), generator)["views"]]
+    assert 0.4 < np.mean(flips) < 0.6
+    plain = make(augment="none").draw(0)
+    assert not any(v.flipped for v in plain.batch(torch.arange(6), generator)["views"])
+
+
+def test_strong_augmentation_distorts_images_and_trains(make: MakeTask):
+    draw, net = train(make(augment="strong"), 2, frozen=False)
+    batch = draw.batch(torch.tensor([0, 1]), torch.Generator().manual_seed(0))
+    assert batch["images"].shape == (4, 3, 65, 65)
+    assert torch.isfinite(draw.loss(net, batch))
+
+
+def test_distortion_moves_picture_and_mask_together_and_keeps_the_object():
+    mask = torch.zeros(40, 60, dtype=torch.uint8)
+    mask[5:20, 10:30] = 1
+    picture = mask.expand(3, -1, -1) * 250
+    for seed in range(40):
+        random = np.random.default_rng(seed)
+        image, labels = distort(picture, mask, 57, random, Ranges((0.9, 1.1)))
+        assert image.shape == (3, 57, 57)
+        assert labels.shape == (57, 57)
+        assert set(labels.unique().tolist()) <= {0, 1, 255}
+        inside = image[0][labels == 1].float().mean()
+        outside = image[0][labels == 0].float().mean()
+        assert inside > 200
+        assert outside < 40
+        assert (labels == 1).sum() > 0.8 * 15 * 20 * 0.81
+        assert (
+            image[:, labels == 255].float().mean(1) - torch.tensor([124, 116, 104])
+        ).abs().max() < 30
+
+
+def test_further_shots_are_tested_with_the_same_weights(make: MakeTask):
+    draw, net = train(make(test_shots=[3]), 3)
+    metrics = draw.evaluate(net)
+    assert {"miou", "miou_3shot", "base_fb_iou_3shot"} <= set(metrics)
+    three = make(shots=[3]).draw(0)
+    three._untrained = None
+    assert three.evaluate(net)["miou"] == metrics["miou_3shot"]
+
+
+def test_weights_are_chosen_by_base_classes_unless_told_otherwise(make: MakeTask):
+    draw, net = train(make(), 2)
+    assert draw.held_out == 6
+    assert make(select_on="last").draw(0).held_out == 0
+    seen: list[set[int]] = []
+    for select_on in ("base", "novel"):
+        task = make(select_on=select_on)
+        chooser = task.draw(0)
+        truth = task.pictures.truth
+        asked: set[int] = set()
+        task.pictures.truth = lambda pair, label, asked=asked, truth=truth: (  # type: ignore[method-assign]
+            asked.add(label) or truth(pair, label)
+        )
+        chooser._untrained = None
+        chooser.evaluate(net, "held_out")
+        seen.append(asked)
+    base, novel = seen
+    assert base <= set(task.data.split.base)
+    assert novel == set(task.data.split.novel)
+
+
+def test_what_was_done_is_described(make: MakeTask):
+    task = make(folds=[1], remove_novel=True)
+    task.draw(0).prepare(SmallNet())
+    told = task.describe()
+    assert told["novel_classes"] == ["green"]
+    assert told["base_classes"] == ["blue", "red", "yellow"]
+    assert told["removed_images_with_novel_classes"] is True
+    assert told["select_on"] == "base"
+    assert told["test_episodes"] == 24
+    assert task.facts == {"fold": 1}
+    assert not any("/" in str(value) for value in told.values())
+
+
+def test_tasks_go_through_shots_and_folds(shapes: Path):
+    tasks = few_shot_tasks(shapes, folds=[0, 3], shots=[1, 2], image_size=65)
+    assert [(t.shots, t.facts["fold"]) for t in tasks] == [(1, 0), (1, 3), (2, 0), (2, 3)]
+    assert len({id(task.pictures) for task in tasks}) == 1
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"folds": [4]}, "fold 4 does not exist, expected 0 to 3"),
+        ({"shots": [8]}, r"3 classes of the training data of fold 0 have fewer than 9 images"),
+        ({"shots": [4]}, r"3 classes of the training data .* green \(4\), red \(4\), yellow \(4\)"),
+        ({"test_shots": [8]}, r"1 classes of the test data .*: blue \(8\)"),
+    ],
+)
+def test_data_that_cannot_make_episodes_is_refused(
+    make: MakeTask, options: dict[str, Any], message: str
+):
+    with pytest.raises(DataError, match=message):
+        make(**options)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [{"folds": []}, {"folds": [0, 0]}, {"shots": [0]}, {"test_episodes": 0}, {"test_shots": [0]}],
+)
+def test_options_that_make_no_sense_are_refused(make: MakeTask, options: dict[str, Any]):
+    with pytest.raises(UsageError):
+        make(**options)
+
+
+# BAM
+
+
+def test_base_maps_join_all_masks_of_a_picture(shapes: Path):
+    task = few_shot_tasks(shapes, image_size=65)[0]
+    pair = task.data.train.pairs[0]
+    numbers = BaseMaps(task.data.train, task.pictures).map(pair)
+    place = task.data.split.base.index(pair.query[0]) + 1
+    assert set(np.unique(numbers)) == {0, place}
+    assert np.array_equal(numbers == place, task.pictures.truth(pair, pair.query[0]) == 1)
+
+
+def test_bam_trains_its_base_learner_once_and_takes_it_into_account(make: MakeTask):
+    task = make(host="bam", base_learner=BaseTraining(steps=30, batch_size=4))
+    draw, net = train(task, 2)
+    assert list(task.learners) == [0]
+    learner = task.learners[0]
+    assert not any(p.requires_grad for p in learner.parameters())
+    train(task, 0)
+    assert task.learners[0] is learner
+    assert not any("ppm" in name for name, _ in net.named_parameters())
+    pool = task.data.train
+    views = [View(pool.pairs[i], pool.pairs[i].query[0]) for i in (0, len(pool.pairs) - 1)]
+    maps = draw._base(views)
+    assert maps.shape[:2] == (2, 4)
+    torch.testing.assert_close(maps.sum(1), torch.ones_like(maps[:, 0]))
+    batch = draw.batch(torch.tensor([0, 1]), torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        net.host.ensemble.weight.copy_(torch.tensor([1.0, 0.5]).view(1, 2, 1, 1))
+        with_base = draw.loss(net.eval(), batch)
+        draw._base = None
+        assert draw.loss(net, batch) != with_base
+
+
+def test_a_base_network_of_other_classes_is_refused(make: MakeTask):
+    pytest.importorskip("torchvision")
+    from svftool.tasks.few_shot_segmentation.networks import _vgg_pspnet
+
+    torch.manual_seed(0)
+    with pytest.raises(ModelError, match="knows 16 classes with background, expected 4"):
+        make(host="bam").draw(0).prepare(_vgg_pspnet(15))
+
+
+# Pictures for looking at
+
+
+def test_overlays_show_supports_truth_and_prediction(make: MakeTask, tmp_path: Path):
+    task = make(shots=[2])
+    draw = task.draw(0)
+    from svftool.tasks.few_shot_segmentation.episodes import fixed_episodes
+
+    episode = next(iter(fixed_episodes(task.data.test, 1, 2, 0)))
+    truth = task.pictures.truth(task.data.test.pairs[episode.query], episode.label)
+    prediction = Prediction(episode, np.zeros(truth.shape, bool), truth)
+    path = write_overlay(tmp_path, 3, prediction, task.data.test, task.pictures, "../a b")
+    assert path == tmp_path / "0003-a-b.png"
+    picture = np.asarray(Image.open(path)).astype(int)
+    assert picture.shape[0] == HEIGHT
+    panels = np.array_split(picture, 4, axis=1)
+    query = np.asarray(
+        Image.open(task.data.test.pairs[episode.query].image).resize((320, HEIGHT))
+    ).astype(int)
+    assert np.abs(panels[3][:, 20:300] - query[:, 20:300]).mean() < 12  # nothing was predicted
+    assert np.abs(panels[2][:, 20:300] - query[:, 20:300]).mean() > 12  # the truth is tinted
+    assert draw.size == 12
