@@ -97,5 +97,5 @@ def test_nothing_in_common_is_one_line(base: Path, factors: Path, tmp_path: Path
     )
     assert result.exit_code == 3
     assert len(result.stderr.strip().splitlines()) == 1
-    assert "no layer in common" in result.stderr
+    assert "no tensor in common" in result.stderr
     assert not (tmp_path / "x.safetensors").exists()

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor
@@ -36,6 +36,8 @@ class Counterparts:
         Name in the fine-tune, by name in the base.
     base_only, tuned_only : tuple of Unread
         What cannot be compared, with the reason.
+    misshapen : mapping of str to str
+        Name in the fine-tune of what has another shape there, by name in the base.
     total : int
         Tensors of the fine-tune.
     notes : tuple of str
@@ -47,6 +49,7 @@ class Counterparts:
     others: Mapping[str, str]
     base_only: tuple[Unread, ...] = ()
     tuned_only: tuple[Unread, ...] = ()
+    misshapen: Mapping[str, str] = field(default_factory=dict)
     total: int = 0
     notes: tuple[str, ...] = ()
 
@@ -118,6 +121,7 @@ def _of_dense(base: Source, other: Source) -> Counterparts:
             *(Unread(pair.tuned, why) for pair, why in misshapen.items()),
             *(Unread(name, "not in the base") for name in matching.tuned_only),
         ),
+        misshapen={pair.base: pair.tuned for pair in matching.misshapen},
         total=len(other.infos),
         notes=matching.notes,
     )

@@ -6,6 +6,7 @@ import math
 from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from itertools import pairwise
 from pathlib import Path
 
 from svftool.auditing.evidence import Evidence
@@ -209,7 +210,7 @@ class Trajectory:
     layers : mapping of str to tuple
         Weight drift of each matrix, one a checkpoint; None where it has no counterpart.
     monotone : bool
-        Whether the median weight drift never falls.
+        Whether the median weight drift never falls, by more than rounding.
     """
 
     checkpoints: tuple[Path, ...]
@@ -254,5 +255,5 @@ def trajectory_of(comparisons: tuple[Comparison, ...]) -> Trajectory | None:
         tuple(tuned),
         medians,
         {name: tuple(found.get(name) for found in values) for name in names},
-        monotone=drift == sorted(drift),
+        monotone=all(after >= before * (1.0 - 1e-6) for before, after in pairwise(drift)),
     )

@@ -46,6 +46,9 @@ and for whole comparisons."""
 STEPS = 1.0
 """Steps of the dtype up to which a moved entry counts as rounded."""
 
+REBUILT = 1e-6
+"""Weight drift that rebuilding a weight from float32 factors may cause, whatever its dtype."""
+
 SVF_SHARE = 0.95
 """Share of a change, rounding noise taken off, that must lie on the diagonal."""
 
@@ -136,6 +139,9 @@ def _rearranged(found: Evidence) -> Verdict | None:
 
 def _rounding(found: Evidence) -> Verdict | None:
     noise = found.noise
+    if 0.0 < found.weight_drift <= REBUILT:
+        evidence = f"moved by {_percent(found.weight_drift)}, as rebuilding from factors does"
+        return Verdict(ROUNDING, "medium", evidence)
     if noise is None or noise.steps is None or noise.steps > STEPS:
         return None
     evidence = (

@@ -6,21 +6,21 @@ import math
 import os
 import tempfile
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
-from svftool.auditing import Source, match_names, open_source
-from svftool.auditing.matching import Matching
-from svftool.checkpoints import Checkpoint, replace_output, to_matrix
-from svftool.errors import CheckpointError
+from svftool.auditing import Counterparts, Source, counterparts, open_source
+from svftool.checkpoints import replace_output, to_matrix
+from svftool.errors import CheckpointError, FactorsError, UsageError
 from svftool.factors import (
     FactorStore,
     LayerFactors,
     is_factors,
+    is_tuned,
     open_factors,
     write_tuned,
 )
@@ -91,7 +91,7 @@ def extract(
     base : path-like
         The base, decomposed for the purpose; or its factor checkpoint.
     tuned : path-like
-        The dense fine-tune.
+        The dense fine-tune, or a PEFT LoRA folder.
     output : path-like
         The tuned file.
     force : bool
@@ -107,15 +107,21 @@ def extract(
     ------
     CheckpointError
         If the two have no layer in common.
+    UsageError
+        If the fine-tune is a tuned file already.
     """
     target = Path(output)
-    with _factors(base, progress) as store, open_source(tuned) as source:
+    if is_tuned(tuned):
+        raise UsageError(
+            f"{tuned}: a tuned file already, expected a dense fine-tune or a LoRA folder"
+        )
+    with ExitStack() as stack:
+        store = stack.enter_context(_factors(base, progress))
+        before = stack.enter_context(_weights(base, store, progress))
+        after = stack.enter_context(open_source(tuned))
         inputs = [Path(base), Path(tuned)]
-        with (
-            store.open_base(progress=progress) as checkpoint,
-            replace_output(target, force=force, inputs=inputs) as partial,
-        ):
-            return _extract(store, checkpoint, source, partial, target, progress)
+        with replace_output(target, force=force, inputs=inputs) as partial:
+            return _extract(store, before, after, partial, target, progress)
 
 
 @contextmanager
@@ -130,48 +136,76 @@ def _factors(base: str | os.PathLike[str], progress: Progress) -> Iterator[Facto
             yield store
 
 
+def _weights(base: str | os.PathLike[str], store: FactorStore, progress: Progress) -> Source:
+    """Open the base's own weights; where they are gone, the factors make them up to rounding."""
+    if not is_factors(base):
+        return open_source(base)
+    try:
+        store.open_base(progress=progress).close()
+    except (FactorsError, CheckpointError) as error:
+        progress.note(f"changes are measured from the factors, not from the base ({error})")
+        return open_source(base)
+    place = store.config.base
+    return open_source(place.place if place.hub else Path(base) / place.place)
+
+
 def _extract(
     store: FactorStore,
-    base: Checkpoint,
-    source: Source,
+    before: Source,
+    after: Source,
     partial: Path,
     target: Path,
     progress: Progress,
 ) -> ExtractResult:
-    known = {name: store.info(name) for name in (*store.layers, *store.whole)}
-    matching = match_names(known, source.infos)
-    counterpart = {pair.base: pair.tuned for pair in matching.pairs}
-    if not counterpart.keys() & store.layers.keys():
+    side = counterparts(before, after, progress)
+    found = [name for name in store.layers if name in side.names]
+    if not any(side.holds(name) for name in found):
         raise CheckpointError(
-            f"{source.path}: no layer in common with {store.path}, expected a fine-tune of its "
+            f"{after.path}: no layer in common with {store.path}, expected a fine-tune of its "
             "base. Name the base that it was tuned from."
         )
     S, rows, squares = {}, [], [0.0, 0.0]
     with progress.task("extracting", len(store.layers), unit="layers") as task:
-        for name, layer in store.layers.items():
-            if name in counterpart:
-                change = source.read(counterpart[name]).double() - base.read(name).double()
-                S[name], row, sums = _best(name, store.read(name), to_matrix(change, layer.view))
-                rows.append(row)
-                squares = [one + two for one, two in zip(squares, sums, strict=True)]
+        for name in found:
+            change = _change(before, side, name)
+            S[name], row, sums = _best(
+                name, store.read(name), to_matrix(change, store.layers[name].view)
+            )
+            rows.append(row)
+            squares = [one + two for one, two in zip(squares, sums, strict=True)]
             task.advance(detail=name)
-    whole = _changed_whole(store, source, counterpart, matching)
+    whole = _changed_whole(store, before, side)
     write_tuned(partial, store=store, S=S, whole=whole, task="extract")
     return ExtractResult(
         output=target,
         layers=tuple(rows),
         error=math.sqrt(squares[1] / squares[0]) if squares[0] > 0 else 0.0,
         whole=tuple(whole),
-        missing=tuple(name for name in store.layers if name not in counterpart),
+        missing=tuple(name for name in store.layers if name not in S),
     )
+
+
+def _change(before: Source, side: Counterparts, name: str) -> Tensor:
+    weight = before.read(name)
+    found = side.read(name, weight)
+    if found is None:
+        return torch.zeros(weight.shape, dtype=torch.float64)
+    if found.change is not None:
+        return found.change
+    assert found.weight is not None
+    return torch.sub(found.weight.double(), weight.double())
 
 
 def _best(
     name: str, factors: LayerFactors, change: Tensor
 ) -> tuple[Tensor, LayerExtract, tuple[float, float]]:
-    """Find the best singular values; also the squares of the change and of what is left of it."""
+    """Find the best singular values; also the squares of the change and of what is left of it.
+
+    ``S* = S + diag(U' D V)`` needs the change only, so an equal weight keeps its S to the last bit,
+    and truncated factors lose nothing.
+    """
     U, S, Vh = factors.U.double(), factors.S.double(), factors.Vh.double()
-    delta = torch.einsum("...mk,...mn,...kn->...k", U, change, Vh)
+    delta = torch.einsum("...mk,...mk->...k", U, change @ Vh.mT)
     total = float(change.square().sum())
     rest = float((change - U * delta.unsqueeze(-2) @ Vh).square().sum())
     norm = float(S.norm())
@@ -183,14 +217,21 @@ def _best(
     return S + delta, row, (total, rest)
 
 
-def _changed_whole(
-    store: FactorStore, source: Source, counterpart: dict[str, str], matching: Matching
-) -> dict[str, Tensor]:
+def _changed_whole(store: FactorStore, before: Source, side: Counterparts) -> dict[str, Tensor]:
     """Take along what changed and is no layer, what has another shape, and what is new."""
-    whole = {pair.base: source.read(pair.tuned) for pair in matching.misshapen}
-    for name in store.whole:
-        if name in counterpart:
-            value = source.read(counterpart[name])
-            if not torch.equal(value, store.read_whole(name)):
-                whole[name] = value
-    return whole | {name: source.read(name) for name in matching.tuned_only}
+    whole = {name: side.source.read(other) for name, other in side.misshapen.items()}
+    for name in side.names:
+        if name in store.layers or not side.holds(name):
+            continue
+        weight = before.read(name)
+        found = side.read(name, weight)
+        assert found is not None
+        value = found.weight
+        if value is None:
+            assert found.change is not None
+            value = (weight.double() + found.change).to(weight.dtype)
+        if not torch.equal(value, weight):
+            whole[name] = value
+    added = {one.name for one in side.tuned_only} & set(side.source.infos)
+    added -= set(side.misshapen.values())
+    return whole | {name: side.source.read(name) for name in sorted(added)}
