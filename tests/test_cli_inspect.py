@@ -536,3 +536,20 @@ def test_several_processes_share_the_layers(pair: tuple[Path, Path]) -> None:
     for one in (together, alone):
         one.pop("seconds")
     assert together == alone
+
+
+# Examples.
+
+
+def test_the_example_policy_is_well_formed_and_the_workflow_uses_it(
+    pair: tuple[Path, Path],
+) -> None:
+    folder = Path(__file__).parents[1] / "examples"
+    workflow = (folder / "audit-workflow.yml").read_text(encoding="utf-8")
+    commands = re.findall(r"run: svftool (.*?) --json", workflow)
+    assert len(commands) == 1
+    arguments = commands[0].replace('"$BASE"', str(pair[0])).replace('"$TUNED"', str(pair[0]))
+    assert "--policy audit-policy.toml" in arguments
+    policy = folder / "audit-policy.toml"
+    assert run(pair[0], pair[0], "--policy", policy).exit_code == 0
+    assert run(*pair, "--policy", policy, "--fail-above", "weight_drift=0.01").exit_code == 10
