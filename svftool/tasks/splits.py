@@ -63,8 +63,10 @@ def draw_shots(
     support: list[int] = []
     held_out: list[int] = []
     rest: list[int] = []
-    for label in sorted(set(labels)):
-        members = [index for index, value in enumerate(labels) if value == label]
+    by_label: dict[str, list[int]] = {}
+    for index, label in enumerate(labels):
+        by_label.setdefault(label, []).append(index)
+    for label, members in sorted(by_label.items()):
         count = len(members) if shots is None else shots
         if len(members) < count:
             raise DataError(
