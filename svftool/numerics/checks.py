@@ -9,7 +9,7 @@ Only columns that this bound does not clear are looked at one by one.
 
 from __future__ import annotations
 
-from functools import partial
+from functools import cache, partial
 
 import torch
 from torch import Tensor
@@ -24,10 +24,15 @@ _ROWS = 256
 _SUSPECTS = 128
 
 
+@cache
+def _drawn(rows: int) -> Tensor:
+    generator = torch.Generator().manual_seed(_SEED)
+    return torch.randn(rows, PROBES, generator=generator, dtype=torch.float32).double()
+
+
 def probes(rows: int, *, device: torch.device) -> Tensor:
     """Return the (rows, PROBES) matrix of standard normal numbers that all checks share."""
-    generator = torch.Generator().manual_seed(_SEED)
-    return torch.randn(rows, PROBES, generator=generator, dtype=torch.float64).to(device)
+    return _drawn(1 << (rows - 1).bit_length())[:rows].to(device)
 
 
 def measure(A: Tall, factors: Thin, pool: Pool) -> tuple[float, float]:
@@ -43,33 +48,37 @@ def measure(A: Tall, factors: Thin, pool: Pool) -> tuple[float, float]:
         In all likelihood not below the largest entry of ``|U'U - I|`` and ``|V'V - I|``.
     """
     U, S, V = factors.U, factors.S, factors.V.double()
-    u = probes(len(S), device=S.device)
-    z = u if len(S) == A.n else V.mT @ u
-    row_probes = torch.cat((S * (V @ z).mT, u.mT))
+    k = len(S)
+    u = probes(k, device=S.device).mT
+    z = u if k == A.n else u @ V
+    sides = torch.cat((S * (z @ V.mT), u))
     slices = A.slices()
     squares = S.new_zeros(len(slices))
-    defects = S.new_zeros(len(slices), PROBES, len(S))
+    images = S.new_zeros(len(slices), PROBES, k)
 
     def block(index: int, rows: slice) -> None:
         for inner in cuts(rows.stop - rows.start, _ROWS):
             part = slice(rows.start + inner.start, rows.start + inner.stop)
             left = U[part].double()
-            images = row_probes @ left.mT
-            missed = z.mT @ A.double(part).mT - images[:PROBES]
+            products = sides @ left.mT
+            missed = z @ A.double(part).mT - products[:PROBES]
             squares[index] += missed.square().sum()
-            defects[index].addmm_(images[PROBES:], left)
+            images[index].addmm_(products[PROBES:], left)
 
     pool.share([partial(block, i, rows) for i, rows in enumerate(slices)])
-    of_u = _largest(defects.sum(0) - u.mT, U, pool)
-    of_v = _largest((u.mT @ V) @ V.mT - u.mT, factors.V.mT, pool)
-    return float((squares.sum() / PROBES / factors.squares).sqrt()), max(of_u, of_v)
+    reconstruction = float((squares.sum() / PROBES / factors.squares).sqrt())
+    of_u = _departure(U, images.sum(0) - u, pool)
+    of_v = _departure(factors.V.mT, u @ V @ V.mT - u, pool)
+    return reconstruction, max(of_u, of_v)
 
 
-def _largest(defect: Tensor, basis: Tensor, pool: Pool) -> float:
-    """Bound the largest entry of ``|basis' basis - I|`` of which `defect` is the probed image."""
-    norms = defect.square().mean(dim=0).sqrt()
-    if len(norms) <= _SUSPECTS:
-        norms.fill_(torch.inf)
+def _departure(basis: Tensor, probed: Tensor, pool: Pool) -> float:
+    """Bound the largest entry of ``|basis' basis - I|``, of which `probed` is the probed image."""
+    if basis.shape[1] <= _SUSPECTS:
+        products = basis.mT @ basis
+        products.diagonal().sub_(1.0)
+        return float(products.abs().max())
+    norms = probed.square().mean(dim=0).sqrt()
     suspects = (norms > _CLEAR).nonzero().flatten()
     groups = cuts(len(suspects), _SUSPECTS)
     worst = norms.new_zeros(len(groups))
