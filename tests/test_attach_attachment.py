@@ -8,11 +8,13 @@ from pathlib import Path
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 import svftool
-from svftool.attaching import Attachment, find_attachment
+from svftool.attaching import Attachment, find_attachment, products
+from svftool.attaching.offload import offload
 from svftool.errors import FactorsError, ModelError, UsageError
 from tests.attaching import MemoryStore, randomise
 
@@ -246,6 +248,18 @@ def test_torch_fast_paths_see_the_tuned_weights() -> None:
         torch.testing.assert_close(model.layers[0](x), model.layers[0](x.clone().requires_grad_()))
 
 
+def test_layers_that_are_not_used_are_said_once(caplog: pytest.LogCaptureFixture) -> None:
+    model = nn.ModuleDict({"used": nn.Linear(4, 4), "idle": nn.Linear(4, 4)})
+    model.forward = model["used"].forward  # type: ignore[method-assign]
+    svftool.attach(model, MemoryStore(model))
+    for _ in range(2):
+        model(torch.randn(2, 4))
+    assert [record.getMessage() for record in caplog.records] == [
+        "1 layers were not used in the first training pass, so their singular values do not "
+        "train: idle.weight"
+    ]
+
+
 @pytest.mark.parametrize("parametrisation", ["scale", "shift", "absolute"])
 def test_parametrisations_start_at_the_base(parametrisation: str) -> None:
     _, attached, _ = attached_net(parametrisation=parametrisation)
@@ -368,3 +382,61 @@ def test_singular_values_of_unknown_layers_are_refused() -> None:
     with pytest.raises(FactorsError, match=r"0\.weight \(\(3,\), expected \(6,\)\)"):
         attached.set_singular_values({"0.weight": torch.ones(3)})
     assert Path("memory") not in Path().iterdir()
+
+
+def test_offloaded_weights_are_there_when_they_are_used() -> None:
+    model, attached, x = attached_net(offload_base=True)
+    plain = small_net()
+    assert torch.equal(model[6].weight, plain[6].weight)
+    assert model[6].weight.stride() == plain[6].weight.stride()
+    with torch.no_grad():
+        assert torch.equal(model(x), plain(x))
+    randomise(attached)
+    tuned = model(x).detach()
+    twin = copy.deepcopy(model)
+    svftool.detach(model)
+    torch.testing.assert_close(model(x), tuned, rtol=1e-5, atol=1e-5)
+    svftool.detach(twin, merge=False)
+    assert torch.equal(twin[6].weight, plain[6].weight)
+
+
+def test_offloaded_weights_take_no_memory_until_then() -> None:
+    status = Path("/proc/self/status")
+    if not status.exists():
+        pytest.skip("resident memory is read from Linux's /proc")
+
+    def anonymous() -> int:
+        lines = status.read_text().splitlines()
+        return next(int(line.split()[1]) for line in lines if line.startswith("RssAnon"))
+
+    model = nn.Linear(3000, 3000, bias=False)
+    weight = model.weight.detach().clone()
+    before = anonymous()
+    offload(model.weight)
+    assert before - anonymous() > 30_000
+    assert torch.equal(model.weight, weight)
+
+
+def test_layouts_survive_offloading() -> None:
+    weight = nn.Parameter(torch.randn(4, 3, 2, 2).to(memory_format=torch.channels_last))
+    expected = weight.detach().clone()
+    offload(weight)
+    assert weight.is_contiguous(memory_format=torch.channels_last)
+    assert torch.equal(weight, expected)
+
+
+@pytest.mark.parametrize("shape", [(70, 6), (2, 40, 6), (3, 6)])
+def test_linear_layers_as_convolutions_compute_the_same(
+    shape: tuple[int, ...], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    x, dy = torch.randn(*shape), torch.randn(*shape[:-1], 5)
+    matrix, bias = torch.randn(5, 6), torch.randn(5)
+    calls = []
+    original = F.conv2d
+    monkeypatch.setattr(F, "conv2d", lambda *a: (calls.append(1), original(*a))[1])
+    monkeypatch.setattr(products, "prefers_convolution", lambda: True)
+    torch.testing.assert_close(
+        products.times_transposed(x, matrix, bias), F.linear(x, matrix, bias)
+    )
+    torch.testing.assert_close(products.times(dy, matrix), dy @ matrix)
+    assert bool(calls) == (x.numel() >= 64 * 6)

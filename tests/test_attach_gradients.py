@@ -88,6 +88,18 @@ class SelfAttention(nn.Module):
         return result
 
 
+class FirstOutput(nn.Module):
+    """A recurrent network without its state."""
+
+    def __init__(self, inner: nn.Module) -> None:
+        super().__init__()
+        self.inner = inner
+
+    def forward(self, x: Tensor) -> Tensor:
+        result: Tensor = self.inner(x)[0]
+        return result
+
+
 def _real(*shape: int) -> Callable[[], Tensor]:
     return lambda: torch.randn(*shape, dtype=torch.float64)
 
@@ -140,6 +152,8 @@ CASES: dict[str, tuple[Callable[[], nn.Module], Callable[[], Tensor]]] = {
     "embedding by frequency": (lambda: nn.Embedding(11, 5, scale_grad_by_freq=True), _tokens(9)),
     "attention": (SelfAttention, _real(2, 5, 8)),
     "attention, other keys": (lambda: SelfAttention(kdim=6, vdim=6), _real(2, 5, 8)),
+    "recurrent": (lambda: FirstOutput(nn.LSTM(4, 3, 2, batch_first=True)), _real(2, 5, 4)),
+    "recurrent cell": (lambda: nn.GRUCell(4, 3), _real(2, 4)),
     "Conv1D": (lambda: TransformersConv1D(6, 9), _real(2, 3, 6)),
     "tied": (TiedHead, _tokens(2, 5)),
     "tied in code": (FunctionalTie, _tokens(2, 5)),

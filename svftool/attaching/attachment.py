@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -15,10 +16,14 @@ from svftool.attaching.install import install, uninstall
 from svftool.attaching.layer import AttachedLayer, AttachedWeight, Mode, Region, is_own
 from svftool.attaching.matching import match_by_value
 from svftool.attaching.names import NameMap, map_names, own_names
+from svftool.attaching.offload import offload
 from svftool.attaching.parametrisation import Parametrisation, check_parametrisation, parse_band
+from svftool.attaching.ways import runs_without_base
 from svftool.checkpoints import matches
-from svftool.errors import FactorsError, ModelError, UsageError, shortlist
+from svftool.errors import FactorsError, ModelError, ResourceError, UsageError, shortlist
 from svftool.factors import FactorStore, open_factors
+
+logger = logging.getLogger(__name__)
 
 _KEY = "_svf_attachment"
 
@@ -157,6 +162,7 @@ def attach(
     mode: Mode = "auto",
     train_rank: str | int | None = None,
     nonnegative: bool = False,
+    offload_base: bool = False,
 ) -> Attachment:
     """Make the singular values of a model's weights trainable and freeze everything else.
 
@@ -182,6 +188,10 @@ def attach(
         Train only a band of singular values, such as ``"top:64"``.
     nonnegative : bool
         Keep singular values from going below zero.
+    offload_base : bool
+        Keep those weights of the base that factors stand in for in a temporary file until they are
+        needed (evaluation, merging) instead of in memory, if there is room for it. For models on
+        the CPU.
 
     Returns
     -------
@@ -205,10 +215,24 @@ def attach(
         raise ModelError("the model has attached singular values already. Call detach first.")
     opened = factors if isinstance(factors, FactorStore) else open_factors(factors)
     try:
-        return _attach(model, opened, choose_layers(opened, include, exclude, skip), options)
+        chosen = choose_layers(opened, include, exclude, skip)
+        attachment = _attach(model, opened, chosen, options)
     finally:
         if opened is not factors:
             opened.close()
+    if offload_base:
+        _offload(attachment)
+    return attachment
+
+
+def _offload(attachment: Attachment) -> None:
+    for live, weight in attachment.weights.items():
+        if runs_without_base(weight):
+            try:
+                offload(attachment.model.get_parameter(live))
+            except ResourceError as error:
+                logger.info("the base's weights stay in memory: %s", error)
+                return
 
 
 def choose_layers(

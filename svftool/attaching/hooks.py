@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Sequence
 from typing import Any
 
@@ -11,6 +12,9 @@ from torch import Tensor, nn
 from svftool.attaching.folding import FoldPlan
 from svftool.attaching.layer import PREFIX, AttachedWeight
 from svftool.attaching.standin import StandIn
+from svftool.errors import shortlist
+
+logger = logging.getLogger(__name__)
 
 _STACK = "_svf_placed"
 
@@ -48,7 +52,7 @@ class Enter(Places):
 
     def _place(self, module: nn.Module) -> None:
         shared: dict[int, Tensor] = {}
-        placed: list[tuple[nn.Module, str]] = []
+        placed: list[tuple[nn.Module, str, Any]] = []
         module.__dict__.setdefault(_STACK, []).append(placed)
         for owner, attribute, attached in self.of(module):
             if attribute in owner.__dict__:
@@ -56,7 +60,12 @@ class Enter(Places):
             if id(attached) not in shared:
                 shared[id(attached)] = _present(owner.get_parameter(attribute), attached)
             owner.__dict__[attribute] = shared[id(attached)]
-            placed.append((owner, attribute))
+            placed.append((owner, attribute, None))
+        recurrent = {owner for owner, _, _ in placed if isinstance(owner, nn.RNNBase)}
+        for owner in recurrent:
+            # These read a list of their own, made when the parameters were registered.
+            placed.append((owner, "_flat_weights", owner._flat_weights))
+            owner.__dict__["_flat_weights"] = [getattr(owner, n) for n in owner._flat_weights_names]
 
 
 class EnterRoot(Enter):
@@ -84,8 +93,34 @@ class Leave:
     def __call__(self, module: nn.Module, args: Any, output: Any) -> None:
         """Take away what was placed last."""
         stack = module.__dict__.get(_STACK)
-        for owner, attribute in stack.pop() if stack else ():
+        for owner, attribute, before in stack.pop() if stack else ():
             owner.__dict__.pop(attribute, None)
+            if before is not None:
+                owner.__dict__[attribute] = before
+
+
+class LeaveRoot(Leave):
+    """The same for the whole model; says once which weights a training pass did not use."""
+
+    def __init__(self) -> None:
+        self._said = False
+
+    def __call__(self, module: nn.Module, args: Any, output: Any) -> None:
+        """Look at what was placed, then take it away."""
+        stack = module.__dict__.get(_STACK)
+        standins = [owner.__dict__.get(name) for owner, name, _ in (stack[-1] if stack else ())]
+        recorded = [standin for standin in standins if isinstance(standin, StandIn)]
+        if recorded and output is not None and not self._said:
+            self._said = True
+            idle = [layer.name for s in recorded if not s.used for layer, _ in s.attached.layers()]
+            if idle:
+                logger.warning(
+                    "%d layers were not used in the first training pass, so their singular values "
+                    "do not train: %s",
+                    len(idle),
+                    shortlist(idle, 5),
+                )
+        super().__call__(module, args, output)
 
 
 def _present(base: Tensor, attached: AttachedWeight) -> Tensor:

@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from torch import nn
 
 from svftool.attaching.folding import FoldPlan, unfold
-from svftool.attaching.hooks import Enter, EnterRoot, Leave, LoadMerged, SaveMerged
+from svftool.attaching.hooks import Enter, EnterRoot, Leave, LeaveRoot, LoadMerged, SaveMerged
 from svftool.attaching.layer import PREFIX, AttachedWeight
 
 _HANDLES = "_svf_handles"
@@ -67,7 +67,7 @@ def _hook(module: nn.Module, places: list[tuple[str, str]], folds: FoldPlan | No
     enter = Enter(places) if folds is None else EnterRoot(places, folds)
     handles = [
         module.register_forward_pre_hook(enter, with_kwargs=folds is not None),
-        module.register_forward_hook(Leave(), always_call=True),
+        module.register_forward_hook(Leave() if folds is None else LeaveRoot(), always_call=True),
     ]
     if own:
         handles += [

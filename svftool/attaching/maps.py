@@ -13,6 +13,8 @@ from typing import Protocol
 import torch.nn.functional as F
 from torch import Tensor
 
+from svftool.attaching.products import times, times_transposed
+
 _CONV: dict[int, Callable[..., Tensor]] = {1: F.conv1d, 2: F.conv2d, 3: F.conv3d}
 _TRANSPOSED: dict[int, Callable[..., Tensor]] = {
     1: F.conv_transpose1d,
@@ -60,27 +62,27 @@ class LinearMap:
 
     def right(self, x: Tensor, right: Tensor) -> Tensor:
         """Return ``x right'``."""
-        return F.linear(x, right)
+        return times_transposed(x, right)
 
     def left(self, z: Tensor, left: Tensor, bias: Tensor | None) -> Tensor:
         """Return ``z left' + bias``."""
-        return F.linear(z, left, bias)
+        return times_transposed(z, left, bias)
 
     def left_adjoint(self, dy: Tensor, left: Tensor) -> Tensor:
         """Return ``dy left``."""
-        return dy @ left
+        return times(dy, left)
 
     def right_adjoint(self, g: Tensor, right: Tensor, shape: tuple[int, ...]) -> Tensor:
         """Return ``g right``."""
-        return g @ right
+        return times(g, right)
 
     def whole(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         """Return ``x weight' + bias``."""
-        return F.linear(x, weight, bias)
+        return times_transposed(x, weight, bias)
 
     def whole_adjoint(self, dy: Tensor, weight: Tensor, shape: tuple[int, ...]) -> Tensor:
         """Return ``dy weight``."""
-        return dy @ weight
+        return times(dy, weight)
 
 
 @dataclass(frozen=True)

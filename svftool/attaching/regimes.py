@@ -139,7 +139,7 @@ def apply_regime(
     include, exclude : sequence of str
         Globs of tensor names that limit ``svf`` and ``lora`` to some layers.
     options
-        Further arguments of `svftool.attach`.
+        Further arguments of `svftool.attach`, where `offload_base` is on unless turned off.
 
     Returns
     -------
@@ -161,6 +161,7 @@ def apply_regime(
     groups = {"head": [] if head is None else _own_parameters(model.get_submodule(head))}
     live, attachment = model, None
     if "svf" in chosen.parts:
+        options = {"offload_base": True, **options}
         attachment = attach(
             model, factors, include=include, exclude=exclude, skip=inside, **options
         )

@@ -27,6 +27,8 @@ Plain = Callable[[Tensor, Tensor, Tensor | None], Tensor]
 class StandIn(Tensor):
     """A live weight whose singular values are trained.
 
+    `follower` is a norm to be folded in, `used` whether an operation has met the stand-in.
+
     Metadata (shape, dtype, device) is the base weight's. Created for one forward pass, so that the
     composed weight is formed at most once in it.
     """
@@ -34,6 +36,7 @@ class StandIn(Tensor):
     attached: AttachedWeight
     base: Tensor
     follower: nn.Module | None
+    used: bool
     _composed: Tensor | None
 
     @staticmethod
@@ -42,10 +45,12 @@ class StandIn(Tensor):
         self = base.detach().as_subclass(StandIn)
         self.attached, self.base = attached, base.detach()
         self.follower = self._composed = None
+        self.used = False
         return self
 
     def composed(self) -> Tensor:
         """Return the dense weight, differentiable in the singular values."""
+        self.used = True
         if self._composed is None:
             self._composed = self.attached.compose(self.base)
         return self._composed
@@ -108,6 +113,7 @@ def _run(
     positions: int = 0,
 ) -> Tensor:
     """Run a layer the cheapest way, with the norm behind it folded in where there is one."""
+    weight.used = True
     way = "composed" if split is None else choose_way(weight.attached, positions)
     layer = weight.attached.single
     dtype = _compute_dtype(x, weight.base)

@@ -41,6 +41,13 @@ def choose_way(weight: AttachedWeight, positions: int) -> Way:
     return "factored" if replaces_weight(layer) else "residual"
 
 
+def runs_without_base(weight: AttachedWeight) -> bool:
+    """Whether training passes use the factors alone, never the base's weight."""
+    layer = weight.single
+    factored = weight.mode in ("auto", "factored")
+    return factored and layer is not None and replaces_weight(layer)
+
+
 def replaces_weight(layer: AttachedLayer) -> bool:
     """Whether the factors stand for the weight: full rank, and in single precision or better."""
     return layer.exact and layer.U.dtype.itemsize >= 4
