@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from svftool.auditing.pair import Pair, norm_ratio
-from svftool.numerics.rounding import coarser, precision_of, rounding_noise, spacing
+from svftool.numerics.rounding import coarser, largest_step, precision_of, rounding_noise
 
 EDGE_MARGIN = 1.1
 """How far above the noise's edge a singular value of the change must be to count."""
@@ -178,10 +178,7 @@ def noise_of(base: Tensor, tuned: Tensor, dtype: torch.dtype, *, drift: float) -
     """Return the rounding noise of a dtype to expect, and how many of its steps entries moved."""
     steps = None
     if drift <= 4.0 * torch.finfo(dtype).eps:
-        wide = torch.promote_types(torch.promote_types(base.dtype, tuned.dtype), torch.float32)
-        moved = (tuned.to(wide) - base.to(wide)).abs()
-        larger = torch.maximum(base.to(wide).abs(), tuned.to(wide).abs())
-        steps = float((moved / spacing(larger, dtype)).max())
+        steps = largest_step(base, tuned, dtype)
     expected = rounding_noise(tuned if tuned.ndim == 2 else tuned.reshape(1, -1), dtype)
     return Noise(dtype, expected.energy, expected.edge, steps)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
@@ -11,6 +12,7 @@ from torch import Tensor
 FLOATS = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
 """Floating dtypes that weights are computed in, coarsest first."""
 
+_PART = 1 << 22
 _DIGITS = {
     torch.float64: 53,
     torch.float32: 24,
@@ -87,9 +89,17 @@ def precision_of(values: Tensor) -> torch.dtype:
     for dtype in FLOATS:
         if dtype == values.dtype:
             return dtype
-        if torch.equal(values.to(dtype).to(values.dtype), values):
+        if all(torch.equal(part.to(dtype).to(part.dtype), part) for part in _parts(values)):
             return dtype
     return values.dtype
+
+
+def _parts(values: Tensor) -> Iterator[Tensor]:
+    """Cut a tensor along its first dimension, so that copies of the parts are small."""
+    if values.ndim == 0 or values.numel() <= _PART:
+        yield values
+    else:
+        yield from torch.split(values, max(1, _PART // max(1, values[0].numel())))
 
 
 @dataclass(frozen=True)
@@ -135,9 +145,37 @@ def rounding_noise(values: Tensor, dtype: torch.dtype) -> RoundingNoise:
     >>> round(noise.energy * 12 * 2**14, 6), round(noise.edge * 12**0.5 * 2**7, 6)
     (16.0, 4.0)
     """
-    squares = spacing(values, dtype).double().square() / 12.0
-    if squares.numel() == 0:
+    if values.numel() == 0:
         return RoundingNoise(0.0, 0.0)
-    rows, columns = squares.sum(dim=1), squares.sum(dim=0)
-    edge = math.sqrt(float(rows.max())) + math.sqrt(float(columns.max()))
-    return RoundingNoise(float(rows.sum()), edge)
+    columns = torch.zeros(values.shape[1], dtype=torch.float64, device=values.device)
+    longest = 0.0
+    for part in _parts(values):
+        squares = spacing(part, dtype).double().square_().div_(12.0)
+        columns += squares.sum(dim=0)
+        longest = max(longest, float(squares.sum(dim=1).max()))
+    edge = math.sqrt(longest) + math.sqrt(float(columns.max()))
+    return RoundingNoise(float(columns.sum()), edge)
+
+
+def largest_step(before: Tensor, after: Tensor, dtype: torch.dtype) -> float:
+    """Return how far an entry moved at most, in steps of a dtype at the larger of its two values.
+
+    Parameters
+    ----------
+    before, after : Tensor
+        Same shape, floating, finite.
+    dtype : torch.dtype
+        Whose spacing counts.
+
+    Examples
+    --------
+    >>> largest_step(torch.ones(2), torch.tensor([1.0, 1.0078125]), torch.bfloat16)
+    1.0
+    """
+    wide = torch.promote_types(torch.promote_types(before.dtype, after.dtype), torch.float32)
+    most = 0.0
+    for one, two in zip(_parts(before), _parts(after), strict=True):
+        first, second = one.to(wide), two.to(wide)
+        steps = (second - first).abs() / spacing(torch.maximum(first.abs(), second.abs()), dtype)
+        most = max(most, float(steps.max()))
+    return most
