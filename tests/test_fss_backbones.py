@@ -131,15 +131,39 @@ def test_the_papers_resnet_is_dilated_to_stride_8():
     net = torchvision.models.resnet50()
     plan = adapt_backbone(net, default_names(net))
     assert dict(plan.strides) == {"layer2": 8, "layer3": 8, "layer4": 8}
-    for stage, dilation in ((net.layer3, 2), (net.layer4, 4)):
+    for stage, first, dilation in ((net.layer3, 1, 2), (net.layer4, 2, 4)):
         for name, layer in stage.named_modules():
             if isinstance(layer, nn.Conv2d):
+                wanted = (first if name == "0.conv2" else dilation) if "conv2" in name else 1
                 assert layer.stride == (1, 1)
-                wide = name.endswith("conv2")
-                assert layer.dilation == ((dilation,) * 2 if wide else (1, 1))
-                assert layer.padding == ((dilation,) * 2 if wide else (0, 0))
+                assert layer.dilation == (wanted, wanted)
+                assert layer.padding == ((wanted, wanted) if "conv2" in name else (0, 0))
     assert net.layer2[0].conv2.stride == (2, 2)
     assert plan.middle_channels == 1536
+
+
+@pytest.mark.parametrize("name", ["resnet18", "resnet50", "mobilenet_v2"])
+def test_dilation_changes_nothing_at_the_positions_that_were_there(name: str):
+    torch.manual_seed(0)
+    net = torchvision.models.get_model(name).eval()
+    for module in net.modules():  # so that the features are no constants
+        if isinstance(module, nn.BatchNorm2d):
+            module.running_var.fill_(0.5)
+    names = default_names(net)
+    images = torch.rand(1, 3, 97, 97)
+
+    def deepest() -> Tensor:
+        plan = plan_features(net, names)
+        with torch.no_grad():
+            state = run_stages(net, plan, images, last=len(plan.stages))
+        return features_of(state, plan).high
+
+    before = deepest()
+    dilate(net, names, 8)
+    after = deepest()
+    assert before.shape[-1] == 4
+    assert after.shape[-1] == 13
+    assert (after[..., ::4, ::4] - before).abs().max() < 1e-4 * before.abs().max()
 
 
 def test_vgg_is_cut_and_pooled_as_in_pfenet():

@@ -52,6 +52,17 @@ def command(
     plot: Annotated[
         Path | None, typer.Option(help="Write a figure; the suffix says png, svg or pdf.")
     ] = None,
+    feature_maps: Annotated[
+        Path | None,
+        typer.Option(
+            help="Write a figure of what the directions of a tuned file that moved most and least "
+            "see in --image, before and after."
+        ),
+    ] = None,
+    image: Annotated[Path | None, typer.Option(help="Image for --feature-maps.")] = None,
+    model: Annotated[
+        str, typer.Option(metavar="SPEC", help="Model for --feature-maps, as in 'finetune'.")
+    ] = "auto",
     fail_above: Annotated[
         list[str] | None,
         typer.Option(
@@ -71,13 +82,15 @@ def command(
 ) -> None:
     """Say what fine-tunes did to a checkpoint, layer by layer."""
     from svftool.report import inspect as report
-    from svftool.report.inspect.files import Files
+    from svftool.report.inspect.files import Files, MapsFile
     from svftool.stages.audit import audit
     from svftool.stages.gate import Gatekeeper
 
     gate = Gatekeeper.read(fail_above or (), policy)
     files = Files(csv=csv, html=html, plot=plot, force=force, inputs=(base, *(tuned or ())))
+    maps = MapsFile(feature_maps, image, model, force=force, inputs=(base, *(tuned or ())))
     files.check(sort)
+    maps.check()
     asked = () if metrics is None else tuple(name.strip() for name in metrics.split(","))
     result = audit(
         base,
@@ -91,6 +104,7 @@ def command(
     )
     failed = gate.violations(result)
     files.write(result, failed)
+    maps.write()
     shown = report.view(result, sort=sort, top=top, group=group, failed=failed)
     emit(report.document(result, failed=failed), shown, as_json=json)
     gate.close(failed)

@@ -46,22 +46,13 @@ class Files:
         """
         check_metric(sort)
         if self.plot is not None:
-            if self.plot.suffix.lower() not in FIGURES:
-                raise UsageError(
-                    f"{self.plot}: suffix {self.plot.suffix!r}, expected {', '.join(FIGURES)}"
-                )
-            from svftool.report.inspect.figure import require_matplotlib
-
-            require_matplotlib()
+            _check_figure(self.plot)
         if self.html is not None:
             from svftool.report.inspect.page import require_jinja
 
             require_jinja()
         for path in (self.csv, self.html, self.plot):
-            if path is not None and path.exists() and not self.force:
-                raise UsageError(
-                    f"{path}: exists already, expected a new output. Use --force to replace it."
-                )
+            _check_new(path, self.force)
 
     def write(self, result: AuditResult, failed: Sequence[Violation]) -> None:
         """Write what was asked for, each file complete or not at all."""
@@ -79,3 +70,77 @@ class Files:
 
             with replace_output(self.plot, force=self.force, inputs=inputs) as partial:
                 save_figure(result, partial, kind=self.plot.suffix.lower().lstrip("."))
+
+
+@dataclass(frozen=True)
+class MapsFile:
+    """The figure of feature maps.
+
+    Attributes
+    ----------
+    path : Path or None
+        Where it goes; None for none.
+    image : Path or None
+        What is looked at.
+    model : str
+        The network's spec.
+    force : bool
+        Replace an existing file.
+    inputs : tuple of str
+        Factors and tuned file.
+    """
+
+    path: Path | None
+    image: Path | None
+    model: str
+    force: bool
+    inputs: tuple[str, ...]
+
+    def check(self) -> None:
+        """Find out before any work whether the figure can be made.
+
+        Raises
+        ------
+        UsageError
+            If the image or a tuned file is missing, or the file exists.
+        MissingDependencyError
+            If matplotlib is not installed.
+        """
+        if self.path is None:
+            if self.image is not None:
+                raise UsageError("--image is looked at by --feature-maps alone")
+            return
+        if self.image is None or len(self.inputs) != 2:
+            raise UsageError(
+                "--feature-maps needs --image, a factor checkpoint and one tuned file of it"
+            )
+        _check_figure(self.path)
+        _check_new(self.path, self.force)
+
+    def write(self) -> None:
+        """Write the figure, if there is to be one."""
+        if self.path is None or self.image is None:
+            return
+        from svftool.report.inspect.feature_maps import save_feature_maps
+        from svftool.stages.feature_maps import feature_maps
+
+        factors, tuned = self.inputs
+        result = feature_maps(factors, tuned, self.image, model=self.model)
+        inputs = [Path(factors), Path(tuned), self.image]
+        with replace_output(self.path, force=self.force, inputs=inputs) as partial:
+            save_feature_maps(result, partial, kind=self.path.suffix.lower().lstrip("."))
+
+
+def _check_figure(path: Path) -> None:
+    if path.suffix.lower() not in FIGURES:
+        raise UsageError(f"{path}: suffix {path.suffix!r}, expected {', '.join(FIGURES)}")
+    from svftool.report.inspect.figure import require_matplotlib
+
+    require_matplotlib()
+
+
+def _check_new(path: Path | None, force: bool) -> None:
+    if path is not None and path.exists() and not force:
+        raise UsageError(
+            f"{path}: exists already, expected a new output. Use --force to replace it."
+        )

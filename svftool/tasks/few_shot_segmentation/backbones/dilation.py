@@ -43,10 +43,12 @@ def adapt_backbone(
 
 
 def dilate(model: nn.Module, names: FeatureNames, output_stride: int) -> None:
-    """Trade the strides beyond `output_stride` for dilation, in place, as PFENet and BAM do.
+    """Trade the strides beyond `output_stride` for dilation, in place.
 
-    In a stage that would go beyond, every strided convolution gets stride 1 and every convolution
-    wider than a pixel the dilation that restores its field of view; weights stay as they are.
+    In a stage that would go beyond, strided convolutions get stride 1, and every convolution after
+    them the dilation that restores its field of view: at the positions that the network had before
+    its outputs are exactly what they were. SVF's code dilates like this; PFENet and BAM dilate the
+    strided convolution too, which changes what a frozen network computes.
 
     Parameters
     ----------
@@ -83,14 +85,19 @@ def dilate(model: nn.Module, names: FeatureNames, output_stride: int) -> None:
                 f"{name}: goes from stride {came} to {stride}, expected a stage that ends at "
                 f"{output_stride}. Use --output-stride {stride}."
             )
-        _dilate_stage(modules[name], stride // output_stride)
+        _dilate_stage(modules[name], came // output_stride, stride // output_stride)
 
 
-def _dilate_stage(stage: nn.Module, factor: int) -> None:
+def _dilate_stage(stage: nn.Module, came: int, factor: int) -> None:
+    """Dilate the convolutions up to the strided one by `came`, those after it by `factor`."""
+    now = came if came < factor else factor
     for layer in stage.modules():
         if not isinstance(layer, nn.Conv2d):
             continue
+        strided = max(layer.stride) > 1
         layer.stride = (1, 1)
         if max(layer.kernel_size) > 1 and not isinstance(layer.padding, str):
-            layer.dilation = tuple(d * factor for d in layer.dilation)
-            layer.padding = tuple(p * factor for p in layer.padding)
+            layer.dilation = tuple(d * now for d in layer.dilation)
+            layer.padding = tuple(p * now for p in layer.padding)
+            if strided:
+                now = factor
