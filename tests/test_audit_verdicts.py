@@ -226,7 +226,7 @@ def test_norms_alone_are_no_change_of_a_matrix(tmp_path: Path) -> None:
     one = audit(before, [after]).comparisons[0]
     assert one.verdict is not None
     assert one.verdict.name == "changed"
-    assert "1 norms" in one.verdict.evidence
+    assert "1 norm, bias or buffer changed" in one.verdict.evidence
 
 
 def test_layers_too_small_for_the_rank_do_not_hide_a_low_rank_update() -> None:

@@ -553,3 +553,18 @@ def test_the_example_policy_is_well_formed_and_the_workflow_uses_it(
     policy = folder / "audit-policy.toml"
     assert run(pair[0], pair[0], "--policy", policy).exit_code == 0
     assert run(*pair, "--policy", policy, "--fail-above", "weight_drift=0.01").exit_code == 10
+
+
+def test_quantised_values_are_named_and_left_out(tmp_path: Path) -> None:
+    tensors = {
+        "a.weight": normal(6, 5).to(torch.float8_e4m3fn),
+        "a.scales": torch.ones(6, 1),
+        "b.weight": torch.randint(0, 9, (4, 4), dtype=torch.uint8),
+        "c.weight": normal(6, 6),
+    }
+    base = write(tmp_path / "a.safetensors", tensors)
+    one = document(base, base)["comparisons"][0]
+    left = {item["name"]: item["reason"] for item in one["left_out"]}
+    assert set(left) >= {"a.weight", "b.weight"}
+    assert "quantised" in left["a.weight"]
+    assert one["summary"]["tensors"]["compared"] + len(left) == 4

@@ -266,7 +266,7 @@ def judge_all(
     """
     broken = sum(verdict.name == BROKEN for verdict in (*(v for v, _ in matrices), *others))
     if broken:
-        return Verdict(BROKEN, "high", f"{broken} tensors are broken")
+        return broken_verdict(broken)
     moved = [(v, e) for v, e in matrices if v.name not in (UNTOUCHED, ROUNDING)]
     if not moved:
         return _still(matrices, others)
@@ -284,6 +284,11 @@ def judge_all(
     return Verdict(name, _joint(alike), evidence, rank)
 
 
+def broken_verdict(count: int) -> Verdict:
+    """Give the verdict on a checkpoint with broken tensors."""
+    return Verdict(BROKEN, "high", f"{count} {'tensor is' if count == 1 else 'tensors are'} broken")
+
+
 def _still(
     matrices: Sequence[tuple[Verdict, Evidence | None]], others: Sequence[Verdict]
 ) -> Verdict:
@@ -293,7 +298,8 @@ def _still(
         part = "all matrices are as in the base"
         if rounded:
             part += " but for rounding"
-        return Verdict(CHANGED, "high", f"{part}; {changed} norms, biases or statistics changed")
+        others_changed = "norm, bias or buffer" if changed == 1 else "norms, biases or buffers"
+        return Verdict(CHANGED, "high", f"{part}; {changed} {others_changed} changed")
     if rounded or any(verdict.name == ROUNDING for verdict in others):
         alike = [verdict for verdict, _ in matrices if verdict.name == ROUNDING]
         return Verdict(

@@ -34,7 +34,7 @@ from svftool.auditing import (
     open_source,
     trajectory_of,
 )
-from svftool.auditing.verdicts import BROKEN, UNTOUCHED
+from svftool.auditing.verdicts import UNTOUCHED, broken_verdict
 from svftool.checkpoints import Selection, TensorInfo, View, dtype_name, matrix_shape, select
 from svftool.checkpoints.dtypes import FLOAT8
 from svftool.engine import Job, run_layers, share
@@ -219,7 +219,7 @@ class _Auditor:
             kinds=(self.base.kind,),
             rows=rows,
             left_out=tuple(Unread(name, why) for name, why in self.layers.left.items()),
-            verdict=Verdict(BROKEN, "high", f"{broken} tensors are broken") if broken else None,
+            verdict=broken_verdict(broken) if broken else None,
             totals=(len(self.base.infos), 0),
             notes=self.base.notes,
         )

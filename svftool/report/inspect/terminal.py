@@ -70,7 +70,7 @@ def _compared(one: Comparison, sort: str, top: int, group: bool) -> Iterator[Ren
 
 
 def _title(one: Comparison) -> Text:
-    text = Text(safe(one.base.name), "bold")
+    text = Text().append(safe(one.base.name), "bold")
     if one.tuned is not None:
         text.append(" → ").append(safe(one.tuned.name), "bold")
     return text
@@ -78,7 +78,7 @@ def _title(one: Comparison) -> Text:
 
 def _headline(verdict: Verdict) -> Text:
     colour = COLOURS[verdict.name]
-    text = Text(verdict.text, f"bold {colour}".replace("bold bold", "bold"))
+    text = Text().append(verdict.text, f"bold {colour}".replace("bold bold", "bold"))
     text.append(f": {VERDICTS[verdict.name]}\n")
     evidence = f"{verdict.evidence[:1].upper()}{verdict.evidence[1:]}"
     return text.append(f"{evidence}; {verdict.confidence} confidence.", "dim")
@@ -115,9 +115,9 @@ def _table(rows: Sequence[Row], sort: str, group: bool) -> Table:
         blocks.setdefault(block_of(row.name), []).append(row)
     for block, inside in blocks.items():
         table.add_row(Text(short(safe(block), NAME_WIDTH), "bold"))
-        tails = display_names((row.name.removeprefix(f"{block}.") for row in inside), 22)
         for row in inside:
-            name = tails[row.name.removeprefix(f"{block}.")]
+            tail = row.name.removeprefix(f"{block}.").removesuffix(".weight")
+            name = short(safe(tail), NAME_WIDTH - 2)
             table.add_row(*_cells(row, f"  {name}", sort, largest))
     return table
 
@@ -248,7 +248,7 @@ def _trajectory(one: Trajectory) -> Iterator[RenderableType]:
 
 
 def _failed(failed: Sequence[Violation]) -> Iterator[RenderableType]:
-    yield Text(f"failed: {len(failed)} tensors", "bold red")
+    yield Text(f"failed: {len(failed)} {'tensor' if len(failed) == 1 else 'tensors'}", "bold red")
     for one in failed[:MOST_ROWS]:
         yield Text(f"  {safe(str(one))}", "red")
     if len(failed) > MOST_ROWS:
