@@ -7,6 +7,7 @@ beside its input.
     python benchmarks/decompose.py                                 all cases, 5 turns each
     python benchmarks/decompose.py resnet50 vit_b_16 --repeats 3
     python benchmarks/decompose.py --data ../shared/data           real spectra and weights
+    python benchmarks/decompose.py --process vgg16                 whole processes, file to file
     python benchmarks/decompose.py --quick                         correctness alone, for CI
 """
 
@@ -16,7 +17,9 @@ import argparse
 import json
 import os
 import statistics
+import subprocess
 import sys
+import tempfile
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -32,6 +35,7 @@ from layers import (
 )
 from rich.console import Console
 from rich.table import Table
+from safetensors.torch import save_file
 from torch import Tensor
 from watch import Watch
 
@@ -227,6 +231,43 @@ def quick_cases(data: Path | None) -> list[Case]:
     return cases
 
 
+# Whole processes
+
+LOOP = """
+import sys, torch
+from safetensors.torch import load_file, save_file
+factors = {}
+for name, W in load_file(sys.argv[1]).items():
+    U, S, Vh = torch.linalg.svd(W.float(), full_matrices=False)
+    factors |= {f"{name}.U": U.contiguous(), f"{name}.S": S, f"{name}.Vh": Vh.contiguous()}
+save_file(factors, sys.argv[2])
+"""
+
+
+def whole_processes(name: str, options: argparse.Namespace, console: Console) -> None:
+    """Time ``svftool decompose FILE`` beside a script that loads, loops and saves."""
+    environment = {**os.environ, "OMP_NUM_THREADS": str(options.threads)}
+    with tempfile.TemporaryDirectory() as folder:
+        source, ours_at, loop_at = (str(Path(folder, part)) for part in ("w.safetensors", "f", "l"))
+        save_file(random_layers(NETWORKS[name]), source)
+        tool = [sys.executable, "-m", "svftool", "decompose", source, "-o", ours_at, "--force"]
+        sides = ([*tool, "--quiet", "--json"], [sys.executable, "-c", LOOP, source, loop_at])
+        turns = []
+        for _ in range(options.repeats):
+            turn = []
+            for command in sides:
+                with Watch() as watch:
+                    subprocess.run(command, check=True, env=environment, capture_output=True)
+                turn.append(watch.seconds)
+            turns.append(turn)
+    first, second = (statistics.median(side) for side in zip(*turns, strict=True))
+    console.print(
+        f"{name}, whole processes: svftool {first:.1f} s, loop {second:.1f} s, "
+        f"{second / first:.1f}x",
+        highlight=False,
+    )
+
+
 def table_of(rows: list[Row]) -> Table:
     table = Table(
         title="seconds: medians; errors: worst against float64 LAPACK; MB beside the input"
@@ -261,6 +302,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--data", type=Path, help="folder of real checkpoints")
     parser.add_argument("--quick", action="store_true", help="small cases, once: correctness alone")
     parser.add_argument("--list", action="store_true", help="name the cases")
+    parser.add_argument("--process", action="store_true", help="networks as whole processes")
     parser.add_argument("--json", type=Path, help="write what was measured here")
     return parser.parse_args()
 
@@ -275,6 +317,10 @@ def main() -> int:
         case for case in cases if not options.cases or case.name.startswith(tuple(options.cases))
     ]
     console = Console(width=200)
+    if options.process:
+        for name in options.cases or ["resnet50", "vgg16", "llama block"]:
+            whole_processes(name, options, console)
+        return 0
     if options.list:
         console.print("\n".join(case.name for case in wanted), highlight=False)
         return 0

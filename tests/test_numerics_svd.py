@@ -24,6 +24,7 @@ from svftool.numerics import (
     svd,
     truncate,
 )
+from svftool.numerics.tall import Tall
 
 RECONSTRUCTION, ORTHOGONALITY, VALUES = 1e-6, 1e-5, 1e-6
 
@@ -227,9 +228,10 @@ def test_spoiled_factors_are_noticed(monkeypatch: pytest.MonkeyPatch, spoil: str
 
 
 @pytest.mark.parametrize("kind", HARD)
-def test_without_scipys_lapack(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Take the way that other devices take: torch's own eigensolver."""
+def test_the_way_of_other_devices(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """On a GPU blocks are large and the eigensolver is torch's own."""
     monkeypatch.setattr(lapack, "available", lambda: False)
+    monkeypatch.setattr(Tall, "on_cpu", False)
     W = HARD[kind](60, 40)
     assert_within_bounds(W, svd(W))
     torch.testing.assert_close(singular_values(W), svd(W).S.double(), rtol=1e-6, atol=float("inf"))

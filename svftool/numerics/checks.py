@@ -57,7 +57,7 @@ def measure(A: Tall, factors: Thin, pool: Pool) -> tuple[float, float]:
     images = S.new_zeros(len(slices), PROBES, k)
 
     def block(index: int, rows: slice) -> None:
-        for inner in cuts(rows.stop - rows.start, _ROWS):
+        for inner in cuts(rows.stop - rows.start, _ROWS if A.on_cpu else rows.stop):
             part = slice(rows.start + inner.start, rows.start + inner.stop)
             left = U[part].double()
             products = sides @ left.mT

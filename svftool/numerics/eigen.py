@@ -29,9 +29,9 @@ def gram(A: Tall, pool: Pool) -> Tensor:
     """
     n = A.n
     G = torch.zeros(n, n, dtype=torch.float64, device=A.matrix.device)
-    columns = cuts(n, _TILE)
-    rows = A.slices(max(_GRAM_ROWS, _BLOCK_ENTRIES // n))
-    fast = G.device.type == "cpu" and lapack.available()
+    columns = cuts(n, _TILE if A.on_cpu else n)
+    rows = A.slices(max(_GRAM_ROWS, _BLOCK_ENTRIES // n) if A.on_cpu else None)
+    fast = A.on_cpu and lapack.available()
 
     def tile(i: slice, j: slice) -> None:
         for block in rows:

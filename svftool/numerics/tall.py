@@ -14,7 +14,7 @@ from svftool.errors import NumericalError
 Choose = Callable[[Tensor], int]
 """Tells from all singular values, float64 and non-increasing, how many to keep."""
 
-_ROWS = 1024
+_ROWS, _ROWS_OF_A_DEVICE = 1024, 16384
 _MODEST = 24
 _WIDE = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
@@ -46,9 +46,15 @@ class Tall:
         """Length of the short side."""
         return self.matrix.shape[1]
 
-    def slices(self, rows: int = _ROWS) -> list[slice]:
+    @property
+    def on_cpu(self) -> bool:
+        """Whether blocks are to fit into a core's cache; other devices want them large."""
+        return self.matrix.device.type == "cpu"
+
+    def slices(self, rows: int | None = None) -> list[slice]:
         """Cut the long side; the cuts depend on the shape alone."""
-        return cuts(self.matrix.shape[0], rows)
+        usual = _ROWS if self.on_cpu else _ROWS_OF_A_DEVICE
+        return cuts(self.matrix.shape[0], rows or usual)
 
     def double(self, rows: slice, columns: slice = slice(None)) -> Tensor:
         """Return a block in float64."""
