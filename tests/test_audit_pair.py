@@ -6,7 +6,8 @@ import numpy as np
 import pytest
 import torch
 
-from svftool.auditing.pair import MatrixPair, SpectralPair
+from svftool.auditing.pair import MatrixPair
+from svftool.auditing.spectral import SpectralPair
 from svftool.numerics import Pool
 from svftool.numerics.shares import change_shares
 from svftool.numerics.subspace import principal_angles

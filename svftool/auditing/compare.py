@@ -11,8 +11,9 @@ from torch import Tensor
 
 from svftool.auditing.evidence import Evidence, gather, join, noise_of
 from svftool.auditing.metrics import Measured, Metric, combine, measure
-from svftool.auditing.pair import Array, MatrixPair, Pair, SpectralPair
+from svftool.auditing.pair import Array, MatrixPair
 from svftool.auditing.results import Curves
+from svftool.auditing.spectral import Pair, SpectralPair
 from svftool.errors import NumericalError
 from svftool.numerics import Pool
 from svftool.numerics.rounding import coarser, precision_of

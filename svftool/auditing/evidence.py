@@ -9,7 +9,8 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from svftool.auditing.pair import Pair, norm_ratio
+from svftool.auditing.pair import norm_ratio
+from svftool.auditing.spectral import Pair
 from svftool.numerics.rounding import coarser, largest_step, precision_of, rounding_noise
 
 EDGE_MARGIN = 1.1

@@ -349,6 +349,13 @@ def _orthonormal(columns: Tensor) -> Tensor:
     return Q
 
 
+def norm_ratio(part: float, whole: float) -> float | None:
+    """``sqrt(part / whole)`` of two sums of squares; None where the whole is 0 and the part not."""
+    if part == 0.0:
+        return 0.0
+    return math.sqrt(part / whole) if whole > 0.0 else None
+
+
 def _constant(count: int) -> Callable[[Tensor], int]:
     return lambda _: count
 
@@ -360,79 +367,3 @@ def _numpy(values: Tensor) -> Array:
 
 def _roots(values: Tensor) -> Array:
     return _numpy(values.clamp_min(0.0).sqrt())
-
-
-class SpectralPair:
-    """A layer known only by its singular values before and after, in one and the same basis.
-
-    Parameters
-    ----------
-    S, S_tuned : (k,) Tensor
-        By index, as a tuned file holds them.
-    m, n : int
-        Sides of the matrix; k where they are not known.
-    energy : float, optional
-        ``||W||_F^2`` where the factors were truncated.
-    """
-
-    def __init__(
-        self, S: Tensor, S_tuned: Tensor, *, m: int, n: int, energy: float | None = None
-    ) -> None:
-        self.m, self.n, self.paired = m, n, True
-        self._S, self._S_tuned = S.double().numpy(), S_tuned.double().numpy()
-        self.along: Array | None = self._S_tuned - self._S
-        self.identical = not bool(self.along.any())
-        self._order = np.argsort(-np.abs(self._S_tuned), kind="stable")
-        self._base_order = np.argsort(-np.abs(self._S), kind="stable")
-        self.base: Array = np.abs(self._S)[self._base_order]
-        self.tuned: Array | None = np.abs(self._S_tuned)[self._order]
-        self.index_change: Array | None = self.along
-        self.change_values: Array | None = np.sort(np.abs(self.along))[::-1]
-        self.base_energy = float(self._S @ self._S) if energy is None else energy
-        outside = max(self.base_energy - float(self._S @ self._S), 0.0)
-        self.change_energy = float(self.along @ self.along)
-        self.tuned_energy = float(self._S_tuned @ self._S_tuned) + outside
-        self.inner = float(self._S @ self._S_tuned) + outside
-        self.shares = None if self.identical else Shares(1.0, 0.0, 0.0)
-        squares = float((self.along**4).sum())
-        self.change_participation = self.change_energy**2 / squares if squares > 0.0 else 0.0
-        self.left_overlaps: Tensor | None = self._matching()
-        self.right_overlaps: Tensor | None = self.left_overlaps
-
-        before, after = self._S**2, self._S_tuned**2
-        scale = math.sqrt(float(before @ before) * float(after @ after))
-        self.cka: float | None = float(before @ after) / scale if scale > 0.0 else None
-        self.amplification = self._amplification()
-
-    def _amplification(self) -> float | None:
-        assert self.along is not None
-        top = np.argsort(-np.abs(self.along), kind="stable")[:INTRUDER_TOP]
-        norm = float(np.linalg.norm(self._S[top[self.along[top] != 0.0]]))
-        return math.sqrt(self.change_energy) / norm if norm > 0.0 else None
-
-    def _matching(self) -> Tensor:
-        eye = torch.eye(len(self._S), dtype=torch.float64)
-        base, tuned = torch.from_numpy(self._base_order), torch.from_numpy(self._order)
-        return eye[base][:, tuned[:INTRUDER_TOP]]
-
-    def bases(self, r: int, *, left: bool) -> tuple[Tensor, Tensor] | None:
-        """Leading vectors of base and tuned in the basis of the factors, (k, r) each."""
-        del left
-        eye = torch.eye(len(self._S), dtype=torch.float64)
-        base, tuned = torch.from_numpy(self._base_order), torch.from_numpy(self._order)
-        return eye[:, base[:r]], eye[:, tuned[:r]]
-
-
-Pair = MatrixPair | SpectralPair
-
-
-def energy_of(values: Array) -> float:
-    """Sum of squares of singular values."""
-    return float(values @ values)
-
-
-def norm_ratio(part: float, whole: float) -> float | None:
-    """``sqrt(part / whole)`` of two sums of squares; None where the whole is 0 and the part not."""
-    if part == 0.0:
-        return 0.0
-    return math.sqrt(part / whole) if whole > 0.0 else None

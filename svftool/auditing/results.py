@@ -10,7 +10,8 @@ from itertools import pairwise
 from pathlib import Path
 
 from svftool.auditing.evidence import Evidence
-from svftool.auditing.metrics import METRICS, Measured, Value
+from svftool.auditing.formulas import Value
+from svftool.auditing.metrics import METRICS, Measured
 from svftool.auditing.pair import Array
 from svftool.auditing.verdicts import Verdict
 from svftool.checkpoints import View
