@@ -327,6 +327,7 @@ def test_an_interruption_saves_what_was_trained(work: Path, signum: int, code: i
     stdout, stderr = process.communicate(timeout=60)
     assert process.returncode == code, stderr
     assert "Traceback" not in stderr
+    assert "saving what was trained" in stderr
     document = json.loads(stdout)
     assert document["interrupted"] == signal.Signals(signum).name
     only = document["runs"][0]

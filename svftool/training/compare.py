@@ -250,6 +250,11 @@ class _Comparison:
             )
             if outcome.steps == 0 and outcome.ending == "interrupted":
                 return
+            if outcome.ending == "interrupted":
+                self._progress.note(
+                    f"interrupted after {outcome.steps} steps: measuring and saving what was "
+                    "trained; interrupt again to give it up"
+                )
             after = draw.evaluate(model, progress=self._progress)
             log.scalars(outcome.steps, {f"query/{name}": value for name, value in after.items()})
         run = Run(
