@@ -8,6 +8,7 @@ steps, above what is resident once the model's file is read.
 
     python benchmarks/training.py                     all models
     python benchmarks/training.py resnet50 --memory
+    python benchmarks/training.py --ways              does the cost model choose well?
     python benchmarks/training.py --quick             small models: does it run
 """
 
@@ -31,8 +32,11 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 import svftool
-from svftool.attaching import apply_regime
-from svftool.factors import open_factors
+from svftool.attaching import AttachedLayer, AttachedWeight, apply_regime
+from svftool.attaching.install import install
+from svftool.attaching.layer import WHOLE
+from svftool.attaching.ways import choose_way, count_operations
+from svftool.factors import LayerFactors, open_factors
 from svftool.models import find_head
 
 Batch = dict[str, Tensor]
@@ -197,6 +201,63 @@ def memory_of(name: str, arguments: argparse.Namespace, regime: str, layout: str
     return int(done.stdout.split()[-1])
 
 
+SHAPES: dict[str, tuple[Callable[[], nn.Module], tuple[int, ...]]] = {
+    "conv 64->64, 3x3, 56 px": (lambda: nn.Conv2d(64, 64, 3, padding=1), (8, 64, 56, 56)),
+    "conv 64->64, 1x1, 56 px": (lambda: nn.Conv2d(64, 64, 1), (8, 64, 56, 56)),
+    "conv 64->256, 1x1, 56 px": (lambda: nn.Conv2d(64, 256, 1), (8, 64, 56, 56)),
+    "conv 256->64, 1x1, 56 px": (lambda: nn.Conv2d(256, 64, 1), (8, 256, 56, 56)),
+    "conv 128->128, 3x3, 28 px": (lambda: nn.Conv2d(128, 128, 3, padding=1), (8, 128, 28, 28)),
+    "conv 1024->256, 1x1, 14 px": (lambda: nn.Conv2d(1024, 256, 1), (8, 1024, 14, 14)),
+    "conv 512->512, 3x3, 7 px": (lambda: nn.Conv2d(512, 512, 3, padding=1), (8, 512, 7, 7)),
+    "conv 16->16, 3x3, 32 px": (lambda: nn.Conv2d(16, 16, 3, padding=1), (32, 16, 32, 32)),
+    "linear 768->2304": (lambda: nn.Linear(768, 2304), (8, 197, 768)),
+    "linear 768->768": (lambda: nn.Linear(768, 768), (8, 197, 768)),
+    "linear 3072->768": (lambda: nn.Linear(3072, 768), (2, 256, 3072)),
+    "linear 768->768, 32 rows": (lambda: nn.Linear(768, 768), (32, 768)),
+}
+
+
+def compare_ways(rounds: int) -> None:
+    """Time every way to run a layer against what the cost model counts for it."""
+    print("layer                          counted f/c  timed f/c   chosen     ms f     ms c")
+    for name, (build, shape) in SHAPES.items():
+        torch.manual_seed(0)
+        x = torch.randn(shape).requires_grad_()
+        if x.ndim == 4:
+            x = x.detach().to(memory_format=torch.channels_last).requires_grad_()
+        modules = {way: attached_layer(build(), way) for way in ("factored", "composed", "auto")}
+        times: dict[str, list[float]] = {way: [] for way in ("factored", "composed")}
+        gradient = torch.randn_like(modules["auto"](x))
+        for _ in range(rounds + 2):
+            for way, collected in times.items():
+                begun = time.perf_counter()
+                modules[way](x).backward(gradient)
+                collected.append(time.perf_counter() - begun)
+        layer = modules["auto"].svf_weight.single
+        positions = gradient[:, :1].numel() if x.ndim == 4 else x[..., 0].numel()
+        counted = count_operations(layer, positions)
+        f, c = (1e3 * statistics.median(times[way][2:]) for way in ("factored", "composed"))
+        chosen = choose_way(modules["auto"].svf_weight, positions)
+        ratio = counted["factored"] / counted["composed"]
+        print(f"{name:<30} {ratio:11.2f} {f / c:10.2f}   {chosen:<8} {f:8.2f} {c:8.2f}")
+
+
+def attached_layer(module: nn.Module, mode: str) -> nn.Module:
+    """Attach random factors of the right shape: how long a layer takes does not depend on them."""
+    weight = module.weight
+    matrix = weight.detach().flatten(1)
+    U, S, Vh = torch.linalg.svd(matrix, full_matrices=False)
+    layer = AttachedLayer(
+        "weight", LayerFactors(U, S, Vh), shape=tuple(weight.shape), view="matrix",
+        dtype=weight.dtype, exact=True,
+    )  # fmt: skip
+    module.requires_grad_(False)
+    install(module, {weight: AttachedWeight([layer], [WHOLE], mode)})
+    if weight.ndim == 4:
+        module.to(memory_format=torch.channels_last)
+    return module
+
+
 def report(name: str, rows: list[dict[str, Any]]) -> None:
     print(f"\n{name}: one step, {torch.get_num_threads()} threads, float32")
     print("regime   layout             trained   s/step  /full  /lora  memory  /full")
@@ -224,6 +285,7 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--memory", action="store_true")
     parser.add_argument("--quick", action="store_true")
+    parser.add_argument("--ways", action="store_true", help="check the cost model, layer by layer")
     parser.add_argument("--json", type=Path)
     parser.add_argument(
         "--cache", type=Path, default=Path(tempfile.gettempdir()) / "svftool-training"
@@ -237,6 +299,9 @@ def main() -> None:
         (name,) = arguments.models
         folder = arguments.cache / name
         print(measure_memory(cases[name], folder, arguments.one, arguments.layout))
+        return
+    if arguments.ways:
+        compare_ways(arguments.rounds)
         return
     results = {}
     for name in arguments.models or cases:

@@ -30,15 +30,22 @@ def choose_way(weight: AttachedWeight, positions: int) -> Way:
         return "residual"
     if weight.mode == "factored":
         return "factored" if replaces_weight(layer) else "residual"
+    exact = replaces_weight(layer)
+    costs = count_operations(layer, positions)
+    split: Way = "factored" if exact else "residual"
+    return "composed" if costs["composed"] < costs[split] else split
+
+
+def count_operations(layer: AttachedLayer, positions: int) -> dict[Way, int]:
+    """Return the multiply-adds of one training step for each way to run a layer."""
     m, k = layer.U.shape
     n = layer.Vh[0].numel()
-    split = 2 * positions * k * (m + n)
-    if not replaces_weight(layer):
-        split += 2 * positions * m * n
-    composed = 3 * positions * m * n + 2 * m * n * k
-    if composed < split:
-        return "composed"
-    return "factored" if replaces_weight(layer) else "residual"
+    factored = 2 * positions * k * (m + n)
+    return {
+        "factored": factored,
+        "residual": factored + 2 * positions * m * n,
+        "composed": 3 * positions * m * n + 2 * m * n * k,
+    }
 
 
 def runs_without_base(weight: AttachedWeight) -> bool:
