@@ -23,7 +23,7 @@ from svftool.attaching.layer import PREFIX
 logger = logging.getLogger(__name__)
 
 _NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)
-_DONE = "_svf_folded"
+_DONE, _KEPT = "_svf_folded", "_svf_affine"
 
 
 @dataclass(frozen=True)
@@ -52,15 +52,28 @@ def affine_in(norm: nn.Module | None, dtype: torch.dtype) -> Affine | None:
     """Return what a batch norm does, in a dtype, or None where it is no frozen affine map."""
     if not isinstance(norm, _NORMS) or norm.training:
         return None
-    if any(parameter.requires_grad for parameter in norm.parameters(recurse=False)):
+    mean, variance = norm.running_mean, norm.running_var
+    if mean is None or variance is None:
         return None
-    if norm.running_mean is None or norm.running_var is None:
+    parts = [mean, variance, *norm.parameters(recurse=False)]
+    if any(part.requires_grad for part in parts):
         return None
-    scale = (norm.running_var + norm.eps).rsqrt()
-    shift = -norm.running_mean * scale
+    key = (dtype, *[(part.data_ptr(), part._version) for part in parts])
+    kept = norm.__dict__.get(_KEPT)
+    if kept is None or kept[0] != key:
+        kept = norm.__dict__[_KEPT] = (key, _affine(norm, mean, variance, dtype))
+    affine: Affine = kept[1]
+    return affine
+
+
+@torch.no_grad()
+def _affine(
+    norm: nn.modules.batchnorm._BatchNorm, mean: Tensor, variance: Tensor, dtype: torch.dtype
+) -> Affine:
+    scale = (variance + norm.eps).rsqrt()
+    shift = -mean * scale
     if norm.affine:
-        scale, shift = scale * norm.weight.detach(), shift * norm.weight.detach()
-        shift = shift + norm.bias.detach()
+        scale, shift = scale * norm.weight, shift * norm.weight + norm.bias
     return Affine(norm, scale.to(dtype), shift.to(dtype))
 
 
@@ -183,5 +196,6 @@ def _trace_pairs(root: nn.Module, candidates: set[str]) -> list[tuple[str, str]]
 def unfold(model: nn.Module) -> None:
     """Give every norm its own forward back."""
     for module in model.modules():
+        module.__dict__.pop(_KEPT, None)
         if isinstance(module.__dict__.get("forward"), PassFolded):
             del module.__dict__["forward"]

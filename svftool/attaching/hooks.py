@@ -58,7 +58,7 @@ class Enter(Places):
             if attribute in owner.__dict__:
                 continue
             if id(attached) not in shared:
-                shared[id(attached)] = _present(owner.get_parameter(attribute), attached)
+                shared[id(attached)] = _present(owner._parameters[attribute], attached)
             owner.__dict__[attribute] = shared[id(attached)]
             placed.append((owner, attribute, None))
         recurrent = {owner for owner, _, _ in placed if isinstance(owner, nn.RNNBase)}
@@ -123,7 +123,9 @@ class LeaveRoot(Leave):
         super().__call__(module, args, output)
 
 
-def _present(base: Tensor, attached: AttachedWeight) -> Tensor:
+def _present(base: Tensor | None, attached: AttachedWeight) -> Tensor:
+    if base is None:
+        raise RuntimeError("the parameter of an attached layer was removed")
     if torch.is_grad_enabled() and attached.trains:
         attached.forget()
         return StandIn.of(attached, base)

@@ -145,14 +145,14 @@ class AttachedLayer(KeepsDtype):
         self.exact = exact
         self.parametrisation: Parametrisation = parametrisation
         self.nonnegative = nonnegative
-        k = factors.S.shape[-1]
-        self.band = (band or Band()).of(k)
+        self.band = (band or Band()).of(factors.S.shape[-1])
         rest = shape[1:] if view == "matrix" else factors.Vh.shape[-1:]
         S = factors.S.to(torch.float64 if dtype == torch.float64 else torch.float32)
         self.U = _frozen(factors.U.to(dtype).contiguous())
         self.Vh = _frozen(factors.Vh.to(dtype).reshape(*factors.Vh.shape[:-1], *rest).contiguous())
         self.S_base = _frozen(S.clone())
         self.offset = _frozen(torch.zeros_like(S))
+        self._beside = False
         start = S[..., self.band]
         self.theta = nn.Parameter(
             start.clone() if parametrisation == "absolute" else torch.zeros_like(start)
@@ -160,18 +160,19 @@ class AttachedLayer(KeepsDtype):
 
     def extra_repr(self) -> str:
         """Describe the layer in the model's repr."""
-        return f"{self.name}, rank={self.S_base.shape[-1]}, {self.parametrisation}"
+        return f"{self.name}, rank={self.rank}, {self.parametrisation}"
 
     def delta(self) -> Tensor:
         """Return ``S - S_base``, (..., k), differentiable in `theta`; zero where untouched."""
-        base = self.S_base[..., self.band]
-        change = self.theta * base if self.parametrisation == "scale" else self.theta
-        if self.parametrisation == "absolute":
-            change = self.theta - base
-        k = self.S_base.shape[-1]
-        if change.shape[-1] != k:
-            change = nn.functional.pad(change, (self.band.start, k - self.band.stop))
-        change = change + self.offset
+        base = self.S_base if self._all else self.S_base[..., self.band]
+        if self.parametrisation == "scale":
+            change = self.theta * base
+        else:
+            change = self.theta if self.parametrisation == "shift" else self.theta - base
+        if not self._all:
+            change = nn.functional.pad(change, (self.band.start, self.rank - self.band.stop))
+        if self._beside:
+            change = change + self.offset
         if self.nonnegative:
             # Clamped in value, not in gradient, so that a value at zero can come back.
             change = torch.maximum(change, -self.S_base).detach() + (change - change.detach())
@@ -180,6 +181,15 @@ class AttachedLayer(KeepsDtype):
     def values(self) -> Tensor:
         """Return the singular values, shape (..., k), differentiable in `theta`."""
         return self.S_base + self.delta()
+
+    @property
+    def rank(self) -> int:
+        """Number of singular values of the matrix, or of each, k."""
+        return int(self.S_base.shape[-1])
+
+    @property
+    def _all(self) -> bool:
+        return self.theta.shape == self.S_base.shape
 
     @torch.no_grad()
     def set_delta(self, delta: Tensor) -> None:
@@ -191,9 +201,10 @@ class AttachedLayer(KeepsDtype):
             theta = torch.where(base > 0, inside / base, torch.zeros_like(base))
         else:
             theta = inside if self.parametrisation == "shift" else base + inside
-        self.offset.zero_()
+        self._beside = False
         self.theta.copy_(theta)
         self.offset.copy_(delta - self.delta())
+        self._beside = bool(self.offset.any())
 
     def factors(self) -> LayerFactors:
         """Return the factors as matrices, with the base's singular values."""

@@ -39,7 +39,7 @@ def choose_way(weight: AttachedWeight, positions: int) -> Way:
 def count_operations(layer: AttachedLayer, positions: int) -> dict[Way, int]:
     """Return the multiply-adds of one training step for each way to run a layer."""
     m, k = layer.U.shape
-    n = layer.Vh[0].numel()
+    n = layer.Vh.numel() // k
     factored = 2 * positions * k * (m + n)
     return {
         "factored": factored,
