@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -30,7 +30,7 @@ from svftool.tasks.few_shot_segmentation.base_learner import (
 )
 from svftool.tasks.few_shot_segmentation.canvas import canvas_side
 from svftool.tasks.few_shot_segmentation.encoding import Encoder, View
-from svftool.tasks.few_shot_segmentation.episodes import draw_episode, fixed_episodes
+from svftool.tasks.few_shot_segmentation.episodes import Episode, draw_episode, fixed_episodes
 from svftool.tasks.few_shot_segmentation.hosts import BaseLearner, HostOutput, Nearest, make_host
 from svftool.tasks.few_shot_segmentation.network import FewShotNet, by_query
 from svftool.tasks.few_shot_segmentation.networks import backbone_name, own_base_learner
@@ -125,6 +125,20 @@ class FewShotSegmentation:
         return FewShotDraw(self, seed)
 
 
+@dataclass(frozen=True)
+class Asked:
+    """Episodes to score: which pool, how many, of how many shots; a purpose has its own seeds."""
+
+    pool: Pool
+    count: int
+    shots: int
+    purpose: int
+
+    def episodes(self, seed: int) -> list[Episode]:
+        """Draw them for a run's seed."""
+        return list(fixed_episodes(self.pool, self.count, self.shots, 3 * seed + self.purpose))
+
+
 class FewShotDraw:
     """One fold's data with the episodes of one seed; see `svftool.tasks.base.Draw`."""
 
@@ -217,33 +231,29 @@ class FewShotDraw:
         """
         net, rules, task = _net_of(model), self._task.rules, self._task
         net.eval()
+        encoder = self._encode(net, training=False)
         if part == "held_out":
             novel = rules.select_on == "novel"
             pool = task.data.test if novel else task.held_out(task.shots)
-            return self._metrics(net, pool, rules.select_episodes, task.shots, 1, progress)
+            asked = Asked(pool, rules.select_episodes, task.shots, purpose=1)
+            return self._score(encoder, asked, progress)
         metrics: dict[str, float] = {}
         for shots in dict.fromkeys((task.shots, *rules.test_shots)):
             suffix = "" if shots == task.shots else f"_{shots}shot"
             parts = (("", task.data.test, 0), ("base_", task.held_out(shots), 2))
             for prefix, pool, purpose in parts:
                 if pool.pairs:
-                    found = self._metrics(net, pool, rules.test_episodes, shots, purpose, progress)
+                    asked = Asked(pool, rules.test_episodes, shots, purpose)
+                    found = self._score(encoder, asked, progress)
                     metrics |= {f"{prefix}{name}{suffix}": v for name, v in found.items()}
         return metrics
 
-    def _metrics(
-        self,
-        net: FewShotNet,
-        pool: Pool,
-        count: int,
-        shots: int,
-        purpose: int,
-        progress: Progress,
-    ) -> dict[str, float]:
-        episodes = list(fixed_episodes(pool, count, shots, 3 * self._seed + purpose))
-        encoder = self._encode(net, training=False)
+    def _score(self, encoder: Encoder, asked: Asked, progress: Progress) -> dict[str, float]:
         scorer = replace(self._scorer, base_maps=self._base)
-        scores = scorer.score(self._host(net), encoder, pool, episodes, progress=progress)
+        host = self._host(encoder.net)
+        scores = scorer.score(
+            host, encoder, asked.pool, asked.episodes(self._seed), progress=progress
+        )
         return {"miou": scores.miou, "fb_iou": scores.fb_iou}
 
     def _host(self, net: FewShotNet) -> nn.Module:
