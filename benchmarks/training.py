@@ -34,7 +34,7 @@ from torch import Tensor, nn
 import svftool
 from svftool.attaching import AttachedLayer, AttachedWeight, apply_regime
 from svftool.attaching.install import install
-from svftool.attaching.layer import WHOLE
+from svftool.attaching.region import WHOLE
 from svftool.attaching.ways import choose_way, count_operations
 from svftool.factors import LayerFactors, open_factors
 from svftool.models import find_head

@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 
-from svftool.attaching.layer import PREFIX
+from svftool.attaching.region import PREFIX
 
 logger = logging.getLogger(__name__)
 

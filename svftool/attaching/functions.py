@@ -15,7 +15,7 @@ from torch.autograd.function import once_differentiable
 from svftool.attaching.maps import SplitMap
 
 if TYPE_CHECKING:
-    from svftool.attaching.layer import AttachedWeight
+    from svftool.attaching.weight import AttachedWeight
 
 
 def along(scale: Tensor, like: Tensor, channel: int) -> Tensor:

@@ -10,8 +10,9 @@ import torch
 from torch import Tensor, nn
 
 from svftool.attaching.folding import FoldPlan
-from svftool.attaching.layer import PREFIX, AttachedWeight
+from svftool.attaching.region import PREFIX
 from svftool.attaching.standin import StandIn
+from svftool.attaching.weight import AttachedWeight
 from svftool.errors import shortlist
 
 logger = logging.getLogger(__name__)

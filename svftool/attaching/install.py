@@ -9,7 +9,8 @@ from torch import nn
 
 from svftool.attaching.folding import FoldPlan, unfold
 from svftool.attaching.hooks import Enter, EnterRoot, Leave, LeaveRoot, LoadMerged, SaveMerged
-from svftool.attaching.layer import PREFIX, AttachedWeight
+from svftool.attaching.region import PREFIX
+from svftool.attaching.weight import AttachedWeight
 
 _HANDLES = "_svf_handles"
 

@@ -10,10 +10,11 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from svftool.attaching.attachment import Attachment, attach, choose_layers
-from svftool.attaching.layer import is_own
+from svftool.attaching.attachment import Attachment
+from svftool.attaching.lifecycle import attach, choose_layers
 from svftool.attaching.lora import add_lora
 from svftool.attaching.names import NameMap, map_names
+from svftool.attaching.region import is_own
 from svftool.errors import ModelError, UsageError
 from svftool.factors import FactorStore
 
@@ -157,7 +158,6 @@ def apply_regime(
     chosen = parse_regime(regime) if isinstance(regime, str) else regime
     names = map_names(model, [*factors.layers, *factors.config.left_whole])
     inside = [] if head is None else names.inside(head)
-    model.requires_grad_(False)
     groups = {"head": [] if head is None else _own_parameters(model.get_submodule(head))}
     live, attachment = model, None
     if "svf" in chosen.parts:
@@ -172,6 +172,7 @@ def apply_regime(
             model, names, layers, rank=chosen.lora, head=head
         )
     _add_plain_groups(model, chosen, groups)
+    live.requires_grad_(False)
     groups = {name: group for name, group in groups.items() if group}
     if not groups:
         raise ModelError(f"regime {chosen.name!r} trains nothing: the model has no head.")

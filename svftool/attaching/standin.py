@@ -16,9 +16,10 @@ from torch import Tensor, nn
 
 from svftool.attaching.folding import affine_in
 from svftool.attaching.functions import SplitLayer
-from svftool.attaching.layer import AttachedLayer, AttachedWeight
+from svftool.attaching.layer import AttachedLayer
 from svftool.attaching.maps import ConvMap, EmbeddingMap, LinearMap, SplitMap, TransposedConvMap
 from svftool.attaching.ways import choose_way
+from svftool.attaching.weight import AttachedWeight
 
 Kernels = Callable[[AttachedLayer, torch.dtype], tuple[Tensor, Tensor]]
 Plain = Callable[[Tensor, Tensor, Tensor | None], Tensor]

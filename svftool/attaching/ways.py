@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from typing import Literal
 
-from svftool.attaching.layer import AttachedLayer, AttachedWeight
+from svftool.attaching.layer import AttachedLayer
+from svftool.attaching.weight import AttachedWeight
 
 Way = Literal["factored", "composed", "residual"]
 
