@@ -229,3 +229,15 @@ def test_the_interval_is_students() -> None:
     low, high = interval([1.0, 2.0, 3.0, 4.0])
     half = 3.182446305 * math.sqrt(5 / 3) / 2
     assert (low, high) == pytest.approx((2.5 - half, 2.5 + half))
+
+
+def test_singular_values_are_trained_the_way_that_was_asked_for(plan: Callable[..., Plan]) -> None:
+    band = plan(regimes=["svf", "bias"], attaching={"train_rank": "top:2"})
+    runs, _ = compare(band, Kept())
+    assert [run.trainable_parameters for run in runs] == [27 + 2, 27 + 16]
+    ways = {}
+    for way in ("scale", "absolute"):
+        kept = Kept()
+        compare(plan(attaching={"parametrisation": way}), kept)
+        ways[way] = kept.tensors["svf", 0]["conv.weight"]
+    assert not torch.equal(ways["scale"], ways["absolute"])

@@ -143,6 +143,29 @@ def command(
         ),
     ] = None,
     exclude: ExcludeOption = None,
+    parametrisation: Annotated[
+        Literal["scale", "shift", "absolute"],
+        typer.Option(
+            help="S (1 + t), S + t, or the paper's t in place of S.", rich_help_panel=TRAINING
+        ),
+    ] = "scale",
+    train_rank: Annotated[
+        str | None,
+        typer.Option(
+            metavar="top:64",
+            help="Train only these singular values of each layer.",
+            show_default="all",
+            rich_help_panel=TRAINING,
+        ),
+    ] = None,
+    nonnegative: Annotated[
+        bool,
+        typer.Option(
+            "--nonnegative",
+            help="Keep singular values from going below zero.",
+            rich_help_panel=TRAINING,
+        ),
+    ] = False,
     log_dir: Annotated[
         Path | None, typer.Option(help="Folder for TensorBoard.", rich_help_panel=TRAINING)
     ] = None,
@@ -248,6 +271,9 @@ def command(
         ),
         include=train_layers or (),
         exclude=exclude or (),
+        parametrisation=parametrisation,
+        train_rank=train_rank,
+        nonnegative=nonnegative,
         device=device,
         log_dir=log_dir,
         trust_remote_code=trust_remote_code,

@@ -13,7 +13,7 @@ from typing import Any
 
 from torch import nn
 
-from svftool.attaching import Regime, parse_regime
+from svftool.attaching import Parametrisation, Regime, parse_regime
 from svftool.checkpoints import Checkpoint, replace_output, write_errors
 from svftool.errors import UsageError
 from svftool.factors import open_factors
@@ -81,6 +81,9 @@ def finetune(
     settings: Settings | None = None,
     include: Sequence[str] = (),
     exclude: Sequence[str] = (),
+    parametrisation: Parametrisation = "scale",
+    train_rank: str | int | None = None,
+    nonnegative: bool = False,
     device: str = "auto",
     log_dir: str | os.PathLike[str] | None = None,
     trust_remote_code: bool = False,
@@ -118,6 +121,8 @@ def finetune(
         Budget, optimiser, schedule and precision.
     include, exclude : sequence of str
         Globs of tensor names that limit ``svf`` and ``lora`` to some layers.
+    parametrisation, train_rank, nonnegative
+        How ``svf`` trains singular values; see `svftool.attach`.
     device : str
         ``auto``, ``cpu``, ``cuda`` or ``cuda:INDEX``.
     log_dir : path-like, optional
@@ -175,6 +180,11 @@ def finetune(
             device=pick_device(device),
             include=include,
             exclude=exclude,
+            attaching={
+                "parametrisation": parametrisation,
+                "train_rank": train_rank,
+                "nonnegative": nonnegative,
+            },
             log_dir=None if log_dir is None else Path(log_dir),
         )
         if not itself:

@@ -6,7 +6,7 @@ import signal
 import statistics
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -50,6 +50,8 @@ class Plan:
     include, exclude : sequence of str
         Globs of the tensors whose singular values or LoRA adapters are trained; the task's own
         choice where none is included.
+    attaching : mapping
+        Further arguments of `svftool.attach`, such as ``parametrisation``.
     log_dir : Path or None
         Folder for TensorBoard.
     """
@@ -63,6 +65,7 @@ class Plan:
     device: torch.device
     include: Sequence[str] = ()
     exclude: Sequence[str] = ()
+    attaching: Mapping[str, Any] = field(default_factory=dict)
     log_dir: Path | None = None
 
 
@@ -233,6 +236,7 @@ class _Comparison:
                 head=prepared.head,
                 include=plan.include or prepared.layers,
                 exclude=plan.exclude,
+                **plan.attaching,
             )
         model = trainable.model
         with Logbook(plan.log_dir, stem) as log:
