@@ -24,7 +24,7 @@ from svftool.numerics import (
     svd,
     truncate,
 )
-from svftool.numerics.tall import Tall
+from svftool.numerics.tall import ALL, Tall
 
 RECONSTRUCTION, ORTHOGONALITY, VALUES = 1e-6, 1e-5, 1e-6
 
@@ -250,8 +250,8 @@ def test_lapack_parts_agree_with_scipy() -> None:
     torch.testing.assert_close(
         rows @ tridiagonal @ rows.mT, torch.diag(expected), atol=1e-10, rtol=0
     )
-    info = lapack.NotConverged
-    with pytest.raises(info, match="dsterf returned"):
+    torch.testing.assert_close(lapack.largest_vectors(d, e, 5).abs(), rows[-5:].abs())
+    with pytest.raises(lapack.NotConverged, match="dsterf returned"):
         lapack.tridiagonal_values(torch.full((3,), math.nan, dtype=torch.float64), e[:2])
 
 
@@ -259,7 +259,7 @@ def test_eigenvectors_of_a_matrix_that_is_already_tridiagonal() -> None:
     """Reflectors with tau = 0 are identities, not divisions by zero."""
     G = torch.diag(torch.arange(300.0, dtype=torch.float64) + 1)
     with Pool(1) as pool:
-        values, rows = eigen.eigenvectors(G.clone(), len, pool)
+        values, rows = eigen.eigenvectors(G.clone(), ALL, pool)
     torch.testing.assert_close(values, G.diagonal().flip(0))
     torch.testing.assert_close(rows.abs(), torch.eye(300, dtype=torch.float64).flip(0))
 
@@ -267,8 +267,10 @@ def test_eigenvectors_of_a_matrix_that_is_already_tridiagonal() -> None:
 # Truncation and batches
 
 
-def test_truncation() -> None:
-    W = normal(40, 30)
+@pytest.mark.parametrize("shape", [(40, 30), (30, 40), (30, 21)])
+def test_truncation(shape: tuple[int, int]) -> None:
+    """A third of the values or less are found by themselves, more of them with all others."""
+    W = normal(*shape)
     full, kept = svd(W), svd(W, rank=7)
     torch.testing.assert_close(kept.U, full.U[:, :7], rtol=0, atol=1e-5)
     torch.testing.assert_close(kept.S, full.S[:7])

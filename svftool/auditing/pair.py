@@ -9,7 +9,6 @@ of rows, so memory is set by the short side, and ``N = U'DV = S^-1 V'C V`` needs
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
 from functools import cached_property, partial
 
 import numpy as np
@@ -21,7 +20,7 @@ from svftool.numerics import Pool
 from svftool.numerics.eigen import eigenvalues, eigenvectors, gram
 from svftool.numerics.shares import Shares, count_regular, divide, groups
 from svftool.numerics.subspace import INTRUDER_TOP
-from svftool.numerics.tall import Tall, cuts, tall
+from svftool.numerics.tall import ALL, Choose, Tall, cuts, tall
 
 Array = npt.NDArray[np.float64]
 _TILE = 1024
@@ -139,15 +138,14 @@ class MatrixPair:
     @property
     def _base_eigen(self) -> tuple[Tensor, Tensor]:
         if "vectors" not in self._shared:
-            values, rows = eigenvectors(self._G.clone(), len, self._pool)
+            values, rows = eigenvectors(self._G.clone(), ALL, self._pool)
             self._shared["values"] = values.clamp_min(0.0).sqrt()
             self._shared["vectors"] = rows
         return self._shared["values"], self._shared["vectors"]
 
     @cached_property
     def _tuned_eigen(self) -> tuple[Tensor, Tensor]:
-        count = min(INTRUDER_TOP, self._A.n)
-        values, rows = eigenvectors(self._G_tuned.clone(), _constant(count), self._pool)
+        values, rows = eigenvectors(self._G_tuned.clone(), Choose(INTRUDER_TOP), self._pool)
         return values.clamp_min(0.0).sqrt(), rows
 
     @cached_property
@@ -306,9 +304,7 @@ class MatrixPair:
         """``||D||_F / ||U_D' W V_D||_F`` over the leading 10 directions of the change."""
         if not self._comparable:
             return None
-        values, V = eigenvectors(
-            self._H.clone(), _constant(min(INTRUDER_TOP, self._A.n)), self._pool
-        )
+        values, V = eigenvectors(self._H.clone(), Choose(INTRUDER_TOP), self._pool)
         S = values[: len(V)].clamp_min(0.0).sqrt()
         kept = 1e-7 * S[0] < S
         # U_D' W V_D = S_D^-1 V_D' D'W V_D
@@ -354,10 +350,6 @@ def norm_ratio(part: float, whole: float) -> float | None:
     if part == 0.0:
         return 0.0
     return math.sqrt(part / whole) if whole > 0.0 else None
-
-
-def _constant(count: int) -> Callable[[Tensor], int]:
-    return lambda _: count
 
 
 def _numpy(values: Tensor) -> Array:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from svftool.numerics.decompose import Method, Rank, singular_values, svd
+from svftool.numerics.decompose import Method, singular_values, svd
 from svftool.numerics.results import Svd, fix_signs, reconstruct, truncate
 from svftool.numerics.spectrum import (
     effective_rank,
@@ -13,6 +13,7 @@ from svftool.numerics.spectrum import (
     participation_ratio,
     stable_rank,
 )
+from svftool.numerics.tall import Rank
 from svftool.numerics.threads import Pool, one_thread
 
 __all__ = [

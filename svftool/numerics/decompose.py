@@ -32,15 +32,13 @@ from svftool.numerics.gram import gram_factors
 from svftool.numerics.krylov import krylov_factors
 from svftool.numerics.lapack import NotConverged
 from svftool.numerics.results import Svd, signs
-from svftool.numerics.tall import Choose, Tall, Thin, tall
+from svftool.numerics.tall import Choose, Rank, Tall, Thin, tall
 from svftool.numerics.threads import Pool
 
 Method = Literal["auto", "exact", "randomized"]
 
 RECONSTRUCTION_BOUND = 1e-6
 ORTHOGONALITY_BOUND = 1e-5
-
-Rank = int | Callable[[Tensor], int]
 
 _Rung = tuple[str, Callable[[Tall, Choose, Pool], Thin]]
 _CAUTION = 0.6
@@ -160,7 +158,7 @@ def _one(
     matrix: Tensor, rank: Rank | None, method: Method, seed: int, dtype: torch.dtype, pool: Pool
 ) -> Svd:
     A = tall(matrix)
-    choose = _choice(rank, A.n)
+    choose = Choose(rank)
     if A.top == 0.0:
         return _zero(matrix, choose(torch.zeros(A.n, dtype=torch.float64)), dtype)
     if isinstance(rank, int) and dtype == torch.float32 and _worth_iterating(A, rank, method):
@@ -196,13 +194,6 @@ def _worth_iterating(A: Tall, rank: int, method: Method) -> bool:
     if method == "randomized":
         return rank < A.n
     return method == "auto" and A.n >= _LARGE and _SPARSE * rank <= A.n
-
-
-def _choice(rank: Rank | None, n: int) -> Choose:
-    """Return the function that tells how many of n singular values to keep, between 1 and n."""
-    if callable(rank):
-        return lambda S: max(min(rank(S), n), min(n, 1))
-    return lambda S: n if rank is None else min(rank, n)
 
 
 def _finish(

@@ -14,6 +14,7 @@ from svftool.numerics.threads import Pool
 
 _TILE = 1024
 _PANEL = 64
+_FEW = 3
 _ROWS = 256
 _GRAM_ROWS = 512
 _BLOCK_ENTRIES = 2**19
@@ -68,14 +69,10 @@ def eigenvectors(G: Tensor, choose: Choose, pool: Pool) -> tuple[Tensor, Tensor]
     """
     if not _in_parts(G):
         return _dense(G, choose)
-    n = len(G)
     d, e, tau = lapack.tridiagonalise(G)
-    panels = [_panel(G, tau, first) for first in range(0, n - 1, _PANEL)]
+    panels = [_panel(G, tau, first) for first in range(0, len(G) - 1, _PANEL)]
     del G  # the panels are half of it
-    values, rows = lapack.tridiagonal_vectors(d, e)
-    values = values.flip(0)
-    count = _count(values, choose)
-    rows = rows[n - count :].flip(0)
+    values, rows = _tridiagonal(d, e, choose)
     panels = [(Y, T @ Y) for Y, T in panels]
 
     def rotate(block: Tensor) -> None:
@@ -84,8 +81,20 @@ def eigenvectors(G: Tensor, choose: Choose, pool: Pool) -> tuple[Tensor, Tensor]
             part = block[:, first * _PANEL + 1 :]
             part.addmm_(part @ Y.mT, TY, alpha=-1.0)
 
-    pool.share([partial(rotate, rows[part]) for part in cuts(count, _ROWS)])
+    pool.share([partial(rotate, rows[part]) for part in cuts(len(rows), _ROWS)])
     return values, rows
+
+
+def _tridiagonal(d: Tensor, e: Tensor, choose: Choose) -> tuple[Tensor, Tensor]:
+    """Return all eigenvalues, non-increasing, and the eigenvectors chosen, as rows."""
+    if choose.rank is None:
+        values, rows = lapack.tridiagonal_vectors(d, e)
+        return values.flip(0), rows.flip(0)
+    values = lapack.tridiagonal_values(d, e).flip(0)
+    count = _count(values, choose)
+    if _FEW * count <= len(d):
+        return values, lapack.largest_vectors(d, e, count).flip(0)
+    return values, lapack.tridiagonal_vectors(d, e)[1].flip(0)[:count]
 
 
 def eigenvalues(G: Tensor) -> Tensor:
@@ -117,6 +126,7 @@ def _dense(G: Tensor, choose: Choose) -> tuple[Tensor, Tensor]:
 
 
 def _count(values: Tensor, choose: Choose) -> int:
+    """Ask how many to keep, given eigenvalues of A'A."""
     return choose(values.clamp_min(0.0).sqrt())
 
 

@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from svftool.numerics.eigen import eigenvectors, gram
-from svftool.numerics.tall import Choose, Tall, Thin, tall
+from svftool.numerics.tall import ALL, Choose, Tall, Thin, tall
 from svftool.numerics.threads import Pool
 
 SINGLE = 0.03
@@ -35,7 +35,7 @@ def gram_factors(A: Tall, choose: Choose, pool: Pool, *, single: float = SINGLE)
     ----------
     A : Tall
         Not zero.
-    choose : callable
+    choose : Choose
         How many of them.
     pool : Pool
     single : float
@@ -101,7 +101,7 @@ def _orthogonalise(
             S[done:] = 0.0
             return
         inner = tall(rest)
-        values, X = eigenvectors(gram(inner, pool), len, pool)
+        values, X = eigenvectors(gram(inner, pool), ALL, pool)
         V[done:] = X @ V[done:]
         rest = rest @ X.mT
         count = int((_DEEP**2 * values[0] < values).sum())

@@ -26,7 +26,7 @@ import torch
 from torch import Tensor
 
 from svftool.numerics.eigen import eigenvectors
-from svftool.numerics.tall import Tall, Thin, cuts
+from svftool.numerics.tall import Choose, Tall, Thin, cuts
 from svftool.numerics.threads import Pool
 
 VALUES_BOUND = 1e-6
@@ -149,7 +149,7 @@ class _Space:
     def ritz(self, k: int) -> _Ritz:
         """Return the k largest approximations and the error that their residuals allow."""
         size = self.dimension
-        values, rows = eigenvectors(self._H[:size, :size].clone(), lambda _: k, self._pool)
+        values, rows = eigenvectors(self._H[:size, :size].clone(), Choose(k), self._pool)
         vectors = rows.float() @ self._basis[:size]
         left, S, turn = _orthogonal_columns(self._times(vectors).double())
         vectors = turn.float() @ vectors

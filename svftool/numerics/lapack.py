@@ -1,4 +1,4 @@
-"""Four routines of BLAS and LAPACK, called on torch's memory without copies and without the GIL.
+"""Five routines of BLAS and LAPACK, called on torch's memory without copies and without the GIL.
 
 torch offers the symmetric eigenproblem only whole. Its parts are reached through
 ``scipy.linalg.cython_lapack``, scipy's public door to its LAPACK for compiled callers: the address
@@ -52,7 +52,7 @@ def _routine(name: str) -> Callable[..., None] | None:
 
 def available() -> bool:
     """Tell whether every routine of this module can be called."""
-    return all(_routine(name) for name in ("dsyrk", "dsytrd", "dsterf", "dstedc"))
+    return all(_routine(name) for name in ("dsyrk", "dsytrd", "dsterf", "dstedc", "dstemr"))
 
 
 def _call(name: str, *arguments: Any) -> None:
@@ -129,6 +129,26 @@ def tridiagonal_values(d: Tensor, e: Tensor) -> Tensor:
     d, e = d.clone(), torch.cat((e, e.new_zeros(1)))
     _call_checked("dsterf", len(d), d, e)
     return d
+
+
+def largest_vectors(d: Tensor, e: Tensor, count: int) -> Tensor:
+    """Return eigenvectors of the largest eigenvalues of a tridiagonal matrix, ascending, as rows.
+
+    By relatively robust representations, which take time in proportion to `count`.
+    """
+    n = len(d)
+    d, e = d.clone(), torch.cat((e, e.new_zeros(1)))
+    values, Z = d.new_empty(n), d.new_empty(count, n)
+    work = d.new_empty(18 * n)
+    found, support, whole, try_hard = (
+        torch.ones(size, dtype=torch.int32) for size in (1, 2 * n, 10 * n, 1)
+    )
+    bounds = (0.0, 0.0, n - count + 1, n)
+    sizes = (work, work.numel(), whole, whole.numel())
+    _call_checked(
+        "dstemr", "V", "I", n, d, e, *bounds, found, values, Z, n, count, support, try_hard, *sizes
+    )
+    return Z
 
 
 def tridiagonal_vectors(d: Tensor, e: Tensor) -> tuple[Tensor, Tensor]:

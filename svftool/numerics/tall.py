@@ -11,12 +11,28 @@ from torch import Tensor
 
 from svftool.errors import NumericalError
 
-Choose = Callable[[Tensor], int]
-"""Tells from all singular values, float64 and non-increasing, how many to keep."""
+Rank = int | Callable[[Tensor], int]
 
 _ROWS, _ROWS_OF_A_DEVICE = 1024, 16384
 _MODEST = 24
 _WIDE = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+
+
+@dataclass(frozen=True)
+class Choose:
+    """Tells how many singular values to keep: all, a number, or what a function makes of them."""
+
+    rank: Rank | None = None
+
+    def __call__(self, S: Tensor) -> int:
+        """Return a number between 1 and ``len(S)``; S is float64 and non-increasing."""
+        if self.rank is None:
+            return len(S)
+        kept = self.rank(S) if callable(self.rank) else self.rank
+        return max(min(kept, len(S)), min(len(S), 1))
+
+
+ALL = Choose()
 
 
 @dataclass(frozen=True)
