@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import json
 import math
 import os
 import signal
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -14,7 +16,8 @@ from torch import Tensor, nn
 from svftool.errors import ResourceError, UsageError
 from svftool.progress import SILENT, Progress
 from svftool.tasks import Metric, Part, Prepared
-from svftool.training import Interruption, Outcome, Settings, train
+from svftool.training import Interruption, Outcome, Settings, State, StateFile, train
+from svftool.training.curves import Curves
 from svftool.training.optimise import Optimiser, rate_factor
 from svftool.training.randomness import Sampler
 
@@ -66,7 +69,7 @@ def linear() -> nn.Module:
 
 def fit(model: nn.Module, draw: LeastSquares, seed: int = 0, **options: Any) -> Outcome:
     chosen = {"steps": 100, "batch_size": 16, "lr": 0.1} | options
-    extra = {key: chosen.pop(key) for key in ("interruption", "log") if key in chosen}
+    extra = {key: chosen.pop(key) for key in ("interruption", "log", "saved") if key in chosen}
     return train(
         model,
         {"head": list(model[2].parameters())},
@@ -275,3 +278,137 @@ def test_batches_go_through_every_epoch_in_full() -> None:
 def test_settings_that_cannot_be_are_refused(options: dict[str, Any], message: str) -> None:
     with pytest.raises(UsageError, match=message):
         Settings(**options)
+
+
+class Killed(Exception):
+    """Stands for the end of a process: nothing after it runs."""
+
+
+class KillAt:
+    """A log that ends the run at a step."""
+
+    def __init__(self, step: int) -> None:
+        self.step = step
+
+    def scalars(self, step: int, values: Any) -> None:
+        if step == self.step:
+            raise Killed
+
+
+@pytest.mark.parametrize(
+    ("held_out", "options"),
+    [
+        (0, {}),
+        (0, {"optimizer": "sgd", "decay": 0.5}),
+        (5, {"steps": 63}),
+        (0, {"precision": "fp16", "decay": 0.1}),
+    ],
+)
+def test_a_run_goes_on_where_it_was_killed(
+    tmp_path: Path, held_out: int, options: dict[str, Any]
+) -> None:
+    whole, draw = linear(), LeastSquares(held_out=held_out, noise=0.3)
+    expected = fit(whole, draw, **options)
+    cut, state = linear(), StateFile(tmp_path / "state", every=7)
+    with pytest.raises(Killed):
+        fit(cut, draw, saved=state, log=KillAt(40), **options)
+    resumed, late = linear(), LeastSquares(held_out=held_out, noise=0.3)
+    found = fit(resumed, late, saved=StateFile(tmp_path / "state"), **options)
+    assert len(late.asked) == expected.steps - 35
+    assert torch.equal(whole[2].weight, resumed[2].weight)
+    assert not torch.equal(whole[2].weight, cut[2].weight)
+    same = ("ending", "steps", "kept", "first_loss", "last_loss", "curves")
+    assert [getattr(found, name) for name in same] == [getattr(expected, name) for name in same]
+
+
+def test_a_divergence_after_going_on_keeps_the_best_from_before(tmp_path: Path) -> None:
+    class Spoiled(LeastSquares):
+        """Gives no number from a step on."""
+
+        def loss(self, model: nn.Module, batch: Any) -> Tensor:
+            return super().loss(model, batch) * (math.nan if len(self.asked) > self.last else 1.0)
+
+    whole, draw = linear(), Spoiled()
+    draw.last = 60
+    expected = fit(whole, draw)
+    state = StateFile(tmp_path / "state", every=25)
+    draw = Spoiled()
+    draw.last = 60
+    with pytest.raises(Killed):
+        fit(linear(), draw, saved=state, log=KillAt(55))
+    resumed, draw = linear(), Spoiled()
+    draw.last = 10
+    found = fit(resumed, draw, saved=state)
+    assert (found.ending, found.steps, found.kept) == ("diverged", 60, expected.kept)
+    assert torch.equal(whole[2].weight, resumed[2].weight)
+
+
+def test_buffers_that_training_changes_go_on_too(tmp_path: Path) -> None:
+    class Counting(nn.Module):
+        """Adds up its inputs in a buffer that its output depends on."""
+
+        def __init__(self) -> None:
+            super().__init__()
+            self.register_buffer("total", torch.zeros(6))
+
+        def forward(self, inputs: Tensor) -> Tensor:
+            self.total += inputs.mean(0).detach()
+            return inputs + 0.01 * self.total
+
+    def network() -> nn.Module:
+        model = linear()
+        model.insert(0, Counting())
+        return model
+
+    def fit_it(model: nn.Module, **options: Any) -> None:
+        settings = Settings(steps=30, batch_size=16)
+        groups = {"head": list(model[3].parameters())}
+        train(model, groups, LeastSquares(), settings, seed=0, metric=ERROR, **options)
+
+    whole, state = network(), StateFile(tmp_path / "state", every=10)
+    fit_it(whole)
+    with pytest.raises(Killed):
+        fit_it(network(), saved=state, log=KillAt(25))
+    resumed = network()
+    fit_it(resumed, saved=state)
+    assert torch.equal(whole[3].weight, resumed[3].weight)
+    assert torch.equal(whole[0].total, resumed[0].total)
+
+
+def test_a_state_is_written_by_the_clock_where_no_steps_are_given(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    now = [0.0]
+    monkeypatch.setattr("svftool.training.state.time.perf_counter", lambda: now[0])
+    state = StateFile(tmp_path / "state")
+    now[0] = 29.0
+    assert not state.due(1000)
+    now[0] = 31.0
+    assert state.due(1)
+
+    def slow(*_: Any, **__: Any) -> None:
+        now[0] += 10.0
+        (tmp_path / "state.new").touch()
+
+    monkeypatch.setattr("svftool.training.state.save_file", slow)
+    state.write(State({}, {}))
+    now[0] += 199.0
+    assert not state.due(2)
+    now[0] += 2.0
+    assert state.due(2)
+
+
+def test_long_curves_are_thinned_and_go_on_as_they_were() -> None:
+    whole, first, second = Curves(), Curves(), Curves()
+    for step in range(3000):
+        whole.add("loss", step, float(step))
+    for step in range(1700):
+        first.add("loss", step, float(step))
+    second.restore(json.loads(json.dumps(first.state())))
+    for step in range(1700, 3000):
+        second.add("loss", step, float(step))
+    assert second.result() == whole.result()
+    points = whole.result()["loss"]
+    assert 256 <= len(points) <= 512
+    assert points[0] == (0, 0.0)
+    assert points[-1][0] >= 2990

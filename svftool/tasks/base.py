@@ -7,9 +7,10 @@ The loop knows nothing of labels, masks or text. A new task is one module that o
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from typing import Any, Literal, Protocol
+from pathlib import Path
+from typing import Any, Literal, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor, nn
@@ -89,6 +90,42 @@ class Draw(Protocol):
         self, model: nn.Module, part: Part = "query", *, progress: Progress = SILENT
     ) -> dict[str, float]:
         """Measure the model, in evaluation mode, by every metric of the task."""
+
+
+@runtime_checkable
+class Counts(Protocol):
+    """What a `Draw` offers besides, whose loss is a mean over more than its examples.
+
+    Several processes that share a batch weigh their losses by it, so that the mean is that of the
+    whole batch.
+    """
+
+    def terms(self, batch: Any) -> int:
+        """Count what the loss of a batch is the mean of: tokens that are predicted, say."""
+
+
+@runtime_checkable
+class Shares(Protocol):
+    """What a `Draw` offers besides, whose batches are no plain stacks of examples.
+
+    Of other batches each of several processes takes the rows of every tensor.
+    """
+
+    def share(self, batch: Any, rows: slice) -> Any:
+        """Take the examples of a batch that are at `rows` of its indices."""
+
+
+@runtime_checkable
+class Predicts(Protocol):
+    """What a `Draw` offers besides, that can say what the model makes of each example."""
+
+    def predictions(self, model: nn.Module, part: Part, folder: Path) -> Iterator[dict[str, Any]]:
+        """Give one row of plain values an example; pictures are written to `folder`."""
+
+
+def device_of(model: nn.Module) -> torch.device:
+    """Device that a model's parameters are on."""
+    return next(model.parameters()).device
 
 
 class Task(Protocol):

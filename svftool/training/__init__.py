@@ -1,24 +1,34 @@
 """The training loop, its optimisers, and the comparison of regimes over seeds."""
 
-from svftool.training.compare import Plan, Run, Summary, compare, file_stem, summarise
+from svftool.training.compare import compare
 from svftool.training.devices import pick_device
 from svftool.training.interrupt import Interruption
+from svftool.training.journal import Journal
 from svftool.training.loop import Ending, Log, Outcome, train
+from svftool.training.plan import Plan, Run, file_stem
+from svftool.training.ranks import ALONE, Ranks, joined_ranks
 from svftool.training.settings import Settings
-from svftool.training.summary import interval
+from svftool.training.state import State, StateFile
+from svftool.training.summary import Summary, interval, summarise
 
 __all__ = [
+    "ALONE",
     "Ending",
     "Interruption",
+    "Journal",
     "Log",
     "Outcome",
     "Plan",
+    "Ranks",
     "Run",
     "Settings",
+    "State",
+    "StateFile",
     "Summary",
     "compare",
     "file_stem",
     "interval",
+    "joined_ranks",
     "pick_device",
     "summarise",
     "train",

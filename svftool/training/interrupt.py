@@ -16,13 +16,20 @@ class Interruption:
     A second one acts as it would have outside. In threads other than the main one, where Python
     allows no handlers, signals keep their meaning.
 
+    Parameters
+    ----------
+    patient : bool
+        Note every signal: a launcher passes on what the terminal has sent already, and ends by
+        force what takes too long.
+
     Attributes
     ----------
     signum : int or None
         The signal that came, if any.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, *, patient: bool = False) -> None:
+        self._patient = patient
         self.signum: int | None = None
         self._previous: dict[int, Any] = {}
 
@@ -45,8 +52,9 @@ class Interruption:
         self._restore()
 
     def _note(self, signum: int, frame: FrameType | None) -> None:
-        self.signum = signum
-        self._restore()
+        self.signum = signum if self.signum is None else self.signum
+        if not self._patient:
+            self._restore()
 
     def _restore(self) -> None:
         for number, handler in self._previous.items():

@@ -6,19 +6,24 @@ import math
 import statistics
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Literal, Protocol
 
 import torch
 from torch import Tensor, nn
 
 from svftool.progress import SILENT, Progress
-from svftool.tasks import Draw, Metric, to_device
+from svftool.tasks import Draw, Metric
+from svftool.training.batches import Batches
+from svftool.training.best import Best
+from svftool.training.curves import Curve, Curves
 from svftool.training.interrupt import Interruption
 from svftool.training.memory import explain_out_of_memory
 from svftool.training.optimise import Optimiser
-from svftool.training.randomness import Sampler, derived_seed, generator_for, repeatable
+from svftool.training.randomness import repeatable
+from svftool.training.ranks import ALONE, Ranks
 from svftool.training.settings import Settings
+from svftool.training.state import State, StateFile
 
 Ending = Literal["finished", "interrupted", "diverged"]
 
@@ -28,8 +33,6 @@ DIVERGED_FACTOR, DIVERGED_MARGIN = 2.0, 1.0
 
 CHECKS = 10
 """Times that held-out examples are measured, or weights are set aside, in a run."""
-
-_AUTOCAST = {"bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 class Log(Protocol):
@@ -57,6 +60,9 @@ class Outcome:
         Wall time of the run, measuring of held-out examples included.
     step_seconds : float or None
         Median wall time of a step.
+    curves : mapping of str to Curve
+        ``loss`` is the smoothed training loss, ``rate`` the share of the peak learning rate, and
+        ``held_out/METRIC`` what was measured on the held-out part.
     """
 
     ending: Ending
@@ -66,6 +72,7 @@ class Outcome:
     last_loss: float | None
     seconds: float
     step_seconds: float | None
+    curves: Mapping[str, Curve] = field(default_factory=dict)
 
 
 def train(
@@ -79,6 +86,8 @@ def train(
     label: str = "training",
     interruption: Interruption | None = None,
     log: Log | None = None,
+    saved: StateFile | None = None,
+    ranks: Ranks = ALONE,
     progress: Progress = SILENT,
 ) -> Outcome:
     """Train the groups of parameters on the support set; the model is left with the kept weights.
@@ -105,28 +114,39 @@ def train(
         What progress is shown under.
     interruption : Interruption or None
         Asked before each step whether to stop.
+    log : Log or None
+        Told of the loss and the learning rates of every step.
+    saved : StateFile or None
+        Where the run goes on, if it was cut short there, and where its state is kept.
+    ranks : Ranks
+        The processes that share each batch.
 
     Raises
     ------
     ResourceError
         If memory runs out; says what to lower.
     """
-    run = _Run(model, groups, draw, settings, seed=seed, metric=metric)
+    run = _Run(model, groups, draw, settings, seed=seed, metric=metric, ranks=ranks)
     device = run.optimiser.parameters[0].device
     with (
         explain_out_of_memory(settings.batch_size),
         repeatable(device),
         progress.task(label, total=run.steps, unit="steps") as bar,
     ):
-        for step in range(run.steps):
-            if interruption is not None and interruption.came():
+        run.start(saved)
+        bar.advance(run.done)
+        for step in range(run.done, run.steps):
+            if run.stops(interruption):
+                run.save(saved)
                 return run.outcome("interrupted")
-            loss = run.step(step)
+            loss = run.step()
             if loss is None:
                 return run.outcome("diverged")
             bar.advance(detail=f"loss {loss:.3f}")
             if log is not None:
-                log.scalars(step, {"loss": loss})
+                log.scalars(step, {"loss": loss, **run.optimiser.rates()})
+            if saved is not None and saved.due(run.done):
+                run.save(saved)
         return run.outcome("finished")
 
 
@@ -150,44 +170,61 @@ class _Run:
         *,
         seed: int,
         metric: Metric,
+        ranks: Ranks,
     ) -> None:
         self.steps = settings.step_count(draw.size)
         self.optimiser = Optimiser(groups, settings, steps=self.steps)
-        self._model, self._draw, self._metric, self._seed = model, draw, metric, seed
-        self._sampler = Sampler(draw, settings.batch_size, seed)
-        self._autocast = _AUTOCAST.get(settings.precision)
+        self.done = 0
+        self._model, self._draw, self._metric, self._ranks = model, draw, metric, ranks
+        self._parameters = self.optimiser.parameters
+        self._batches = Batches(model, self._parameters, draw, settings, seed=seed, ranks=ranks)
         self._interval = max(1, self.steps // CHECKS)
-        self._done = 0
         self._first: float | None = None
         self._smooth: float | None = None
-        self._best = _Best(self.optimiser.parameters)
+        self._stop = False
+        self._curves = Curves()
         self._times: list[float] = []
+        self._before = 0.0
         self._started = time.perf_counter()
-        training_mode(model)
+        ranks.copy_from_first(self._parameters)
+        self._best = Best(self._parameters)
+        self._buffers: dict[str, Tensor] = {}
 
-    def step(self, step: int) -> float | None:
+    def start(self, saved: StateFile | None) -> None:
+        """Stand at the first step, or where the saved state stands."""
+        if saved is not None:
+            self._buffers = {name: one.clone() for name, one in self._model.named_buffers()}
+        state = self._ranks.once(lambda: None if saved is None else saved.read())
+        if state is not None:
+            self._restore(state)
+        training_mode(self._model)
+
+    def stops(self, interruption: Interruption | None) -> bool:
+        """Whether to stop before the next step."""
+        came = interruption is not None and interruption.came()
+        if self._ranks.count == 1:
+            return came
+        # The others learn of it with the next step's loss.
+        stop, self._stop = self._stop, came
+        return stop
+
+    def step(self) -> float | None:
         """Do one step and give the smoothed loss before it; None when the run has diverged."""
-        begun = time.perf_counter()
-        torch.manual_seed(derived_seed(self._seed, "step", step))
-        loss = self._loss(step)
-        smooth = self._smoothed(float(loss.detach()))
+        begun, step = time.perf_counter(), self.done
+        loss, value, self._stop = self._batches.loss(step, self._stop)
+        smooth = self._smoothed(value)
         if smooth is None:
             return None
         if not self._draw.held_out and step % self._interval == 0:
             self._best.offer(step, -smooth)
-        self.optimiser.step(loss, step)
-        self._done = step + 1
+        self.optimiser.step(loss, step, self._ranks)
+        self.done = step + 1
         self._times.append(time.perf_counter() - begun)
-        if self._draw.held_out and (self._done % self._interval == 0 or self._done == self.steps):
+        self._curves.add("loss", step, smooth)
+        self._curves.add("rate", step, self.optimiser.factor(step))
+        if self._draw.held_out and (self.done % self._interval == 0 or self.done == self.steps):
             self._measure()
         return smooth
-
-    def _loss(self, step: int) -> Tensor:
-        device = self.optimiser.parameters[0].device
-        generator = generator_for(self._seed, "batch", step)
-        batch = to_device(self._draw.batch(self._sampler.indices(step), generator), device)
-        with torch.autocast(device.type, self._autocast, enabled=self._autocast is not None):
-            return self._draw.loss(self._model, batch)
 
     def _smoothed(self, loss: float) -> float | None:
         if not math.isfinite(loss):
@@ -201,50 +238,75 @@ class _Run:
         return self._smooth
 
     def _measure(self) -> None:
-        value = self._draw.evaluate(self._model, "held_out")[self._metric.name]
-        self._best.offer(self._done, value if self._metric.higher_is_better else -value)
+        name = self._metric.name
+        value = self._ranks.once(lambda: self._draw.evaluate(self._model, "held_out")[name])
+        self._best.offer(self.done, value if self._metric.higher_is_better else -value)
+        self._curves.add(f"held_out/{name}", self.done, value)
         training_mode(self._model)
+
+    def save(self, saved: StateFile | None) -> None:
+        """Keep the run's state on disk, in the first process."""
+        if saved is not None and self._ranks.first:
+            saved.write(self._state())
+
+    def _state(self) -> State:
+        best, optimiser = self._best.state(), self.optimiser.state()
+        now = dict(self._model.named_buffers())
+        changed = {
+            name: now[name]
+            for name, before in self._buffers.items()
+            if name in now and not torch.equal(before, now[name])
+        }
+        parts = {
+            "parameter": {str(index): one for index, one in enumerate(self._parameters)},
+            "best": best.tensors,
+            "optimiser": optimiser.tensors,
+            "buffer": changed,
+        }
+        facts = {
+            "done": self.done,
+            "first": self._first,
+            "smooth": self._smooth,
+            "best": best.facts,
+            "optimiser": optimiser.facts,
+            "curves": self._curves.state(),
+            "times": self._times,
+            "seconds": self._seconds(),
+        }
+        named = {f"{k}.{name}": value for k, part in parts.items() for name, value in part.items()}
+        return State(named, facts)
+
+    @torch.no_grad()
+    def _restore(self, state: State) -> None:
+        facts = state.facts
+        self.done, self._first, self._smooth = facts["done"], facts["first"], facts["smooth"]
+        self._times, self._before = list(facts["times"]), facts["seconds"]
+        self._curves.restore(facts["curves"])
+        self._best.restore(State(state.part("best"), facts["best"]))
+        self.optimiser.restore(State(state.part("optimiser"), facts["optimiser"]))
+        for name, value in state.part("parameter").items():
+            self._parameters[int(name)].copy_(value)
+        for name, value in state.part("buffer").items():
+            self._model.get_buffer(name).copy_(value)
+
+    def _seconds(self) -> float:
+        return self._before + time.perf_counter() - self._started
 
     def outcome(self, ending: Ending) -> Outcome:
         """Leave the model with the weights to keep, and sum the run up."""
-        if not all(bool(p.isfinite().all()) for p in self.optimiser.parameters):
+        if not all(bool(p.isfinite().all()) for p in self._parameters):
             ending = "diverged"
-        kept = self._done
+        kept = self.done
         if self._draw.held_out or ending == "diverged":
-            kept = self._best.restore()
+            kept = self._best.put_back()
         self._model.eval()
         return Outcome(
             ending=ending,
-            steps=self._done,
+            steps=self.done,
             kept=kept,
             first_loss=self._first,
             last_loss=self._smooth,
-            seconds=time.perf_counter() - self._started,
+            seconds=self._seconds(),
             step_seconds=statistics.median(self._times) if self._times else None,
+            curves=self._curves.result(),
         )
-
-
-class _Best:
-    """Copy of the trained parameters where they scored highest; at first, where they start."""
-
-    def __init__(self, parameters: Sequence[nn.Parameter]) -> None:
-        self._parameters = parameters
-        self._score = -math.inf
-        self._keep(0)
-
-    def offer(self, step: int, score: float) -> None:
-        """Keep the parameters as they are if `score` is no worse than the best."""
-        if score >= self._score:
-            self._score = score
-            self._keep(step)
-
-    def restore(self) -> int:
-        """Put the best values back, and give the step they are from."""
-        with torch.no_grad():
-            for parameter, value in zip(self._parameters, self._values, strict=True):
-                parameter.copy_(value)
-        return self._step
-
-    def _keep(self, step: int) -> None:
-        self._step = step
-        self._values = [parameter.detach().to("cpu", copy=True) for parameter in self._parameters]

@@ -8,7 +8,9 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch import Tensor, nn
 
+from svftool.training.ranks import ALONE, Ranks
 from svftool.training.settings import Settings
+from svftool.training.state import State
 
 MOMENTUM = 0.9
 
@@ -52,7 +54,7 @@ class Optimiser:
         self._steps = steps
         self._inner = _build(
             [
-                {"params": list(parameters), "peak": settings.learning_rate(name)}
+                {"params": list(parameters), "peak": settings.learning_rate(name), "kind": name}
                 for name, parameters in groups.items()
             ],
             settings,
@@ -63,12 +65,31 @@ class Optimiser:
         if settings.decay:
             self._start = [parameter.detach().clone() for parameter in self.parameters]
 
-    def step(self, loss: Tensor, step: int) -> None:
-        """Update every parameter by the gradient of `loss`, at the rate of this step."""
-        factor = rate_factor(step, self._steps, self._settings.warmup)
+    def factor(self, step: int) -> float:
+        """Share of the peak learning rates at a step."""
+        return rate_factor(step, self._steps, self._settings.warmup)
+
+    def rates(self) -> dict[str, float]:
+        """Learning rates of the last step, as ``lr/KIND``."""
+        return {f"lr/{group['kind']}": group["lr"] for group in self._inner.param_groups}
+
+    def step(self, loss: Tensor, step: int, ranks: Ranks = ALONE) -> None:
+        """Update every parameter by the gradient of `loss`, at the rate of this step.
+
+        Parameters
+        ----------
+        loss : 0-d Tensor
+            Of several processes, each one's part of a sum.
+        step : int
+            From 0.
+        ranks : Ranks
+            The processes that the gradient is summed over.
+        """
+        factor = self.factor(step)
         for group in self._inner.param_groups:
             group["lr"] = group["peak"] * factor
         torch.autograd.backward(self._scaler.scale(loss))
+        ranks.sum_gradients(self.parameters)
         if self._settings.clip is not None:
             self._scaler.unscale_(self._inner)
             nn.utils.clip_grad_norm_(self.parameters, self._settings.clip)
@@ -76,6 +97,29 @@ class Optimiser:
         self._scaler.step(self._inner)
         self._scaler.update()
         self._inner.zero_grad(set_to_none=True)
+
+    def state(self) -> State:
+        """Give what `restore` needs: moments and counters of the optimiser, the loss's scale."""
+        tensors = {f"start.{index}": value for index, value in enumerate(self._start)}
+        for index, moments in self._inner.state_dict()["state"].items():
+            for name, value in moments.items():
+                if value is not None:
+                    tensors[f"{index}.{name}"] = value
+        return State(tensors, {"scaler": self._scaler.state_dict()})
+
+    def restore(self, state: State) -> None:
+        """Go back to a state."""
+        start = state.part("start")
+        self._start = [start[str(i)].to(old) for i, old in enumerate(self._start)]
+        inner = self._inner.state_dict()
+        moments: dict[int, dict[str, Tensor]] = {}
+        for key, value in state.tensors.items():
+            index, _, name = key.partition(".")
+            if index != "start":
+                moments.setdefault(int(index), {})[name] = value
+        self._inner.load_state_dict({**inner, "state": moments})
+        if self._scaler.is_enabled():
+            self._scaler.load_state_dict(dict(state.facts["scaler"]))
 
     @torch.no_grad()
     def _decay(self) -> None:

@@ -1,0 +1,215 @@
+"""Where a comparison of runs is kept until it is finished: ``OUTPUT.partial.runs``.
+
+It holds the outputs of finished runs, their results, the state of the run in progress, and what
+was asked for. What is published when the work ends or is interrupted is a copy, so that an
+interrupted comparison can be used and continued.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from svftool.checkpoints import PARTIAL, replace_output, write_errors
+from svftool.checkpoints.output import remove
+from svftool.errors import UsageError, shortlist
+from svftool.training import Journal
+
+SUFFIX = f"{PARTIAL}.runs"
+_REQUEST, _OUTPUTS, _PUBLISHED = "request.json", "outputs", "published.json"
+
+
+@dataclass
+class Workspace:
+    """The folder of a comparison that is not finished.
+
+    Attributes
+    ----------
+    target : Path
+        What is published.
+    every : int or None
+        Steps between two writings of a run's state; see `svftool.training.StateFile`.
+    finished : bool
+        Set when all runs are done: the folder is of no further use then.
+    """
+
+    target: Path
+    every: int | None = None
+    finished: bool = False
+
+    @property
+    def folder(self) -> Path:
+        """Where everything is."""
+        return self.target.with_name(self.target.name + SUFFIX)
+
+    @property
+    def outputs(self) -> Path:
+        """What is published: a run's own file or folder, or the folder of all of them."""
+        return self.folder / _OUTPUTS
+
+    @property
+    def journal(self) -> Journal:
+        """Finished runs, and the state of the one in progress."""
+        return Journal(self.folder, every=self.every)
+
+    def may_replace(self) -> bool:
+        """Whether the target is what an interrupted process published from here."""
+        try:
+            known = json.loads((self.folder / _PUBLISHED).read_text(encoding="utf-8"))
+            return bool(known == _identity(self.target))
+        except (OSError, ValueError):
+            return False
+
+    def begin(self, request: Mapping[str, Any], *, resume: bool) -> None:
+        """Start anew, or go on where the same request was interrupted.
+
+        Raises
+        ------
+        UsageError
+            If another request was interrupted; says what differs.
+        """
+        path = self.folder / _REQUEST
+        plain = json.loads(json.dumps(request))
+        if resume and path.exists():
+            before = json.loads(path.read_text(encoding="utf-8"))
+            changed = list(_differences(before, plain))
+            if changed:
+                raise UsageError(
+                    f"{self.target}: --resume would go on with another comparison: "
+                    f"{shortlist(changed, 4)}. Give what was given before, or leave --resume out "
+                    "to begin anew."
+                )
+            return
+        remove(self.folder)
+        with write_errors(self.folder):
+            self.folder.mkdir(parents=True)
+            path.write_text(json.dumps(plain), encoding="utf-8")
+
+    def publish(self, partial: Path) -> None:
+        """Put a copy of the outputs at `partial`."""
+        # A finished comparison's folder goes at once: no copy of large files is needed then.
+        copy = _link if self.finished else shutil.copy2
+        if self.outputs.is_dir():
+            shutil.copytree(self.outputs, partial, copy_function=copy)
+        else:
+            copy(self.outputs, partial)
+
+    def leave(self) -> None:
+        """Remove what is finished; remember what was published of what is not."""
+        if self.finished:
+            remove(self.folder)
+            return
+        with write_errors(self.folder):
+            (self.folder / _PUBLISHED).write_text(
+                json.dumps(_identity(self.target)), encoding="utf-8"
+            )
+
+
+@contextmanager
+def open_workspace(
+    target: Path,
+    *,
+    force: bool,
+    resume: bool,
+    inputs: Sequence[Path],
+    every: int | None,
+) -> Iterator[Workspace]:
+    """Claim an output, and publish it when the block ends without an error.
+
+    Parameters
+    ----------
+    target : Path
+        The output.
+    force : bool
+        Whether an existing one may be replaced.
+    resume : bool
+        Go on with an interrupted comparison; the output may then be what it published.
+    inputs : sequence of Path
+        What the output must lie apart from.
+    every : int or None
+        See `Workspace`.
+
+    Yields
+    ------
+    Workspace
+        Call `Workspace.begin` first.
+
+    Raises
+    ------
+    UsageError
+        As `svftool.checkpoints.replace_output`.
+    """
+    work = Workspace(target, every)
+    may = force or (resume and work.may_replace())
+    with replace_output(target, force=may, inputs=inputs) as partial:
+        try:
+            yield work
+            with write_errors(partial):
+                work.publish(partial)
+        except BaseException:
+            if not work.journal.holds_work:
+                remove(work.folder)
+            raise
+    work.leave()
+
+
+def describe_files(path: Path) -> dict[str, Any] | None:
+    """Say what lies at a path, so that a change is noticed: sizes and times of files.
+
+    Parameters
+    ----------
+    path : Path
+        A file, or a folder with all that is in it.
+
+    Returns
+    -------
+    dict or None
+        (size, time of the last change in nanoseconds) by relative name; None where nothing is.
+    """
+    if path.is_file():
+        return {path.name: _stamp(path)}
+    if not path.is_dir():
+        return None
+    return {
+        str(file.relative_to(path)): _stamp(file)
+        for file in sorted(path.rglob("*"))
+        if file.is_file()
+    }
+
+
+def _stamp(path: Path) -> list[int]:
+    status = path.stat()
+    return [status.st_size, status.st_mtime_ns]
+
+
+def _identity(path: Path) -> list[int]:
+    status = path.lstat()
+    return [status.st_ino, status.st_mtime_ns]
+
+
+def _link(source: str | Path, target: str | Path) -> None:
+    try:
+        os.link(source, target)
+    except OSError:
+        shutil.copy2(source, target)
+
+
+def _differences(before: Any, now: Any, name: str = "") -> Iterator[str]:
+    """Name what two plain values do not share, by the path to it."""
+    if isinstance(before, dict) and isinstance(now, dict):
+        for key in dict.fromkeys([*before, *now]):
+            inner = f"{name}: {key}" if name else key
+            if key not in before or key not in now:
+                yield f"{inner} is {'gone' if key in before else 'new'}"
+            else:
+                yield from _differences(before[key], now[key], inner)
+    elif before != now:
+        # Times and fingerprints say nothing to a reader.
+        plain = not isinstance(now, list) and len(str(now)) < 40
+        yield f"{name} was {before}, now {now}" if plain else f"{name} has changed"

@@ -1,0 +1,125 @@
+"""The loss of a step's batch: of all of it, or of the share that one of several processes has."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from svftool.tasks import Counts, Draw, to_device
+from svftool.tasks.base import Shares
+from svftool.training.randomness import Sampler, derived_seed, generator_for
+from svftool.training.ranks import Ranks
+from svftool.training.settings import Settings
+
+_AUTOCAST = {"bf16": torch.bfloat16, "fp16": torch.float16}
+
+
+class Batches:
+    """Loads batches by their step and runs the model on them.
+
+    Every process draws the whole batch, so that augmentation does not depend on how many there
+    are, and computes on its own rows of it.
+
+    Parameters
+    ----------
+    model : nn.Module
+    parameters : sequence of Parameter
+        What is trained.
+    draw : Draw
+        Data and loss.
+    settings : Settings
+        Batch size and precision.
+    seed : int
+        Seed of the run.
+    ranks : Ranks
+        The processes.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        parameters: Sequence[nn.Parameter],
+        draw: Draw,
+        settings: Settings,
+        *,
+        seed: int,
+        ranks: Ranks,
+    ) -> None:
+        self._model, self._parameters, self._draw = model, parameters, draw
+        self._seed, self._ranks = seed, ranks
+        self._device = parameters[0].device
+        self._sampler = Sampler(draw, settings.batch_size, seed)
+        self._autocast = _AUTOCAST.get(settings.precision)
+
+    def loss(self, step: int, stop: bool) -> tuple[Tensor, float, bool]:
+        """Give the loss to go backward from, its value over the whole batch, and whether to stop.
+
+        Parameters
+        ----------
+        step : int
+            Chooses the examples, their augmentation and dropout.
+        stop : bool
+            Whether this process wants to stop after the step; one is enough.
+        """
+        indices = self._sampler.indices(step)
+        batch = self._draw.batch(indices, generator_for(self._seed, "batch", step))
+        if self._ranks.count == 1:
+            torch.manual_seed(derived_seed(self._seed, "step", step))
+            loss = self._forward(batch)
+            return loss, float(loss.detach()), stop
+        return self._shared(batch, len(indices), step, stop)
+
+    def _forward(self, batch: Any) -> Tensor:
+        batch = to_device(batch, self._device)
+        with torch.autocast(self._device.type, self._autocast, enabled=self._autocast is not None):
+            return self._draw.loss(self._model, batch)
+
+    def _shared(self, batch: Any, size: int, step: int, stop: bool) -> tuple[Tensor, float, bool]:
+        """Weigh this process's mean so that the sum over all of them is that of the whole batch."""
+        rows, rank = self._ranks.rows(size), self._ranks.rank
+        # Other dropout in each process; in the first one as in a single process.
+        torch.manual_seed(derived_seed(self._seed, "step", step, *([rank] if rank else [])))
+        terms, value = 0, 0.0
+        loss = sum(
+            (0.0 * one.sum() for one in self._parameters), torch.zeros((), device=self._device)
+        )
+        if rows.stop > rows.start:
+            share = self._share(batch, rows, size)
+            terms = (
+                self._draw.terms(share)
+                if isinstance(self._draw, Counts)
+                else rows.stop - rows.start
+            )
+            loss = self._forward(share) if terms else loss
+            value = float(loss.detach()) * terms
+        total, terms_of_all, stops = self._ranks.sum((value, terms, stop), self._device)
+        mean = total / terms_of_all if terms_of_all else math.nan
+        return loss * (terms / max(1.0, terms_of_all)), mean, stops > 0
+
+    def _share(self, batch: Any, rows: slice, size: int) -> Any:
+        if isinstance(self._draw, Shares):
+            return self._draw.share(batch, rows)
+        return take_rows(batch, rows, size)
+
+
+def take_rows(batch: Any, rows: slice, size: int) -> Any:
+    """Take some examples of a batch: rows of every tensor, and items of every list, of its size.
+
+    Examples
+    --------
+    >>> take_rows({"x": torch.arange(4), "scale": 2.0}, slice(1, 3), 4)
+    {'x': tensor([1, 2]), 'scale': 2.0}
+    """
+    if isinstance(batch, Tensor):
+        return batch[rows] if batch.ndim and len(batch) == size else batch
+    if isinstance(batch, Mapping):
+        return {key: take_rows(value, rows, size) for key, value in batch.items()}
+    if isinstance(batch, tuple):
+        return tuple(take_rows(value, rows, size) for value in batch)
+    if isinstance(batch, list) and len(batch) == size:
+        return batch[rows]
+    return batch

@@ -1,0 +1,145 @@
+"""What a comparison is asked for, and what each of its runs came to."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from svftool.factors import FactorStore
+from svftool.tasks import Task
+from svftool.training.curves import read_curves
+from svftool.training.loop import Outcome
+from svftool.training.settings import Settings
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What a comparison runs.
+
+    Attributes
+    ----------
+    build : callable
+        Gives a fresh model with the base's weights, on the CPU.
+    store : FactorStore
+        Factors of the base.
+    tasks : sequence of Task
+        Data, loss and metrics; several of one kind, such as the folds of a data set, are trained
+        one after the other.
+    regimes : sequence of str
+        What is trained, such as ``svf`` or ``lora:8``.
+    seeds : sequence of int
+        Each draws a support set and repeats every regime on it.
+    settings : Settings
+        Budget, optimiser, schedule and precision.
+    device : torch.device
+        Where to train.
+    include, exclude : sequence of str
+        Globs of the tensors whose singular values or LoRA adapters are trained; the task's own
+        choice where none is included.
+    attaching : mapping
+        Further arguments of `svftool.attach`, such as ``parametrisation``.
+    log_dir : Path or None
+        Folder for TensorBoard.
+    """
+
+    build: Callable[[], nn.Module]
+    store: FactorStore
+    tasks: Sequence[Task]
+    regimes: Sequence[str]
+    seeds: Sequence[int]
+    settings: Settings
+    device: torch.device
+    include: Sequence[str] = ()
+    exclude: Sequence[str] = ()
+    attaching: Mapping[str, Any] = field(default_factory=dict)
+    log_dir: Path | None = None
+
+
+@dataclass(frozen=True)
+class Run:
+    """One regime trained with one seed.
+
+    Attributes
+    ----------
+    regime, seed, shots
+        What was trained, on which draw of how many examples a class.
+    facts : mapping of str to int
+        What tells its task from the others, such as the fold.
+    before, after : mapping of str to float
+        Metrics on the query set; before training with the head that training starts from.
+    trainable_parameters : int
+        Numbers that training could change.
+    outcome : Outcome
+        What became of the training loop.
+    seconds : float
+        Wall time, from building the model to measuring it.
+    peak_memory_bytes : int or None
+        See `svftool.training.memory.peak_memory`.
+    worse : bool
+        The primary metric got worse.
+    output : Path or None
+        Where the result was written.
+    setting : mapping
+        What the task says of its data and its rules.
+    learning_rates : mapping of str to float
+        Peak learning rate of each kind of parameter.
+    """
+
+    regime: str
+    seed: int
+    shots: int | None
+    facts: Mapping[str, int]
+    before: Mapping[str, float]
+    after: Mapping[str, float]
+    trainable_parameters: int
+    outcome: Outcome
+    seconds: float
+    peak_memory_bytes: int | None
+    worse: bool
+    output: Path | None = None
+    setting: Mapping[str, Any] = field(default_factory=dict)
+    learning_rates: Mapping[str, float] = field(default_factory=dict)
+
+    @property
+    def stem(self) -> str:
+        """Name of the run, and of its files."""
+        return file_stem(self.regime, self.seed, self.shots, self.facts)
+
+
+def run_to_plain(run: Run) -> dict[str, Any]:
+    """Give a run as values that JSON holds; floats keep every bit."""
+    return {**asdict(run), "output": None if run.output is None else str(run.output)}
+
+
+def run_from_plain(value: Mapping[str, Any]) -> Run:
+    """Read back what `run_to_plain` gave."""
+    outcome = {**value["outcome"], "curves": read_curves(value["outcome"]["curves"])}
+    output = value["output"]
+    return Run(
+        **{
+            **value,
+            "outcome": Outcome(**outcome),
+            "output": None if output is None else Path(output),
+        }
+    )
+
+
+def file_stem(
+    regime: str, seed: int, shots: int | None = None, facts: Mapping[str, int] | None = None
+) -> str:
+    """Name of a run, and of its files.
+
+    Examples
+    --------
+    >>> file_stem("lora:8", 0), file_stem("svf", 1, 5, {"fold": 3})
+    ('lora-8-seed0', 'fold3-5shot-svf-seed1')
+    """
+    parts = [f"{name}{value}" for name, value in (facts or {}).items()]
+    if parts:
+        parts.append(f"{shots}shot")
+    return "-".join([*parts, regime.replace(":", "-"), f"seed{seed}"])
