@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Sequence
 
 from torch import nn
@@ -68,7 +69,10 @@ def add_lora(
         target_modules=paths,
         modules_to_save=None if head is None else [head],
     )
-    wrapped: nn.Module = peft.get_peft_model(model, config)
+    with warnings.catch_warnings():
+        # PEFT asks transformers' models about gradient checkpointing by a name of the past.
+        warnings.simplefilter("ignore", FutureWarning)
+        wrapped: nn.Module = peft.get_peft_model(model, config)
     trained = {n: p for n, p in wrapped.named_parameters() if p.requires_grad}
     adapters = [p for n, p in trained.items() if ".lora_" in n]
     rest = [p for n, p in trained.items() if ".lora_" not in n]

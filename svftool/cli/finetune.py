@@ -23,6 +23,7 @@ from svftool.cli.task_options import (
     AlignmentOption,
     FeaturesOption,
     FoldOption,
+    GradientCheckpointingOption,
     HostOption,
     InnerFoldOption,
     ListsOption,
@@ -30,8 +31,10 @@ from svftool.cli.task_options import (
     RemoveNovelOption,
     SelectEpisodesOption,
     SelectOnOption,
+    SequenceLengthOption,
     TestEpisodesOption,
     TestShotsOption,
+    TokenizerOption,
     WidthOption,
     numbers,
     options_of,
@@ -55,11 +58,13 @@ def command(
     data: Annotated[
         Path,
         typer.Option(
-            help="Folder of class folders, CSV of path,label, or a segmentation data set."
+            help="Folder of class folders, CSV of path,label, JSONL of texts, or a segmentation "
+            "data set."
         ),
     ],
     task: Annotated[
-        Literal["classification", "few-shot-segmentation"], typer.Option(help="What is learned.")
+        Literal["classification", "language", "few-shot-segmentation"],
+        typer.Option(help="What is learned."),
     ] = "classification",
     model: Annotated[
         str,
@@ -223,6 +228,9 @@ def command(
             rich_help_panel=IMAGES,
         ),
     ] = None,
+    tokenizer: TokenizerOption = None,
+    sequence_length: SequenceLengthOption = None,
+    gradient_checkpointing: GradientCheckpointingOption = None,
     host: HostOption = None,
     fold: FoldOption = None,
     inner_fold: InnerFoldOption = None,
@@ -292,6 +300,9 @@ def command(
                 "std": std,
                 "augment": augment,
                 "hold_out": hold_out,
+                "tokenizer": tokenizer,
+                "sequence_length": sequence_length,
+                "gradient_checkpointing": gradient_checkpointing,
                 "host": host,
                 "folds": None if fold is None else numbers("fold", fold),
                 "inner": inner_fold,

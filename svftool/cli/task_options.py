@@ -11,6 +11,32 @@ import typer
 from svftool.errors import UsageError
 
 CLASSIFICATION, FEW_SHOT = "Classification", "Few-shot segmentation"
+LANGUAGE = "Language"
+
+TokenizerOption = Annotated[
+    Path | None,
+    typer.Option(
+        help="Folder of the model's tokenizer.",
+        show_default="the checkpoint's",
+        rich_help_panel=LANGUAGE,
+    ),
+]
+SequenceLengthOption = Annotated[
+    int | None,
+    typer.Option(
+        help="Tokens that the model sees at once; longer texts are cut in blocks.",
+        show_default="the model's limit, at most 1024",
+        rich_help_panel=LANGUAGE,
+    ),
+]
+GradientCheckpointingOption = Annotated[
+    bool | None,
+    typer.Option(
+        "--gradient-checkpointing",
+        help="Compute activations twice instead of keeping them: less memory, slower steps.",
+        rich_help_panel=LANGUAGE,
+    ),
+]
 
 HostOption = Annotated[
     Literal["baseline", "pfenet", "bam"] | None,
@@ -113,6 +139,12 @@ BELONGING = {
         {
             "shots", "evaluation", "classes", "head", "head_name", "image_size", "mean", "std",
             "augment", "hold_out",
+        }
+    ),
+    "language": frozenset(
+        {
+            "shots", "evaluation", "hold_out", "head_name", "tokenizer", "sequence_length",
+            "gradient_checkpointing",
         }
     ),
     "few-shot-segmentation": frozenset(

@@ -6,7 +6,7 @@ import json
 import math
 import os
 import signal
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -17,26 +17,13 @@ from svftool.attaching import Parametrisation, Regime, parse_regime
 from svftool.checkpoints import Checkpoint, replace_output, write_errors
 from svftool.errors import UsageError
 from svftool.factors import open_factors
-from svftool.models import Preprocessing, build_model, find_preprocessing
+from svftool.models import build_model
 from svftool.progress import SILENT, Progress
 from svftool.stages.run_output import RunWriter, is_run_itself
-from svftool.tasks import Task
-from svftool.tasks.classification import Classification
-from svftool.tasks.few_shot_segmentation import few_shot_tasks
+from svftool.tasks.catalogue import ModelFacts, make_tasks
 from svftool.training import Plan, Run, Settings, Summary, compare, pick_device, summarise
 
 RESULTS_FILE = "results.json"
-
-
-def _classification(data: Path, **options: Any) -> list[Task]:
-    return [Classification(data, **options)]
-
-
-TASKS: dict[str, Callable[..., Sequence[Task]]] = {
-    "classification": _classification,
-    "few-shot-segmentation": few_shot_tasks,
-}
-"""Makers of tasks by name; each takes its data, a preprocessing and its own options."""
 
 
 @dataclass(frozen=True)
@@ -107,7 +94,7 @@ def finetune(
         and ``lora:r`` a PEFT folder. Several runs, or a name without a suffix, write a folder of
         these with a ``results.json``.
     task : str
-        ``classification`` or ``few-shot-segmentation``.
+        One of `svftool.tasks.catalogue.TASKS`: ``classification``, ``language`` ...
     model : str
         See `svftool.models.build_model`.
     base : path-like, optional
@@ -135,7 +122,7 @@ def finetune(
         Told how far the work is, and of runs that end worse than the base.
     options
         The task's own, such as ``shots`` and ``evaluation``; see
-        `svftool.tasks.classification.Classification` and
+        `svftool.tasks.classification.Classification`, `svftool.tasks.language.Language` and
         `svftool.tasks.few_shot_segmentation.few_shot_tasks`.
 
     Returns
@@ -167,8 +154,8 @@ def finetune(
         ) as partial,
     ):
         models = _Models(model, checkpoint, trust_remote_code=trust_remote_code)
-        preprocessing = find_preprocessing(checkpoint, models.first)
-        tasks = _make_tasks(task, Path(data), preprocessing, options)
+        facts = ModelFacts.of(checkpoint, models.first, trust_remote_code=trust_remote_code)
+        tasks = make_tasks(task, Path(data), facts, options)
         itself = is_run_itself(target, chosen, len(chosen) * len(numbers) * len(tasks))
         plan = Plan(
             build=models.build,
@@ -235,14 +222,6 @@ def _parse_regimes(names: Sequence[str]) -> list[Regime]:
     if twice or not regimes:
         raise UsageError(f"regime {', '.join(twice) or 'missing'}: expected each once")
     return regimes
-
-
-def _make_tasks(
-    name: str, data: Path, preprocessing: Preprocessing, options: Mapping[str, Any]
-) -> Sequence[Task]:
-    if name not in TASKS:
-        raise UsageError(f"task {name!r}, expected one of {', '.join(TASKS)}")
-    return TASKS[name](data, preprocessing=preprocessing, **options)
 
 
 def result_fields(result: FinetuneResult) -> dict[str, Any]:

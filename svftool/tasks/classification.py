@@ -13,14 +13,22 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
-from svftool.errors import DataError, ModelError, UsageError, shortlist
+from svftool.errors import DataError, ModelError, shortlist
 from svftool.models import DEFAULT_PREPROCESSING, Preprocessing, find_head
 from svftool.progress import SILENT, Progress
-from svftool.tasks.base import Metric, Part, Prepared
-from svftool.tasks.heads import class_means, head_inputs, logits_of, new_head, pool, set_head
+from svftool.tasks.base import Metric, Part, Prepared, device_of
+from svftool.tasks.heads import (
+    class_means,
+    head_inputs,
+    logits_of,
+    new_head,
+    pool,
+    require_module,
+    set_head,
+)
 from svftool.tasks.images import LabelledImage, list_images
 from svftool.tasks.metrics import ClassificationCount
-from svftool.tasks.splits import draw_shots
+from svftool.tasks.splits import draw_shots, nothing_left, require_query
 from svftool.tasks.views import Augment, ImageSet, Transform, choose_view
 
 StrPath = str | os.PathLike[str]
@@ -120,11 +128,7 @@ class Classification:
         self.hold_out = hold_out
         _check_labels(images, self.classes, data)
         _check_labels(queries, self.classes, evaluation or data)
-        if shots is None and evaluation is None:
-            raise UsageError(
-                "all images would be trained on and none measure the result. "
-                "Give --shots K, which leaves the rest for evaluation, or --eval PATH"
-            )
+        require_query(shots, evaluation, "images")
         draw_shots([image.label for image in images], shots=shots)
         preprocessing = replace(
             preprocessing, mean=mean or preprocessing.mean, std=std or preprocessing.std
@@ -164,10 +168,7 @@ class Classification:
         if not len(query):
             query = self._examples(self._images, split.rest, self._names)
         if not len(query):
-            raise DataError(
-                f"{self.shots} shots take every image and leave none to measure with. "
-                "Lower --shots or give --eval PATH"
-            )
+            raise nothing_left(self.shots, "images")
         support = self._examples(self._images, split.support, self._names)
         held_out = self._examples(self._images, split.held_out, self._names)
         return ClassificationDraw(self, support, held_out, query)
@@ -223,7 +224,7 @@ class ClassificationDraw:
         batch = self._task.view.centre(self._support.take([0, self.size - 1]))
         try:
             with torch.inference_mode():
-                outputs = pool(logits_of(model.eval()(batch.to(_device_of(model)))))
+                outputs = pool(logits_of(model.eval()(batch.to(device_of(model)))))
         except (RuntimeError, ValueError, AssertionError) as error:
             height, width = self._task.view.size
             raise ModelError(
@@ -239,7 +240,7 @@ class ClassificationDraw:
             raise DataError(
                 f"no images of class {shortlist(empty)}, expected some of each for a new head"
             )
-        device = _device_of(model)
+        device = device_of(model)
         with torch.inference_mode():
             inputs = head_inputs(model, head, (batch for batch, _ in self._support.batches(device)))
             weights = class_means(inputs, labels.to(device), len(classes))
@@ -270,7 +271,7 @@ class ClassificationDraw:
             torch.inference_mode(),
             progress.task("evaluate", total=len(examples), unit="images") as bar,
         ):
-            for images, labels in examples.batches(_device_of(model)):
+            for images, labels in examples.batches(device_of(model)):
                 count.add(logits_of(model(images)), labels)
                 bar.advance(len(labels))
         return count.result()
@@ -279,14 +280,8 @@ class ClassificationDraw:
 def _head_of(model: nn.Module, name: str | None) -> str | None:
     if name is None:
         return find_head(model)
-    names = [found for found, _ in model.named_modules() if found]
-    if name not in names:
-        raise ModelError(f"--head-name {name!r} is no module of the model: {shortlist(names)}")
+    require_module(model, name)
     return name
-
-
-def _device_of(model: nn.Module) -> torch.device:
-    return next(model.parameters()).device
 
 
 def _class_names(images: Sequence[LabelledImage], file: Path | None) -> tuple[str, ...]:

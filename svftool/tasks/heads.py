@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy, normalize
 
-from svftool.errors import ModelError
+from svftool.errors import ModelError, shortlist
 
 _SCALES = (5.0, 10.0, 15.0, 20.0, 30.0, 40.0, 60.0, 80.0)
 _ONE_SHOT_SCALE = 15.0
@@ -112,6 +112,19 @@ def _resized(old: nn.Module, name: str, classes: int) -> nn.Module:
         f"head {name!r} is a {type(old).__name__}, expected a linear layer or a 1x1 convolution "
         "for a new head"
     )
+
+
+def require_module(model: nn.Module, name: str) -> None:
+    """Refuse a name given with ``--head-name`` that no module has.
+
+    Raises
+    ------
+    ModelError
+        If there is none; lists those there are.
+    """
+    names = [found for found, _ in model.named_modules() if found]
+    if name not in names:
+        raise ModelError(f"--head-name {name!r} is no module of the model: {shortlist(names)}")
 
 
 def head_inputs(model: nn.Module, head: str, batches: Iterable[Tensor]) -> Tensor:

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 import torch
 
-from svftool.errors import DataError
+from svftool.errors import DataError, UsageError
 
 
 @dataclass(frozen=True)
@@ -60,25 +60,89 @@ def draw_shots(
     >>> len(split.support), len(split.rest)
     (4, 1)
     """
-    support: list[int] = []
-    held_out: list[int] = []
-    rest: list[int] = []
     by_label: dict[str, list[int]] = {}
     for index, label in enumerate(labels):
         by_label.setdefault(label, []).append(index)
+    parts = []
     for label, members in sorted(by_label.items()):
-        count = len(members) if shots is None else shots
-        if len(members) < count:
+        if shots is not None and len(members) < shots:
             raise DataError(
-                f"class {label!r} has {len(members)} images, expected at least {count} "
-                f"for {count} shots. Lower --shots or add images."
+                f"class {label!r} has {len(members)} images, expected at least {shots} "
+                f"for {shots} shots. Lower --shots or add images."
             )
-        order = _shuffled(members, f"{seed}:{label}")
-        held = min(round(count * hold_out), count - 1)
-        held_out += order[:held]
-        support += order[held:count]
-        rest += order[count:]
-    return Split(tuple(sorted(support)), tuple(sorted(held_out)), tuple(sorted(rest)))
+        parts.append(_split(members, shots, hold_out, f"{seed}:{label}"))
+    return _joined(parts)
+
+
+def draw_examples(
+    count: int, *, unit: str, shots: int | None, hold_out: float = 0.0, seed: int = 0
+) -> Split:
+    """Draw `shots` of `count` examples that have no class each, and hold a share of them out.
+
+    Parameters
+    ----------
+    count : int
+        Examples there are.
+    unit : str
+        What they are, for messages: ``texts``, ``images``.
+    shots, hold_out, seed
+        As in `draw_shots`.
+
+    Raises
+    ------
+    DataError
+        If there are fewer than `shots`.
+
+    Examples
+    --------
+    >>> split = draw_examples(10, unit="texts", shots=4, hold_out=0.25)
+    >>> len(split.support), len(split.held_out), len(split.rest)
+    (3, 1, 6)
+    """
+    if shots is not None and count < shots:
+        raise DataError(
+            f"{count} {unit}, expected at least {shots} for {shots} shots. "
+            f"Lower --shots or add {unit}."
+        )
+    return _joined([_split(list(range(count)), shots, hold_out, f"{seed}:{unit}")])
+
+
+def require_query(shots: int | None, evaluation: object, unit: str) -> None:
+    """Refuse to train on everything when nothing else is there to measure with.
+
+    Raises
+    ------
+    UsageError
+        If neither shots nor evaluation data are given.
+    """
+    if shots is None and evaluation is None:
+        raise UsageError(
+            f"all {unit} would be trained on and none measure the result. "
+            "Give --shots K, which leaves the rest for evaluation, or --eval PATH"
+        )
+
+
+def nothing_left(shots: int | None, unit: str) -> DataError:
+    """Error for shots that leave nothing over."""
+    return DataError(
+        f"{shots} shots take every one of the {unit} and leave none to measure with. "
+        "Lower --shots or give --eval PATH"
+    )
+
+
+def _split(members: list[int], shots: int | None, hold_out: float, key: str) -> Split:
+    count = len(members) if shots is None else shots
+    order = _shuffled(members, key)
+    held = min(round(count * hold_out), count - 1)
+    return Split(tuple(order[held:count]), tuple(order[:held]), tuple(order[count:]))
+
+
+def _joined(parts: Sequence[Split]) -> Split:
+    return Split(
+        support=tuple(sorted(index for part in parts for index in part.support)),
+        held_out=tuple(sorted(index for part in parts for index in part.held_out)),
+        rest=tuple(sorted(index for part in parts for index in part.rest)),
+    )
 
 
 def _shuffled(members: list[int], key: str) -> list[int]:

@@ -1,0 +1,107 @@
+"""The tasks by name, and what each is told of the model that is trained."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+
+from svftool.checkpoints import Checkpoint
+from svftool.errors import UsageError
+from svftool.models import DEFAULT_PREPROCESSING, Preprocessing, find_preprocessing
+from svftool.tasks.base import Task
+from svftool.tasks.classification import Classification
+from svftool.tasks.few_shot_segmentation import few_shot_tasks
+from svftool.tasks.language import Language
+
+
+@dataclass(frozen=True)
+class ModelFacts:
+    """What a checkpoint and its folder say about the input of the model.
+
+    Attributes
+    ----------
+    preprocessing : Preprocessing
+        Size and normalisation of images.
+    folder : Path or None
+        Where the checkpoint's tokenizer would lie.
+    config : mapping
+        Its ``config.json``; empty where there is none.
+    trust_remote_code : bool
+        Whether code that lies beside the checkpoint may run.
+    """
+
+    preprocessing: Preprocessing = DEFAULT_PREPROCESSING
+    folder: Path | None = None
+    config: Mapping[str, Any] = field(default_factory=dict)
+    trust_remote_code: bool = False
+
+    @classmethod
+    def of(
+        cls, checkpoint: Checkpoint, model: nn.Module | None, *, trust_remote_code: bool = False
+    ) -> ModelFacts:
+        """Gather them from a checkpoint and the model built for it."""
+        return cls(
+            preprocessing=find_preprocessing(checkpoint, model),
+            folder=checkpoint.path if checkpoint.is_folder else checkpoint.path.parent,
+            config=checkpoint.config or {},
+            trust_remote_code=trust_remote_code,
+        )
+
+
+def _classification(data: Path, facts: ModelFacts, **options: Any) -> list[Task]:
+    return [Classification(data, preprocessing=facts.preprocessing, **options)]
+
+
+def _few_shot(data: Path, facts: ModelFacts, **options: Any) -> Sequence[Task]:
+    return few_shot_tasks(data, preprocessing=facts.preprocessing, **options)
+
+
+def _language(data: Path, facts: ModelFacts, **options: Any) -> list[Task]:
+    return [
+        Language(
+            data,
+            **{"tokenizer": facts.folder, **options},
+            config=facts.config,
+            trust_remote_code=facts.trust_remote_code,
+        )
+    ]
+
+
+TASKS: dict[str, Callable[..., Sequence[Task]]] = {
+    "classification": _classification,
+    "language": _language,
+    "few-shot-segmentation": _few_shot,
+}
+"""Makers of tasks by name; each takes its data, facts of the model and its own options."""
+
+
+def make_tasks(
+    name: str, data: Path, facts: ModelFacts, options: Mapping[str, Any]
+) -> Sequence[Task]:
+    """Make the tasks of a name: one, or several of a kind such as the folds of a data set.
+
+    Parameters
+    ----------
+    name : str
+        One of `TASKS`.
+    data : Path
+        What to train on.
+    facts : ModelFacts
+        What the checkpoint says about its input.
+    options : mapping
+        The task's own options.
+
+    Raises
+    ------
+    UsageError
+        If there is no such task.
+    DataError
+        If the data does not hold what was asked for.
+    """
+    if name not in TASKS:
+        raise UsageError(f"task {name!r}, expected one of {', '.join(TASKS)}")
+    return TASKS[name](data, facts, **options)

@@ -1,0 +1,391 @@
+"""Language modelling: texts, or prompts with completions, for causal models of transformers."""
+
+from __future__ import annotations
+
+import logging
+import math
+import os
+import sys
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from types import MappingProxyType
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import cross_entropy
+
+from svftool.errors import DataError, ModelError, UsageError
+from svftool.progress import SILENT, Progress
+from svftool.tasks.base import Metric, Part, Prepared, device_of, to_device
+from svftool.tasks.heads import logits_of, require_module
+from svftool.tasks.splits import draw_examples, nothing_left, require_query
+from svftool.tasks.texts import Text, list_texts
+from svftool.tasks.tokens import (
+    LONGEST_DEFAULT,
+    Block,
+    by_length,
+    collate,
+    cut,
+    encode,
+    length_limit,
+    load_tokenizer,
+)
+
+logger = logging.getLogger(__name__)
+
+StrPath = str | os.PathLike[str]
+
+LOGITS_AT_ONCE = 1 << 26
+"""Numbers that evaluation has a model put out in one batch, at most."""
+
+LARGEST_LOSS = math.log(sys.float_info.max)
+
+
+@dataclass(frozen=True)
+class Corpus:
+    """Texts and their tokens."""
+
+    texts: Sequence[Text]
+    blocks: Sequence[Block]
+
+    def take(self, texts: Sequence[int]) -> list[Block]:
+        """Give the blocks of the texts at these positions."""
+        chosen = set(texts)
+        return [block for block in self.blocks if block.text in chosen]
+
+
+class Language:
+    """The task ``language``.
+
+    Parameters
+    ----------
+    data : path-like
+        Texts to draw the support set from; see `svftool.tasks.texts.list_texts`.
+    tokenizer : path-like or None
+        Folder with the model's tokenizer.
+    evaluation : path-like or None
+        Texts to measure with; None takes what the shots left over.
+    shots : int or None
+        Texts in the support set; None takes all, which needs `evaluation`.
+    sequence_length : int or None
+        Longest stretch that the model sees at once, in tokens; see `svftool.tasks.tokens.cut`.
+        None takes the model's own limit, 1024 at most.
+    hold_out : float
+        Share of the support set that chooses the best weights instead of being trained on.
+    gradient_checkpointing : bool
+        Compute activations twice instead of keeping them: less memory, a slower step.
+    head_name : str or None
+        Module that is trained whole in every regime, such as ``lm_head``; none by default.
+    config : mapping
+        The checkpoint's ``config.json``.
+    trust_remote_code : bool
+        Whether code that lies beside the tokenizer may run.
+
+    Raises
+    ------
+    DataError
+        If the texts cannot be read, or do not hold what was asked for.
+    ModelError
+        If there is no tokenizer.
+    """
+
+    name = "language"
+    primary = Metric("perplexity", higher_is_better=False)
+    facts: Mapping[str, int] = MappingProxyType({})
+    classes = None
+
+    def __init__(
+        self,
+        data: StrPath,
+        *,
+        tokenizer: StrPath | None,
+        evaluation: StrPath | None = None,
+        shots: int | None = None,
+        sequence_length: int | None = None,
+        hold_out: float = 0.0,
+        gradient_checkpointing: bool = False,
+        head_name: str | None = None,
+        config: Mapping[str, Any] = MappingProxyType({}),
+        trust_remote_code: bool = False,
+    ) -> None:
+        texts = list_texts(Path(data))
+        queries = list_texts(Path(evaluation)) if evaluation is not None else []
+        require_query(shots, evaluation, "texts")
+        draw_examples(len(texts), unit="texts", shots=shots)
+        self.tokenizer = load_tokenizer(tokenizer, trust_remote_code=trust_remote_code)
+        self.shots = shots
+        self.hold_out = hold_out
+        self.gradient_checkpointing = gradient_checkpointing
+        self.head_name = head_name
+        self.length = _length(sequence_length, length_limit(config, self.tokenizer))
+        self.support = self._corpus(texts)
+        self.queries = self._corpus(queries)
+        pad, end = self.tokenizer.pad_token_id, self.tokenizer.eos_token_id
+        self.padding: int = next((token for token in (pad, end) if token is not None), 0)
+
+    def describe(self) -> dict[str, Any]:
+        """Shots, length and how the texts were cut."""
+        return {
+            "shots": self.shots,
+            "sequence_length": self.length,
+            "texts": len(self.support.texts),
+            "blocks": len(self.support.blocks),
+            "hold_out": self.hold_out,
+            "gradient_checkpointing": self.gradient_checkpointing,
+            "head": self.head_name,
+        }
+
+    def draw(self, seed: int) -> LanguageDraw:
+        """Draw the support set of a seed.
+
+        Raises
+        ------
+        DataError
+            If nothing is left to evaluate on.
+        """
+        split = draw_examples(
+            len(self.support.texts),
+            unit="texts",
+            shots=self.shots,
+            hold_out=self.hold_out,
+            seed=seed,
+        )
+        query = self.queries
+        if not query.texts:
+            query = Corpus(self.support.texts, self.support.take(split.rest))
+        if not query.blocks:
+            raise nothing_left(self.shots, "texts")
+        return LanguageDraw(
+            self,
+            Corpus(self.support.texts, self.support.take(split.support)),
+            Corpus(self.support.texts, self.support.take(split.held_out)),
+            query,
+        )
+
+    def _corpus(self, texts: Sequence[Text]) -> Corpus:
+        blocks: list[Block] = []
+        several = 0
+        for position, text in enumerate(texts):
+            ids, learned = encode(text, self.tokenizer)
+            found = cut(ids, learned, self.length, position)
+            if not found:
+                raise DataError(
+                    f"{text.file}: line {text.line}: {len(ids)} token, expected two or more, so "
+                    "that one is predicted from another. Remove the line"
+                )
+            several += len(found) > 1
+            blocks += found
+        if several:
+            logger.info(
+                "%d of %d texts are longer than %d tokens and are cut in blocks",
+                *(several, len(texts), self.length),
+            )
+        return Corpus(texts, blocks)
+
+
+class LanguageDraw:
+    """Support, held-out and query texts of one seed."""
+
+    def __init__(self, task: Language, support: Corpus, held_out: Corpus, query: Corpus) -> None:
+        self._task = task
+        self._support = support
+        self._parts = {"held_out": held_out, "query": query}
+
+    @property
+    def size(self) -> int:
+        """Blocks to train on."""
+        return len(self._support.blocks)
+
+    @property
+    def held_out(self) -> int:
+        """Blocks held out of the support set."""
+        return len(self._parts["held_out"].blocks)
+
+    def prepare(self, model: nn.Module) -> Prepared:
+        """Check that the model takes the tokens; its head stays the checkpoint's.
+
+        Raises
+        ------
+        ModelError
+            If the model is no causal language model or has fewer tokens than the tokenizer.
+        """
+        self._check_vocabulary(model)
+        block = self._support.blocks[0]
+        short = Block(block.ids[:2], block.targets[:2], 0)
+        batch = to_device(collate([short], self._task.padding), device_of(model))
+        try:
+            with torch.inference_mode():
+                logits = self._logits(model.eval(), batch)
+        except (RuntimeError, TypeError, ValueError, IndexError) as error:
+            text = (str(error) or type(error).__name__).splitlines()[0]
+            raise ModelError(f"the model does not take tokens: {text}") from error
+        if logits.ndim != 3:
+            raise ModelError(
+                f"the model returns {tuple(logits.shape)} for 1 text of {len(short.ids)} tokens, "
+                "expected logits for each token. Name a causal language model with --model"
+            )
+        if self._task.gradient_checkpointing:
+            _enable_checkpointing(model)
+        if self._task.head_name is not None:
+            require_module(model, self._task.head_name)
+        return Prepared(model, self._task.head_name)
+
+    def _check_vocabulary(self, model: nn.Module) -> None:
+        known = _vocabulary(model)
+        if known is None:
+            return
+        corpora = (self._support, *self._parts.values())
+        for corpus in corpora:
+            for block in corpus.blocks:
+                largest = int(block.ids.max())
+                if largest >= known:
+                    text = corpus.texts[block.text]
+                    token = self._task.tokenizer.convert_ids_to_tokens(largest)
+                    raise ModelError(
+                        f"{text.file}: line {text.line}: token {largest} ({token!r}), the model "
+                        f"has embeddings for {known}. Name its own tokenizer with --tokenizer"
+                    )
+
+    def order(self, generator: torch.Generator) -> Tensor:
+        """Shuffle the support set."""
+        return torch.randperm(self.size, generator=generator)
+
+    def batch(self, indices: Tensor, generator: torch.Generator) -> dict[str, Tensor]:
+        """Pad the blocks at `indices`; see `svftool.tasks.tokens.collate`."""
+        blocks = [self._support.blocks[index] for index in indices.tolist()]
+        return collate(blocks, self._task.padding)
+
+    def terms(self, batch: Mapping[str, Tensor]) -> int:
+        """Tokens that a batch's loss is the mean over."""
+        return int(batch["targets"].sum())
+
+    def loss(self, model: nn.Module, batch: Mapping[str, Tensor]) -> Tensor:
+        """Mean cross-entropy of the tokens that are learned."""
+        chosen = batch["targets"][:, 1:]
+        logits = self._logits(model, batch)[:, :-1][chosen]
+        return cross_entropy(logits.float(), batch["input_ids"][:, 1:][chosen])
+
+    def evaluate(
+        self, model: nn.Module, part: Part = "query", *, progress: Progress = SILENT
+    ) -> dict[str, float]:
+        """Perplexity, accuracy of the next token, and mean loss in nats a token."""
+        loss, correct, tokens = 0.0, 0, 0
+        total = len(self._parts[part].blocks)
+        with progress.task("evaluate", total=total, unit="blocks") as bar:
+            for score in self._scores(model, part):
+                loss, correct = loss + score.loss, correct + score.correct
+                tokens += score.tokens
+                bar.advance()
+        mean = loss / tokens
+        perplexity = math.exp(mean) if mean < LARGEST_LOSS else math.inf
+        return {"perplexity": perplexity, "accuracy": correct / tokens, "loss": mean}
+
+    def predictions(
+        self, model: nn.Module, part: Part = "query", folder: Path | None = None
+    ) -> Iterator[dict[str, Any]]:
+        """Give each text's line, its mean loss, how many tokens were predicted, and how well."""
+        sums: dict[int, Score] = {}
+        for score in self._scores(model, part):
+            sums[score.text] = score + sums.get(score.text, Score(score.text))
+        for position, score in sorted(sums.items()):
+            text = self._parts[part].texts[position]
+            yield {
+                "file": text.file.name,
+                "line": text.line,
+                "loss": score.loss / score.tokens,
+                "tokens": score.tokens,
+                "accuracy": score.correct / score.tokens,
+            }
+
+    def _scores(self, model: nn.Module, part: Part) -> Iterator[Score]:
+        blocks = self._parts[part].blocks
+        tokens = max(1, LOGITS_AT_ONCE // (_vocabulary(model) or len(self._task.tokenizer)))
+        model.eval()
+        for positions in by_length(blocks, tokens):
+            chosen = [blocks[position] for position in positions]
+            batch = to_device(collate(chosen, self._task.padding), device_of(model))
+            with torch.inference_mode():
+                logits = self._logits(model, batch)
+                for row, block in enumerate(chosen):
+                    yield _score(block, logits[row], batch["targets"][row], batch["input_ids"][row])
+
+    @staticmethod
+    def _logits(model: nn.Module, batch: Mapping[str, Tensor]) -> Tensor:
+        # A cache of keys and values is for writing, not for training.
+        return logits_of(
+            model(
+                input_ids=batch["input_ids"],
+                attention_mask=batch["attention_mask"],
+                use_cache=False,
+            )
+        )
+
+
+@dataclass(frozen=True)
+class Score:
+    """How well tokens of one text were predicted: sums of losses and hits."""
+
+    text: int
+    loss: float = 0.0
+    correct: int = 0
+    tokens: int = 0
+
+    def __add__(self, other: Score) -> Score:
+        """Sum over both."""
+        return Score(
+            self.text,
+            self.loss + other.loss,
+            self.correct + other.correct,
+            self.tokens + other.tokens,
+        )
+
+
+def _score(block: Block, logits: Tensor, targets: Tensor, ids: Tensor) -> Score:
+    chosen = targets[1:]
+    scores, wanted = logits[:-1][chosen].float(), ids[1:][chosen]
+    return Score(
+        block.text,
+        float(cross_entropy(scores, wanted, reduction="sum")),
+        int((scores.argmax(1) == wanted).sum()),
+        len(wanted),
+    )
+
+
+def _length(asked: int | None, limit: int | None) -> int:
+    if asked is None:
+        return min(LONGEST_DEFAULT, limit or LONGEST_DEFAULT)
+    if asked < 2:
+        raise UsageError(f"--sequence-length is {asked}, expected at least 2")
+    if limit is not None and asked > limit:
+        raise UsageError(f"--sequence-length is {asked}, the model takes {limit} tokens at most")
+    return asked
+
+
+def _vocabulary(model: nn.Module) -> int | None:
+    """Rows of the input embedding, where the model says which it is."""
+    getter = getattr(model, "get_input_embeddings", None)
+    if not callable(getter):
+        return None
+    try:
+        weight = getattr(getter(), "weight", None)
+    except (AttributeError, NotImplementedError):
+        return None
+    return len(weight) if isinstance(weight, Tensor) else None
+
+
+def _enable_checkpointing(model: nn.Module) -> None:
+    # The reentrant kind needs an input that requires a gradient, and the embedding is frozen.
+    kind = {"use_reentrant": False}
+    newer = getattr(model, "activation_checkpointing_enable", None)
+    older = getattr(model, "gradient_checkpointing_enable", None)
+    if callable(newer):
+        newer(activation_checkpointing_kwargs=kind)
+    elif callable(older):
+        older(gradient_checkpointing_kwargs=kind)
+    else:
+        raise ModelError(
+            f"{type(model).__name__} has no gradient checkpointing, expected a model of "
+            "transformers for --gradient-checkpointing"
+        )

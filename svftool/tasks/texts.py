@@ -1,0 +1,130 @@
+"""Texts on disk: JSONL files of texts or of prompts with completions."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from svftool.errors import DataError, shortlist
+from svftool.tasks.saved_datasets import is_saved_dataset, load_saved_dataset
+
+EXPECTED = "'text', or 'prompt' and 'completion'"
+SUFFIX = ".jsonl"
+_SHOWN = 5
+
+
+@dataclass(frozen=True)
+class Text:
+    """One example.
+
+    Attributes
+    ----------
+    prompt : str
+        What is read, and not learned; empty for a plain text.
+    body : str
+        What is learned: the text, or the completion.
+    complete : bool
+        The body is a completion, after which the model has to stop.
+    file, line
+        Where it stands; lines count from 1.
+    """
+
+    prompt: str
+    body: str
+    complete: bool
+    file: Path
+    line: int
+
+
+class _Fault(ValueError):
+    """What is wrong with one line."""
+
+
+def list_texts(data: Path) -> list[Text]:
+    """Read a JSONL file, a folder of them, or a folder of ``datasets.Dataset.save_to_disk``.
+
+    Parameters
+    ----------
+    data : Path
+        Each line (or row) has ``text``, or ``prompt`` and ``completion``; whatever else it has
+        is ignored. Empty lines are skipped.
+
+    Raises
+    ------
+    DataError
+        If nothing is there, or lines are not what is expected: the first of them are named.
+    """
+    if data.is_dir() and is_saved_dataset(data):
+        texts = _check(data, _stored_rows(data))
+    elif data.is_dir():
+        files = sorted(data.rglob(f"*{SUFFIX}"))
+        texts = [text for file in files for text in _check(file, _lines(file))]
+    elif data.is_file():
+        texts = _check(data, _lines(data))
+    else:
+        raise DataError(f"{data}: not found, expected a JSONL file or a folder of them")
+    if not texts:
+        raise DataError(f"{data}: no texts, expected JSONL with {EXPECTED} in each line")
+    return texts
+
+
+def _lines(file: Path) -> Iterator[tuple[int, Any]]:
+    try:
+        lines = file.read_text(encoding="utf-8-sig").split("\n")
+    except (OSError, UnicodeDecodeError) as error:
+        raise DataError(f"{file}: {error}, expected JSONL in UTF-8") from error
+    return ((number, line) for number, line in enumerate(lines, 1) if line.strip())
+
+
+def _stored_rows(folder: Path) -> Iterator[tuple[int, Any]]:
+    return enumerate(load_saved_dataset(folder), 1)
+
+
+def _check(file: Path, rows: Iterable[tuple[int, Any]]) -> list[Text]:
+    texts, faults = [], []
+    for line, row in rows:
+        try:
+            texts.append(_text(file, line, _record(row)))
+        except _Fault as fault:
+            faults.append(f"line {line}: {fault}")
+    if faults:
+        raise DataError(
+            f"{file}: {shortlist(faults, _SHOWN)}. Expected a JSON object with {EXPECTED} in "
+            "each line: mend these lines or remove them"
+        )
+    return texts
+
+
+def _record(row: Any) -> Mapping[str, Any]:
+    if isinstance(row, str):
+        try:
+            row = json.loads(row)
+        except (ValueError, RecursionError) as error:
+            raise _Fault(f"no JSON ({error})") from None
+    if not isinstance(row, Mapping):
+        raise _Fault(f"{type(row).__name__}, not an object")
+    return row
+
+
+def _text(file: Path, line: int, record: Mapping[str, Any]) -> Text:
+    if "prompt" in record or "completion" in record:
+        prompt, body = _string(record, "prompt"), _string(record, "completion")
+        name = "completion"
+    else:
+        prompt, body = "", _string(record, "text")
+        name = "text"
+    if not body.strip():
+        raise _Fault(f"{name!r} is empty")
+    return Text(prompt, body, name == "completion", file, line)
+
+
+def _string(record: Mapping[str, Any], key: str) -> str:
+    if key not in record:
+        raise _Fault(f"no {key!r} (it has {shortlist(record, _SHOWN) or 'no keys'})")
+    value = record[key]
+    if not isinstance(value, str):
+        raise _Fault(f"{key!r} is {type(value).__name__}, not a string")
+    return value
