@@ -17,7 +17,7 @@ from safetensors.torch import save_file
 
 REPOSITORY = Path(__file__).resolve().parents[1]
 
-torch.set_num_threads(2)
+torch.set_num_threads(int(os.environ["OMP_NUM_THREADS"]))
 settings.register_profile(
     "svftool",
     max_examples=50,

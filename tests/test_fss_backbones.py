@@ -25,7 +25,8 @@ from svftool.tasks.few_shot_segmentation.backbones import (
     plan_features,
     run_stages,
 )
-from svftool.tasks.few_shot_segmentation.encoding import Encoder, View
+from svftool.tasks.few_shot_segmentation.encoding import Encoder
+from svftool.tasks.few_shot_segmentation.kept import View
 from svftool.tasks.few_shot_segmentation.network import FewShotNet
 from svftool.tasks.few_shot_segmentation.pictures import ByteCache, Pictures
 from svftool.tasks.few_shot_segmentation.pool import Pair

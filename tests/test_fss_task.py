@@ -17,7 +17,7 @@ from svftool.tasks import to_device
 from svftool.tasks.few_shot_segmentation import FewShotSegmentation, few_shot_tasks
 from svftool.tasks.few_shot_segmentation.augment import Ranges, distort
 from svftool.tasks.few_shot_segmentation.base_learner import BaseMaps, BaseTraining
-from svftool.tasks.few_shot_segmentation.encoding import View
+from svftool.tasks.few_shot_segmentation.kept import View
 from svftool.tasks.few_shot_segmentation.network import FewShotNet
 from svftool.tasks.few_shot_segmentation.overlays import HEIGHT, write_overlay
 from svftool.tasks.few_shot_segmentation.scoring import Prediction

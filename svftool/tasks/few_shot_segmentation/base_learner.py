@@ -12,9 +12,10 @@ from torch import Tensor
 
 from svftool.progress import SILENT, Progress
 from svftool.tasks.few_shot_segmentation.canvas import paste_mask
-from svftool.tasks.few_shot_segmentation.encoding import Encoder, View, recall
+from svftool.tasks.few_shot_segmentation.encoding import Encoder
 from svftool.tasks.few_shot_segmentation.hosts import BaseLearner
 from svftool.tasks.few_shot_segmentation.hosts.parts import mask_loss
+from svftool.tasks.few_shot_segmentation.kept import View, recall
 from svftool.tasks.few_shot_segmentation.masks import IGNORE, Mask
 from svftool.tasks.few_shot_segmentation.pictures import ByteCache, Pictures, tensor_bytes
 from svftool.tasks.few_shot_segmentation.pool import Pair, Pool

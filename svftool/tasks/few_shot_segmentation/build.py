@@ -11,6 +11,7 @@ from svftool.errors import UsageError
 from svftool.models import DEFAULT_PREPROCESSING, Preprocessing
 from svftool.progress import SILENT, Progress
 from svftool.tasks.few_shot_segmentation.canvas import canvas_side
+from svftool.tasks.few_shot_segmentation.kept import SharedOutputs
 from svftool.tasks.few_shot_segmentation.layouts import open_source
 from svftool.tasks.few_shot_segmentation.pictures import Pictures
 from svftool.tasks.few_shot_segmentation.rules import Rules
@@ -88,7 +89,7 @@ def few_shot_tasks(
         for fold in folds
     }
     chosen = Rules(image_size=size, test_shots=tuple(test_shots), **rules)
-    pictures = Pictures(canvas_side(size))
+    pictures, outputs = Pictures(canvas_side(size)), SharedOutputs()
     seen_as = replace(preprocessing, mean=mean or preprocessing.mean, std=std or preprocessing.std)
     return [
         FewShotSegmentation(
@@ -97,6 +98,7 @@ def few_shot_tasks(
             rules=chosen,
             preprocessing=seen_as,
             pictures=pictures,
+            outputs=outputs,
         )
         for count in shots
         for fold in folds

@@ -3,9 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
-from pathlib import Path
-from typing import TypeVar
 
 import torch
 from torch import Tensor
@@ -13,29 +10,15 @@ from torch import Tensor
 from svftool.models import Preprocessing
 from svftool.tasks.few_shot_segmentation.backbones import Features, State, frozen_stages, run_stages
 from svftool.tasks.few_shot_segmentation.canvas import normalise
+from svftool.tasks.few_shot_segmentation.kept import (
+    KEPT_BYTES,
+    Kept,
+    SharedOutputs,
+    View,
+    stacked,
+)
 from svftool.tasks.few_shot_segmentation.network import FewShotNet
 from svftool.tasks.few_shot_segmentation.pictures import ByteCache, Pictures, tensor_bytes
-from svftool.tasks.few_shot_segmentation.pool import Pair
-
-FEATURE_BYTES = 3 << 30
-BATCH = 16
-
-Picture = tuple[Path, bool]
-_Value = TypeVar("_Value")
-
-
-@dataclass(frozen=True)
-class View:
-    """A picture as it goes into the network: itself or its mirror image, and the class shown."""
-
-    pair: Pair
-    label: int
-    flipped: bool = False
-
-    @property
-    def picture(self) -> Picture:
-        """The picture alone, whatever class it shows."""
-        return self.pair.image, self.flipped
 
 
 class Encoder:
@@ -52,10 +35,10 @@ class Encoder:
     training : bool
         While training, outputs are kept up to the first stage with a trained parameter; otherwise
         all of them, since no weight changes.
-    trunk : Encoder, optional
-        The same network's encoder in training, whose outputs of frozen stages are taken over.
+    shared : SharedOutputs, optional
+        Outputs of the base's stages, which other networks use and fill too.
     capacity : int
-        Bytes of outputs to keep.
+        Bytes to keep of outputs that are this network's own.
     """
 
     def __init__(
@@ -65,8 +48,8 @@ class Encoder:
         preprocessing: Preprocessing,
         *,
         training: bool,
-        trunk: Encoder | None = None,
-        capacity: int = FEATURE_BYTES,
+        shared: SharedOutputs | None = None,
+        capacity: int = KEPT_BYTES,
     ) -> None:
         self.net = net
         self._pictures = pictures
@@ -74,16 +57,33 @@ class Encoder:
         everything = len(net.plan.stages)
         self.stages = frozen_stages(net.backbone, net.plan) if training else everything
         self._all_kept = self.stages == everything
-        self._trunk = trunk if trunk is not None and trunk.stages else None
         self.device = next(net.parameters()).device
-        self._states: ByteCache[State] = ByteCache(capacity, tensor_bytes)
+        self._kept = self._keep(shared, capacity)
         self._shown: ByteCache[Tensor] = ByteCache(capacity // 2, tensor_bytes)
+
+    def _keep(self, shared: SharedOutputs | None, capacity: int) -> Kept | None:
+        """Share what the base's own stages give; keep the rest for this network."""
+        common = [] if shared is None else shared.agreeing(self.net)[: self.stages]
+        below = None
+        if shared is not None and common:
+            section = shared.section((common[-1], *self._circumstances()))
+            below = Kept(self.net, len(common), self.images, section)
+        if len(common) == self.stages:
+            return below
+        return Kept(self.net, self.stages, self.images, ByteCache(capacity, tensor_bytes), below)
+
+    def _circumstances(self) -> tuple[object, ...]:
+        """Say what else than weights decides what comes out for a picture."""
+        device = self.device.type
+        autocast = torch.is_autocast_enabled(device) and torch.get_autocast_dtype(device)
+        source = self._preprocessing
+        return self._pictures.canvas, source.mean, source.std, self.device, autocast
 
     def features(self, views: Sequence[View]) -> Features:
         """Give the features of pictures, in order; gradients reach the trained stages."""
-        if self.stages == 0:
+        if self._kept is None:
             return self._finish(self.images(views), 0)
-        return self._finish(stacked(self.states(views)), self.stages)
+        return self._finish(stacked(self._kept.states(views)), self.stages)
 
     def features_of(self, images: Tensor) -> Features:
         """Give the features of (N, 3, H, W) uint8 canvases that are not worth keeping."""
@@ -138,49 +138,3 @@ class Encoder:
         net = self.net
         last = len(net.plan.stages)
         return net.features(run_stages(net.backbone, net.plan, start, first=first, last=last))
-
-    def states(self, views: Sequence[View]) -> list[State]:
-        """Give what the first `stages` stages make of each picture, from what is kept or anew."""
-        known, missing = recall(self._states, views)
-        for start in range(0, len(missing), BATCH):
-            part = missing[start : start + BATCH]
-            state = self._run(part)
-            for place, view in enumerate(part):
-                value = {name: tensor[place].clone() for name, tensor in state.items()}
-                known[view.picture] = value
-                self._states.put(view.picture, value)
-        return [known[view.picture] for view in views]
-
-    @torch.no_grad()
-    def _run(self, views: Sequence[View]) -> State:
-        net, trunk = self.net, self._trunk
-        if trunk is None:
-            return run_stages(net.backbone, net.plan, self.images(views), last=self.stages)
-        start = stacked(trunk.states(views))
-        return run_stages(net.backbone, net.plan, start, first=trunk.stages, last=self.stages)
-
-
-def stacked(states: Sequence[State]) -> State:
-    """Put the states of single pictures together to that of a batch."""
-    return {name: torch.stack([state[name] for state in states]) for name in states[0]}
-
-
-def recall(
-    cache: ByteCache[_Value], views: Sequence[View]
-) -> tuple[dict[Picture, _Value], list[View]]:
-    """Look the pictures of views up in a cache.
-
-    Returns
-    -------
-    dict, list of View
-        What is kept, by picture, and one view of every other picture.
-    """
-    known: dict[Picture, _Value] = {}
-    missing: dict[Picture, View] = {}
-    for view in views:
-        found = cache.find(view.picture)
-        if found is None:
-            missing[view.picture] = view
-        else:
-            known[view.picture] = found
-    return known, list(missing.values())

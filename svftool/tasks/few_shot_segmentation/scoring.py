@@ -12,8 +12,9 @@ from torch import Tensor, nn
 
 from svftool.progress import SILENT, Progress
 from svftool.tasks.few_shot_segmentation.canvas import Alignment, predict_at
-from svftool.tasks.few_shot_segmentation.encoding import Encoder, View
+from svftool.tasks.few_shot_segmentation.encoding import Encoder
 from svftool.tasks.few_shot_segmentation.episodes import Episode
+from svftool.tasks.few_shot_segmentation.kept import View
 from svftool.tasks.few_shot_segmentation.masks import Mask
 from svftool.tasks.few_shot_segmentation.metrics import Pooled, Scores
 from svftool.tasks.few_shot_segmentation.network import by_query

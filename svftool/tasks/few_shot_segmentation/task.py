@@ -29,9 +29,10 @@ from svftool.tasks.few_shot_segmentation.base_learner import (
     train_base_learner,
 )
 from svftool.tasks.few_shot_segmentation.canvas import canvas_side
-from svftool.tasks.few_shot_segmentation.encoding import Encoder, View
+from svftool.tasks.few_shot_segmentation.encoding import Encoder
 from svftool.tasks.few_shot_segmentation.episodes import Episode, draw_episode, fixed_episodes
 from svftool.tasks.few_shot_segmentation.hosts import BaseLearner, HostOutput, Nearest, make_host
+from svftool.tasks.few_shot_segmentation.kept import SharedOutputs, View
 from svftool.tasks.few_shot_segmentation.network import FewShotNet, by_query
 from svftool.tasks.few_shot_segmentation.networks import backbone_name, own_base_learner
 from svftool.tasks.few_shot_segmentation.pictures import THREADS, Pictures
@@ -55,6 +56,8 @@ class FewShotSegmentation:
         Mean and deviation that the backbone was trained with.
     pictures : Pictures, optional
         Images and masks that other tasks use too.
+    outputs : SharedOutputs, optional
+        Outputs of the base's stages that other tasks use too.
 
     Raises
     ------
@@ -74,6 +77,7 @@ class FewShotSegmentation:
         rules: Rules = DEFAULT_RULES,
         preprocessing: Preprocessing = DEFAULT_PREPROCESSING,
         pictures: Pictures | None = None,
+        outputs: SharedOutputs | None = None,
     ) -> None:
         require_shots(data.train, shots, data.split, "training")
         require_shots(data.test, max(shots, *rules.test_shots, 1), data.split, "test")
@@ -82,6 +86,7 @@ class FewShotSegmentation:
         self.rules = rules
         self.preprocessing = preprocessing
         self.pictures = pictures or Pictures(canvas_side(rules.image_size))
+        self.outputs = outputs or SharedOutputs()
         self.learners: dict[int, BaseLearner] = {}
         self.backbone: str | None = None
 
@@ -172,6 +177,7 @@ class FewShotDraw:
             torch.manual_seed(self._seed)
             host = make_host(rules.host, plan.middle_channels, width=rules.width, shots=task.shots)
         net = FewShotNet(model, plan, host.to(device))
+        task.outputs.learn(net)
         self._encoder = self._base = None
         self._untrained = next(host.parameters()).detach().clone()
         if rules.host == "bam":
@@ -216,10 +222,9 @@ class FewShotDraw:
     def loss(self, model: nn.Module, batch: dict[str, Any]) -> Tensor:
         """Cross-entropy of the host's predictions of a batch of episodes."""
         net = _net_of(model)
-        encoder = self._trunk(net)
-        if encoder is None:
-            encoder = self._encoder = self._encode(net, training=True)
-        return self._predict(net, encoder, batch).loss(batch["target"])
+        if self._encoder is None or self._encoder.net is not net:
+            self._encoder = self._encode(net, training=True)
+        return self._predict(net, self._encoder, batch).loss(batch["target"])
 
     def evaluate(
         self, model: nn.Module, part: Part = "query", *, progress: Progress = SILENT
@@ -261,14 +266,11 @@ class FewShotDraw:
         before = self._untrained
         return Nearest() if before is not None and torch.equal(before, now) else net.host
 
-    def _trunk(self, net: FewShotNet) -> Encoder | None:
-        """Give the encoder that trains this network, if it has been trained."""
-        encoder = self._encoder
-        return encoder if encoder is not None and encoder.net is net else None
-
     def _encode(self, net: FewShotNet, *, training: bool) -> Encoder:
-        task, trunk = self._task, self._trunk(net)
-        return Encoder(net, task.pictures, task.preprocessing, training=training, trunk=trunk)
+        task = self._task
+        return Encoder(
+            net, task.pictures, task.preprocessing, training=training, shared=task.outputs
+        )
 
     def _predict(self, net: FewShotNet, encoder: Encoder, batch: dict[str, Any]) -> HostOutput:
         views: list[View] = batch["views"]
