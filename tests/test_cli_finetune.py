@@ -127,7 +127,7 @@ def test_json_holds_the_promised_keys(finetune: Callable[..., Any]) -> None:
     ]
     for item in document["runs"]:
         assert item["metrics"].keys() == {"before", "after"}
-        assert item["metrics"]["after"].keys() == {"accuracy", "loss"}
+        assert item["metrics"]["after"].keys() == {"accuracy", "class_accuracy", "loss"}
         assert item["steps"] == 3
         assert Path(item["output"]).exists()
     low, high = document["summary"][1]["ci95"]

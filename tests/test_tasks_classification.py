@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
+import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from pictures import write_pictures
 from PIL import Image
 from torch import Tensor, nn
-from torch.nn.functional import cross_entropy
+from torch.nn.functional import cosine_similarity, cross_entropy
 
-from svftool.errors import DataError, ModelError, UsageError
+from svftool.errors import DataError, MissingDependencyError, ModelError, UsageError
+from svftool.tasks import Predicts
 from svftool.tasks.classification import Classification
+from svftool.tasks.heads import CosineHead
 
 
 class ColourNet(nn.Module):
@@ -68,7 +72,7 @@ def test_evaluation_images_are_their_own(tmp_path: Path) -> None:
 def test_a_held_out_share_is_measured_apart(tmp_path: Path) -> None:
     draw = Classification(write_pictures(tmp_path), shots=4, hold_out=0.25).draw(0)
     assert (draw.size, draw.held_out) == (9, 3)
-    assert set(draw.evaluate(ColourNet(), "held_out")) == {"accuracy", "loss"}
+    assert set(draw.evaluate(ColourNet(), "held_out")) == {"accuracy", "class_accuracy", "loss"}
 
 
 def test_a_head_of_as_many_classes_is_kept(tmp_path: Path) -> None:
@@ -186,3 +190,125 @@ def test_the_description_holds_no_paths(tmp_path: Path) -> None:
     assert described["shots"] == 2
     assert described["image_size"] == [16, 16]
     assert str(tmp_path) not in str(described)
+
+
+def test_balanced_sampling_shows_every_class_equally_often(tmp_path: Path) -> None:
+    write_pictures(tmp_path, classes=["red"], count=17)
+    write_pictures(tmp_path, classes=["blue", "green"], count=2)
+    for sampling, spread in (("uniform", [2, 2, 17]), ("balanced", [7, 7, 7])):
+        draw = Classification(tmp_path, evaluation=tmp_path, sampling=sampling).draw(0)
+        order = draw.order(torch.Generator().manual_seed(1))
+        assert draw._support.labels[order].bincount().tolist() == spread
+    batches = draw._support.labels[order].split(3)
+    assert all(sorted(batch.tolist()) == [0, 1, 2] for batch in batches)
+    # Every image of a small class comes before any comes again, and large ones change by epoch.
+    small = order[draw._support.labels[order] == 0]
+    assert small[:2].sort().values.tolist() == [0, 1]
+    other = draw.order(torch.Generator().manual_seed(2))
+    assert not torch.equal(order.sort().values, other.sort().values)
+
+
+def test_a_cosine_head_starts_from_class_means_and_learns(tmp_path: Path) -> None:
+    data = write_pictures(tmp_path, count=12)
+    for model in (ColourNet(7), nn.Sequential(nn.Conv2d(3, 12, 1), nn.ReLU())):
+        draw = Classification(data, shots=4, head_type="cosine").draw(0)
+        prepared = draw.prepare(model)
+        head = prepared.model.get_submodule(prepared.head or "")
+        assert isinstance(head, CosineHead)
+        assert draw.evaluate(prepared.model)["accuracy"] > 0.9
+        loss = draw.loss(prepared.model, draw.batch(torch.arange(4), torch.Generator()))
+        loss.backward()
+        assert head.weight.grad is not None
+        assert head.scale.grad is not None
+
+
+def test_kinds_of_heads_and_sampling_are_checked(tmp_path: Path) -> None:
+    data = write_pictures(tmp_path)
+    with pytest.raises(UsageError, match=r"--head-type 'fcn', expected linear, cosine"):
+        Classification(data, shots=2, head_type="fcn")
+    with pytest.raises(UsageError, match=r"--sampling 'odd', expected uniform, balanced"):
+        Classification(data, shots=2, sampling="odd")
+
+
+def test_a_cosine_head_goes_by_direction_alone() -> None:
+    head = CosineHead(4, 3)
+    features = torch.randn(5, 4, generator=torch.Generator().manual_seed(0))
+    before = head(features)
+    expected = head.scale * cosine_similarity(features[:, None], head.weight[None], dim=2)
+    torch.testing.assert_close(before, expected)
+    with torch.no_grad():
+        head.weight.mul_(3)
+    torch.testing.assert_close(head(7 * features), before)
+
+
+def test_a_head_of_convolutions_gets_no_cosine(tmp_path: Path) -> None:
+    model = nn.Sequential()
+    model.add_module("features", nn.Conv2d(3, 8, 1))
+    model.add_module("classifier", nn.Conv2d(8, 7, 1))
+    draw = Classification(write_pictures(tmp_path), shots=2, head_type="cosine").draw(0)
+    with pytest.raises(ModelError, match=r"is a Conv2d.*--head-type linear"):
+        draw.prepare(model)
+
+
+def test_predictions_name_classes(tmp_path: Path) -> None:
+    draw = Classification(write_pictures(tmp_path, count=12), shots=4).draw(0)
+    model = draw.prepare(ColourNet(7)).model
+    rows = list(draw.predictions(model))
+    assert len(rows) == 24
+    right = sum(row["label"] == row["prediction"] for row in rows) / len(rows)
+    assert right == draw.evaluate(model)["accuracy"]
+    assert rows[0]["file"].startswith("blue/")
+    assert all(1 / 3 <= row["probability"] <= 1 for row in rows)
+    assert isinstance(draw, Predicts)
+
+
+def test_several_measures_are_given_besides_accuracy(tmp_path: Path) -> None:
+    write_pictures(tmp_path, classes=["red"], count=9)
+    write_pictures(tmp_path, classes=["blue"], count=3)
+
+    class Red(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.weight = nn.Parameter(torch.ones(1))
+
+        def forward(self, images: Tensor) -> Tensor:
+            return self.weight * torch.tensor([0.0, 2.0]).expand(len(images), 2)
+
+    metrics = Classification(tmp_path, evaluation=tmp_path).draw(0).evaluate(Red())
+    assert metrics["accuracy"] == 0.75
+    assert metrics["class_accuracy"] == 0.5
+
+
+@pytest.mark.filterwarnings("ignore:Cannot")  # of dill, which datasets hashes by
+def test_a_saved_data_set_is_a_source_of_images(tmp_path: Path) -> None:
+    datasets = pytest.importorskip("datasets")
+    folder = write_pictures(tmp_path / "pictures", count=4)
+    files = sorted(folder.rglob("*.png"))
+    names = sorted({file.parent.name for file in files})
+    features = datasets.Features(
+        {"image": datasets.Image(), "label": datasets.ClassLabel(names=names)}
+    )
+    content = {"image": [], "label": [file.parent.name for file in files]}
+    content["image"] = [{"bytes": file.read_bytes(), "path": None} for file in files]
+    datasets.Dataset.from_dict(content, features=features).save_to_disk(tmp_path / "saved")
+    stored, plain = (Classification(data, shots=2) for data in (tmp_path / "saved", folder))
+    assert stored.classes == plain.classes
+    batches = [task.draw(0).batch(torch.arange(6), torch.Generator()) for task in (stored, plain)]
+    assert torch.equal(batches[0][0], batches[1][0])
+    assert torch.equal(batches[0][1], batches[1][1])
+    datasets.DatasetDict(train=datasets.load_from_disk(tmp_path / "saved")).save_to_disk(
+        tmp_path / "split"
+    )
+    with pytest.raises(DataError, match=r"several splits \(train\), expected one.*split/train"):
+        Classification(tmp_path / "split", shots=2)
+    assert Classification(tmp_path / "split" / "train", shots=2).classes == plain.classes
+    datasets.Dataset.from_dict({"a": [1]}).save_to_disk(tmp_path / "other")
+    with pytest.raises(DataError, match="columns a, expected one of images and one of labels"):
+        Classification(tmp_path / "other", shots=2)
+
+
+def test_a_saved_data_set_needs_the_library(tmp_path: Path, monkeypatch: Any) -> None:
+    monkeypatch.setitem(sys.modules, "datasets", None)
+    (tmp_path / "state.json").write_text("{}")
+    with pytest.raises(MissingDependencyError, match=r"'datasets'.*svftool\[datasets\]"):
+        Classification(tmp_path, shots=2)

@@ -11,7 +11,57 @@ import typer
 from svftool.errors import UsageError
 
 CLASSIFICATION, FEW_SHOT = "Classification", "Few-shot segmentation"
-LANGUAGE = "Language"
+LANGUAGE, SEGMENTATION = "Language", "Segmentation"
+
+ImagesOption = Annotated[
+    str | None,
+    typer.Option(
+        metavar="NAME",
+        help="Folder of images in the data.",
+        show_default="images",
+        rich_help_panel=SEGMENTATION,
+    ),
+]
+MasksOption = Annotated[
+    str | None,
+    typer.Option(
+        metavar="NAME",
+        help="Folder of label maps in the data.",
+        show_default="masks",
+        rich_help_panel=SEGMENTATION,
+    ),
+]
+MaskSuffixOption = Annotated[
+    str | None,
+    typer.Option(
+        metavar="_L",
+        help="What the maps' names have more than the images'.",
+        rich_help_panel=SEGMENTATION,
+    ),
+]
+IgnoreIndexOption = Annotated[
+    int | None,
+    typer.Option(
+        help="Label of pixels without a class.", show_default="255", rich_help_panel=SEGMENTATION
+    ),
+]
+HeadTypeOption = Annotated[
+    Literal["linear", "cosine", "fcn", "deeplab"] | None,
+    typer.Option(
+        help="Kind of a new head: linear or cosine for classification; linear, fcn or deeplab on a "
+        "backbone for segmentation.",
+        show_default="linear",
+        rich_help_panel=CLASSIFICATION,
+    ),
+]
+SamplingOption = Annotated[
+    Literal["uniform", "balanced"] | None,
+    typer.Option(
+        help="balanced shows every class equally often, however many images it has.",
+        show_default="uniform",
+        rich_help_panel=CLASSIFICATION,
+    ),
+]
 
 TokenizerOption = Annotated[
     Path | None,
@@ -85,7 +135,8 @@ FeaturesOption = Annotated[
     str | None,
     typer.Option(
         metavar="NAME,NAME[,NAME]",
-        help="Modules that give the middle features and the high one.",
+        help="Modules that give the middle features and the high one; for segmentation the one "
+        "whose map the head is put on.",
         show_default="by the backbone's family",
         rich_help_panel=FEW_SHOT,
     ),
@@ -138,7 +189,14 @@ BELONGING = {
     "classification": frozenset(
         {
             "shots", "evaluation", "classes", "head", "head_name", "image_size", "mean", "std",
-            "augment", "hold_out",
+            "augment", "hold_out", "head_type", "sampling",
+        }
+    ),
+    "segmentation": frozenset(
+        {
+            "shots", "evaluation", "classes", "head", "head_name", "head_type", "features",
+            "image_size", "mean", "std", "augment", "hold_out", "images", "masks", "mask_suffix",
+            "ignore_index",
         }
     ),
     "language": frozenset(

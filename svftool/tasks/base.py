@@ -7,7 +7,7 @@ The loop knows nothing of labels, masks or text. A new task is one module that o
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, Protocol, runtime_checkable
@@ -15,6 +15,7 @@ from typing import Any, Literal, Protocol, runtime_checkable
 import torch
 from torch import Tensor, nn
 
+from svftool.errors import UsageError
 from svftool.progress import SILENT, Progress
 
 Part = Literal["query", "held_out"]
@@ -126,6 +127,18 @@ class Predicts(Protocol):
 def device_of(model: nn.Module) -> torch.device:
     """Device that a model's parameters are on."""
     return next(model.parameters()).device
+
+
+def require_one_of(option: str, value: str, choices: Sequence[str], task: str) -> None:
+    """Refuse a value that an option does not have for a task.
+
+    Raises
+    ------
+    UsageError
+        Names those it has.
+    """
+    if value not in choices:
+        raise UsageError(f"{option} {value!r}, expected {', '.join(choices)} for --task {task}")
 
 
 class Task(Protocol):

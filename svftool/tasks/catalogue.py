@@ -16,6 +16,7 @@ from svftool.tasks.base import Task
 from svftool.tasks.classification import Classification
 from svftool.tasks.few_shot_segmentation import few_shot_tasks
 from svftool.tasks.language import Language
+from svftool.tasks.segmentation import Segmentation
 
 
 @dataclass(frozen=True)
@@ -71,8 +72,13 @@ def _language(data: Path, facts: ModelFacts, **options: Any) -> list[Task]:
     ]
 
 
+def _segmentation(data: Path, facts: ModelFacts, **options: Any) -> list[Task]:
+    return [Segmentation(data, preprocessing=facts.preprocessing, config=facts.config, **options)]
+
+
 TASKS: dict[str, Callable[..., Sequence[Task]]] = {
     "classification": _classification,
+    "segmentation": _segmentation,
     "language": _language,
     "few-shot-segmentation": _few_shot,
 }

@@ -7,7 +7,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from types import MappingProxyType
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import torch
 from torch import Tensor, nn
@@ -16,23 +16,25 @@ from torch.nn.functional import cross_entropy
 from svftool.errors import DataError, ModelError, shortlist
 from svftool.models import DEFAULT_PREPROCESSING, Preprocessing, find_head
 from svftool.progress import SILENT, Progress
-from svftool.tasks.base import Metric, Part, Prepared, device_of
+from svftool.tasks.base import Metric, Part, Prepared, device_of, require_one_of
+from svftool.tasks.class_names import check_labels, class_names
 from svftool.tasks.heads import (
-    class_means,
+    ClassifierType,
     head_inputs,
     logits_of,
     new_head,
     pool,
     require_module,
-    set_head,
+    start_head,
 )
-from svftool.tasks.images import LabelledImage, list_images
+from svftool.tasks.images import list_images, short_name
 from svftool.tasks.metrics import ClassificationCount
-from svftool.tasks.splits import draw_shots, nothing_left, require_query
+from svftool.tasks.splits import balanced_order, draw_shots, nothing_left, require_query
 from svftool.tasks.views import Augment, ImageSet, Transform, choose_view
 
 StrPath = str | os.PathLike[str]
 HeadChoice = Literal["auto", "keep", "new"]
+Sampling = Literal["uniform", "balanced"]
 
 PIXELS_PER_BATCH = 64 * 224 * 224
 LARGEST_BATCH = 256
@@ -81,6 +83,11 @@ class Classification:
         ``auto`` keeps the checkpoint's head when it has as many outputs as there are classes.
     head_name : str or None
         Module that is the head, where it is not found by itself.
+    head_type : {"linear", "cosine"}
+        Kind of a new head.
+    sampling : {"uniform", "balanced"}
+        ``balanced`` shows every class equally often, however many images it has: an epoch is as
+        long as ever, with images of small classes repeated and some of large ones left for later.
     image_size : int or None
         Overrides the checkpoint's; see `svftool.tasks.views.choose_view`.
     augment : {"none", "light", "strong"} or callable
@@ -111,6 +118,8 @@ class Classification:
         classes: StrPath | None = None,
         head: HeadChoice = "auto",
         head_name: str | None = None,
+        head_type: ClassifierType = "linear",
+        sampling: Sampling = "uniform",
         image_size: int | None = None,
         augment: Augment | Transform = "light",
         hold_out: float = 0.0,
@@ -118,16 +127,20 @@ class Classification:
         mean: tuple[float, ...] | None = None,
         std: tuple[float, ...] | None = None,
     ) -> None:
+        require_one_of("--head-type", head_type, get_args(ClassifierType), self.name)
+        require_one_of("--sampling", sampling, get_args(Sampling), self.name)
         images = list_images(Path(data))
         queries = list_images(Path(evaluation)) if evaluation is not None else []
         self.shots = shots
-        self.classes = _class_names(images, None if classes is None else Path(classes))
+        self.classes = class_names(images, None if classes is None else Path(classes))
         self.head = head
         self.head_name = head_name
+        self.head_type = head_type
+        self.sampling = sampling
         self.augment = augment
         self.hold_out = hold_out
-        _check_labels(images, self.classes, data)
-        _check_labels(queries, self.classes, evaluation or data)
+        check_labels(images, self.classes, data)
+        check_labels(queries, self.classes, evaluation or data)
         require_query(shots, evaluation, "images")
         draw_shots([image.label for image in images], shots=shots)
         preprocessing = replace(
@@ -153,6 +166,8 @@ class Classification:
             "std": list(self.view.std),
             "augment": augment,
             "hold_out": self.hold_out,
+            "sampling": self.sampling,
+            "head_type": self.head_type,
         }
 
     def draw(self, seed: int) -> ClassificationDraw:
@@ -216,7 +231,7 @@ class ClassificationDraw:
                 f"the checkpoint's head has {outputs} outputs, the data {len(task.classes)} "
                 "classes. Use --head new, or give the head's class names in order with --classes"
             )
-        model, head = new_head(model, head, len(task.classes), outputs)
+        model, head = new_head(model, head, len(task.classes), outputs, kind=task.head_type)
         self._start_from_means(model, head)
         return Prepared(model, head, new_head=True)
 
@@ -243,12 +258,17 @@ class ClassificationDraw:
         device = device_of(model)
         with torch.inference_mode():
             inputs = head_inputs(model, head, (batch for batch, _ in self._support.batches(device)))
-            weights = class_means(inputs, labels.to(device), len(classes))
-        set_head(model.get_submodule(head), weights)
+        start_head(model.get_submodule(head), inputs.clone(), labels.to(device), len(classes))
 
     def order(self, generator: torch.Generator) -> Tensor:
-        """Shuffle the support set."""
+        """Shuffle the support set; with balanced sampling draw as many of each class."""
+        if self._task.sampling == "balanced":
+            return balanced_order(self._support.labels, generator)
         return torch.randperm(self.size, generator=generator)
+
+    def terms(self, batch: tuple[Tensor, Tensor]) -> int:
+        """Images that a batch's loss is the mean over."""
+        return len(batch[1])
 
     def batch(self, indices: Tensor, generator: torch.Generator) -> tuple[Tensor, Tensor]:
         """Load and augment: (N, 3, height, width) float32 images and (N,) labels."""
@@ -261,20 +281,44 @@ class ClassificationDraw:
         images, labels = batch
         return cross_entropy(logits_of(model(images)).float(), labels)
 
+    @torch.inference_mode()
     def evaluate(
         self, model: nn.Module, part: Part = "query", *, progress: Progress = SILENT
     ) -> dict[str, float]:
-        """Accuracy and mean cross-entropy of the query or held-out images."""
-        examples, count = self._parts[part], ClassificationCount()
-        model.eval()
-        with (
-            torch.inference_mode(),
-            progress.task("evaluate", total=len(examples), unit="images") as bar,
-        ):
-            for images, labels in examples.batches(device_of(model)):
-                count.add(logits_of(model(images)), labels)
+        """Accuracy, its mean over classes, and mean cross-entropy."""
+        examples, count = self._parts[part], ClassificationCount(len(self._task.classes))
+        with progress.task("evaluate", total=len(examples), unit="images") as bar:
+            for logits, labels in self._logits(model, part):
+                count.add(logits, labels)
                 bar.advance(len(labels))
         return count.result()
+
+    @torch.inference_mode()
+    def predictions(
+        self, model: nn.Module, part: Part = "query", folder: Path | None = None
+    ) -> Iterator[dict[str, Any]]:
+        """Give each image's class, the one that the model finds, and how sure it is of it."""
+        names, examples = self._task.classes, self._parts[part]
+        position = 0
+        for logits, labels in self._logits(model, part):
+            sure, found = logits.float().softmax(1).max(1)
+            for label, other, probability in zip(
+                labels.tolist(), found.tolist(), sure.tolist(), strict=True
+            ):
+                yield {
+                    "file": short_name(examples.images.paths[examples.indices[position]]),
+                    "label": names[label],
+                    "prediction": names[other],
+                    "probability": probability,
+                }
+                position += 1
+
+    @torch.inference_mode()
+    def _logits(self, model: nn.Module, part: Part) -> Iterator[tuple[Tensor, Tensor]]:
+        """Logits and labels, batch by batch."""
+        model.eval()
+        for images, labels in self._parts[part].batches(device_of(model)):
+            yield logits_of(model(images)), labels
 
 
 def _head_of(model: nn.Module, name: str | None) -> str | None:
@@ -282,37 +326,6 @@ def _head_of(model: nn.Module, name: str | None) -> str | None:
         return find_head(model)
     require_module(model, name)
     return name
-
-
-def _class_names(images: Sequence[LabelledImage], file: Path | None) -> tuple[str, ...]:
-    if file is None:
-        names = tuple(sorted({image.label for image in images}))
-        where = "the data"
-    else:
-        names, where = _read_classes(file), str(file)
-    if len(names) < 2:
-        raise DataError(f"{where}: {len(names)} class, expected two or more ({shortlist(names)})")
-    return names
-
-
-def _read_classes(file: Path) -> tuple[str, ...]:
-    try:
-        lines = file.read_text(encoding="utf-8-sig").splitlines()
-    except (OSError, UnicodeDecodeError) as error:
-        raise DataError(f"{file}: {error}, expected a text file of class names") from error
-    names = tuple(line.strip() for line in lines if line.strip())
-    twice = sorted({name for name in names if names.count(name) > 1})
-    if twice:
-        raise DataError(f"{file}: {shortlist(twice)} twice, expected each class once")
-    return names
-
-
-def _check_labels(images: Sequence[LabelledImage], classes: Sequence[str], source: StrPath) -> None:
-    unknown = sorted({image.label for image in images} - set(classes))
-    if unknown:
-        raise DataError(
-            f"{source}: unknown class {shortlist(unknown)}, expected one of {shortlist(classes)}"
-        )
 
 
 def _first_line(error: Exception) -> str:

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
-from torch.nn.functional import cross_entropy, normalize
+from torch.nn.functional import cross_entropy, linear, normalize
 
 from svftool.errors import ModelError, shortlist
+
+ClassifierType = Literal["linear", "cosine"]
 
 _SCALES = (5.0, 10.0, 15.0, 20.0, 30.0, 40.0, 60.0, 80.0)
 _ONE_SHOT_SCALE = 15.0
@@ -41,22 +43,44 @@ def pool(features: Tensor) -> Tensor:
     return features.mean(1) if features.ndim == 3 else features
 
 
+class CosineHead(nn.Module):
+    """Classifier by the cosine between features and a direction for each class.
+
+    The logits are ``scale * cos(features, weight[c])``, so that neither the length of a feature nor
+    that of a weight favours a class (Gidaris and Komodakis, CVPR 2018).
+
+    Parameters
+    ----------
+    features, classes : int
+        Sizes of the head.
+    """
+
+    def __init__(self, features: int, classes: int) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.empty(classes, features))
+        self.scale = nn.Parameter(torch.tensor(_ONE_SHOT_SCALE))
+        nn.init.normal_(self.weight, std=features**-0.5)
+
+    def forward(self, features: Tensor) -> Tensor:
+        """Logits, (N, classes), of features (N, F)."""
+        return self.scale * linear(normalize(features, dim=-1), normalize(self.weight, dim=-1))
+
+
 class WithHead(nn.Module):
-    """A network without a classifier, and a linear one on its pooled output.
+    """A network without a classifier, and one on its pooled output.
 
     Parameters
     ----------
     backbone : nn.Module
         Gives features: (N, F), a map (N, F, H, W) or a sequence (N, T, F).
-    features, classes : int
-        Sizes of the head.
+    head : nn.Module
+        Takes features, (N, F).
     """
 
-    def __init__(self, backbone: nn.Module, features: int, classes: int) -> None:
+    def __init__(self, backbone: nn.Module, head: nn.Module) -> None:
         super().__init__()
-        like = next(backbone.parameters())
         self.backbone = backbone
-        self.head = nn.Linear(features, classes, device=like.device, dtype=like.dtype)
+        self.head = head.to(next(backbone.parameters()))
 
     def forward(self, images: Tensor) -> Tensor:
         """Logits, (N, classes)."""
@@ -65,7 +89,12 @@ class WithHead(nn.Module):
 
 
 def new_head(
-    model: nn.Module, module: str | None, classes: int, features: int
+    model: nn.Module,
+    module: str | None,
+    classes: int,
+    features: int,
+    *,
+    kind: ClassifierType = "linear",
 ) -> tuple[nn.Module, str]:
     """Put an untrained classifier in the place of the model's own, or behind a model without one.
 
@@ -80,6 +109,8 @@ def new_head(
         Outputs of the new head.
     features : int
         Its inputs, where `module` is None.
+    kind : {"linear", "cosine"}
+        A linear layer (a 1x1 convolution where the old head is one), or a `CosineHead`.
 
     Returns
     -------
@@ -92,14 +123,32 @@ def new_head(
         If the head is another kind of layer.
     """
     if module is None:
-        return WithHead(model, features, classes), "head"
+        layer = CosineHead if kind == "cosine" else nn.Linear
+        return WithHead(model, layer(features, classes)), "head"
     old = model.get_submodule(module)
     parent, _, name = module.rpartition(".")
-    setattr(model.get_submodule(parent), name, _resized(old, module, classes))
+    new = resized(old, module, classes) if kind == "linear" else _cosine(old, module, classes)
+    setattr(model.get_submodule(parent), name, new)
     return model, module
 
 
-def _resized(old: nn.Module, name: str, classes: int) -> nn.Module:
+def _cosine(old: nn.Module, name: str, classes: int) -> nn.Module:
+    if not isinstance(old, nn.Linear):
+        raise ModelError(
+            f"head {name!r} is a {type(old).__name__}, expected a linear layer for a cosine head. "
+            "Use --head-type linear"
+        )
+    return CosineHead(old.in_features, classes).to(old.weight)
+
+
+def resized(old: nn.Module, name: str, classes: int) -> nn.Module:
+    """Make an untrained layer of the kind of an old one, with another number of outputs.
+
+    Raises
+    ------
+    ModelError
+        If the old one is no linear layer or 1x1 convolution.
+    """
     options: dict[str, Any] = {}
     if isinstance(old, (nn.Linear, nn.Conv2d)):
         options = {"device": old.weight.device, "dtype": old.weight.dtype}
@@ -114,8 +163,8 @@ def _resized(old: nn.Module, name: str, classes: int) -> nn.Module:
     )
 
 
-def require_module(model: nn.Module, name: str) -> None:
-    """Refuse a name given with ``--head-name`` that no module has.
+def require_module(model: nn.Module, name: str, *, option: str = "--head-name") -> None:
+    """Refuse a name given with an option that no module has.
 
     Raises
     ------
@@ -124,7 +173,7 @@ def require_module(model: nn.Module, name: str) -> None:
     """
     names = [found for found, _ in model.named_modules() if found]
     if name not in names:
-        raise ModelError(f"--head-name {name!r} is no module of the model: {shortlist(names)}")
+        raise ModelError(f"{option} {name!r} is no module of the model: {shortlist(names)}")
 
 
 def head_inputs(model: nn.Module, head: str, batches: Iterable[Tensor]) -> Tensor:
@@ -163,6 +212,13 @@ def class_means(features: Tensor, labels: Tensor, classes: int) -> Tensor:
     (classes, F) Tensor
         For features of typical length the logits are scale times cosine.
     """
+    weights, scale = mean_directions(features, labels, classes)
+    result: Tensor = weights * (scale / features.norm(dim=1).mean())
+    return result
+
+
+def mean_directions(features: Tensor, labels: Tensor, classes: int) -> tuple[Tensor, float]:
+    """Give unit directions of the classes' means, (classes, F), and a scale; see `class_means`."""
     directions = normalize(features, dim=1)
     sums = directions.new_zeros(classes, features.shape[1]).index_add_(0, labels, directions)
     weights = normalize(sums, dim=1)
@@ -172,8 +228,18 @@ def class_means(features: Tensor, labels: Tensor, classes: int) -> Tensor:
         others = normalize(sums[labels] - directions, dim=1)
         cosines[torch.arange(len(labels)), labels] = (others * directions).sum(1)
         scale = min(_SCALES, key=lambda s: float(cross_entropy(s * cosines, labels)))
-    result: Tensor = weights * (scale / features.norm(dim=1).mean())
-    return result
+    return weights, scale
+
+
+def start_head(head: nn.Module, features: Tensor, labels: Tensor, classes: int) -> None:
+    """Start a new head from the mean directions of the classes' features, (N, F)."""
+    if isinstance(head, CosineHead):
+        weights, scale = mean_directions(features, labels, classes)
+        with torch.no_grad():
+            head.weight.copy_(weights)
+            head.scale.fill_(scale)
+    else:
+        set_head(head, class_means(features, labels, classes))
 
 
 def set_head(head: nn.Module, weights: Tensor) -> None:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import csv
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -10,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 from torch import Tensor
 
 from svftool.errors import DataError, MissingDependencyError
+from svftool.tasks.saved_datasets import StoredImage, is_saved_dataset, stored_images
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -20,21 +23,26 @@ SUFFIXES = frozenset(
 _EXIF_ORIENTATION = 0x0112
 
 
+ImagePath = Path | StoredImage
+"""What can be opened as an image."""
+
+
 @dataclass(frozen=True)
 class LabelledImage:
-    """A file and the name of its class."""
+    """A file, or a row of a saved data set, and the name of its class."""
 
-    path: Path
+    path: ImagePath
     label: str
 
 
 def list_images(data: Path) -> list[LabelledImage]:
-    """List the images of a folder of class folders, or of a CSV file of path,label.
+    """List the images of a folder of class folders, a CSV file of path,label, or a saved data set.
 
     Parameters
     ----------
     data : Path
-        A folder whose sub-folders are the classes, or a CSV file. A first row that names the
+        A folder whose sub-folders are the classes, a folder of ``datasets.Dataset.save_to_disk``,
+        or a CSV file. A first row that names the
         columns ``path`` and ``label`` is a header; without one the first two columns are taken.
         Paths are relative to the CSV file's folder.
 
@@ -48,7 +56,9 @@ def list_images(data: Path) -> list[LabelledImage]:
     DataError
         If nothing is there, a class folder is empty, or a row is not a path and a label.
     """
-    if data.is_dir():
+    if data.is_dir() and is_saved_dataset(data):
+        images = [LabelledImage(image, label) for image, label in stored_images(data)]
+    elif data.is_dir():
         images = _list_folder(data)
     elif data.is_file():
         images = _list_csv(data)
@@ -103,7 +113,14 @@ def _rows(file: Path) -> list[tuple[int, list[str]]]:
         raise DataError(f"{file}: {error}, expected a CSV file of path,label in UTF-8") from error
 
 
-def open_image(path: Path) -> Image:
+def short_name(path: ImagePath) -> str:
+    """Name an image by its file and folder, which does not tell where the data lies."""
+    if isinstance(path, StoredImage):
+        return f"row {path.row + 1}"
+    return f"{path.parent.name}/{path.name}"
+
+
+def open_image(path: ImagePath) -> Image:
     """Decode an image to RGB, turned upright by its EXIF orientation.
 
     Raises
@@ -115,7 +132,7 @@ def open_image(path: Path) -> Image:
     from PIL import ImageOps
 
     try:
-        with pillow.open(path) as opened:
+        with pillow.open(_content(path)) as opened:
             image = ImageOps.exif_transpose(opened)
             if image.mode.startswith("I"):
                 # convert("RGB") clips 16-bit values at 255 instead of scaling them.
@@ -125,7 +142,27 @@ def open_image(path: Path) -> Image:
         raise _unreadable(path, error) from error
 
 
-def image_size(path: Path) -> tuple[int, int]:
+@contextmanager
+def open_raw(path: ImagePath) -> Iterator[Image]:
+    """Context with a picture in its own mode, such as a label map.
+
+    Raises
+    ------
+    DataError
+        If the file is no image, or only a part of one.
+    """
+    pillow = _pillow()
+    try:
+        with pillow.open(_content(path)) as opened:
+            opened.load()
+            yield opened
+    except DataError:
+        raise
+    except Exception as error:  # Pillow's decoders raise whatever they meet
+        raise _unreadable(path, error) from error
+
+
+def image_size(path: ImagePath) -> tuple[int, int]:
     """Read (height, width) of the upright image from the file's header.
 
     Raises
@@ -134,7 +171,7 @@ def image_size(path: Path) -> tuple[int, int]:
         If the file is no image.
     """
     try:
-        with _pillow().open(path) as opened:
+        with _pillow().open(_content(path)) as opened:
             width, height = opened.size
             turned = opened.getexif().get(_EXIF_ORIENTATION, 1) >= 5
     except MissingDependencyError:
@@ -152,6 +189,10 @@ def to_tensor(image: Image) -> Tensor:
     return tensor
 
 
+def _content(path: ImagePath) -> Any:
+    return path.open() if isinstance(path, StoredImage) else path
+
+
 def _pillow() -> Any:
     try:
         from PIL import Image
@@ -160,7 +201,7 @@ def _pillow() -> Any:
     return Image
 
 
-def _unreadable(path: Path, error: Exception) -> DataError:
+def _unreadable(path: ImagePath, error: Exception) -> DataError:
     return DataError(
         f"{path}: {type(error).__name__} while decoding, expected an image. "
         "Replace the file or remove it"

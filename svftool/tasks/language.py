@@ -267,6 +267,7 @@ class LanguageDraw:
         logits = self._logits(model, batch)[:, :-1][chosen]
         return cross_entropy(logits.float(), batch["input_ids"][:, 1:][chosen])
 
+    @torch.inference_mode()
     def evaluate(
         self, model: nn.Module, part: Part = "query", *, progress: Progress = SILENT
     ) -> dict[str, float]:
@@ -282,6 +283,7 @@ class LanguageDraw:
         perplexity = math.exp(mean) if mean < LARGEST_LOSS else math.inf
         return {"perplexity": perplexity, "accuracy": correct / tokens, "loss": mean}
 
+    @torch.inference_mode()
     def predictions(
         self, model: nn.Module, part: Part = "query", folder: Path | None = None
     ) -> Iterator[dict[str, Any]]:
@@ -299,6 +301,7 @@ class LanguageDraw:
                 "accuracy": score.correct / score.tokens,
             }
 
+    @torch.inference_mode()
     def _scores(self, model: nn.Module, part: Part) -> Iterator[Score]:
         blocks = self._parts[part].blocks
         tokens = max(1, LOGITS_AT_ONCE // (_vocabulary(model) or len(self._task.tokenizer)))
@@ -306,10 +309,11 @@ class LanguageDraw:
         for positions in by_length(blocks, tokens):
             chosen = [blocks[position] for position in positions]
             batch = to_device(collate(chosen, self._task.padding), device_of(model))
-            with torch.inference_mode():
-                logits = self._logits(model, batch)
-                for row, block in enumerate(chosen):
-                    yield _score(block, logits[row], batch["targets"][row], batch["input_ids"][row])
+            logits = self._logits(model, batch)
+            for block, *parts in zip(
+                chosen, logits, batch["targets"], batch["input_ids"], strict=True
+            ):
+                yield _score(block, *parts)
 
     @staticmethod
     def _logits(model: nn.Module, batch: Mapping[str, Tensor]) -> Tensor:

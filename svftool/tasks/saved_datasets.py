@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+from io import BytesIO
 from pathlib import Path
 from typing import Any
 
-from svftool.errors import DataError, MissingDependencyError
+from svftool.errors import DataError, MissingDependencyError, shortlist
 
 _ONE, _SEVERAL = "state.json", "dataset_dict.json"
 
@@ -42,3 +44,71 @@ def load_saved_dataset(folder: Path) -> Any:
             f"{folder}: {type(error).__name__}: {error}, expected a folder of "
             "datasets.Dataset.save_to_disk"
         ) from error
+
+
+@dataclass(frozen=True)
+class StoredImage:
+    """An image in a saved data set, which is read when it is opened.
+
+    Attributes
+    ----------
+    dataset : object
+        A ``datasets.Dataset`` whose image column is not decoded.
+    column : str
+        That column.
+    row : int
+    folder : Path
+        Where the data set lies, for messages.
+    """
+
+    dataset: Any
+    column: str
+    row: int
+    folder: Path
+
+    def __str__(self) -> str:
+        return f"{self.folder}: row {self.row + 1}"
+
+    def open(self) -> BytesIO | Path:
+        """Give the encoded image, or its file where the data set holds only the name."""
+        cell = self.dataset[self.row][self.column] or {}
+        content, path = cell.get("bytes"), cell.get("path")
+        if content is not None:
+            return BytesIO(content)
+        if path is None:
+            raise DataError(f"{self}: no image, expected one in column {self.column!r}")
+        return Path(path)
+
+
+def stored_images(folder: Path) -> list[tuple[StoredImage, str]]:
+    """List the images of a saved data set with the names of their classes.
+
+    The columns are found by their types, ``Image`` and ``ClassLabel``; labels of another type
+    are taken from a column named ``label``.
+
+    Raises
+    ------
+    DataError
+        If there is no column of images, or none of labels.
+    MissingDependencyError
+        If ``datasets`` is not installed.
+    """
+    dataset = load_saved_dataset(folder)
+    import datasets
+
+    features = dataset.features
+    images = [name for name, kind in features.items() if isinstance(kind, datasets.Image)]
+    labels = [name for name, kind in features.items() if isinstance(kind, datasets.ClassLabel)]
+    labels = labels or [name for name in features if name == "label"]
+    if not images or not labels:
+        raise DataError(
+            f"{folder}: columns {shortlist(features)}, expected one of images and one of labels. "
+            "Cast them to datasets.Image and datasets.ClassLabel"
+        )
+    column, label = images[0], labels[0]
+    raw = dataset.cast_column(column, datasets.Image(decode=False))
+    named = getattr(features[label], "int2str", str)
+    return [
+        (StoredImage(raw, column, row, folder), named(value))
+        for row, value in enumerate(dataset[label])
+    ]

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
+from torch import Tensor
 
 from svftool.errors import DataError, UsageError
 
@@ -105,6 +106,46 @@ def draw_examples(
             f"Lower --shots or add {unit}."
         )
     return _joined([_split(list(range(count)), shots, hold_out, f"{seed}:{unit}")])
+
+
+def balanced_order(labels: Tensor, generator: torch.Generator) -> Tensor:
+    """Order of an epoch in which each class comes up equally often, one more or less.
+
+    Classes with fewer examples repeat them, every one before any comes again; of larger ones a
+    random part is shown. Classes take turns, so that batches are balanced too.
+
+    Parameters
+    ----------
+    labels : (N,) int64 Tensor
+        Class of each example.
+    generator : torch.Generator
+        Source of all randomness.
+
+    Returns
+    -------
+    (N,) int64 Tensor
+        Positions in `labels`.
+
+    Examples
+    --------
+    >>> labels = torch.tensor([0] * 9 + [1])
+    >>> labels[balanced_order(labels, torch.Generator().manual_seed(0))].bincount().tolist()
+    [5, 5]
+    """
+    size = len(labels)
+    present = labels.bincount().nonzero().flatten().tolist()
+    rounds = -(-size // len(present))
+    columns = []
+    for label in present:
+        members = (labels == label).nonzero().flatten()
+        times = -(-rounds // len(members))
+        shuffled = [
+            members[torch.randperm(len(members), generator=generator)] for _ in range(times)
+        ]
+        columns.append(torch.cat(shuffled)[:rounds])
+    turns = [torch.randperm(len(present), generator=generator) for _ in range(rounds)]
+    table = torch.stack(columns, dim=1)
+    return table.gather(1, torch.stack(turns)).flatten()[:size]
 
 
 def require_query(shots: int | None, evaluation: object, unit: str) -> None:

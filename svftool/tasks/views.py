@@ -6,15 +6,14 @@ from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import reduce
-from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
 from svftool.errors import UsageError
 from svftool.models import Preprocessing
-from svftool.tasks.images import image_size, open_image, to_tensor
+from svftool.tasks.images import ImagePath, image_size, open_image, to_tensor
 
 Augment = Literal["none", "light", "strong"]
 Transform = Callable[[Tensor], Tensor]
@@ -49,7 +48,7 @@ class ImageView:
     mean: tuple[float, ...]
     std: tuple[float, ...]
 
-    def load(self, path: Path) -> Tensor:
+    def load(self, path: ImagePath) -> Tensor:
         """Decode and resize one image: (3, height, width) uint8, both sides at least `size`."""
         from torchvision.transforms.v2 import InterpolationMode
         from torchvision.transforms.v2.functional import resize
@@ -109,7 +108,7 @@ class ImageView:
 
 
 def choose_view(
-    paths: Sequence[Path], preprocessing: Preprocessing, *, size: int | None = None
+    paths: Sequence[ImagePath], preprocessing: Preprocessing, *, size: int | None = None
 ) -> ImageView:
     """Choose the size that the network sees, and how images get there.
 
@@ -148,24 +147,28 @@ def _view(size: tuple[int, int], short_side: int | None, source: Preprocessing) 
     return ImageView(size, short_side, source.interpolation, source.mean, source.std)
 
 
-class ImageSet:
-    """Images of one view, decoded by threads and kept while they fit in memory.
+class Decoded:
+    """Files as tensors, decoded by threads and kept while they fit in memory.
 
     Parameters
     ----------
     paths : sequence of Path
         The files.
-    view : ImageView
-        How they are loaded.
+    decode : callable
+        Gives the tensor of one file.
     cache_bytes : int
-        Decoded images are kept up to this many bytes.
+        Tensors are kept up to this many bytes.
     """
 
     def __init__(
-        self, paths: Sequence[Path], view: ImageView, *, cache_bytes: int = CACHE_BYTES
+        self,
+        paths: Sequence[ImagePath],
+        decode: Callable[[Any], Tensor],
+        *,
+        cache_bytes: int = CACHE_BYTES,
     ) -> None:
         self.paths = tuple(paths)
-        self.view = view
+        self._decode_one = decode
         self._cache: dict[int, Tensor] = {}
         self._free = cache_bytes
 
@@ -173,7 +176,7 @@ class ImageSet:
         return len(self.paths)
 
     def load(self, indices: Sequence[int]) -> list[Tensor]:
-        """Give the images at `indices` as (3, h, w) uint8 tensors.
+        """Give the tensors of the files at `indices`.
 
         Raises
         ------
@@ -193,4 +196,24 @@ class ImageSet:
 
     def _decode(self, indices: Sequence[int]) -> list[Tensor]:
         with ThreadPoolExecutor(max(1, min(DECODERS, len(indices)))) as pool:
-            return list(pool.map(lambda index: self.view.load(self.paths[index]), indices))
+            return list(pool.map(lambda index: self._decode_one(self.paths[index]), indices))
+
+
+class ImageSet(Decoded):
+    """Images of one view: (3, h, w) uint8 tensors.
+
+    Parameters
+    ----------
+    paths : sequence of Path
+        The files.
+    view : ImageView
+        How they are loaded.
+    cache_bytes : int
+        See `Decoded`.
+    """
+
+    def __init__(
+        self, paths: Sequence[ImagePath], view: ImageView, *, cache_bytes: int = CACHE_BYTES
+    ) -> None:
+        super().__init__(paths, view.load, cache_bytes=cache_bytes)
+        self.view = view

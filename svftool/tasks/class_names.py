@@ -1,0 +1,54 @@
+"""Names of the classes of labelled images."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from svftool.errors import DataError, shortlist
+from svftool.tasks.images import LabelledImage
+
+
+def class_names(images: Sequence[LabelledImage], file: Path | None) -> tuple[str, ...]:
+    """Give the classes in the order of the head's outputs: those of a file, or sorted.
+
+    Raises
+    ------
+    DataError
+        If the file is not readable, repeats a name, or there are fewer than two classes.
+    """
+    if file is None:
+        names = tuple(sorted({image.label for image in images}))
+        where = "the data"
+    else:
+        names, where = _read_classes(file), str(file)
+    if len(names) < 2:
+        raise DataError(f"{where}: {len(names)} class, expected two or more ({shortlist(names)})")
+    return names
+
+
+def _read_classes(file: Path) -> tuple[str, ...]:
+    try:
+        lines = file.read_text(encoding="utf-8-sig").splitlines()
+    except (OSError, UnicodeDecodeError) as error:
+        raise DataError(f"{file}: {error}, expected a text file of class names") from error
+    names = tuple(line.strip() for line in lines if line.strip())
+    twice = sorted({name for name in names if names.count(name) > 1})
+    if twice:
+        raise DataError(f"{file}: {shortlist(twice)} twice, expected each class once")
+    return names
+
+
+def check_labels(images: Sequence[LabelledImage], classes: Sequence[str], source: object) -> None:
+    """Refuse images of classes that are not known.
+
+    Raises
+    ------
+    DataError
+        Names the classes, and `source`, where the images are from.
+    """
+    unknown = sorted({image.label for image in images} - set(classes))
+    if unknown:
+        raise DataError(
+            f"{source}: unknown class {shortlist(unknown)}, expected one of {shortlist(classes)}"
+        )

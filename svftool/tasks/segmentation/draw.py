@@ -1,0 +1,266 @@
+"""What one seed trains on and is measured with in segmentation."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import cross_entropy
+
+from svftool.errors import MissingDependencyError, ModelError
+from svftool.progress import SILENT, Progress
+from svftool.tasks.base import Part, Prepared, device_of
+from svftool.tasks.heads import require_module
+from svftool.tasks.segmentation.heads import (
+    WithDenseHead,
+    common_module,
+    dense_heads,
+    dense_logits,
+    enlarge,
+    find_features,
+    last_layer,
+    make_head,
+    replace_heads,
+    start_from_means,
+)
+from svftool.tasks.segmentation.pairs import Pair
+from svftool.tasks.views import Decoded
+
+if TYPE_CHECKING:
+    from svftool.tasks.segmentation.task import Segmentation
+
+LOGITS_AT_ONCE = 1 << 26
+"""Numbers that evaluation enlarges at once, at most."""
+
+
+@dataclass(frozen=True)
+class Pairs:
+    """Pairs of images and label maps, and what is kept of them in memory."""
+
+    pairs: Sequence[Pair]
+    images: Decoded
+    maps: Decoded
+
+
+@dataclass(frozen=True)
+class Chosen:
+    """Some of the pairs."""
+
+    source: Pairs
+    indices: tuple[int, ...]
+
+    def __len__(self) -> int:
+        return len(self.indices)
+
+    def take(self, positions: Sequence[int]) -> tuple[list[Tensor], list[Tensor]]:
+        """Images and label maps at positions of `indices`, as they are kept."""
+        indices = [self.indices[position] for position in positions]
+        return self.source.images.load(indices), self.source.maps.load(indices)
+
+    def batches(self, classes: int) -> Iterator[tuple[list[int], list[Tensor], list[Tensor]]]:
+        """Every pair in order, in batches of one size: positions, images, label maps."""
+        positions: list[int] = []
+        images: list[Tensor] = []
+        maps: list[Tensor] = []
+        for position in range(len(self)):
+            (image,), (labels,) = self.take([position])
+            room = LOGITS_AT_ONCE // max(1, classes * labels.numel())
+            other = bool(images) and (image.shape, labels.shape) != (images[0].shape, maps[0].shape)
+            if images and (other or len(images) >= max(1, room)):
+                yield positions, images, maps
+                positions, images, maps = [], [], []
+            positions.append(position)
+            images.append(image)
+            maps.append(labels)
+        if images:
+            yield positions, images, maps
+
+
+class SegmentationDraw:
+    """Support, held-out and query pairs of one seed."""
+
+    def __init__(
+        self, task: Segmentation, support: Chosen, held_out: Chosen, query: Chosen, *, seed: int
+    ) -> None:
+        self._task = task
+        self._seed = seed
+        self._support = support
+        self._parts = {"held_out": held_out, "query": query}
+
+    @property
+    def size(self) -> int:
+        """Images to train on."""
+        return len(self._support)
+
+    @property
+    def held_out(self) -> int:
+        """Images held out of the support set."""
+        return len(self._parts["held_out"])
+
+    def prepare(self, model: nn.Module) -> Prepared:
+        """Keep the model's head, replace its last layer, or put a new head on a backbone.
+
+        A new last layer starts from the mean directions of the classes' pixels.
+
+        Raises
+        ------
+        ModelError
+            If the model does not take the images, or ``keep`` meets another number of classes.
+        """
+        task, classes = self._task, len(self._task.classes)
+        images = next(self._views(model))[0]
+        outputs, heads = self._heads(model.eval(), images)
+        if heads and outputs == classes and task.head != "new":
+            return Prepared(model, common_module(heads))
+        if task.head == "keep":
+            raise ModelError(
+                f"the checkpoint's head has {outputs or 'no'} outputs for pixels, the data "
+                f"{classes} classes. Use --head new, or give the head's classes with --classes"
+            )
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(self._seed)
+            if heads:
+                replace_heads(model, heads, classes)
+                name = common_module(heads)
+            else:
+                model, name = self._with_head(model, images), "head"
+        model.eval()
+        if len(heads) < 2:
+            layer = last_layer(model.get_submodule(name))
+            start_from_means(model, layer, self._views(model), ignore=task.ignore)
+        return Prepared(model, name, new_head=True)
+
+    def _views(self, model: nn.Module) -> Iterator[tuple[Tensor, Tensor]]:
+        """Every support image as training without augmentation sees it."""
+        for position in range(self.size):
+            images, maps = self._support.take([position])
+            batch, labels = self._task.view.training(images, maps, "none", torch.Generator())
+            yield batch.to(device_of(model)), labels.to(device_of(model))
+
+    def _heads(self, model: nn.Module, images: Tensor) -> tuple[int | None, list[str]]:
+        """Channels of the model's logits and the modules that give them; none for a backbone."""
+        task = self._task
+        try:
+            with torch.inference_mode():
+                output = model(images)
+        except (RuntimeError, ValueError, AssertionError) as error:
+            height, width = images.shape[-2:]
+            text = (str(error) or type(error).__name__).splitlines()[0]
+            raise ModelError(
+                f"the model does not take images of {height} x {width}: {text}. "
+                "Choose the size with --image-size"
+            ) from error
+        try:
+            outputs = dense_logits(output).shape[1]
+        except ModelError:
+            return None, []
+        if task.head_name is not None:
+            require_module(model, task.head_name)
+            return outputs, [task.head_name]
+        return outputs, dense_heads(model, outputs)
+
+    def _with_head(self, model: nn.Module, images: Tensor) -> nn.Module:
+        task = self._task
+        if task.features is not None:
+            require_module(model, task.features, option="--features")
+        with torch.inference_mode():
+            name, channels = find_features(model, images, only=task.features)
+        like = next(model.parameters())
+        head = make_head(task.head_type, channels, len(task.classes), like)
+        return WithDenseHead(model, name, head)
+
+    def order(self, generator: torch.Generator) -> Tensor:
+        """Shuffle the support set."""
+        return torch.randperm(self.size, generator=generator)
+
+    def batch(self, indices: Tensor, generator: torch.Generator) -> tuple[Tensor, Tensor]:
+        """Load and augment: (N, 3, h, w) float32 images and (N, h, w) int64 labels."""
+        images, maps = self._support.take(indices.tolist())
+        return self._task.view.training(images, maps, self._task.augment, generator)
+
+    def terms(self, batch: tuple[Tensor, Tensor]) -> int:
+        """Pixels that a batch's loss is the mean over."""
+        return int((batch[1] != self._task.ignore).sum())
+
+    def loss(self, model: nn.Module, batch: tuple[Tensor, Tensor]) -> Tensor:
+        """Mean cross-entropy of the pixels that are not ignored; 0 if there are none."""
+        images, labels = batch
+        logits = enlarge(dense_logits(model(images)), (labels.shape[1], labels.shape[2]))
+        total = cross_entropy(logits, labels, ignore_index=self._task.ignore, reduction="sum")
+        return total / (labels != self._task.ignore).sum().clamp(min=1)
+
+    @torch.inference_mode()
+    def evaluate(
+        self, model: nn.Module, part: Part = "query", *, progress: Progress = SILENT
+    ) -> dict[str, float]:
+        """Mean IoU and accuracy of pixels at the maps' own size, and mean loss.
+
+        Classes that are neither in the maps nor predicted do not count.
+        """
+        chosen, ignore = self._parts[part], self._task.ignore
+        metrics = _metrics(len(self._task.classes), ignore)
+        loss, pixels = 0.0, 0
+        with progress.task("evaluate", total=len(chosen), unit="images") as bar:
+            for positions, logits, labels in self._logits(model, part):
+                sums = cross_entropy(logits, labels, ignore_index=ignore, reduction="sum")
+                loss, pixels = loss + float(sums), pixels + int((labels != ignore).sum())
+                metrics.update(logits.argmax(1), labels)
+                bar.advance(len(positions))
+        found = {name: float(value) for name, value in metrics.compute().items()}
+        return {**found, "loss": loss / pixels}
+
+    @torch.inference_mode()
+    def predictions(
+        self, model: nn.Module, part: Part = "query", folder: Path | None = None
+    ) -> Iterator[dict[str, Any]]:
+        """Give each image's name, its share of right pixels, and its map as a picture."""
+        chosen, ignore = self._parts[part], self._task.ignore
+        for positions, logits, labels in self._logits(model, part):
+            for position, found, wanted in zip(positions, logits.argmax(1), labels, strict=True):
+                pair = chosen.source.pairs[chosen.indices[position]]
+                right = (found == wanted)[wanted != ignore].float().mean()
+                yield {
+                    "file": f"{pair.name}{pair.image.suffix}",
+                    "map": None if folder is None else _write_map(folder, pair.name, found),
+                    "pixel_accuracy": float(right),
+                }
+
+    @torch.inference_mode()
+    def _logits(self, model: nn.Module, part: Part) -> Iterator[tuple[list[int], Tensor, Tensor]]:
+        """Logits at the maps' own size and labels, batch by batch."""
+        model.eval()
+        device = device_of(model)
+        for positions, images, maps in self._parts[part].batches(len(self._task.classes)):
+            batch = self._task.view.normalised(images).to(device)
+            labels = torch.stack(maps).to(device, torch.int64)
+            logits = enlarge(dense_logits(model(batch)), (labels.shape[1], labels.shape[2]))
+            yield positions, logits, labels
+
+
+def _metrics(classes: int, ignore: int) -> Any:
+    try:
+        from torchmetrics import MetricCollection
+        from torchmetrics.classification import MulticlassAccuracy, MulticlassJaccardIndex
+    except ImportError:
+        purpose = "task segmentation"
+        raise MissingDependencyError("torchmetrics", extra="vision", purpose=purpose) from None
+    options: dict[str, Any] = {"num_classes": classes, "ignore_index": ignore}
+    return MetricCollection(
+        {
+            "miou": MulticlassJaccardIndex(**options, average="macro"),
+            "pixel_accuracy": MulticlassAccuracy(**options, average="micro"),
+        }
+    )
+
+
+def _write_map(folder: Path, name: str, labels: Tensor) -> str:
+    from PIL import Image
+
+    file = folder / f"{name}.png"
+    file.parent.mkdir(parents=True, exist_ok=True)
+    Image.fromarray(labels.to("cpu", torch.uint8).numpy()).save(file)
+    return f"{name}.png"
