@@ -13,6 +13,7 @@ from svftool.tasks.few_shot_segmentation.hosts import (
     BaseLearner,
     Baseline,
     EpisodeFeatures,
+    HostName,
     HostOutput,
     PFENet,
     make_host,
@@ -258,3 +259,15 @@ def test_the_base_learner_says_background_and_every_base_class():
     # The names of BAM's published PSPNet weights.
     assert {"ppm.features.3.1.weight", "ppm.features.0.2.running_mean", "cls.0.weight"} <= names
     assert {"cls.1.bias", "cls.4.weight", "cls.4.bias"} <= names
+
+
+@pytest.mark.parametrize("name", ["baseline", "pfenet", "bam"])
+def test_a_new_host_is_undecided_and_passes_on_what_comes_in(name: HostName):
+    torch.manual_seed(0)
+    host = make_host(name, CHANNELS, width=32).eval()
+    meta = host.meta if isinstance(host, BAM) else host
+    hidden: list[Tensor] = []
+    meta.classify.out.register_forward_hook(lambda module, given, output: hidden.append(given[0]))
+    logits = host(episodes_of(1)).logits
+    assert (logits.softmax(1) - 0.5).abs().max() < 0.3
+    assert 0.1 < hidden[0].std() < 10

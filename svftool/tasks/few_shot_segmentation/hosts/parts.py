@@ -15,6 +15,8 @@ from svftool.tasks.few_shot_segmentation.masks import IGNORE
 AREA_FLOOR = 5e-4
 """Added to the area of a mask, in positions, so that an empty one gives a zero prototype."""
 COSINE_FLOOR = 1e-7
+UNDECIDED = 0.01
+"""Deviation of a new classifier's weights: small, so that it starts with even chances."""
 
 
 @dataclass(frozen=True)
@@ -139,12 +141,24 @@ def gram(features: Tensor) -> Tensor:
     return cosines
 
 
+def convolution(inputs: int, outputs: int, kernel: int) -> nn.Conv2d:
+    """Make a convolution without bias for a ReLU to follow.
+
+    Its weights keep the size of what goes through (He et al., arXiv 1502.01852). PyTorch's own
+    start shrinks it with every layer, and a host then predicts background alone for its first
+    hundreds of steps.
+    """
+    layer = nn.Conv2d(inputs, outputs, kernel, padding=kernel // 2, bias=False)
+    nn.init.kaiming_normal_(layer.weight, nonlinearity="relu")
+    return layer
+
+
 class Reduce(nn.Module):
     """Reduce middle features to the host's width: 1 x 1 convolution, ReLU, channel dropout."""
 
     def __init__(self, inputs: int, width: int) -> None:
         super().__init__()
-        self.conv = nn.Conv2d(inputs, width, 1, bias=False)
+        self.conv = convolution(inputs, width, 1)
         self.drop = nn.Dropout2d(0.5)
 
     def forward(self, features: Tensor) -> Tensor:
@@ -159,8 +173,8 @@ class Residual(nn.Module):
 
     def __init__(self, width: int) -> None:
         super().__init__()
-        self.first = nn.Conv2d(width, width, 3, padding=1, bias=False)
-        self.second = nn.Conv2d(width, width, 3, padding=1, bias=False)
+        self.first = convolution(width, width, 3)
+        self.second = convolution(width, width, 3)
 
     def forward(self, x: Tensor) -> Tensor:
         """Map (B, width, h, w) to the same."""
@@ -172,7 +186,7 @@ class Merge(nn.Module):
 
     def __init__(self, inputs: int, width: int) -> None:
         super().__init__()
-        self.conv = nn.Conv2d(inputs, width, 1, bias=False)
+        self.conv = convolution(inputs, width, 1)
 
     def forward(self, *maps: Tensor) -> Tensor:
         """Map several (B, ., h, w) to (B, width, h, w)."""
@@ -184,9 +198,10 @@ class Classify(nn.Module):
 
     def __init__(self, width: int) -> None:
         super().__init__()
-        self.conv = nn.Conv2d(width, width, 3, padding=1, bias=False)
+        self.conv = convolution(width, width, 3)
         self.drop = nn.Dropout2d(0.1)
         self.out = nn.Conv2d(width, 2, 1)
+        nn.init.normal_(self.out.weight, std=UNDECIDED)
 
     def forward(self, x: Tensor) -> Tensor:
         """Map (B, width, h, w) to (B, 2, h, w)."""
