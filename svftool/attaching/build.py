@@ -106,6 +106,9 @@ def _build_layer(
         band=options.band,
         nonnegative=options.nonnegative,
     )
+    if live.ndim == 4 and live.is_contiguous(memory_format=torch.channels_last):
+        # The convolution would rearrange the kernel in every pass.
+        layer.to(memory_format=torch.channels_last)
     return layer.to(live.device)
 
 

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from svftool.attaching.folding import FoldPlan
+from svftool.attaching.chains import FoldPlan, OwnHook
 from svftool.attaching.region import PREFIX
 from svftool.attaching.standin import StandIn
 from svftool.attaching.weight import AttachedWeight
@@ -22,7 +22,7 @@ _STACK = "_svf_placed"
 Place = tuple[nn.Module, str, AttachedWeight]
 
 
-class Places:
+class Places(OwnHook):
     """Paths from a module to the attached parameters that its forward pass may use.
 
     Paths rather than modules, so that a copied or unpickled model finds its own.
@@ -70,7 +70,7 @@ class Enter(Places):
 
 
 class EnterRoot(Enter):
-    """The same for the whole model, which alone may fold norms: it runs as it was traced."""
+    """The same for the whole model, which alone may fold what follows: it runs as it was traced."""
 
     def __init__(self, places: Sequence[tuple[str, str]], folds: FoldPlan) -> None:
         super().__init__(places)
@@ -79,16 +79,16 @@ class EnterRoot(Enter):
     def __call__(  # type: ignore[override]
         self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> None:
-        """Place what the pass is to use, and tell stand-ins which norm follows them."""
-        pairs = self.folds.pairs(module, args, kwargs) if torch.is_grad_enabled() else []
+        """Place what the pass is to use, and tell stand-ins what follows them."""
+        folds = list(self.folds.folds(module, args, kwargs)) if torch.is_grad_enabled() else []
         self._place(module)
-        for layer, norm in pairs:
-            weight = layer.__dict__.get("weight")
+        for fold in folds:
+            weight = fold.layer.__dict__.get("weight")
             if isinstance(weight, StandIn):
-                weight.follower = norm
+                weight.next_norm, weight.next_relu = fold.norm, fold.relu
 
 
-class Leave:
+class Leave(OwnHook):
     """Forward hook, called whatever happens: uncover the parameters that `Enter` shadowed."""
 
     def __call__(self, module: nn.Module, args: Any, output: Any) -> None:

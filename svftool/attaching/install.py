@@ -7,7 +7,8 @@ from collections.abc import Mapping
 
 from torch import nn
 
-from svftool.attaching.folding import FoldPlan, unfold
+from svftool.attaching.chains import FoldPlan
+from svftool.attaching.folding import unfold
 from svftool.attaching.hooks import Enter, EnterRoot, Leave, LeaveRoot, LoadMerged, SaveMerged
 from svftool.attaching.region import PREFIX
 from svftool.attaching.weight import AttachedWeight

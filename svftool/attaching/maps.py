@@ -32,7 +32,11 @@ class SplitMap(Protocol):
 
     @property
     def inner(self) -> int:
-        """Dimension of the left factor that holds the singular basis."""
+        """Dimension of the left factor that holds the singular basis; the other one is outputs."""
+
+    @property
+    def outer(self) -> int:
+        """Dimension of the dense weight that holds outputs."""
 
     def right(self, x: Tensor, right: Tensor) -> Tensor:
         """Project activations on the right singular vectors."""
@@ -59,6 +63,7 @@ class LinearMap:
 
     channel: int = -1
     inner: int = 1
+    outer: int = 0
 
     def right(self, x: Tensor, right: Tensor) -> Tensor:
         """Return ``x right'``."""
@@ -103,6 +108,7 @@ class ConvMap:
     groups: int = 1
     channel: int = 1
     inner: int = 1
+    outer: int = 0
 
     @property
     def dims(self) -> int:
@@ -163,6 +169,7 @@ class TransposedConvMap:
     dilation: tuple[int, ...]
     channel: int = 1
     inner: int = 0
+    outer: int = 1
 
     @property
     def dims(self) -> int:
@@ -205,6 +212,7 @@ class EmbeddingMap:
 
     channel: int = -1
     inner: int = 1
+    outer: int = 1
 
     def right(self, x: Tensor, right: Tensor) -> Tensor:
         """Look rows up."""

@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from svftool.attaching.folding import affine_in
+from svftool.attaching.folding import affine_in, mark_rectified
 from svftool.attaching.functions import SplitLayer
 from svftool.attaching.layer import AttachedLayer
 from svftool.attaching.maps import ConvMap, EmbeddingMap, LinearMap, SplitMap, TransposedConvMap
@@ -28,7 +28,8 @@ Plain = Callable[[Tensor, Tensor, Tensor | None], Tensor]
 class StandIn(Tensor):
     """A live weight whose singular values are trained.
 
-    `follower` is a norm to be folded in, `used` whether an operation has met the stand-in.
+    `next_norm` and `next_relu` are what follows the layer and is to be folded in, `used` whether an
+    operation has met the stand-in.
 
     Metadata (shape, dtype, device) is the base weight's. Created for one forward pass, so that the
     composed weight is formed at most once in it.
@@ -36,7 +37,8 @@ class StandIn(Tensor):
 
     attached: AttachedWeight
     base: Tensor
-    follower: nn.Module | None
+    next_norm: nn.Module | None
+    next_relu: nn.Module | None
     used: bool
     _composed: Tensor | None
 
@@ -45,7 +47,7 @@ class StandIn(Tensor):
         """Make the stand-in of `base`, a frozen parameter."""
         self = base.detach().as_subclass(StandIn)
         self.attached, self.base = attached, base.detach()
-        self.follower = self._composed = None
+        self.next_norm = self.next_relu = self._composed = None
         self.used = False
         return self
 
@@ -113,16 +115,17 @@ def _run(
     kernels: Kernels,
     positions: int = 0,
 ) -> Tensor:
-    """Run a layer the cheapest way, with the norm behind it folded in where there is one."""
+    """Run a layer the cheapest way, with the norm and ReLU behind it folded in where there are."""
     weight.used = True
     way = "composed" if split is None else choose_way(weight.attached, positions)
     layer = weight.attached.single
     dtype = _compute_dtype(x, weight.base)
-    affine = affine_in(weight.follower, dtype)
+    affine = affine_in(weight.next_norm, dtype)
     if way == "composed" or layer is None or split is None:
         if affine is None:
             return plain(x, weight.composed(), bias)
-        return affine.mark(plain(x, affine.rows(weight.composed()), affine.bias(bias)))
+        outer = 0 if split is None else split.outer
+        return affine.mark(plain(x, affine.rows(weight.composed(), outer), affine.bias(bias)))
     right, left = kernels(layer, dtype)
     base = weight.base.t() if kernels is _columns else weight.base
     dense = base.to(dtype) if way == "residual" else None
@@ -130,11 +133,14 @@ def _run(
     x = x.to(dtype) if x.is_floating_point() else x
     bias = None if bias is None else bias.to(dtype)
     if affine is not None:
-        left, bias = affine.rows(left), affine.bias(bias)
-        dense = None if dense is None else affine.rows(dense)
+        left, bias = affine.rows(left, 1 - split.inner), affine.bias(bias)
+        dense = None if dense is None else affine.rows(dense, split.outer)
+    # Only where nothing is left to do between the layer and the ReLU.
+    relu = weight.next_relu if affine is not None or weight.next_norm is None else None
     with torch.autocast(x.device.type, enabled=False):
-        y: Tensor = SplitLayer.apply(x, s, right, left, dense, bias, split)
-    return y if affine is None else affine.mark(y)
+        y: Tensor = SplitLayer.apply(x, s, right, left, dense, bias, split, relu is not None)
+    y = y if affine is None else affine.mark(y)
+    return y if relu is None else mark_rectified(y, relu)
 
 
 def _compute_dtype(x: Tensor, weight: Tensor) -> torch.dtype:
@@ -162,6 +168,7 @@ def _columns(layer: AttachedLayer, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
 def _matmul(input: Tensor, other: Any) -> Any:  # noqa: A002
     if not isinstance(other, StandIn) or isinstance(input, StandIn) or other.ndim != 2:
         return NotImplemented
+    other.next_norm = other.next_relu = None  # its rows are no output channels
     count = input.numel() // max(1, input.shape[-1])
     return _run(input, other, None, _multiply, split=LinearMap(), kernels=_columns, positions=count)
 
@@ -174,6 +181,7 @@ def _addmm(input: Tensor, mat1: Tensor, mat2: Any, *, beta: float = 1, alpha: fl
     plain = beta == 1 and alpha == 1 and input.ndim == 1
     if not plain or not isinstance(mat2, StandIn) or isinstance(mat1, StandIn):
         return NotImplemented
+    mat2.next_norm = mat2.next_relu = None
     return _run(
         mat1, mat2, input, _multiply, split=LinearMap(), kernels=_columns, positions=mat1.shape[0]
     )
@@ -224,6 +232,8 @@ def _conv(
     if isinstance(padding, str):
         x, padding = _pad_same(x, weight.shape[2:], spread, padding)
     batched = x.ndim == dims + 2
+    if not batched:
+        weight.next_norm = weight.next_relu = None  # a view of the output would not carry the mark
     x = x if batched else x.unsqueeze(0)
     map_ = ConvMap(steps, _tuple(padding, dims), spread, groups)
     split = map_ if groups == 1 else None
