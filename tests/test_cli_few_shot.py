@@ -68,12 +68,19 @@ def test_the_table_is_in_the_papers_form(data: Path, factors: Path, tmp_path: Pa
     result = run(
         data, factors, tmp_path / "t", "--fold", "0", "--host", "pfenet", "--regime", "svf",
         "--steps", "1", "--batch-size", "1", "--select-on", "last", "--remove-novel",
+        "--overlays", str(tmp_path / "seen"), "--overlay-count", "2",
     )  # fmt: skip
     assert result.exit_code == 0, result.stderr
     words = " ".join(result.stdout.split())
     assert "1-shot mIoU, % (1 seed)" in words
     assert "pascal-5i pairs, pfenet host, 49 px" in words
     assert "last weights taken; training images that hold novel classes removed" in words
+    written = sorted(path.relative_to(tmp_path / "seen") for path in tmp_path.glob("seen/*/*"))
+    assert [str(path) for path in written] == [
+        f"fold0-1shot-{run}-seed0/{name}.png"
+        for run in ("before", "svf")
+        for name in ("0000-Aero", "0001-Bicycle")
+    ]
 
 
 @pytest.mark.parametrize(

@@ -334,3 +334,50 @@ def test_overlays_show_supports_truth_and_prediction(make: MakeTask, tmp_path: P
     assert np.abs(panels[3][:, 20:300] - query[:, 20:300]).mean() < 12  # nothing was predicted
     assert np.abs(panels[2][:, 20:300] - query[:, 20:300]).mean() > 12  # the truth is tinted
     assert draw.size == 12
+
+
+def test_every_run_gets_a_folder_of_pictures(make: MakeTask, tmp_path: Path):
+    task = make(overlays=tmp_path / "seen", overlay_count=5)
+    draw, net = train(task, 2)
+    draw.illustrate(net, "fold0-svf")
+    names = sorted(path.name for path in (tmp_path / "seen" / "fold0-svf").iterdir())
+    assert names == [f"000{i}-blue.png" for i in range(5)]
+    make().draw(0).illustrate(net, "nothing was asked for")
+    assert len(list((tmp_path / "seen").iterdir())) == 1
+    with pytest.raises(UsageError, match="--overlay-count is 0, expected at least 1"):
+        make(overlays=tmp_path, overlay_count=0)
+    with pytest.raises(UsageError, match="--overlay-count has no meaning without --overlays"):
+        make(overlay_count=3)
+
+
+def test_predictions_are_those_that_were_scored(make: MakeTask, tmp_path: Path):
+    draw = make().draw(0)
+    net = draw.prepare(SmallNet()).model
+    rows = list(draw.predictions(net, "query", tmp_path))
+    assert len(rows) == 24
+    assert {row["class"] for row in rows} == {"blue"}
+    pictures = [row["picture"] for row in rows]
+    assert pictures[:12] == sorted(path.name for path in tmp_path.iterdir())
+    assert pictures[12:] == [None] * 12
+    assert all(row["query"] not in row["supports"] for row in rows)
+    mean = np.mean([row["iou"] for row in rows])
+    assert mean == pytest.approx(draw.evaluate(net)["miou"], abs=0.15)
+    assert mean > 0.1
+
+
+# Several processes
+
+
+@pytest.mark.parametrize("augment", ["light", "strong"])
+def test_shares_of_a_batch_weigh_as_much_as_their_pixels(make: MakeTask, augment: str):
+    draw = make(shots=[2], augment=augment).draw(0)
+    net = draw.prepare(SmallNet()).model.eval()
+    batch = draw.batch(torch.arange(5), torch.Generator().manual_seed(0))
+    parts = [draw.share(batch, slice(0, 3)), draw.share(batch, slice(3, 5))]
+    assert [len(part["views"]) for part in parts] == [9, 6]
+    terms = [draw.terms(part) for part in parts]
+    assert sum(terms) == draw.terms(batch)
+    with torch.no_grad():
+        whole = draw.loss(net, batch) * sum(terms)
+        losses = [draw.loss(net, part) * count for part, count in zip(parts, terms, strict=True)]
+    torch.testing.assert_close(sum(losses), whole, rtol=1e-4, atol=1e-4)

@@ -33,6 +33,8 @@ from svftool.cli.task_options import (
     MasksOption,
     MaskSuffixOption,
     OutputStrideOption,
+    OverlayCountOption,
+    OverlaysOption,
     RemoveNovelOption,
     SamplingOption,
     SelectEpisodesOption,
@@ -256,6 +258,8 @@ def command(
     select_episodes: SelectEpisodesOption = None,
     select_on: SelectOnOption = None,
     alignment: AlignmentOption = None,
+    overlays: OverlaysOption = None,
+    overlay_count: OverlayCountOption = None,
     trust_remote_code: Annotated[
         bool, typer.Option("--trust-remote-code", help="Run code that lies beside the checkpoint.")
     ] = False,
@@ -334,6 +338,8 @@ def command(
                 "select_episodes": select_episodes,
                 "select_on": select_on,
                 "alignment": alignment,
+                "overlays": overlays,
+                "overlay_count": overlay_count,
             },
         ),
     )

@@ -185,6 +185,19 @@ AlignmentOption = Annotated[
     ),
 ]
 
+OverlaysOption = Annotated[
+    Path | None,
+    typer.Option(
+        metavar="FOLDER",
+        help="Write test episodes of every run as PNG: supports, truth, prediction.",
+        rich_help_panel=FEW_SHOT,
+    ),
+]
+OverlayCountOption = Annotated[
+    int | None,
+    typer.Option(help="How many a run.", show_default="12", rich_help_panel=FEW_SHOT),
+]
+
 BELONGING = {
     "classification": frozenset(
         {
@@ -209,7 +222,7 @@ BELONGING = {
         {
             "shots", "image_size", "mean", "std", "augment", "host", "folds", "inner", "lists",
             "remove_novel", "features", "output_stride", "width", "test_episodes", "test_shots",
-            "select_episodes", "select_on", "alignment",
+            "select_episodes", "select_on", "alignment", "overlays", "overlay_count",
         }
     ),
 }  # fmt: skip

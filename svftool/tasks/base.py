@@ -124,6 +124,14 @@ class Predicts(Protocol):
         """Give one row of plain values an example; pictures are written to `folder`."""
 
 
+@runtime_checkable
+class Illustrated(Protocol):
+    """What a `Draw` offers besides, that can show predictions as pictures."""
+
+    def illustrate(self, model: nn.Module, name: str) -> None:
+        """Write pictures of what a run of this name predicts, where they were asked for."""
+
+
 def device_of(model: nn.Module) -> torch.device:
     """Device that a model's parameters are on."""
     return next(model.parameters()).device

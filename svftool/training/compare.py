@@ -14,6 +14,7 @@ from torch import nn
 from svftool.attaching import Trainable, apply_regime
 from svftool.progress import SILENT, Progress
 from svftool.tasks import Draw, Metric, Prepared, Task
+from svftool.tasks.base import Illustrated
 from svftool.training.interrupt import Interruption
 from svftool.training.journal import Journal
 from svftool.training.logbook import Logbook
@@ -107,6 +108,8 @@ class _Comparison:
                 prepared = self._ranks.together(lambda: self._prepare(draw))
                 if before is None:
                     before = self._measure(draw, prepared.model)
+                    stem = file_stem("before", seed, task.shots, task.facts)
+                    self._illustrate(draw, prepared.model, stem)
                 self._run(task, draw, prepared, regime, seed, before)
 
     def _finished(self, task: Task, seed: int) -> dict[str, Run]:
@@ -128,6 +131,10 @@ class _Comparison:
 
     def _measure(self, draw: Draw, model: nn.Module) -> dict[str, float]:
         return self._ranks.once(lambda: draw.evaluate(model, progress=self._progress))
+
+    def _illustrate(self, draw: Draw, model: nn.Module, name: str) -> None:
+        if isinstance(draw, Illustrated):
+            self._ranks.once(lambda: draw.illustrate(model, name))
 
     def _run(
         self,
@@ -162,6 +169,7 @@ class _Comparison:
             if self._gave_up(outcome):
                 return
             after = self._measure(draw, model)
+            self._illustrate(draw, model, stem)
             log.scalars(outcome.steps, {f"query/{name}": value for name, value in after.items()})
         run = Run(
             regime=regime,

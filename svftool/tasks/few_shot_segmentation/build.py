@@ -13,6 +13,7 @@ from svftool.progress import SILENT, Progress
 from svftool.tasks.few_shot_segmentation.canvas import canvas_side
 from svftool.tasks.few_shot_segmentation.kept import SharedOutputs
 from svftool.tasks.few_shot_segmentation.layouts import open_source
+from svftool.tasks.few_shot_segmentation.overlays import Overlays
 from svftool.tasks.few_shot_segmentation.pictures import Pictures
 from svftool.tasks.few_shot_segmentation.rules import Rules
 from svftool.tasks.few_shot_segmentation.task import FewShotSegmentation
@@ -34,6 +35,8 @@ def few_shot_tasks(
     image_size: int | None = None,
     mean: tuple[float, ...] | None = None,
     std: tuple[float, ...] | None = None,
+    overlays: Path | None = None,
+    overlay_count: int | None = None,
     progress: Progress = SILENT,
     **rules: Any,
 ) -> list[FewShotSegmentation]:
@@ -60,6 +63,10 @@ def few_shot_tasks(
         Side of the canvases; 473, on COCO-20i 641.
     mean, std : tuple of float, optional
         Of the channels, in place of those in `preprocessing`.
+    overlays : Path, optional
+        Folder for pictures of predictions: supports, truth and prediction side by side.
+    overlay_count : int, optional
+        How many of each run; 12.
     progress : Progress
         Told of the masks that are read.
     rules
@@ -90,6 +97,7 @@ def few_shot_tasks(
     }
     chosen = Rules(image_size=size, test_shots=tuple(test_shots), **rules)
     pictures, outputs = Pictures(canvas_side(size)), SharedOutputs()
+    drawn = _overlays(overlays, overlay_count)
     seen_as = replace(preprocessing, mean=mean or preprocessing.mean, std=std or preprocessing.std)
     return [
         FewShotSegmentation(
@@ -99,7 +107,16 @@ def few_shot_tasks(
             preprocessing=seen_as,
             pictures=pictures,
             outputs=outputs,
+            overlays=drawn,
         )
         for count in shots
         for fold in folds
     ]
+
+
+def _overlays(folder: Path | None, count: int | None) -> Overlays | None:
+    if folder is None:
+        if count is not None:
+            raise UsageError("--overlay-count has no meaning without --overlays")
+        return None
+    return Overlays(folder) if count is None else Overlays(folder, count)

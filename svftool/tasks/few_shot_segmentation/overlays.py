@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
+from svftool.checkpoints import write_errors
+from svftool.errors import UsageError
+from svftool.tasks.few_shot_segmentation.folds import ClassSplit
 from svftool.tasks.few_shot_segmentation.masks import IGNORE, Mask
 from svftool.tasks.few_shot_segmentation.pictures import Pictures
 from svftool.tasks.few_shot_segmentation.pool import Pool
@@ -24,6 +28,48 @@ PREDICTION_COLOUR = (230, 30, 60)
 STRENGTH = 0.5
 
 Pixels = npt.NDArray[np.uint8]
+
+
+@dataclass(frozen=True)
+class Overlays:
+    """Pictures of predictions that a user asked for.
+
+    Attributes
+    ----------
+    folder : Path
+        Gets a folder for each run; pictures of an earlier run of the same name are replaced.
+    count : int
+        Test episodes of each run, the first ones.
+    """
+
+    folder: Path
+    count: int = 12
+
+    def __post_init__(self) -> None:
+        if self.count < 1:
+            raise UsageError(f"--overlay-count is {self.count}, expected at least 1")
+
+    def write(
+        self,
+        name: str,
+        predictions: Iterable[Prediction],
+        pool: Pool,
+        pictures: Pictures,
+        split: ClassSplit,
+    ) -> None:
+        """Write the predictions of a run of this name.
+
+        Raises
+        ------
+        ResourceError
+            If the files cannot be written.
+        """
+        folder = self.folder / name
+        with write_errors(folder):
+            folder.mkdir(parents=True, exist_ok=True)
+            for number, prediction in enumerate(predictions):
+                label = split.name(prediction.episode.label)
+                write_overlay(folder, number, prediction, pool, pictures, label)
 
 
 def write_overlay(

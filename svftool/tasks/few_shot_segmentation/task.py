@@ -2,43 +2,18 @@
 
 from __future__ import annotations
 
-import copy
-from collections.abc import Sequence
-from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, replace
 from typing import Any
 
-import numpy as np
-import torch
-from torch import Tensor, nn
-
-from svftool.errors import ModelError
 from svftool.models import DEFAULT_PREPROCESSING, Preprocessing
-from svftool.progress import SILENT, Progress
-from svftool.tasks.base import Metric, Part, Prepared
-from svftool.tasks.few_shot_segmentation.augment import COCO_RANGES, PAPER_RANGES
-from svftool.tasks.few_shot_segmentation.backbones import (
-    Features,
-    adapt_backbone,
-    default_names,
-    parse_names,
-)
-from svftool.tasks.few_shot_segmentation.base_learner import (
-    BaseProbabilities,
-    BaseTraining,
-    train_base_learner,
-)
+from svftool.tasks.base import Metric
 from svftool.tasks.few_shot_segmentation.canvas import canvas_side
-from svftool.tasks.few_shot_segmentation.encoding import Encoder
-from svftool.tasks.few_shot_segmentation.episodes import Episode, draw_episode, fixed_episodes
-from svftool.tasks.few_shot_segmentation.hosts import BaseLearner, HostOutput, Nearest, make_host
-from svftool.tasks.few_shot_segmentation.kept import SharedOutputs, View
-from svftool.tasks.few_shot_segmentation.network import FewShotNet, by_query
-from svftool.tasks.few_shot_segmentation.networks import backbone_name, own_base_learner
-from svftool.tasks.few_shot_segmentation.pictures import THREADS, Pictures
+from svftool.tasks.few_shot_segmentation.draw import FewShotDraw
+from svftool.tasks.few_shot_segmentation.hosts import BaseLearner
+from svftool.tasks.few_shot_segmentation.kept import SharedOutputs
+from svftool.tasks.few_shot_segmentation.overlays import Overlays
+from svftool.tasks.few_shot_segmentation.pictures import Pictures
 from svftool.tasks.few_shot_segmentation.pool import FoldData, Pool, require_shots
 from svftool.tasks.few_shot_segmentation.rules import DEFAULT_RULES, Rules
-from svftool.tasks.few_shot_segmentation.scoring import Scorer, load_masks
 
 
 class FewShotSegmentation:
@@ -58,6 +33,8 @@ class FewShotSegmentation:
         Images and masks that other tasks use too.
     outputs : SharedOutputs, optional
         Outputs of the base's stages that other tasks use too.
+    overlays : Overlays, optional
+        Where pictures of predictions go.
 
     Raises
     ------
@@ -78,6 +55,7 @@ class FewShotSegmentation:
         preprocessing: Preprocessing = DEFAULT_PREPROCESSING,
         pictures: Pictures | None = None,
         outputs: SharedOutputs | None = None,
+        overlays: Overlays | None = None,
     ) -> None:
         require_shots(data.train, shots, data.split, "training")
         require_shots(data.test, max(shots, *rules.test_shots, 1), data.split, "test")
@@ -87,6 +65,7 @@ class FewShotSegmentation:
         self.preprocessing = preprocessing
         self.pictures = pictures or Pictures(canvas_side(rules.image_size))
         self.outputs = outputs or SharedOutputs()
+        self.overlays = overlays
         self.learners: dict[int, BaseLearner] = {}
         self.backbone: str | None = None
 
@@ -128,228 +107,3 @@ class FewShotSegmentation:
     def draw(self, seed: int) -> FewShotDraw:
         """Give the fold's data with the episodes of a seed."""
         return FewShotDraw(self, seed)
-
-
-@dataclass(frozen=True)
-class Asked:
-    """Episodes to score: which pool, how many, of how many shots; a purpose has its own seeds."""
-
-    pool: Pool
-    count: int
-    shots: int
-    purpose: int
-
-    def episodes(self, seed: int) -> list[Episode]:
-        """Draw them for a run's seed."""
-        return list(fixed_episodes(self.pool, self.count, self.shots, 3 * seed + self.purpose))
-
-
-class FewShotDraw:
-    """One fold's data with the episodes of one seed; see `svftool.tasks.base.Draw`."""
-
-    def __init__(self, task: FewShotSegmentation, seed: int) -> None:
-        self._task = task
-        self._seed = seed
-        self._pool = task.data.train
-        self._scorer = Scorer(task.pictures, task.rules.alignment, task.data.split.base)
-        self._encoder: Encoder | None = None
-        self._untrained: Tensor | None = None
-        self._base: BaseProbabilities | None = None
-
-    @property
-    def size(self) -> int:
-        """Training images; an epoch asks for each once."""
-        return len(self._pool.pairs)
-
-    @property
-    def held_out(self) -> int:
-        """Episodes that weights are chosen by."""
-        return 0 if self._task.rules.select_on == "last" else self._task.rules.select_episodes
-
-    def prepare(self, model: nn.Module) -> Prepared:
-        """Set the backbone's resolution and put a new host on it."""
-        task, rules = self._task, self._task.rules
-        task.backbone = backbone_name(model)
-        names = parse_names(rules.features) if rules.features else default_names(model)
-        plan = adapt_backbone(model, names, rules.output_stride)
-        device = next(model.parameters()).device
-        with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(self._seed)
-            host = make_host(rules.host, plan.middle_channels, width=rules.width, shots=task.shots)
-        net = FewShotNet(model, plan, host.to(device))
-        task.outputs.learn(net)
-        self._encoder = self._base = None
-        self._untrained = next(host.parameters()).detach().clone()
-        if rules.host == "bam":
-            self._base = self._base_probabilities(net)
-        layers = tuple(f"*{stage}.*" for stage in plan.trained)
-        return Prepared(net, "host", new_head=True, layers=layers)
-
-    def order(self, generator: torch.Generator) -> Tensor:
-        """Shuffle the training images."""
-        return torch.randperm(self.size, generator=generator)
-
-    def batch(self, indices: Tensor, generator: torch.Generator) -> dict[str, Any]:
-        """Draw an episode for each query, and load what cannot be kept.
-
-        Returns
-        -------
-        dict
-            ``views``: B queries, then their B x K supports. ``target`` (B, N, N), ``masks``
-            (B, K, N, N) and ``own`` (B,); ``images`` (B + B x K, 3, N, N) where they are distorted.
-        """
-        random = np.random.default_rng(int(torch.randint(2**62, (), generator=generator)))
-        task, pool = self._task, self._pool
-        episodes = [draw_episode(pool, i, task.shots, random) for i in indices.tolist()]
-        chosen = [(e.query, e.label) for e in episodes]
-        chosen += [(index, e.label) for e in episodes for index in e.support]
-        flips = random.random(len(chosen)) < 0.5
-        turned = flips if task.rules.augment == "light" else np.zeros_like(flips)
-        views = [
-            View(pool.pairs[index], label, bool(flip))
-            for (index, label), flip in zip(chosen, turned, strict=True)
-        ]
-        batch: dict[str, Any] = {"views": views}
-        if task.rules.augment == "strong":
-            batch["images"], masks = self._distorted(views, random)
-        else:
-            masks = load_masks(task.pictures, views)
-        batch["target"] = masks[: len(episodes)]
-        batch["masks"] = by_query(masks[len(episodes) :], task.shots)
-        batch["own"] = torch.tensor([self._scorer.place_of(e.label) for e in episodes])
-        return batch
-
-    def loss(self, model: nn.Module, batch: dict[str, Any]) -> Tensor:
-        """Cross-entropy of the host's predictions of a batch of episodes."""
-        net = _net_of(model)
-        if self._encoder is None or self._encoder.net is not net:
-            self._encoder = self._encode(net, training=True)
-        return self._predict(net, self._encoder, batch).loss(batch["target"])
-
-    def evaluate(
-        self, model: nn.Module, part: Part = "query", *, progress: Progress = SILENT
-    ) -> dict[str, float]:
-        """Give mIoU and FB-IoU of the novel classes, and of held-out images of the base classes.
-
-        A host that has not been trained yet says nothing; in its place stands `Nearest`, which
-        tells what the backbone can do by itself.
-        """
-        net, rules, task = _net_of(model), self._task.rules, self._task
-        net.eval()
-        encoder = self._encode(net, training=False)
-        if part == "held_out":
-            novel = rules.select_on == "novel"
-            pool = task.data.test if novel else task.held_out(task.shots)
-            asked = Asked(pool, rules.select_episodes, task.shots, purpose=1)
-            return self._score(encoder, asked, progress)
-        metrics: dict[str, float] = {}
-        for shots in dict.fromkeys((task.shots, *rules.test_shots)):
-            suffix = "" if shots == task.shots else f"_{shots}shot"
-            parts = (("", task.data.test, 0), ("base_", task.held_out(shots), 2))
-            for prefix, pool, purpose in parts:
-                if pool.pairs:
-                    asked = Asked(pool, rules.test_episodes, shots, purpose)
-                    found = self._score(encoder, asked, progress)
-                    metrics |= {f"{prefix}{name}{suffix}": v for name, v in found.items()}
-        return metrics
-
-    def _score(self, encoder: Encoder, asked: Asked, progress: Progress) -> dict[str, float]:
-        scorer = replace(self._scorer, base_maps=self._base)
-        host = self._host(encoder.net)
-        scores = scorer.score(
-            host, encoder, asked.pool, asked.episodes(self._seed), progress=progress
-        )
-        return {"miou": scores.miou, "fb_iou": scores.fb_iou}
-
-    def _host(self, net: FewShotNet) -> nn.Module:
-        now = next(net.host.parameters())
-        before = self._untrained
-        return Nearest() if before is not None and torch.equal(before, now) else net.host
-
-    def _encode(self, net: FewShotNet, *, training: bool) -> Encoder:
-        task = self._task
-        return Encoder(
-            net, task.pictures, task.preprocessing, training=training, shared=task.outputs
-        )
-
-    def _predict(self, net: FewShotNet, encoder: Encoder, batch: dict[str, Any]) -> HostOutput:
-        views: list[View] = batch["views"]
-        masks: Tensor = batch["masks"]
-        count = len(masks)
-        images = batch.get("images")
-        features = encoder.features(views) if images is None else encoder.features_of(images)
-        query, shown = features.split(count)
-        output: HostOutput = net.host(
-            net.episodes(
-                query,
-                shown,
-                masks,
-                high=self._shown(encoder, views[count:], shown, batch),
-                base=self._base_maps(views[:count], images),
-                own=batch["own"],
-            )
-        )
-        return output
-
-    def _shown(
-        self, encoder: Encoder, supports: Sequence[View], shown: Features, batch: dict[str, Any]
-    ) -> Tensor | None:
-        if "images" in batch:
-            return None
-        return encoder.shown(supports, shown, batch["masks"].flatten(0, 1))
-
-    def _base_maps(self, queries: Sequence[View], images: Tensor | None) -> Tensor | None:
-        if self._base is None:
-            return None
-        return self._base(queries) if images is None else self._base.of(images[: len(queries)])
-
-    def _distorted(
-        self, views: Sequence[View], random: np.random.Generator
-    ) -> tuple[Tensor, Tensor]:
-        pictures = self._task.pictures
-        ranges = COCO_RANGES if self._task.data.dataset == "coco-20i" else PAPER_RANGES
-        with ThreadPoolExecutor(THREADS) as threads:
-            made = list(
-                threads.map(
-                    lambda view, source: pictures.distorted(view.pair, view.label, source, ranges),
-                    views,
-                    random.spawn(len(views)),
-                )
-            )
-        images, masks = zip(*made, strict=True)
-        return torch.stack(images), torch.stack(masks)
-
-    def _base_probabilities(self, net: FewShotNet) -> BaseProbabilities:
-        """Train the base learner once a seed, on a copy of the backbone that stays as it is."""
-        task = self._task
-        frozen = FewShotNet(copy.deepcopy(net.backbone), net.plan, nn.Identity())
-        frozen.requires_grad_(False).eval()
-        encoder = self._encode(frozen, training=False)
-        learner = own_base_learner(net.backbone)
-        if learner is not None:
-            return BaseProbabilities(encoder, _fitting(learner, self._pool))
-        if self._seed not in task.learners:
-            settings = task.rules.base_learner
-            task.learners[self._seed] = train_base_learner(
-                encoder,
-                net.plan.channels[net.plan.names.high],
-                self._pool,
-                task.pictures,
-                BaseTraining(settings.steps, settings.batch_size, settings.lr, self._seed),
-            )
-        return BaseProbabilities(encoder, task.learners[self._seed])
-
-
-def _net_of(model: nn.Module) -> FewShotNet:
-    """Find the network in whatever wraps it: several processes, or adapters."""
-    return next(module for module in model.modules() if isinstance(module, FewShotNet))
-
-
-def _fitting(learner: BaseLearner, pool: Pool) -> BaseLearner:
-    known = learner.cls[-1].out_channels
-    if known != len(pool.classes) + 1:
-        raise ModelError(
-            f"the base network knows {known} classes with background, expected "
-            f"{len(pool.classes) + 1} for this fold"
-        )
-    return copy.deepcopy(learner).requires_grad_(False).eval()
