@@ -6,6 +6,10 @@ gets by default and, in rows marked ``channels_last``, with the best that either
 Memory is measured in a process of its own for each regime: the highest resident size during two
 steps, above what is resident once the model's file is read.
 
+Operations are counted as they are dispatched (products and convolutions alone). Their number, at
+the rate of one large matrix product timed in the same turns, is the floor of a step: what it would
+take if every kernel were that good and nothing else cost time.
+
     python benchmarks/training.py                     all models
     python benchmarks/training.py resnet50 --memory
     python benchmarks/training.py --ways              does the cost model choose well?
@@ -30,6 +34,7 @@ from typing import Any
 import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
+from torch.utils.flop_counter import FlopCounterMode
 
 import svftool
 from svftool.attaching import AttachedLayer, AttachedWeight, apply_regime
@@ -129,6 +134,12 @@ class Runner:
         self.optimiser.zero_grad(set_to_none=True)
         return time.perf_counter() - begun
 
+    def count_operations(self) -> int:
+        """Count the floating-point operations of one step's products and convolutions."""
+        with FlopCounterMode(display=False) as counter:
+            self.step()
+        return counter.get_total_flops()
+
 
 def prepare(name: str, case: Case, cache: Path) -> Path:
     """Write weights and factors of a model once."""
@@ -154,7 +165,9 @@ def time_steps(case: Case, folder: Path, regimes: list[str], rounds: int) -> lis
     """Let all regimes take turns and give the median step of each."""
     runners = [Runner(case, folder, *variant) for variant in variants(case, regimes)]
     times: dict[Runner, list[float]] = {runner: [] for runner in runners}
+    rates = []
     for turn in range(rounds + 2):
+        rates.append(product_rate())
         for runner in runners:
             seconds = runner.step()
             if turn >= 2:
@@ -165,10 +178,20 @@ def time_steps(case: Case, folder: Path, regimes: list[str], rounds: int) -> lis
             "layout": runner.layout,
             "trainable_parameters": runner.trainable_parameters,
             "seconds": statistics.median(seconds),
+            "operations": (operations := runner.count_operations()),
+            "floor": operations / statistics.median(rates),
             "spread": (max(seconds) - min(seconds)) / statistics.median(seconds),
         }
         for runner, seconds in times.items()
     ]
+
+
+def product_rate(size: int = 2048) -> float:
+    """Give the operations a second of a large matrix product."""
+    a = torch.randn(size, size)
+    begun = time.perf_counter()
+    a @ a
+    return 2 * size**3 / (time.perf_counter() - begun)
 
 
 def resident(field: str) -> int:
@@ -260,7 +283,9 @@ def attached_layer(module: nn.Module, mode: str) -> nn.Module:
 
 def report(name: str, rows: list[dict[str, Any]]) -> None:
     print(f"\n{name}: one step, {torch.get_num_threads()} threads, float32")
-    print("regime   layout             trained   s/step  /full  /lora  memory  /full")
+    print(
+        "regime   layout           trained   s/step  /full  /lora   GFLOP  floor s  memory  /full"
+    )
     for row in rows:
         same = {other["regime"]: other for other in rows if other["layout"] == row["layout"]}
         ratios = [
@@ -272,8 +297,9 @@ def report(name: str, rows: list[dict[str, Any]]) -> None:
             share = row["memory"] / same["full"]["memory"] if "full" in same else float("nan")
             memory = f"{row['memory'] / 2**20:7.0f} MB {share:5.2f}"
         print(
-            f"{row['regime']:<8} {row['layout']:<14} {row['trainable_parameters']:>11,} "
-            f"{row['seconds']:8.4f} {' '.join(ratios)}  {memory}"
+            f"{row['regime']:<8} {row['layout']:<13} {row['trainable_parameters']:>10,} "
+            f"{row['seconds']:8.4f} {' '.join(ratios)} {row['operations'] / 1e9:7.0f} "
+            f"{row['floor']:8.4f} {memory}"
         )
 
 

@@ -29,8 +29,9 @@ class SplitLayer(torch.autograd.Function):
     """``left(s * right(x)) + bias``, plus ``whole(x)`` where a dense weight is given.
 
     With ``s = S`` and no weight this is the factored way, with ``s = S - S_base`` and the base's
-    weight the residual way. Gradients reach `x`, `s` and the bias. With `rectify` a ReLU follows,
-    of which a byte a value is kept instead of its output.
+    weight the residual way. Gradients reach `x`, `s` and the bias. `rows` scales the outputs
+    before the bias is added; factors scaled by it are made anew for the backward pass, not kept.
+    With `rectify` a ReLU follows, of which a byte a value is kept instead of its output.
     """
 
     @staticmethod
@@ -43,39 +44,44 @@ class SplitLayer(torch.autograd.Function):
         weight: Tensor | None,
         bias: Tensor | None,
         split: SplitMap,
+        rows: Tensor | None,
         rectify: bool,
     ) -> Tensor:
         """Run the layer and keep ``right(x)``."""
         z = split.right(x, right)
+        scaled = _scaled(left, rows, 1 - split.inner)
         if weight is None:
-            y = _expand(z, s, left, bias, split)
+            y = _expand(z, s, scaled, bias, split)
         else:
-            y = split.whole(x, weight, bias).add_(_expand(z, s, left, None, split))
+            dense = _scaled(weight, rows, split.outer)
+            y = split.whole(x, dense, bias).add_(_expand(z, s, scaled, None, split))
         passed = passed_by(y.relu_()) if rectify else None
         ctx.split = split
         ctx.shape = tuple(x.shape)
-        ctx.save_for_backward(z, s, right, left, weight, passed)
+        ctx.save_for_backward(z, s, right, left, weight, rows, passed)
         return y
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
         """Return the gradients of `x`, `s` and the bias."""
-        z, s, right, left, weight, passed = ctx.saved_tensors
+        z, s, right, left, weight, rows, passed = ctx.saved_tensors
         split: SplitMap = ctx.split
-        want_x, want_s, _, _, _, want_bias, _, _ = ctx.needs_input_grad
+        want_x, want_s, _, _, _, want_bias, *_ = ctx.needs_input_grad
         dy = dy if passed is None else dy * passed
-        g = split.left_adjoint(dy, left) if want_x or want_s else None
+        g = None
+        if want_x or want_s:
+            g = split.left_adjoint(dy, _scaled(left, rows, 1 - split.inner))
         ds = dx = db = None
         if g is not None:
             dx, ds = _contract(
                 g, z if want_s else None, s, right, ctx.shape if want_x else None, split
             )
             if dx is not None and weight is not None:
-                dx = dx.add_(split.whole_adjoint(dy, weight, ctx.shape))
+                dx = dx.add_(split.whole_adjoint(dy, _scaled(weight, rows, split.outer), ctx.shape))
         if want_bias:
             db = sum_positions(dy, split.channel, dy.dtype)
-        return dx, ds, None, None, None, db, None, None
+        return dx, ds, None, None, None, db, None, None, None
 
 
 class Rectify(torch.autograd.Function):
@@ -105,6 +111,10 @@ def passed_by(y: Tensor) -> Tensor:
     several times as fast as with bools.
     """
     return y.to(torch.bool).view(torch.uint8)
+
+
+def _scaled(kernel: Tensor, rows: Tensor | None, dim: int) -> Tensor:
+    return kernel if rows is None else kernel * along(rows, kernel, dim)
 
 
 def _expand(z: Tensor, s: Tensor, left: Tensor, bias: Tensor | None, split: SplitMap) -> Tensor:

@@ -73,10 +73,20 @@ def add_lora(
         # PEFT asks transformers' models about gradient checkpointing by a name of the past.
         warnings.simplefilter("ignore", FutureWarning)
         wrapped: nn.Module = peft.get_peft_model(model, config)
+    _dilate_adapters(wrapped)
     trained = {n: p for n, p in wrapped.named_parameters() if p.requires_grad}
     adapters = [p for n, p in trained.items() if ".lora_" in n]
     rest = [p for n, p in trained.items() if ".lora_" not in n]
     return wrapped, adapters, rest
+
+
+def _dilate_adapters(wrapped: nn.Module) -> None:
+    """Give adapters their convolution's dilation, which PEFT leaves out."""
+    for module in wrapped.modules():
+        base = getattr(module, "base_layer", None)
+        if isinstance(base, nn.Conv2d) and hasattr(module, "lora_A"):
+            for adapter in module.lora_A.values():
+                adapter.dilation = base.dilation
 
 
 def _adaptable(module: nn.Module) -> bool:

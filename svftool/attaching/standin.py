@@ -132,13 +132,13 @@ def _run(
     s = layer.delta() if way == "residual" else layer.values()
     x = x.to(dtype) if x.is_floating_point() else x
     bias = None if bias is None else bias.to(dtype)
+    rows = None
     if affine is not None:
-        left, bias = affine.rows(left, 1 - split.inner), affine.bias(bias)
-        dense = None if dense is None else affine.rows(dense, split.outer)
+        rows, bias = affine.scale, affine.bias(bias)
     # Only where nothing is left to do between the layer and the ReLU.
     relu = weight.next_relu if affine is not None or weight.next_norm is None else None
     with torch.autocast(x.device.type, enabled=False):
-        y: Tensor = SplitLayer.apply(x, s, right, left, dense, bias, split, relu is not None)
+        y: Tensor = SplitLayer.apply(x, s, right, left, dense, bias, split, rows, relu is not None)
     y = y if affine is None else affine.mark(y)
     return y if relu is None else mark_rectified(y, relu)
 
