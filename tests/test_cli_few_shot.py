@@ -83,6 +83,20 @@ def test_the_table_is_in_the_papers_form(data: Path, factors: Path, tmp_path: Pa
     ]
 
 
+def test_adapters_follow_dilated_layers_and_their_host_is_scored(
+    data: Path, factors: Path, tmp_path: Path
+):
+    pytest.importorskip("peft")
+    result = run(
+        data, factors, tmp_path / "t", "--regime", "lora:2", "--steps", "2", "--batch-size", "2",
+        "--select-on", "last", "--json",
+    )  # fmt: skip
+    assert result.exit_code == 0, result.stderr
+    metrics = json.loads(result.stdout)["runs"][0]["metrics"]
+    # Two steps leave a new host undecided; what stands in for it before training is better.
+    assert abs(metrics["after"]["miou"] - metrics["before"]["miou"]) > 0.02
+
+
 @pytest.mark.parametrize(
     ("options", "code", "message"),
     [

@@ -83,9 +83,9 @@ def add_lora(
 def _dilate_adapters(wrapped: nn.Module) -> None:
     """Give adapters their convolution's dilation, which PEFT leaves out."""
     for module in wrapped.modules():
-        base = getattr(module, "base_layer", None)
-        if isinstance(base, nn.Conv2d) and hasattr(module, "lora_A"):
-            for adapter in module.lora_A.values():
+        base, adapters = getattr(module, "base_layer", None), getattr(module, "lora_A", None)
+        if isinstance(base, nn.Conv2d) and isinstance(adapters, nn.ModuleDict):
+            for adapter in adapters.values():
                 adapter.dilation = base.dilation
 
 

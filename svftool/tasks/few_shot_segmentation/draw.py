@@ -240,7 +240,9 @@ class FewShotDraw:
         return {"miou": scores.miou, "fb_iou": scores.fb_iou}
 
     def _host(self, net: FewShotNet) -> nn.Module:
-        now = next(net.host.parameters())
+        # PEFT keeps the host as it was beside the one that is trained.
+        parameters = list(net.host.parameters())
+        now = next((p for p in parameters if p.requires_grad), parameters[0])
         before = self._untrained
         return Nearest() if before is not None and torch.equal(before, now) else net.host
 
