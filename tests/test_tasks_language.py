@@ -357,6 +357,34 @@ def test_the_command_trains_and_merges(folder: Path, tmp_path: Path) -> None:
     assert "--classes has no meaning for --task language" in wrong.stderr
 
 
+def test_a_tied_output_layer_is_trained_on_request(folder: Path, tmp_path: Path) -> None:
+    factors, tuned, merged = (tmp_path / name for name in ("factors", "t.svf.safetensors", "m"))
+    assert run("decompose", folder, "-o", factors, "-q").exit_code == 0
+    data = write_texts(tmp_path / "data.jsonl", VERSES)
+    common = ["--task", "language", "--data", data, "--eval", data, "--json"]
+    options = ["--steps", 10, "--regime", "head", "--head-name", "lm_head", "--head-lr", 0.01]
+    result = run("finetune", factors, "-o", tuned, *common, *options)
+    assert result.exit_code == 0, result.stderr
+    metrics = json.loads(result.stdout)["runs"][0]["metrics"]
+    assert metrics["after"]["perplexity"] < 0.8 * metrics["before"]["perplexity"]
+    assert run("merge", factors, tuned, "-o", merged).exit_code == 0
+    from transformers import AutoModelForCausalLM
+
+    model = AutoModelForCausalLM.from_pretrained(merged).eval()
+    assert model.lm_head.weight is model.model.embed_tokens.weight
+    again = Language(data, tokenizer=folder, evaluation=data).draw(0).evaluate(model)
+    assert again["perplexity"] == pytest.approx(metrics["after"]["perplexity"], rel=1e-4)
+
+
+def test_saved_data_sets_hold_texts_too(tmp_path: Path) -> None:
+    datasets = pytest.importorskip("datasets")
+    datasets.Dataset.from_list(PAIRS).save_to_disk(tmp_path / "saved")
+    texts = list_texts(tmp_path / "saved")
+    assert [(text.prompt, text.body) for text in texts] == [
+        (row["prompt"], row["completion"]) for row in PAIRS
+    ]
+
+
 @pytest.mark.filterwarnings("ignore:.is_gradient_checkpointing:FutureWarning")  # PEFT's own
 def test_lora_trains_a_language_model_too(folder: Path, tmp_path: Path) -> None:
     peft = pytest.importorskip("peft")
