@@ -86,7 +86,8 @@ def _dilate_adapters(wrapped: nn.Module) -> None:
         base, adapters = getattr(module, "base_layer", None), getattr(module, "lora_A", None)
         if isinstance(base, nn.Conv2d) and isinstance(adapters, nn.ModuleDict):
             for adapter in adapters.values():
-                adapter.dilation = base.dilation
+                if isinstance(adapter, nn.Conv2d):
+                    adapter.dilation = base.dilation
 
 
 def _adaptable(module: nn.Module) -> bool:
