@@ -5,6 +5,7 @@ has finished is not run again; one that was cut short is, but until then its fin
 
     python benchmarks/few_shot_findings.py DATA WORK             all that is missing, then tables
     python benchmarks/few_shot_findings.py DATA WORK --jobs 2    two commands at a time
+    python benchmarks/few_shot_findings.py DATA WORK --match full-folds01
     python benchmarks/few_shot_findings.py DATA WORK --table     only the tables
     python benchmarks/few_shot_findings.py DATA WORK --list      only the commands
 
@@ -195,7 +196,7 @@ def parse_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.split("\n", 1)[0])
     parser.add_argument("data", type=Path)
     parser.add_argument("work", type=Path)
-    parser.add_argument("--only", choices=["main", "hosts"])
+    parser.add_argument("--match", default="", help="commands whose output's name contains this")
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--jobs", type=int, default=1)
     parser.add_argument("--table", action="store_true")
@@ -212,8 +213,7 @@ def main() -> None:
         *host_commands(),
         *main_commands(asked.seeds, ("bias",)),
     ]
-    if asked.only:
-        commands = [c for c in commands if (c.experiment == "main") == (asked.only == "main")]
+    commands = [command for command in commands if asked.match in command.folder]
     if asked.list:
         for command in commands:
             print("svftool", shlex.join(command.arguments(Path("DATA"), Path("WORK"))))
