@@ -36,7 +36,7 @@ def run(data: Path, factors: Path, out: Path, *options: str, images: Path | None
 def test_a_short_run_on_real_images(data: Path, factors: Path, tmp_path: Path):
     result = run(
         data, factors, tmp_path / "t", "--fold", "1,2", "--shots", "1", "--test-shots", "2",
-        "--regime", "head,svf", "--steps", "4", "--batch-size", "2", "--json",
+        "--regime", "head,svf", "--steps", "4", "--batch-size", "2", "--swap-supports", "--json",
     )  # fmt: skip
     assert result.exit_code == 0, result.stderr
     told = json.loads(result.stdout)
@@ -49,7 +49,9 @@ def test_a_short_run_on_real_images(data: Path, factors: Path, tmp_path: Path):
             for part in ("", "base_")
             for name in ("miou", "fb_iou")
             for shots in ("", "_2shot")
-        }
+        } | {"swapped_miou"}
+        before = one["metrics"]["before"]
+        assert before["swapped_miou"] < before["miou"]
         assert 0.05 < one["metrics"]["before"]["miou"] < 0.7
     assert told["setting"]["dataset"] == "pascal-5i pairs"
     assert told["setting"]["image_size"] == 49

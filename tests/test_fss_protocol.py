@@ -88,6 +88,19 @@ def test_test_episodes_go_through_the_images_again_and_again():
     assert [e.query for e in episodes] == [0, 1, 2, 3, 0, 1, 2, 3, 0, 1]
 
 
+def test_swapped_episodes_ask_the_same_but_show_another_class():
+    pool = pool_of((1,), (1, 2), (2,), (1,), (2, 3), (1,), (3,), (3,))
+    asked = list(fixed_episodes(pool, 40, 1, 5))
+    swapped = list(fixed_episodes(pool, 40, 1, 5, swapped=True))
+    assert [(e.query, e.label) for e in swapped] == [(e.query, e.label) for e in asked]
+    assert {e.shown for e in swapped} == {1, 2, 3}
+    for episode in swapped:
+        assert episode.shown != episode.label
+        assert all(episode.shown in pool.pairs[i].support for i in episode.support)
+        assert episode.query not in episode.support
+    assert all(e.shown == e.label for e in asked)
+
+
 def test_test_episodes_depend_on_the_seed_alone():
     pool = pool_of(*[(1,)] * 10)
     first = list(fixed_episodes(pool, 50, 3, seed=5))

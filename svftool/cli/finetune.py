@@ -40,6 +40,7 @@ from svftool.cli.task_options import (
     SelectEpisodesOption,
     SelectOnOption,
     SequenceLengthOption,
+    SwapSupportsOption,
     TestEpisodesOption,
     TestShotsOption,
     TokenizerOption,
@@ -258,6 +259,7 @@ def command(
     select_episodes: SelectEpisodesOption = None,
     select_on: SelectOnOption = None,
     alignment: AlignmentOption = None,
+    swap_supports: SwapSupportsOption = None,
     overlays: OverlaysOption = None,
     overlay_count: OverlayCountOption = None,
     trust_remote_code: Annotated[
@@ -338,6 +340,7 @@ def command(
                 "select_episodes": select_episodes,
                 "select_on": select_on,
                 "alignment": alignment,
+                "swap_supports": swap_supports,
                 "overlays": overlays,
                 "overlay_count": overlay_count,
             },

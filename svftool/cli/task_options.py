@@ -198,6 +198,17 @@ OverlayCountOption = Annotated[
     typer.Option(help="How many a run.", show_default="12", rich_help_panel=FEW_SHOT),
 ]
 
+SwapSupportsOption = Annotated[
+    bool | None,
+    typer.Option(
+        "--swap-supports/--keep-supports",
+        help="Test once more with supports of another class, to see how much the model goes by "
+        "them.",
+        show_default="keep",
+        rich_help_panel=FEW_SHOT,
+    ),
+]
+
 BELONGING = {
     "classification": frozenset(
         {
@@ -223,6 +234,7 @@ BELONGING = {
             "shots", "image_size", "mean", "std", "augment", "host", "folds", "inner", "lists",
             "remove_novel", "features", "output_stride", "width", "test_episodes", "test_shots",
             "select_episodes", "select_on", "alignment", "overlays", "overlay_count",
+            "swap_supports",
         }
     ),
 }  # fmt: skip

@@ -53,10 +53,12 @@ class Asked:
     count: int
     shots: int
     purpose: int
+    swapped: bool = False
 
     def episodes(self, seed: int) -> list[Episode]:
         """Draw them for a run's seed."""
-        return list(fixed_episodes(self.pool, self.count, self.shots, 3 * seed + self.purpose))
+        seed = 3 * seed + self.purpose
+        return list(fixed_episodes(self.pool, self.count, self.shots, seed, swapped=self.swapped))
 
 
 class FewShotDraw:
@@ -177,6 +179,9 @@ class FewShotDraw:
                     asked = Asked(pool, rules.test_episodes, shots, purpose)
                     found = self._score(encoder, asked, progress)
                     metrics |= {f"{prefix}{name}{suffix}": v for name, v in found.items()}
+        if rules.swap_supports and len(task.data.test.classes) > 1:
+            asked = Asked(task.data.test, rules.test_episodes, task.shots, 0, swapped=True)
+            metrics["swapped_miou"] = self._score(encoder, asked, progress)["miou"]
         return metrics
 
     def illustrate(self, model: nn.Module, name: str) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 
@@ -22,11 +22,19 @@ class Episode:
         Index in the pool of the image to segment.
     support : tuple of int
         Indices in the pool of the images that show the class.
+    other : int or None
+        The class that they show where, as a control, it is not the one asked for.
     """
 
     label: int
     query: int
     support: tuple[int, ...]
+    other: int | None = None
+
+    @property
+    def shown(self) -> int:
+        """The class that the support images show."""
+        return self.label if self.other is None else self.other
 
 
 def draw_episode(pool: Pool, query: int, shots: int, random: np.random.Generator) -> Episode:
@@ -60,7 +68,9 @@ def draw_episode(pool: Pool, query: int, shots: int, random: np.random.Generator
     return Episode(label, query, _draw_support(pool, label, query, shots, random))
 
 
-def fixed_episodes(pool: Pool, count: int, shots: int, seed: int) -> Iterator[Episode]:
+def fixed_episodes(
+    pool: Pool, count: int, shots: int, seed: int, *, swapped: bool = False
+) -> Iterator[Episode]:
     """Give the episodes of a test: the pool's images in order, again and again.
 
     Parameters
@@ -73,6 +83,9 @@ def fixed_episodes(pool: Pool, count: int, shots: int, seed: int) -> Iterator[Ep
         Support images of each.
     seed : int
         The same seed gives the same episodes, whatever is tested on them.
+    swapped : bool
+        Ask the same queries for the same classes, but show supports of another class: what a model
+        still finds, it finds without them.
 
     Yields
     ------
@@ -81,7 +94,15 @@ def fixed_episodes(pool: Pool, count: int, shots: int, seed: int) -> Iterator[Ep
     """
     for index in range(count):
         random = np.random.default_rng([seed, index])
-        yield draw_episode(pool, index % len(pool.pairs), shots, random)
+        episode = draw_episode(pool, index % len(pool.pairs), shots, random)
+        yield _swapped(pool, episode, random) if swapped else episode
+
+
+def _swapped(pool: Pool, episode: Episode, random: np.random.Generator) -> Episode:
+    others = [label for label in pool.classes if label != episode.label]
+    other = others[random.integers(len(others))]
+    support = _draw_support(pool, other, episode.query, len(episode.support), random)
+    return replace(episode, support=support, other=other)
 
 
 def _draw_support(

@@ -37,6 +37,8 @@ class Rules:
         Episodes of the test on novel classes, and again on base classes.
     test_shots : tuple of int
         Further numbers of shots to test with; what is trained with one shot, say, with five.
+    swap_supports : bool
+        Test once more with supports that show another class: ``swapped_miou``.
     select_episodes : int
         Episodes that weights are chosen by.
     select_on : {"base", "novel", "last"}
@@ -56,6 +58,7 @@ class Rules:
     augment: Augment = "light"
     test_episodes: int = 1000
     test_shots: tuple[int, ...] = ()
+    swap_supports: bool = False
     select_episodes: int = 100
     select_on: SelectOn = "base"
     alignment: Alignment = "content"

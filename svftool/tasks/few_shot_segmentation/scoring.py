@@ -108,7 +108,7 @@ class Scorer:
         self, host: nn.Module, encoder: Encoder, pool: Pool, episodes: Sequence[Episode]
     ) -> Tensor:
         queries = [View(pool.pairs[e.query], e.label) for e in episodes]
-        supports = [View(pool.pairs[i], e.label) for e in episodes for i in e.support]
+        supports = [View(pool.pairs[i], e.shown) for e in episodes for i in e.support]
         masks = load_masks(self.pictures, supports).to(encoder.device)
         shown = encoder.features(supports)
         high = encoder.shown(supports, shown, masks)
