@@ -37,7 +37,7 @@ COMMON = (
 )
 CHOSEN = "--image-size 113 --output-stride 16 --steps 300"
 TESTED = "--test-shots 5 --test-episodes 500"
-METRICS = ("miou", "miou_5shot", "fb_iou", "base_miou")
+METRICS = ("miou", "miou_5shot", "swapped_miou", "fb_iou", "base_miou")
 
 
 @dataclass(frozen=True)
@@ -92,6 +92,12 @@ def host_commands() -> list[Command]:
     """PFENet and BAM on the first fold."""
     options = f"--regime head,svf,full --fold 0 {CHOSEN} {TESTED}"
     return [Command(host, "fold0", 0, f"--host {host} {options}") for host in ("pfenet", "bam")]
+
+
+def support_commands() -> list[Command]:
+    """The first fold once more, with the supports of other classes as a control."""
+    options = f"--regime head,svf --fold 0 {CHOSEN} {TESTED} --swap-supports"
+    return [Command("supports", "fold0", 0, options)]
 
 
 def run(command: Command, data: Path, work: Path) -> None:
@@ -210,6 +216,7 @@ def main() -> None:
     data, work = asked.data.resolve(), asked.work.resolve()
     commands = [
         *main_commands(asked.seeds, ("head,svf", "full")),
+        *support_commands(),
         *host_commands(),
         *main_commands(asked.seeds, ("bias",)),
     ]
