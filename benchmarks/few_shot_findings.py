@@ -95,7 +95,7 @@ def host_commands() -> list[Command]:
 
 
 def support_commands() -> list[Command]:
-    """The first fold once more, with the supports of other classes as a control."""
+    """Test the first fold with supports of other classes too, as a control."""
     options = f"--regime head,svf --fold 0 {CHOSEN} {TESTED} --swap-supports"
     return [Command("supports", "fold0", 0, options)]
 
