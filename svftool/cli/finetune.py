@@ -266,6 +266,19 @@ def command(
         bool, typer.Option("--trust-remote-code", help="Run code that lies beside the checkpoint.")
     ] = False,
     device: DeviceOption = "auto",
+    resume: Annotated[
+        bool, typer.Option("--resume", help="Go on where the same command was interrupted.")
+    ] = False,
+    save_every: Annotated[
+        int | None,
+        typer.Option(
+            min=1,
+            metavar="STEPS",
+            help="How often a run's state is kept for --resume.",
+            show_default="every 30 seconds",
+            rich_help_panel=TRAINING,
+        ),
+    ] = None,
     force: ForceOption = False,
     json: JsonOption = False,
     quiet: QuietOption = False,
@@ -304,6 +317,8 @@ def command(
         log_dir=log_dir,
         trust_remote_code=trust_remote_code,
         force=force,
+        resume=resume,
+        save_every=save_every,
         progress=progress_for(quiet=quiet, verbose=verbose),
         **options_of(
             task,

@@ -10,7 +10,7 @@ from rich.table import Table
 from rich.text import Text
 
 from svftool.report.tables import plain_table
-from svftool.stages.finetune import FinetuneResult
+from svftool.stages.finetune_result import FinetuneResult
 from svftool.tasks.few_shot_segmentation.published import PublishedRow, published_rows
 from svftool.training import Run, Summary
 

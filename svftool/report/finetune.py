@@ -13,7 +13,7 @@ from svftool.report import few_shot, json
 from svftool.report.tables import plain_table
 from svftool.report.text import safe
 from svftool.report.text import seconds as duration
-from svftool.stages.finetune import FinetuneResult, result_fields
+from svftool.stages.finetune_result import FinetuneResult, result_fields
 from svftool.training import Run, Summary
 
 FRACTIONS = frozenset({"accuracy", "miou", "fb_iou"})
@@ -30,7 +30,11 @@ def view(result: FinetuneResult) -> RenderableType:
     few = result.task == "few-shot-segmentation"
     parts: list[RenderableType] = [few_shot.tables(result) if few else _table(result), ""]
     if result.interrupted is not None:
-        parts.append(Text("interrupted: what was trained until then is saved", "bold yellow"))
+        parts.append(
+            Text(
+                "interrupted: what was trained until then is saved; --resume goes on", "bold yellow"
+            )
+        )
     parts += [Text(_verdict(one), "bold red") for one in result.summary if one.worse]
     return Group(*parts, Text("tuned: ").append(safe(str(result.output)), "bold"))
 

@@ -2,57 +2,31 @@
 
 from __future__ import annotations
 
-import json
-import math
 import os
-import signal
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from contextlib import ExitStack
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 from torch import nn
 
 from svftool.attaching import Parametrisation, Regime, parse_regime
-from svftool.checkpoints import Checkpoint, replace_output, write_errors
+from svftool.checkpoints import Checkpoint
 from svftool.errors import UsageError
 from svftool.factors import open_factors
 from svftool.models import build_model
 from svftool.progress import SILENT, Progress
+from svftool.stages.finetune_result import (
+    RESULTS_FILE,
+    FinetuneResult,
+    common_setting,
+    write_results,
+)
 from svftool.stages.run_output import RunWriter, is_run_itself
+from svftool.stages.workspace import Workspace, describe_files, open_workspace
 from svftool.tasks.catalogue import ModelFacts, make_tasks
-from svftool.training import Plan, Run, Settings, Summary, compare, pick_device, summarise
-
-RESULTS_FILE = "results.json"
-
-
-@dataclass(frozen=True)
-class FinetuneResult:
-    """What `finetune` did.
-
-    Attributes
-    ----------
-    output : Path
-        A run's own file or folder, or the folder of all runs.
-    task, metric : str
-        The task and its primary metric.
-    runs : tuple of Run
-        Every run, by seed and regime.
-    summary : tuple of Summary
-        Every regime over its seeds.
-    interrupted : Signals or None
-        The signal that cut the runs short.
-    setting : mapping
-        What all runs have in common, as the task describes it.
-    """
-
-    output: Path
-    task: str
-    metric: str
-    runs: tuple[Run, ...]
-    summary: tuple[Summary, ...]
-    interrupted: signal.Signals | None = None
-    setting: Mapping[str, Any] = field(default_factory=dict)
+from svftool.training import Plan, Ranks, Settings, compare, joined_ranks, summarise
 
 
 def finetune(
@@ -75,6 +49,8 @@ def finetune(
     log_dir: str | os.PathLike[str] | None = None,
     trust_remote_code: bool = False,
     force: bool = False,
+    resume: bool = False,
+    save_every: int | None = None,
     progress: Progress = SILENT,
     **options: Any,
 ) -> FinetuneResult:
@@ -118,6 +94,12 @@ def finetune(
         Whether code that lies beside the checkpoint may run.
     force : bool
         Replace an existing output once the new one is complete.
+    resume : bool
+        Go on where an interrupted call with the same arguments stopped; the result is that of an
+        uninterrupted one, bit for bit.
+    save_every : int, optional
+        Steps between two writings of a run's state; by default it is written every 30 seconds, and
+        less often where that would take more than a twentieth of the time.
     progress : Progress
         Told how far the work is, and of runs that end worse than the base.
     options
@@ -146,16 +128,26 @@ def finetune(
     chosen = _parse_regimes(regimes)
     numbers = list(range(seeds)) if isinstance(seeds, int) else list(seeds)
     target = Path(output)
-    with (
-        open_factors(factors) as store,
-        store.open_base(base, progress=progress) as checkpoint,
-        replace_output(
-            target, force=force, inputs=[store.path, checkpoint.path, Path(data)]
-        ) as partial,
-    ):
-        models = _Models(model, checkpoint, trust_remote_code=trust_remote_code)
+    with ExitStack() as stack:
+        ranks, place = stack.enter_context(joined_ranks(device))
+        store = ranks.together(lambda: stack.enter_context(open_factors(factors)))
+        checkpoint = ranks.together(
+            lambda: stack.enter_context(store.open_base(base, progress=progress))
+        )
+        work = _claim(
+            stack,
+            ranks,
+            target,
+            force=force,
+            resume=resume,
+            inputs=[store.path, checkpoint.path, Path(data)],
+            every=save_every,
+        )
+        models = ranks.together(
+            lambda: _Models(model, checkpoint, trust_remote_code=trust_remote_code)
+        )
         facts = ModelFacts.of(checkpoint, models.first, trust_remote_code=trust_remote_code)
-        tasks = make_tasks(task, Path(data), facts, options)
+        tasks = ranks.together(lambda: make_tasks(task, Path(data), facts, options))
         itself = is_run_itself(target, chosen, len(chosen) * len(numbers) * len(tasks))
         plan = Plan(
             build=models.build,
@@ -164,7 +156,7 @@ def finetune(
             regimes=[regime.name for regime in chosen],
             seeds=numbers,
             settings=settings,
-            device=pick_device(device),
+            device=place,
             include=include,
             exclude=exclude,
             attaching={
@@ -174,11 +166,10 @@ def finetune(
             },
             log_dir=None if log_dir is None else Path(log_dir),
         )
-        if not itself:
-            with write_errors(partial):
-                partial.mkdir()
-        writer = RunWriter(target, partial, itself, store, checkpoint, settings)
-        runs, signum = compare(plan, writer, progress=progress)
+        request = _request(plan, ranks, task=task, model=model, data=Path(data), options=options)
+        ranks.once(lambda: work.begin(request, resume=resume))
+        writer = RunWriter(target, work.outputs, itself, store, checkpoint, settings)
+        runs, signum = compare(plan, writer, journal=work.journal, ranks=ranks, progress=progress)
         result = FinetuneResult(
             output=target,
             task=task,
@@ -186,11 +177,54 @@ def finetune(
             runs=tuple(runs),
             summary=tuple(summarise(runs, tasks[0].primary)),
             interrupted=signum,
-            setting=_common([one.describe() for one in tasks]),
+            setting=common_setting([run.setting for run in runs]),
         )
-        if not itself:
-            _write_results(result, partial / RESULTS_FILE)
+        work.finished = signum is None
+        if not itself and ranks.first:
+            write_results(result, work.outputs / RESULTS_FILE)
     return result
+
+
+def _claim(stack: ExitStack, ranks: Ranks, target: Path, **options: Any) -> Workspace:
+    """Claim the output in the first process; the others know where it is, and leave it alone."""
+
+    def claim() -> None:
+        claimed.append(stack.enter_context(open_workspace(target, **options)))
+
+    claimed: list[Workspace] = []
+    ranks.once(claim)
+    return claimed[0] if claimed else Workspace(target)
+
+
+def _request(
+    plan: Plan, ranks: Ranks, *, task: str, model: str, data: Path, options: Mapping[str, Any]
+) -> dict[str, Any]:
+    """Say what is asked for, as far as the bits of the result depend on it."""
+    code = Path(model.rpartition(":")[0])
+    return {
+        "base": plan.store.base_fingerprint,
+        "factors": plan.store.fingerprint,
+        "model": [model, describe_files(code)] if code.suffix == ".py" else model,
+        "task": task,
+        "data": describe_files(data),
+        "options": {name: _plain_option(value) for name, value in options.items()},
+        "regimes": list(plan.regimes),
+        "seeds": list(plan.seeds),
+        "include": list(plan.include),
+        "exclude": list(plan.exclude),
+        **plan.attaching,
+        **asdict(plan.settings),
+        "device": plan.device.type,
+        "processes": ranks.count,
+    }
+
+
+def _plain_option(value: Any) -> Any:
+    if isinstance(value, os.PathLike):
+        return describe_files(Path(value))
+    if callable(value):
+        return getattr(value, "__qualname__", type(value).__name__)
+    return value
 
 
 class _Models:
@@ -222,68 +256,3 @@ def _parse_regimes(names: Sequence[str]) -> list[Regime]:
     if twice or not regimes:
         raise UsageError(f"regime {', '.join(twice) or 'missing'}: expected each once")
     return regimes
-
-
-def result_fields(result: FinetuneResult) -> dict[str, Any]:
-    """Give a result as plain values, for ``results.json`` and ``--json``; no NaN or infinity."""
-    return {
-        "task": result.task,
-        "output": str(result.output),
-        "setting": dict(result.setting),
-        "interrupted": None if result.interrupted is None else result.interrupted.name,
-        "runs": [_run_fields(run) for run in result.runs],
-        "summary": [_summary_fields(summary) for summary in result.summary],
-    }
-
-
-def _run_fields(run: Run) -> dict[str, Any]:
-    return {
-        "regime": run.regime,
-        "seed": run.seed,
-        "shots": run.shots,
-        **run.facts,
-        "metrics": {"before": _finite(run.before), "after": _finite(run.after)},
-        "trainable_parameters": run.trainable_parameters,
-        "steps": run.outcome.steps,
-        "step_seconds": run.outcome.step_seconds,
-        "seconds": run.seconds,
-        "peak_memory_bytes": run.peak_memory_bytes,
-        "ending": run.outcome.ending,
-        "kept_step": run.outcome.kept,
-        "worse": run.worse,
-        "output": None if run.output is None else str(run.output),
-    }
-
-
-def _summary_fields(summary: Summary) -> dict[str, Any]:
-    return {
-        "regime": summary.regime,
-        "metric": summary.metric,
-        "shots": summary.shots,
-        **summary.facts,
-        "seeds": summary.seeds,
-        "before": summary.before,
-        "mean": summary.mean,
-        "ci95": None if summary.ci95 is None else list(summary.ci95),
-        "trainable_parameters": summary.trainable_parameters,
-        "step_seconds": summary.step_seconds,
-        "worse": summary.worse,
-    }
-
-
-def _common(settings: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
-    first, *others = settings
-    return {
-        name: value
-        for name, value in first.items()
-        if all(other.get(name) == value for other in others)
-    }
-
-
-def _finite(metrics: Mapping[str, float]) -> dict[str, float | None]:
-    return {name: value if math.isfinite(value) else None for name, value in metrics.items()}
-
-
-def _write_results(result: FinetuneResult, path: Path) -> None:
-    with write_errors(path):
-        path.write_text(json.dumps(result_fields(result), indent=2) + "\n", encoding="utf-8")

@@ -9,6 +9,7 @@ from typing import Any
 
 from svftool.attaching import Regime, Trainable
 from svftool.checkpoints import WEIGHT_SUFFIXES, Checkpoint, write_errors
+from svftool.checkpoints.output import remove
 from svftool.errors import UsageError
 from svftool.factors import FactorStore, TunedFile, write_tuned
 from svftool.progress import SILENT
@@ -76,10 +77,15 @@ class RunWriter:
 
     def __call__(self, run: Run, trainable: Trainable, task: Task) -> Path:
         """Write a run, and return where it will be when the output is complete."""
+        if not self.itself:
+            with write_errors(self.partial):
+                self.partial.mkdir(exist_ok=True)
         stem = file_stem(run.regime, run.seed, run.shots, run.facts)
         name = stem + self._suffix(trainable.regime)
         where = self.partial if self.itself else self.partial / name
         target = self.target if self.itself else self.target / name
+        # An interrupted process may have written this run, or a part of it.
+        remove(where)
         if trainable.regime.lora is not None:
             with write_errors(where):
                 trainable.model.save_pretrained(where)  # type: ignore[operator]

@@ -35,6 +35,10 @@ CHECKS = 10
 """Times that held-out examples are measured, or weights are set aside, in a run."""
 
 
+MOST_TIMES = 1000
+"""Times of steps that are kept for a run that goes on, whose median is reported."""
+
+
 class Log(Protocol):
     """Where the curves of a run go."""
 
@@ -270,7 +274,7 @@ class _Run:
             "best": best.facts,
             "optimiser": optimiser.facts,
             "curves": self._curves.state(),
-            "times": self._times,
+            "times": self._times[-MOST_TIMES:],
             "seconds": self._seconds(),
         }
         named = {f"{k}.{name}": value for k, part in parts.items() for name, value in part.items()}
