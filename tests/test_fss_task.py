@@ -13,6 +13,7 @@ from PIL import Image
 from torch import Tensor, nn
 
 from svftool.errors import DataError, ModelError, UsageError
+from svftool.progress import Silent
 from svftool.tasks import to_device
 from svftool.tasks.few_shot_segmentation import FewShotSegmentation, few_shot_tasks
 from svftool.tasks.few_shot_segmentation.augment import Ranges, distort
@@ -193,6 +194,27 @@ def test_distortion_moves_picture_and_mask_together_and_keeps_the_object():
         assert (
             image[:, labels == 255].float().mean(1) - torch.tensor([124, 116, 104])
         ).abs().max() < 30
+
+
+def test_a_host_that_marks_nothing_is_told_of(make: MakeTask):
+    class Told(Silent):
+        """Keeps the warnings."""
+
+        def __init__(self) -> None:
+            self.warnings: list[str] = []
+
+        def warn(self, message: str) -> None:
+            self.warnings.append(message)
+
+    draw, told = make().draw(0), Told()
+    net = draw.prepare(SmallNet()).model
+    assert draw.evaluate(net, progress=told)["miou"] > 0
+    assert told.warnings == []
+    with torch.no_grad():
+        next(net.host.parameters()).mul_(2)
+        net.host.classify.out.bias.copy_(torch.tensor([9.0, 0.0]))
+    assert draw.evaluate(net, progress=told)["miou"] == 0
+    assert "raise --steps" in told.warnings[0]
 
 
 def test_further_shots_are_tested_with_the_same_weights(make: MakeTask):

@@ -182,6 +182,11 @@ class FewShotDraw:
         if rules.swap_supports and len(task.data.test.classes) > 1:
             asked = Asked(task.data.test, rules.test_episodes, task.shots, 0, swapped=True)
             metrics["swapped_miou"] = self._score(encoder, asked, progress)["miou"]
+        if metrics["miou"] == 0:
+            progress.warn(
+                "no pixel of any novel class was found. A new host says background everywhere for "
+                "its first hundred steps or two: raise --steps"
+            )
         return metrics
 
     def illustrate(self, model: nn.Module, name: str) -> None:
