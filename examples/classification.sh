@@ -12,7 +12,7 @@ svftool decompose "$data/checkpoints/resnet18_to_layer3.safetensors" -o "$output
 # What the ten shots leave over of the 80 images a class measures the result.
 svftool finetune "$output/factors" -o "$output/runs" \
     --data "$data/images/dtd10" --model "$data/models.py:resnet18_to_layer3" \
-    --image-size 96 --shots 10 --batch-size 8 --regime head,svf "$@"
+    --image-size 96 --augment none --shots 10 --regime head,svf "$@"
 
 svftool merge "$output/factors" "$output/runs/svf-seed0.svf.safetensors" \
     -o "$output/merged.safetensors"
