@@ -65,4 +65,5 @@ def _confusion_matrix(classes: int) -> Any:
     except ImportError:
         purpose = "measuring accuracy"
         raise MissingDependencyError("torchmetrics", extra="vision", purpose=purpose) from None
-    return MulticlassConfusionMatrix(classes)
+    # One process measures while the others wait: torchmetrics would wait for them in turn.
+    return MulticlassConfusionMatrix(classes, sync_on_compute=False)

@@ -248,7 +248,12 @@ def _metrics(classes: int, ignore: int) -> Any:
     except ImportError:
         purpose = "task segmentation"
         raise MissingDependencyError("torchmetrics", extra="vision", purpose=purpose) from None
-    options: dict[str, Any] = {"num_classes": classes, "ignore_index": ignore}
+    # One process measures while the others wait: torchmetrics would wait for them in turn.
+    options: dict[str, Any] = {
+        "num_classes": classes,
+        "ignore_index": ignore,
+        "sync_on_compute": False,
+    }
     return MetricCollection(
         {
             "miou": MulticlassJaccardIndex(**options, average="macro"),
