@@ -29,7 +29,7 @@ def gram(A: Tall, pool: Pool) -> Tensor:
         Its upper triangle; what is below the diagonal is not defined.
     """
     n = A.n
-    G = torch.zeros(n, n, dtype=torch.float64, device=A.matrix.device)
+    G = lapack.uneven(A.matrix.new_empty(0, dtype=torch.float64), n).zero_()
     columns = cuts(n, _TILE if A.on_cpu else n)
     rows = A.slices(max(_GRAM_ROWS, _BLOCK_ENTRIES // n) if A.on_cpu else None)
     fast = A.on_cpu and lapack.available()
@@ -89,12 +89,19 @@ def _tridiagonal(d: Tensor, e: Tensor, choose: Choose) -> tuple[Tensor, Tensor]:
     """Return all eigenvalues, non-increasing, and the eigenvectors chosen, as rows."""
     if choose.rank is None:
         values, rows = lapack.tridiagonal_vectors(d, e)
-        return values.flip(0), rows.flip(0)
+        return values.flip(0), _flipped(rows)
     values = lapack.tridiagonal_values(d, e).flip(0)
     count = _count(values, choose)
     if _FEW * count <= len(d):
-        return values, lapack.largest_vectors(d, e, count).flip(0)
-    return values, lapack.tridiagonal_vectors(d, e)[1].flip(0)[:count]
+        return values, _flipped(lapack.largest_vectors(d, e, count))
+    return values, _flipped(lapack.tridiagonal_vectors(d, e)[1][len(d) - count :])
+
+
+def _flipped(rows: Tensor) -> Tensor:
+    """Return the rows in the opposite order."""
+    result = lapack.uneven(rows, *rows.shape)
+    torch.index_select(rows, 0, torch.arange(len(rows) - 1, -1, -1), out=result)
+    return result
 
 
 def eigenvalues(G: Tensor) -> Tensor:
