@@ -41,6 +41,11 @@ VerboseOption = Annotated[
 ]
 
 
+def is_first_process() -> bool:
+    """Whether this process speaks for all that share the command."""
+    return int(os.environ.get("RANK", "0")) == 0
+
+
 def emit(document: dict[str, Any], view: RenderableType, *, as_json: bool) -> None:
     """Print a result on stdout, once where several processes share the command.
 
@@ -53,7 +58,7 @@ def emit(document: dict[str, Any], view: RenderableType, *, as_json: bool) -> No
     as_json : bool
         Which of the two is printed.
     """
-    if int(os.environ.get("RANK", "0")) > 0:
+    if not is_first_process():
         return
     if as_json:
         typer.echo(to_json(document))

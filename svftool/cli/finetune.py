@@ -16,6 +16,7 @@ from svftool.cli.common import (
     QuietOption,
     VerboseOption,
     emit,
+    is_first_process,
 )
 from svftool.cli.console import progress_for
 from svftool.cli.task_options import (
@@ -183,6 +184,14 @@ def command(
     log_dir: Annotated[
         Path | None, typer.Option(help="Folder for TensorBoard.", rich_help_panel=TRAINING)
     ] = None,
+    report: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="FILE",
+            help="Draw curves and regimes: a page (.html) or a figure (.png, .svg, .pdf).",
+            rich_help_panel=TRAINING,
+        ),
+    ] = None,
     classes: Annotated[
         Path | None,
         typer.Option(
@@ -285,10 +294,14 @@ def command(
     verbose: VerboseOption = 0,
 ) -> None:
     """Train singular values on a few examples, beside other regimes if asked for."""
-    from svftool.report import finetune as report
+    from svftool.report.finetune import document, view
+    from svftool.report.training import ReportFile
     from svftool.stages.finetune import finetune
     from svftool.training import Settings
 
+    # The same command has drawn what --resume goes on from.
+    drawing = ReportFile(report, force=force or resume, apart=(factors, data, output))
+    drawing.check()
     result = finetune(
         factors,
         data=data,
@@ -361,7 +374,9 @@ def command(
             },
         ),
     )
-    emit(report.document(result), report.view(result), as_json=json)
+    emit(document(result), view(result), as_json=json)
+    if is_first_process():
+        drawing.write(result)
     if result.interrupted is not None:
         raise typer.Exit(SIGNAL_EXIT + result.interrupted)
 

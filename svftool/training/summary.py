@@ -40,6 +40,8 @@ class Summary:
         Median over the runs of a step's wall time.
     worse : bool
         `mean` is worse than `before`.
+    values : tuple of float
+        The metric of every seed, whose mean is `mean`.
     """
 
     regime: str
@@ -53,6 +55,7 @@ class Summary:
     trainable_parameters: int
     step_seconds: float | None
     worse: bool
+    values: tuple[float, ...] = ()
 
 
 def summarise(runs: Sequence[Run], metric: Metric) -> list[Summary]:
@@ -97,11 +100,12 @@ def _summary(whole: Sequence[Run], metric: Metric, facts: Mapping[str, int | Non
         trainable_parameters=whole[0].trainable_parameters,
         step_seconds=statistics.median(times) if times else None,
         worse=metric.better(before, mean),
+        values=tuple(values),
     )
 
 
 def interval(values: Sequence[float]) -> tuple[float, float] | None:
-    """Interval of the mean by Student's t distribution; None for fewer than two values.
+    """Interval of the mean by Student's t distribution; None for one value, or infinite ones.
 
     Examples
     --------
@@ -111,7 +115,8 @@ def interval(values: Sequence[float]) -> tuple[float, float] | None:
     >>> interval([0.84]) is None
     True
     """
-    if len(values) < 2:
+    # A perplexity may overflow: of infinite values there is no spread.
+    if len(values) < 2 or not all(map(math.isfinite, values)):
         return None
     mean, error = statistics.fmean(values), statistics.stdev(values) / math.sqrt(len(values))
     half = float(stats.t.ppf((1 + CONFIDENCE) / 2, len(values) - 1)) * error

@@ -1,0 +1,309 @@
+"""A comparison of regimes as one figure: training curves, and the metric of every regime."""
+
+from __future__ import annotations
+
+import io
+import math
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import IO, Any
+
+import numpy as np
+import numpy.typing as npt
+
+from svftool.report.finetune import FRACTIONS, value
+from svftool.report.inspect.figure import require_matplotlib
+from svftool.report.text import safe
+from svftool.report.text import seconds as duration
+from svftool.report.training.rows import Group, grouped
+from svftool.stages.finetune_result import FinetuneResult
+from svftool.training import Run, Summary
+
+INK, QUIET, LINE = "#1d2127", "#6c7480", "#e3e1dc"
+COLOURS = (
+    *("#2b5fb8", "#c4551d", "#1b8a8f", "#9a4fb3"),
+    *("#cf8a1b", "#c2588f", "#7d8b2e", "#8d6e63"),
+)
+"""One a regime; a ninth regime has the first one's, with dashes."""
+
+_STYLE = {
+    "font.size": 8,
+    "text.color": INK,
+    "axes.edgecolor": QUIET,
+    "axes.labelcolor": QUIET,
+    "axes.titlecolor": INK,
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "axes.titlesize": 9,
+    "axes.titleweight": "bold",
+    "axes.titlelocation": "left",
+    "xtick.color": QUIET,
+    "ytick.color": QUIET,
+    "svg.hashsalt": "svftool",
+    "svg.fonttype": "none",
+    "legend.frameon": False,
+}
+_WIDTH, _ROW, _PANEL = 9.6, 0.4, 1.35
+_FEWEST_ROWS = 3
+
+_METADATA: dict[str, dict[str, None]] = {
+    "svg": dict.fromkeys(("Date", "Creator", "Format", "Type")),
+    "pdf": {"CreationDate": None},
+    "png": {},
+}
+"""No dates and no addresses in the file."""
+
+Array = npt.NDArray[np.float64]
+
+
+def save_figure(
+    result: FinetuneResult, path: Path | IO[bytes], *, kind: str, transparent: bool = False
+) -> None:
+    """Draw loss, held-out metric and learning rate over the steps, and the regimes side by side.
+
+    Parameters
+    ----------
+    result : FinetuneResult
+    path : Path or binary stream
+        Where to write.
+    kind : {"png", "svg", "pdf"}
+    transparent : bool
+        Leave the background out.
+
+    Raises
+    ------
+    MissingDependencyError
+        If matplotlib is not installed.
+    """
+    mpl = require_matplotlib()
+    from matplotlib.figure import Figure
+
+    groups, looks = grouped(result), _looks(result.runs)
+    panels = _panels(result)
+    rows = sum(len(group.summaries) + (len(groups) > 1) for group in groups)
+    heights = [ratio for _, ratio in panels.values()]
+    height = max(0.9 + _ROW * max(rows, _FEWEST_ROWS), 0.4 + _PANEL * sum(heights))
+    with mpl.rc_context(_STYLE):
+        figure = Figure(figsize=(_WIDTH if panels else _WIDTH / 2, height), layout="constrained")
+        mosaic: Any = [[*([name] if panels else []), "regimes"] for name in (panels or ["regimes"])]
+        grid = figure.subplot_mosaic(mosaic, height_ratios=heights or [1.0])
+        for name, (title, _) in panels.items():
+            grid[name].set_title(title)
+            if name == "rate":
+                _rates(grid[name], result.runs, looks)
+            else:
+                _curves(grid[name], result, name, looks)
+        _share_steps([grid[name] for name in panels])
+        if panels and len(looks) > 1:
+            columns = 1 + (len(looks) > 4)
+            grid[next(iter(panels))].legend(fontsize=6.5, ncols=columns, loc="upper right")
+        _regimes(grid["regimes"], result, groups, looks)
+        figure.savefig(
+            path,
+            format=kind,
+            dpi=200,
+            metadata=_METADATA[kind],
+            facecolor="none" if transparent else "white",
+            bbox_inches="tight",
+            pad_inches=0.1,
+        )
+
+
+def svg(result: FinetuneResult) -> str:
+    """Return the figure as an ``<svg>`` element without background, to be put into a page."""
+    stream = io.BytesIO()
+    save_figure(result, stream, kind="svg", transparent=True)
+    text = stream.getvalue().decode("utf-8")
+    return text[text.index("<svg") :]
+
+
+def _looks(runs: Sequence[Run]) -> dict[str, dict[str, Any]]:
+    """Give each regime its colour, in the order in which they were asked for."""
+    names = dict.fromkeys(run.regime for run in runs)
+    return {
+        name: {
+            "color": COLOURS[index % len(COLOURS)],
+            "linestyle": "--" if index // len(COLOURS) % 2 else "-",
+        }
+        for index, name in enumerate(names)
+    }
+
+
+def _panels(result: FinetuneResult) -> dict[str, tuple[str, float]]:
+    """Title and relative height of every kind of curve that was measured, the loss first."""
+    held_out = f"held_out/{result.metric}"
+    titles = {
+        "loss": ("training loss", 1.5),
+        held_out: (f"{_axis(result.metric)} of held-out examples", 1.2),
+        "rate": ("learning rate", 0.8),
+    }
+    found = {name for run in result.runs for name, curve in run.outcome.curves.items() if curve}
+    return {name: facts for name, facts in titles.items() if name in found}
+
+
+def _share_steps(panels: Sequence[Any]) -> None:
+    """Let the panels of curves share the axis of steps, written below the last."""
+    for axes in panels[:-1]:
+        axes.sharex(panels[-1])
+        axes.tick_params(labelbottom=False)
+    for axes in panels[-1:]:
+        axes.set_xlabel("step")
+
+
+def _axis(metric: str) -> str:
+    return f"{_plain(metric)}, %" if metric in FRACTIONS else _plain(metric)
+
+
+def _plain(text: str) -> str:
+    """Keep matplotlib from reading a name as mathematics."""
+    return safe(text).replace("$", r"\$")
+
+
+def _scale(result: FinetuneResult, name: str) -> float:
+    return 100.0 if name != "loss" and result.metric in FRACTIONS else 1.0
+
+
+def _curves(axes: Any, result: FinetuneResult, name: str, looks: dict[str, dict[str, Any]]) -> None:
+    """Draw every run thinly, and the mean of each regime on top."""
+    scale = _scale(result, name)
+    for regime, look in looks.items():
+        runs = [run for run in result.runs if run.regime == regime and run.outcome.curves.get(name)]
+        lines = [np.array(run.outcome.curves[name], dtype=np.float64) for run in runs]
+        if not lines:
+            continue
+        if len(lines) > 1:
+            for line in lines:
+                axes.plot(line[:, 0], scale * line[:, 1], lw=0.6, alpha=0.4, **look)
+        whole = [
+            line for run, line in zip(runs, lines, strict=True) if run.outcome.ending == "finished"
+        ]
+        mean = _mean(whole or lines)
+        dot = {"marker": "o", "ms": 3} if len(mean) < 3 else {}
+        axes.plot(mean[:, 0], scale * mean[:, 1], lw=1.9, label=_plain(regime), **look, **dot)
+        for run, line in zip(runs, lines, strict=True):
+            if run.outcome.ending == "diverged" and name == "loss":
+                axes.plot(*line[-1], marker="x", ms=6, mew=1.6, color=look["color"])
+                axes.annotate("diverged", line[-1], (6, 0), textcoords="offset points", size=6.5)
+
+
+def _mean(lines: Sequence[Array]) -> Array:
+    """Average curves at the steps of the first, as far as all of them go."""
+    steps = lines[0][:, 0]
+    steps = steps[steps <= min(float(line[-1, 0]) for line in lines)]
+    values = [np.interp(steps, line[:, 0], line[:, 1]) for line in lines]
+    return np.column_stack([steps, np.mean(values, axis=0)])
+
+
+def _rates(axes: Any, runs: Sequence[Run], looks: dict[str, dict[str, Any]]) -> None:
+    """Draw the learning rate of what each regime trains besides the head."""
+    drawn, peaks = set(), set()
+    for run in runs:
+        curve, peak = run.outcome.curves.get("rate", ()), peak_rate(run)
+        if not curve or (run.regime, peak, curve) in drawn:
+            continue
+        drawn.add((run.regime, peak, curve))
+        peaks.add(peak)
+        line = np.array(curve, dtype=np.float64)
+        axes.plot(line[:, 0], peak * line[:, 1], lw=1.4, **looks[run.regime])
+    low, high = min(peaks), max(peaks)
+    if 0.0 < 4.0 * low < high:
+        axes.set_yscale("log")
+        axes.set_ylim(low / 20.0, 2.0 * high)
+    else:
+        axes.set_ylim(bottom=0.0)
+        axes.ticklabel_format(axis="y", scilimits=(-2, 3))
+
+
+def peak_rate(run: Run) -> float:
+    """Return the largest peak learning rate outside the head, or the head's where it is alone."""
+    others = [rate for kind, rate in run.learning_rates.items() if kind != "head"]
+    return max(others or run.learning_rates.values(), default=1.0)
+
+
+def _regimes(
+    axes: Any,
+    result: FinetuneResult,
+    groups: Sequence[Group],
+    looks: dict[str, dict[str, Any]],
+) -> None:
+    """Draw a row a regime: its mean and interval, every seed, and the value before training."""
+    scale = 100.0 if result.metric in FRACTIONS else 1.0
+    beside, place = axes.get_yaxis_transform(), 0
+    for group in groups:
+        if len(groups) > 1:
+            text = {"ha": "right", "va": "center", "style": "italic", "color": QUIET}
+            axes.text(-0.03, place, _plain(group.title), transform=beside, **text)
+            place += 1
+        for start, end, before in _stretches(group.summaries, place):
+            _before(axes, start, end, scale * before, named=group is groups[0] and start == place)
+        for summary in group.summaries:
+            _row(axes, place, summary, scale, looks[summary.regime]["color"])
+            place += 1
+    # A single regime stands in the middle instead of filling the height.
+    spare = max(0, _FEWEST_ROWS - place) / 2
+    axes.set_ylim(place - 0.4 + spare, -0.7 - spare)
+    axes.set_yticks([])
+    axes.spines["left"].set_visible(False)
+    axes.grid(axis="x", color=LINE, lw=0.7)
+    axes.set_axisbelow(True)
+    axes.margins(x=0.08)
+    several = any(len(one.values) > 1 for group in groups for one in group.summaries)
+    what = ": mean and 95 % interval, dots are seeds" if several else ""
+    axes.set_title(_axis(result.metric) + what)
+
+
+def _before(axes: Any, start: int, end: int, value: float, *, named: bool) -> None:
+    """Draw the value before training across some rows."""
+    if not math.isfinite(value):
+        return
+    look = {"colors": QUIET, "lw": 1.1, "linestyles": (0, (4, 2)), "zorder": 1}
+    axes.vlines(value, start - 0.42, end + 0.45, **look)
+    if named:
+        text = {"ha": "center", "va": "bottom", "size": 6.5, "color": QUIET}
+        axes.text(value, start - 0.45, "before", **text)
+
+
+def _stretches(summaries: Iterable[Summary], first: int) -> list[tuple[int, int, float]]:
+    """Rows from where to where that share their value before training."""
+    found: list[tuple[int, int, float]] = []
+    for row, summary in enumerate(summaries, first):
+        if found and math.isclose(found[-1][2], summary.before, rel_tol=1e-9):
+            found[-1] = (found[-1][0], row, found[-1][2])
+        else:
+            found.append((row, row, summary.before))
+    return found
+
+
+def _row(axes: Any, row: int, summary: Summary, scale: float, colour: str) -> None:
+    mean = scale * summary.mean
+    if summary.ci95 is not None:
+        low, high = (scale * end for end in summary.ci95)
+        axes.plot([low, high], [row, row], color=colour, lw=2.2, solid_capstyle="butt")
+    if len(summary.values) > 1:
+        values = [scale * one for one in summary.values]
+        dots = {"s": 13, "color": colour, "alpha": 0.55, "linewidths": 0}
+        axes.scatter(values, [row + 0.19] * len(values), **dots)
+    axes.scatter([mean], [row], s=42, color=colour, marker="D", zorder=3, linewidths=0)
+    beside = {"xycoords": axes.get_yaxis_transform(), "textcoords": "offset points"}
+    left = {"ha": "right", "xy": (-0.03, row)}
+    name = _plain(summary.regime)
+    axes.annotate(name, xytext=(0, 1), weight="bold", color=colour, va="bottom", **left, **beside)
+    facts = {"va": "top", "size": 6.5, "color": QUIET}
+    axes.annotate(cost(summary), xytext=(0, -1), **facts, **left, **beside)
+    right = {"xy": (1.02, row), "xytext": (0, 0), "va": "center", "size": 7.5}
+    axes.annotate(mean_text(summary), **right, **beside)
+
+
+def cost(summary: Summary) -> str:
+    """Say how much a regime trains, and how long a step takes."""
+    step = summary.step_seconds
+    parts = [f"{summary.trainable_parameters:,} trained"]
+    return ", ".join(parts if step is None else [*parts, f"{duration(step)} a step"])
+
+
+def mean_text(summary: Summary) -> str:
+    """Write the mean with half its interval."""
+    mean = value(summary.metric, summary.mean)
+    if summary.ci95 is None:
+        return mean
+    return f"{mean} ± {value(summary.metric, (summary.ci95[1] - summary.ci95[0]) / 2)}"

@@ -1,0 +1,93 @@
+"""The file that ``svftool finetune --report`` leaves."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from svftool.checkpoints import replace_output
+from svftool.checkpoints.output import overlap
+from svftool.errors import UsageError
+from svftool.stages.finetune_result import FinetuneResult
+
+SUFFIXES = (".html", ".png", ".svg", ".pdf")
+
+
+@dataclass(frozen=True)
+class ReportFile:
+    """Where the report goes.
+
+    Attributes
+    ----------
+    path : Path or None
+        The file, whose suffix says what it is; None for none.
+    force : bool
+        Replace an existing file.
+    apart : sequence of Path
+        Inputs and output of the training, which the report may not touch.
+    """
+
+    path: Path | None
+    force: bool
+    apart: Sequence[Path]
+
+    def check(self) -> None:
+        """Find out before training whether the file can be made.
+
+        Raises
+        ------
+        UsageError
+            For an unknown suffix, a file that exists, or one inside an input or the output.
+        MissingDependencyError
+            If a package that draws is not installed.
+        """
+        if self.path is None:
+            return
+        if self.path.suffix.lower() not in SUFFIXES:
+            raise UsageError(
+                f"{self.path}: suffix {self.path.suffix!r}, expected {', '.join(SUFFIXES)}"
+            )
+        for other in self.apart:
+            relation = overlap(self.path, other)
+            if relation:
+                raise UsageError(
+                    f"{self.path}: the report is {relation} {other}, expected a place apart. "
+                    "Choose another file."
+                )
+        if self.path.is_dir() or (self.path.exists() and not self.force):
+            raise UsageError(
+                f"{self.path}: exists already, expected a new file. Use --force to replace a file."
+            )
+        self._require_packages()
+
+    def _require_packages(self) -> None:
+        from svftool.report.inspect.figure import require_matplotlib
+        from svftool.report.inspect.page import require_jinja
+
+        require_matplotlib()
+        if self._kind == "html":
+            require_jinja()
+
+    @property
+    def _kind(self) -> str:
+        return "" if self.path is None else self.path.suffix.lower().lstrip(".")
+
+    def write(self, result: FinetuneResult) -> None:
+        """Write what was asked for, complete or not at all.
+
+        Raises
+        ------
+        ResourceError
+            If the disk refuses it.
+        """
+        if self.path is None:
+            return
+        from svftool.report.training.figure import save_figure
+        from svftool.report.training.page import page
+
+        with replace_output(self.path, force=self.force, inputs=self.apart) as partial:
+            if self._kind == "html":
+                partial.write_text(page(result), encoding="utf-8")
+            else:
+                save_figure(result, partial, kind=self._kind)

@@ -1,0 +1,110 @@
+"""A comparison of regimes as one self-contained page: no network, light and dark."""
+
+from __future__ import annotations
+
+from importlib import resources
+from typing import Any
+
+from svftool.report.finetune import FRACTIONS, value
+from svftool.report.inspect.page import require_jinja
+from svftool.report.text import safe
+from svftool.report.text import seconds as duration
+from svftool.report.training import figure
+from svftool.report.training.rows import task_title
+from svftool.stages.finetune_result import FinetuneResult
+from svftool.training import Run, Summary
+
+_VARIABLES = {
+    figure.INK: "--ink",
+    figure.QUIET: "--quiet",
+    figure.LINE: "--line",
+    figure.COLOURS[0]: "--heat",
+    figure.COLOURS[1]: "--warm",
+    figure.COLOURS[2]: "--v-spectrum",
+    figure.COLOURS[3]: "--v-rearranged",
+    figure.COLOURS[4]: "--v-full",
+}
+"""Colours of the figure that the page's style sheet changes in the dark."""
+
+
+def page(result: FinetuneResult) -> str:
+    """Return the page.
+
+    Raises
+    ------
+    MissingDependencyError
+        If jinja2 or matplotlib is not installed.
+    """
+    from svftool import __version__
+
+    markup = require_jinja().Environment(autoescape=True)
+    style = resources.files("svftool.report.inspect").joinpath("assets/page.css")
+    template = resources.files("svftool.report.training").joinpath("assets/page.html")
+    several = len({(one.shots, *one.facts.items()) for one in result.summary}) > 1
+    rendered: str = markup.from_string(template.read_text("utf-8")).render(
+        style=style.read_text("utf-8"),
+        version=__version__,
+        title=safe(result.output.name),
+        lead=_lead(result),
+        interrupted=result.interrupted is not None,
+        figure=_adapted(figure.svg(result)),
+        unit=" %" if result.metric in FRACTIONS else "",
+        metric=safe(result.metric),
+        several=several,
+        summary=[_summary(one) for one in result.summary],
+        runs=[_run(run, result.metric) for run in result.runs],
+        setting=[(safe(name), safe(str(what))) for name, what in result.setting.items()],
+    )
+    return rendered
+
+
+def _adapted(drawing: str) -> str:
+    """Let the page's style sheet choose the colours of the figure."""
+    for colour, variable in _VARIABLES.items():
+        drawing = drawing.replace(colour, f"var({variable})")
+    return drawing
+
+
+def _lead(result: FinetuneResult) -> str:
+    """Say in a line what was compared on what."""
+    regimes = len({run.regime for run in result.runs})
+    seeds = len({run.seed for run in result.runs})
+    parts = [
+        result.task,
+        f"{regimes} regime{'s' * (regimes > 1)}",
+        f"{seeds} seed{'s' * (seeds > 1)}",
+    ]
+    shots = list(dict.fromkeys(run.shots for run in result.runs if run.shots is not None))
+    if shots:
+        parts.append(f"{' and '.join(map(str, shots))} shot{'s' * (shots != [1])}")
+    return " · ".join(parts)
+
+
+def _summary(one: Summary) -> dict[str, Any]:
+    gain = one.mean - one.before
+    half = None if one.ci95 is None else (one.ci95[1] - one.ci95[0]) / 2
+    return {
+        "regime": safe(one.regime),
+        "task": task_title(one),
+        "seeds": one.seeds,
+        "before": value(one.metric, one.before),
+        "mean": value(one.metric, one.mean),
+        "gain": value(one.metric, gain, sign=True),
+        "half": "–" if half is None else value(one.metric, half),
+        "trained": f"{one.trainable_parameters:,}",
+        "step": "–" if one.step_seconds is None else duration(one.step_seconds),
+        "worse": one.worse,
+    }
+
+
+def _run(run: Run, metric: str) -> dict[str, Any]:
+    return {
+        "name": safe(run.stem),
+        "before": value(metric, run.before[metric]),
+        "after": value(metric, run.after[metric]),
+        "rate": f"{figure.peak_rate(run):.1e}" if run.learning_rates else "–",
+        "steps": run.outcome.steps,
+        "kept": run.outcome.kept,
+        "ending": run.outcome.ending,
+        "seconds": duration(run.seconds),
+    }

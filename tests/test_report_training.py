@@ -1,0 +1,230 @@
+"""The report of a training: figure and page of a small comparison made by hand."""
+
+from __future__ import annotations
+
+import math
+import re
+import signal
+import sys
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from PIL import Image
+from typer.testing import CliRunner
+
+from svftool.cli import app
+from svftool.errors import MissingDependencyError, UsageError
+from svftool.report.training import ReportFile
+from svftool.stages.finetune_result import FinetuneResult
+from svftool.tasks import Metric
+from svftool.training import Outcome, Run, summarise
+from svftool.training.loop import Ending
+
+pytest.importorskip("matplotlib")
+pytest.importorskip("jinja2")
+
+AFTER = {"head": (0.61, 0.63, 0.62), "svf": (0.71, 0.74, 0.72), "<lora$>": (0.41, 0.47, 0.42)}
+NAMES = {"accuracy": True, "perplexity": False}
+
+
+def run(regime: str, seed: int, after: float, *, held_out: bool = True, **changes: Any) -> Run:
+    """Return a run of 40 steps whose loss falls."""
+    metric = changes.pop("metric", "accuracy")
+    curves = {
+        "loss": tuple((step, 2.0 * math.exp(-step / 20) + 0.1 * seed) for step in range(40)),
+        "rate": tuple((step, 1.0 - step / 40) for step in range(40)),
+    }
+    if held_out:
+        curves[f"held_out/{metric}"] = tuple((step, after - 1 / step) for step in range(4, 41, 4))
+    made = Run(
+        regime=regime,
+        seed=seed,
+        shots=5,
+        facts={},
+        before={metric: 0.52},
+        after={metric: after},
+        trainable_parameters=len(regime) * 1111,
+        outcome=Outcome("finished", 40, 40, 2.0, 0.3, 3.0, 0.0123, curves),
+        seconds=12.3,
+        peak_memory_bytes=None,
+        worse=False,
+        setting={"classes": 3},
+        learning_rates={"head": 1e-3, "singular_values": 2e-3 if regime == "svf" else 2e-5},
+    )
+    return replace(made, **changes)
+
+
+def comparison(runs: list[Run] | None = None, metric: str = "accuracy") -> FinetuneResult:
+    if runs is None:
+        runs = [
+            run(regime, seed, values[seed]) for seed in range(3) for regime, values in AFTER.items()
+        ]
+    summary = tuple(summarise(runs, Metric(metric, NAMES[metric])))
+    return FinetuneResult(Path("runs"), "classification", metric, tuple(runs), summary)
+
+
+def written(result: FinetuneResult, path: Path) -> Path:
+    file = ReportFile(path, force=False, apart=())
+    file.check()
+    file.write(result)
+    assert sorted(path.parent.iterdir()) == [path]
+    return path
+
+
+def texts(markup: str) -> list[str]:
+    return re.findall(r"<text[^>]*>([^<]*)</text>", markup)
+
+
+@pytest.fixture(scope="module")
+def markup(tmp_path_factory: pytest.TempPathFactory) -> str:
+    """Return the page of three regimes with three seeds."""
+    return written(comparison(), tmp_path_factory.mktemp("page") / "r.html").read_text()
+
+
+def test_the_page_has_every_regime_in_figure_and_table(markup: str) -> None:
+    drawn = texts(markup)
+    table = markup[markup.index("<table") : markup.index("</table>")]
+    for regime in ("head", "svf", "&lt;lora$&gt;"):
+        assert regime in drawn
+        assert f"<strong>{regime}</strong>" in table
+    assert "<lora" not in markup
+    assert {"training loss", "accuracy, % of held-out examples", "learning rate"} <= set(drawn)
+    assert "3,333 trained, 12 ms a step" in drawn
+    # Mean and half the interval of Student's t with two degrees of freedom.
+    spread = 4.302653 * float(np.std(AFTER["svf"], ddof=1)) / math.sqrt(3)
+    assert f"72.3 ± {100 * spread:.1f}" in drawn
+    assert "52.0 → 72.3" in table
+    assert table.count("worse than before") == 1
+
+
+def test_the_page_loads_nothing(markup: str) -> None:
+    # Names of XML's vocabularies are no addresses to load from.
+    loaded = re.sub(r'xmlns(:\w+)?="[^"]*"', "", markup)
+    assert re.search(r"https?:", loaded) is None
+    assert re.search(r"<(script|link|img|iframe|object)\b|@import|url\((?!#)", loaded) is None
+    assert all(target.startswith("#") for target in re.findall(r'href="([^"]*)"', loaded))
+
+
+def test_a_figure_is_an_image_with_the_colours_of_the_regimes(tmp_path: Path) -> None:
+    from svftool.report.training.figure import COLOURS
+
+    with Image.open(written(comparison(), tmp_path / "r.png")) as picture:
+        assert picture.format == "PNG"
+        width, height = picture.size
+        pixels = np.asarray(picture.convert("RGB")).reshape(-1, 3)
+    assert 1200 <= width <= 2400
+    assert 500 <= height <= width
+    for colour, expected in zip(COLOURS, (True, True, True, False), strict=False):
+        rgb = [int(colour[place : place + 2], 16) for place in (1, 3, 5)]
+        assert bool((pixels == rgb).all(1).sum() > 100) == expected
+
+
+@pytest.mark.parametrize(("kind", "head"), [("svg", b"<?xml"), ("pdf", b"%PDF")])
+def test_figures_of_lines_are_the_same_bytes_again(tmp_path: Path, kind: str, head: bytes) -> None:
+    result = comparison([run("svf", 0, 0.7, held_out=False)])
+    first = written(result, tmp_path / "a" / f"r.{kind}").read_bytes()
+    assert first.startswith(head)
+    assert written(result, tmp_path / "b" / f"r.{kind}").read_bytes() == first
+
+
+def test_every_seed_and_no_interrupted_run_is_a_dot() -> None:
+    interrupted = run("svf", 3, 0.9)
+    interrupted = replace(interrupted, outcome=replace(interrupted.outcome, ending="interrupted"))
+    result = comparison([*comparison().runs, interrupted])
+    assert [one.values for one in result.summary] == list(AFTER.values())
+
+
+def test_one_run_without_held_out_examples_needs_no_interval(tmp_path: Path) -> None:
+    drawn = texts(
+        written(comparison([run("svf", 0, 0.7, held_out=False)]), tmp_path / "r.svg").read_text()
+    )
+    assert "accuracy, %" in drawn
+    assert "70.0" in drawn
+    assert not any("held-out" in text or "±" in text for text in drawn)
+
+
+@pytest.mark.parametrize("ending", ["finished", "diverged", "interrupted"])
+def test_runs_cut_short_are_drawn(tmp_path: Path, ending: Ending) -> None:
+    short = run("svf", 1, 0.5)
+    curves = {name: curve[:1] for name, curve in short.outcome.curves.items()}
+    short = replace(short, outcome=replace(short.outcome, ending=ending, curves=curves))
+    bare = replace(short, seed=2, outcome=replace(short.outcome, curves={}))
+    result = replace(comparison([run("svf", 0, 0.7), short, bare]), interrupted=signal.SIGINT)
+    markup = written(result, tmp_path / "r.html").read_text()
+    assert "Interrupted" in markup
+    assert ("diverged" in texts(markup)) == (ending == "diverged")
+    assert written(comparison([bare]), tmp_path / "bare" / "r.png").stat().st_size > 5000
+
+
+def test_values_that_are_not_finite_are_drawn_as_far_as_they_go(tmp_path: Path) -> None:
+    before = {"perplexity": math.inf}
+    runs = [
+        run("svf", seed, after, metric="perplexity", held_out=False, before=before)
+        for seed, after in enumerate((12.5, math.inf))
+    ]
+    result = comparison(runs, "perplexity")
+    assert result.summary[0].ci95 is None
+    drawn = texts(written(result, tmp_path / "r.svg").read_text())
+    assert "inf" in drawn
+    assert "perplexity: mean and 95 % interval, dots are seeds" in drawn
+
+
+def test_a_mean_over_folds_stands_for_the_folds(tmp_path: Path) -> None:
+    runs = [
+        run("svf", seed, 0.6 + 0.1 * fold + 0.01 * seed, shots=shots, facts={"fold": fold})
+        for shots in (1, 5)
+        for seed in range(2)
+        for fold in range(2)
+    ]
+    page = written(comparison(runs), tmp_path / "r.html").read_text()
+    drawn = texts(page)
+    assert {"1-shot, mean over folds", "5-shot, mean over folds"} <= set(drawn)
+    assert not any("fold 0" in text for text in drawn)
+    assert sum(text.startswith("65.5 ±") for text in drawn) == 2
+    assert "<td>1-shot, fold 0</td>" in page
+
+
+def test_without_matplotlib_the_extra_is_named(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    with pytest.raises(MissingDependencyError, match=r"matplotlib.*svftool\[report\]"):
+        ReportFile(tmp_path / "r.png", force=False, apart=()).check()
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("r.gif", r"suffix '\.gif', expected \.html, \.png, \.svg, \.pdf"),
+        ("r", "suffix '', expected"),
+        ("old.html", "exists already.*--force"),
+        ("folder.html", "exists already"),
+        ("runs/r.html", "the report is inside .*runs, expected a place apart"),
+    ],
+)
+def test_what_cannot_be_written_is_refused(tmp_path: Path, name: str, message: str) -> None:
+    (tmp_path / "old.html").write_text("mine")
+    (tmp_path / "folder.html").mkdir()
+    with pytest.raises(UsageError, match=message) as caught:
+        ReportFile(tmp_path / name, force=False, apart=[tmp_path / "runs"]).check()
+    assert "\n" not in str(caught.value)
+
+
+def test_force_replaces_a_file(tmp_path: Path) -> None:
+    path = tmp_path / "old.html"
+    path.write_text("mine")
+    file = ReportFile(path, force=True, apart=())
+    file.check()
+    file.write(comparison([run("svf", 0, 0.7, held_out=False)]))
+    assert path.read_text().startswith("<!doctype html>")
+
+
+def test_the_command_refuses_before_it_reads_anything(tmp_path: Path) -> None:
+    command = ["finetune", "missing", "-o", "runs", "--data", "none", "--report"]
+    result = CliRunner().invoke(app, [*command, str(tmp_path / "r.jpeg")])
+    assert result.exit_code == 2
+    assert "suffix '.jpeg'" in result.stderr
+    assert result.stderr.count("\n") == 1
