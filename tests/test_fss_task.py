@@ -247,6 +247,21 @@ def test_weights_are_chosen_by_base_classes_unless_told_otherwise(make: MakeTask
     assert novel == set(task.data.split.novel)
 
 
+def test_settings_are_chosen_by_base_classes_or_not_at_all(make: MakeTask):
+    assert make(select_on="novel").draw(0).folds(2, seed=0) == []
+    for select_on in ("base", "last"):
+        task = make(select_on=select_on)
+        (fold,) = task.draw(0).folds(2, seed=0)
+        net = fold.prepare(SmallNet()).model
+        truth, asked = task.pictures.truth, set()
+        task.pictures.truth = lambda pair, label, asked=asked, truth=truth: (  # type: ignore[method-assign]
+            asked.add(label) or truth(pair, label)
+        )
+        assert "miou" in fold.evaluate(net)
+        assert asked
+        assert asked <= set(task.data.split.base)
+
+
 def test_what_was_done_is_described(make: MakeTask):
     task = make(folds=[1], remove_novel=True)
     task.draw(0).prepare(SmallNet())

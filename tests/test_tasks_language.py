@@ -248,6 +248,21 @@ def test_draws_depend_on_the_seed_and_do_not_overlap(folder: Path, tmp_path: Pat
     assert len(draws) > 1
 
 
+def test_folds_split_the_support_set_by_texts(folder: Path, tmp_path: Path) -> None:
+    rows = [row + " " + row if isinstance(row, str) else row for row in VERSES]
+    task = language(folder, tmp_path, rows, shots=4, sequence_length=4)
+    draw = task.draw(0)
+    support = {block.text for block in draw._support.blocks}
+    assert draw.size > len(support) == 4
+    folds = draw.folds(2, seed=0)
+    left = [{block.text for block in fold._parts["query"].blocks} for fold in folds]
+    assert left[0] | left[1] == support
+    assert [len(one) for one in left] == [2, 2]
+    for fold, texts in zip(folds, left, strict=True):
+        assert {block.text for block in fold._support.blocks} == support - texts
+    assert language(folder, tmp_path, rows, shots=1).draw(0).folds(2, seed=0) == []
+
+
 def test_checkpointing_changes_no_gradient(folder: Path, tmp_path: Path, model: Any) -> None:
     gradients, layers = [], []
     model.model.layers[0].mlp.register_forward_pre_hook(lambda *_: layers.append(1))

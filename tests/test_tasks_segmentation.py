@@ -556,3 +556,16 @@ def test_the_command_trains_a_backbone_and_merges(scenes: Path, tmp_path: Path) 
     )
     assert wrong.exit_code == 2
     assert "Traceback" not in wrong.stderr
+
+
+def test_folds_split_the_support_set_by_images(scenes: Path) -> None:
+    draw = Segmentation(scenes, shots=5, hold_out=0.2, image_size=12).draw(0)
+    folds = draw.folds(2, seed=0)
+    support = set(draw._support.indices)
+    left = [set(fold._parts["query"].indices) for fold in folds]
+    assert left[0] | left[1] == support
+    assert [len(one) for one in left] == [2, 2]
+    for fold, images in zip(folds, left, strict=True):
+        assert set(fold._support.indices) == support - images
+        assert fold._parts["held_out"] is draw._parts["held_out"]
+    assert Segmentation(scenes, shots=1).draw(0).folds(2, seed=0) == []

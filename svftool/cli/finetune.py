@@ -129,6 +129,14 @@ def command(
     head_lr: Annotated[
         float | None, typer.Option(help="Peak learning rate of the head.", rich_help_panel=TRAINING)
     ] = None,
+    tune_lr: Annotated[
+        bool,
+        typer.Option(
+            "--tune-lr",
+            help="Choose each regime's learning rates on folds of the support set.",
+            rich_help_panel=TRAINING,
+        ),
+    ] = False,
     decay: Annotated[
         float, typer.Option(min=0, help="Pull towards the base.", rich_help_panel=TRAINING)
     ] = 0.0,
@@ -318,6 +326,7 @@ def command(
             optimizer=optimizer,
             lr=lr,
             head_lr=head_lr,
+            tune_lr=tune_lr,
             decay=decay,
             precision=precision,
         ),

@@ -36,6 +36,7 @@ def view(result: FinetuneResult) -> RenderableType:
             )
         )
     parts += [Text(_verdict(one), "bold red") for one in result.summary if one.worse]
+    parts += [Text(line) for line in _rates(result.runs)]
     return Group(*parts, Text("tuned: ").append(safe(str(result.output)), "bold"))
 
 
@@ -74,6 +75,19 @@ def _cells(summary: Summary, runs: Sequence[Run]) -> list[Text]:
         Text(f"{summary.trainable_parameters:,}"),
         Text("" if step is None else duration(step)),
         Text(duration(sum(run.seconds for run in runs) / len(runs))),
+    ]
+
+
+def _rates(runs: Sequence[Run]) -> list[str]:
+    """Say by what each regime's learning rates were multiplied, seed after seed."""
+    chosen: dict[str, list[str]] = {}
+    for run in runs:
+        if run.tuning is not None:
+            kept = " (kept)" if run.tuning.kept is not None else ""
+            chosen.setdefault(run.regime, []).append(f"{run.tuning.factor:.3g}{kept}")
+    return [
+        f"{regime}: learning rates x {', '.join(factors)}, chosen on the support set"
+        for regime, factors in chosen.items()
     ]
 
 

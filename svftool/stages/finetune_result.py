@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from svftool.checkpoints import write_errors
-from svftool.training import Run, Summary
+from svftool.training import Run, Summary, tuning_to_plain
 
 RESULTS_FILE = "results.json"
 
@@ -66,6 +66,7 @@ def _run_fields(run: Run) -> dict[str, Any]:
         "metrics": {"before": _finite(run.before), "after": _finite(run.after)},
         "trainable_parameters": run.trainable_parameters,
         "learning_rates": dict(run.learning_rates),
+        "tuning": None if run.tuning is None else tuning_to_plain(run.tuning),
         "steps": run.outcome.steps,
         "step_seconds": run.outcome.step_seconds,
         "seconds": run.seconds,

@@ -137,7 +137,7 @@ class RunWriter:
             "ending": run.outcome.ending,
             "batch_size": settings.batch_size,
             "optimizer": settings.optimizer,
-            "learning_rates": {kind: settings.learning_rate(kind) for kind in trainable.groups},
+            "learning_rates": dict(run.learning_rates),
             "decay": settings.decay,
             "precision": settings.precision,
         }

@@ -94,6 +94,17 @@ class Draw(Protocol):
 
 
 @runtime_checkable
+class Folds(Protocol):
+    """What a `Draw` offers besides, whose support set can be split to choose settings by."""
+
+    def folds(self, count: int, seed: int) -> Sequence[Draw]:
+        """Give draws within the support set: each trains on a part and measures with the rest.
+
+        The query set of this draw is in none of them. Empty where there is nothing to split.
+        """
+
+
+@runtime_checkable
 class Counts(Protocol):
     """What a `Draw` offers besides, whose loss is a mean over more than its examples.
 

@@ -29,7 +29,14 @@ from svftool.tasks.heads import (
 )
 from svftool.tasks.images import list_images, short_name
 from svftool.tasks.metrics import ClassificationCount
-from svftool.tasks.splits import balanced_order, draw_shots, nothing_left, require_query
+from svftool.tasks.splits import (
+    balanced_order,
+    draw_shots,
+    left_out,
+    nothing_left,
+    others,
+    require_query,
+)
 from svftool.tasks.views import Augment, ImageSet, Transform, choose_view
 
 StrPath = str | os.PathLike[str]
@@ -50,6 +57,11 @@ class Examples:
 
     def __len__(self) -> int:
         return len(self.indices)
+
+    def at(self, positions: Sequence[int]) -> Examples:
+        """Give the images at positions of `indices` as examples of their own."""
+        indices = tuple(self.indices[position] for position in positions)
+        return Examples(self.images, indices, self.labels[list(positions)])
 
     def take(self, positions: Sequence[int]) -> list[Tensor]:
         """Load the images at positions of `indices`."""
@@ -259,6 +271,16 @@ class ClassificationDraw:
         with torch.inference_mode():
             inputs = head_inputs(model, head, (batch for batch, _ in self._support.batches(device)))
         start_head(model.get_submodule(head), inputs.clone(), labels.to(device), len(classes))
+
+    def folds(self, count: int, seed: int) -> list[ClassificationDraw]:
+        """Split the support set, every class alike; see `svftool.tasks.base.Folds`."""
+        support, held_out = self._support, self._parts["held_out"]
+        return [
+            ClassificationDraw(
+                self._task, support.at(others(fold, self.size)), held_out, support.at(fold)
+            )
+            for fold in left_out(support.labels.tolist(), count, seed=seed)
+        ]
 
     def order(self, generator: torch.Generator) -> Tensor:
         """Shuffle the support set; with balanced sampling draw as many of each class."""

@@ -20,7 +20,7 @@ from svftool.errors import DataError, ModelError, UsageError
 from svftool.progress import SILENT, Progress
 from svftool.tasks.base import Metric, Part, Prepared, device_of, to_device
 from svftool.tasks.heads import logits_of, require_module
-from svftool.tasks.splits import draw_examples, nothing_left, require_query
+from svftool.tasks.splits import draw_examples, left_out, nothing_left, others, require_query
 from svftool.tasks.texts import Text, list_texts
 from svftool.tasks.tokens import (
     LONGEST_DEFAULT,
@@ -247,6 +247,20 @@ class LanguageDraw:
                         f"{text.file}: line {text.line}: token {largest} ({token!r}), the model "
                         f"has embeddings for {known}. Name its own tokenizer with --tokenizer"
                     )
+
+    def folds(self, count: int, seed: int) -> list[LanguageDraw]:
+        """Split the support set by texts; see `svftool.tasks.base.Folds`."""
+        support, held_out = self._support, self._parts["held_out"]
+        known = sorted({block.text for block in support.blocks})
+        return [
+            LanguageDraw(
+                self._task,
+                Corpus(support.texts, support.take([known[i] for i in others(fold, len(known))])),
+                held_out,
+                Corpus(support.texts, support.take([known[i] for i in fold])),
+            )
+            for fold in left_out([0] * len(known), count, seed=seed)
+        ]
 
     def order(self, generator: torch.Generator) -> Tensor:
         """Shuffle the support set."""

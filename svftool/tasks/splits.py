@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Collection, Hashable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -106,6 +106,50 @@ def draw_examples(
             f"Lower --shots or add {unit}."
         )
     return _joined([_split(list(range(count)), shots, hold_out, f"{seed}:{unit}")])
+
+
+def left_out(labels: Sequence[Hashable], count: int, *, seed: int) -> list[tuple[int, ...]]:
+    """Deal examples to folds that are left out of training in turn, class by class at random.
+
+    An example alone in its class is left out of no fold: training needs one of each class.
+
+    Parameters
+    ----------
+    labels : sequence
+        Class of each example; all alike where they have none.
+    count : int
+        Folds, two or more; fewer where no class has so many examples.
+    seed : int
+        Chooses who is left out when.
+
+    Returns
+    -------
+    list of tuple of int
+        Positions that each fold leaves out, in ascending order; empty if there is none.
+
+    Examples
+    --------
+    >>> folds = left_out(["cat", "cat", "dog", "dog", "eel"], 2, seed=0)
+    >>> [len(fold) for fold in folds], 4 in folds[0] + folds[1]
+    ([2, 2], False)
+    """
+    by_label: dict[Hashable, list[int]] = {}
+    for position, label in enumerate(labels):
+        by_label.setdefault(label, []).append(position)
+    folds: list[list[int]] = [[] for _ in range(count)]
+    dealt = 0
+    for label, members in by_label.items():
+        if len(members) > 1:
+            for position in _shuffled(members, f"{seed}:fold:{label}"):
+                folds[dealt % count].append(position)
+                dealt += 1
+    return [tuple(sorted(fold)) for fold in folds if fold]
+
+
+def others(positions: Collection[int], size: int) -> tuple[int, ...]:
+    """Give the positions below `size` that are not among these."""
+    chosen = set(positions)
+    return tuple(position for position in range(size) if position not in chosen)
 
 
 def balanced_order(labels: Tensor, generator: torch.Generator) -> Tensor:

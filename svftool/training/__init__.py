@@ -10,6 +10,7 @@ from svftool.training.ranks import ALONE, Ranks, joined_ranks
 from svftool.training.settings import Settings
 from svftool.training.state import State, StateFile
 from svftool.training.summary import Summary, interval, summarise
+from svftool.training.trials import Trial, Tuning, tuning_to_plain
 
 __all__ = [
     "ALONE",
@@ -25,6 +26,8 @@ __all__ = [
     "State",
     "StateFile",
     "Summary",
+    "Trial",
+    "Tuning",
     "compare",
     "file_stem",
     "interval",
@@ -32,4 +35,5 @@ __all__ = [
     "pick_device",
     "summarise",
     "train",
+    "tuning_to_plain",
 ]

@@ -23,6 +23,8 @@ from svftool.training.memory import explain_out_of_memory, peak_memory, reset_pe
 from svftool.training.plan import Plan, Run, file_stem
 from svftool.training.randomness import derived_seed, repeatable
 from svftool.training.ranks import ALONE, Ranks
+from svftool.training.trials import Tuning
+from svftool.training.tune import Tuner
 
 Save = Callable[[Run, Trainable, Task], Path]
 
@@ -104,13 +106,16 @@ class _Comparison:
                 continue
             if self._interrupted():
                 return
+            tuning = self._tune(task, draw, regime, seed)
+            if self.stopped:
+                return
             with explain_out_of_memory(self._plan.settings.batch_size):
                 prepared = self._ranks.together(lambda: self._prepare(draw))
                 if before is None:
                     before = self._measure(draw, prepared.model)
                     stem = file_stem("before", seed, task.shots, task.facts)
                     self._illustrate(draw, prepared.model, stem)
-                self._run(task, draw, prepared, regime, seed, before)
+                self._run(task, draw, prepared, regime, seed, before, tuning)
 
     def _finished(self, task: Task, seed: int) -> dict[str, Run]:
         """Give the runs of a task's seed that an interrupted process finished, by regime."""
@@ -144,13 +149,15 @@ class _Comparison:
         regime: str,
         seed: int,
         before: Mapping[str, float],
+        tuning: Tuning | None,
     ) -> None:
         plan, begun, metric = self._plan, time.perf_counter(), task.primary
         stem = file_stem(regime, seed, task.shots, task.facts)
-        label = ", ".join([regime, f"seed {seed}", *(f"{k} {v}" for k, v in task.facts.items())])
+        label = _label(task, regime, seed)
         reset_peak_memory(plan.device)
         trainable = self._ranks.together(lambda: self._free(prepared, regime, seed))
-        model, settings = trainable.model, plan.settings
+        model = trainable.model
+        settings = plan.settings if tuning is None else plan.settings.scaled(tuning.factor)
         with Logbook(plan.log_dir if self._ranks.first else None, stem) as log:
             outcome = train(
                 model,
@@ -185,9 +192,34 @@ class _Comparison:
             worse=metric.better(before[metric.name], after[metric.name]),
             setting=task.describe(),
             learning_rates={kind: settings.learning_rate(kind) for kind in trainable.groups},
+            tuning=tuning,
         )
         self._warn(run, label, metric)
         self.runs.append(self._ranks.once(lambda: self._write(run, trainable, task)))
+
+    def _tune(self, task: Task, draw: Draw, regime: str, seed: int) -> Tuning | None:
+        """Choose the run's learning rates, if asked to; an interruption stops it all."""
+        if not self._plan.settings.tune_lr:
+            return None
+        tuner = Tuner(
+            self._plan.settings,
+            task.primary,
+            self._journal,
+            self._ranks,
+            self._interruption,
+            self._progress,
+        )
+        tuning = tuner.tune(
+            draw,
+            lambda fold: self._ranks.together(
+                lambda: self._free(self._prepare(fold), regime, seed)
+            ),
+            seed=seed,
+            name=file_stem(regime, seed, task.shots, task.facts),
+            label=_label(task, regime, seed),
+        )
+        self.stopped = tuning is None
+        return tuning
 
     def _free(self, prepared: Prepared, regime: str, seed: int) -> Trainable:
         plan = self._plan
@@ -234,3 +266,8 @@ class _Comparison:
                 f"{label}: this tune is worse than the base: {metric.name} "
                 f"{run.before[metric.name]:.4f} -> {run.after[metric.name]:.4f}"
             )
+
+
+def _label(task: Task, regime: str, seed: int) -> str:
+    """Name a run in messages."""
+    return ", ".join([regime, f"seed {seed}", *(f"{k} {v}" for k, v in task.facts.items())])

@@ -15,6 +15,7 @@ from svftool.tasks import Task
 from svftool.training.curves import read_curves
 from svftool.training.loop import Outcome
 from svftool.training.settings import Settings
+from svftool.training.trials import Tuning, tuning_from_plain
 
 
 @dataclass(frozen=True)
@@ -88,6 +89,8 @@ class Run:
         What the task says of its data and its rules.
     learning_rates : mapping of str to float
         Peak learning rate of each kind of parameter.
+    tuning : Tuning or None
+        How these rates were chosen; None where that was not asked for.
     """
 
     regime: str
@@ -104,6 +107,7 @@ class Run:
     output: Path | None = None
     setting: Mapping[str, Any] = field(default_factory=dict)
     learning_rates: Mapping[str, float] = field(default_factory=dict)
+    tuning: Tuning | None = None
 
     @property
     def stem(self) -> str:
@@ -119,12 +123,13 @@ def run_to_plain(run: Run) -> dict[str, Any]:
 def run_from_plain(value: Mapping[str, Any]) -> Run:
     """Read back what `run_to_plain` gave."""
     outcome = {**value["outcome"], "curves": read_curves(value["outcome"]["curves"])}
-    output = value["output"]
+    output, tuning = value["output"], value.get("tuning")
     return Run(
         **{
             **value,
             "outcome": Outcome(**outcome),
             "output": None if output is None else Path(output),
+            "tuning": None if tuning is None else tuning_from_plain(tuning),
         }
     )
 

@@ -5,7 +5,7 @@ How the defaults were chosen is written down in docs/results.md.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 from svftool.errors import UsageError
@@ -46,6 +46,10 @@ class Settings:
         SGD has momentum 0.9.
     lr, head_lr : float or None
         Peak learning rates of the backbone and of the head; None takes the defaults.
+    tune_lr : bool
+        Choose a factor of these rates for each run, on its support set alone.
+    lr_scale : float
+        Factor of all of these rates.
     decay : float
         Decoupled decay of every trained tensor towards where it started.
     warmup : float
@@ -62,6 +66,8 @@ class Settings:
     optimizer: OptimizerName = "adamw"
     lr: float | None = None
     head_lr: float | None = None
+    tune_lr: bool = False
+    lr_scale: float = 1.0
     decay: float = 0.0
     warmup: float = 0.1
     clip: float | None = 1.0
@@ -98,6 +104,10 @@ class Settings:
     def learning_rate(self, group: str) -> float:
         """Peak learning rate of one kind of parameter: ``head``, ``singular_values`` ..."""
         given = self.head_lr if group == "head" else self.lr
-        if given is not None:
-            return given
-        return LEARNING_RATES[group] * (SGD_FACTOR if self.optimizer == "sgd" else 1.0)
+        if given is None:
+            given = LEARNING_RATES[group] * (SGD_FACTOR if self.optimizer == "sgd" else 1.0)
+        return given * self.lr_scale
+
+    def scaled(self, factor: float) -> Settings:
+        """Give the same settings with every learning rate multiplied."""
+        return replace(self, lr_scale=self.lr_scale * factor)

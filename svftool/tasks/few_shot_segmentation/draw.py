@@ -102,6 +102,16 @@ class FewShotDraw:
         layers = tuple(f"*{stage}.*" for stage in plan.trained)
         return Prepared(net, "host", new_head=True, layers=layers)
 
+    def folds(self, count: int, seed: int) -> list[FewShotDraw]:
+        """Give one fold, measured on held-out images of the base classes, where there are any.
+
+        Weights that novel classes choose would let the test set choose the settings too.
+        """
+        task = self._task
+        if task.rules.select_on == "novel" or not task.held_out(task.shots).pairs:
+            return []
+        return [_BaseClassDraw(task, self._seed)]
+
     def order(self, generator: torch.Generator) -> Tensor:
         """Shuffle the training images."""
         return torch.randperm(self.size, generator=generator)
@@ -328,6 +338,16 @@ class FewShotDraw:
                 BaseTraining(settings.steps, settings.batch_size, settings.lr, self._seed),
             )
         return BaseProbabilities(encoder, task.learners[self._seed])
+
+
+class _BaseClassDraw(FewShotDraw):
+    """The same training, measured on held-out images of the base classes alone."""
+
+    def evaluate(
+        self, model: nn.Module, part: Part = "query", *, progress: Progress = SILENT
+    ) -> dict[str, float]:
+        """Give mIoU and FB-IoU of the base classes."""
+        return super().evaluate(model, "held_out", progress=progress)
 
 
 def _net_of(model: nn.Module) -> FewShotNet:

@@ -28,6 +28,7 @@ from svftool.tasks.segmentation.heads import (
     start_from_means,
 )
 from svftool.tasks.segmentation.pairs import Pair
+from svftool.tasks.splits import left_out, others
 from svftool.tasks.views import Decoded
 
 if TYPE_CHECKING:
@@ -55,6 +56,10 @@ class Chosen:
 
     def __len__(self) -> int:
         return len(self.indices)
+
+    def at(self, positions: Sequence[int]) -> Chosen:
+        """Give those at positions of `indices`."""
+        return Chosen(self.source, tuple(self.indices[position] for position in positions))
 
     def take(self, positions: Sequence[int]) -> tuple[list[Tensor], list[Tensor]]:
         """Images and label maps at positions of `indices`, as they are kept."""
@@ -172,6 +177,20 @@ class SegmentationDraw:
         like = next(model.parameters())
         head = make_head(task.head_type, channels, len(task.classes), like)
         return WithDenseHead(model, name, head)
+
+    def folds(self, count: int, seed: int) -> list[SegmentationDraw]:
+        """Split the support set by images; see `svftool.tasks.base.Folds`."""
+        support, held_out = self._support, self._parts["held_out"]
+        return [
+            SegmentationDraw(
+                self._task,
+                support.at(others(fold, self.size)),
+                held_out,
+                support.at(fold),
+                seed=self._seed,
+            )
+            for fold in left_out([0] * self.size, count, seed=seed)
+        ]
 
     def order(self, generator: torch.Generator) -> Tensor:
         """Shuffle the support set."""

@@ -1,0 +1,278 @@
+"""Learning rates that are chosen on the support set alone."""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from pictures import write_pictures
+from rich.console import Console
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from svftool.attaching import Trainable
+from svftool.factors import FactorStore, open_factors
+from svftool.progress import Silent
+from svftool.report import finetune as report
+from svftool.stages.decompose import decompose
+from svftool.stages.finetune import finetune
+from svftool.tasks import Metric, Task
+from svftool.tasks.classification import Classification
+from svftool.tasks.splits import left_out, others
+from svftool.training import Journal, Plan, Run, Settings, compare
+from svftool.training.plan import run_from_plain, run_to_plain
+from svftool.training.trials import Trial, choose
+from svftool.training.tune import FACTORS, FOLDS
+
+ACCURACY = Metric("accuracy", higher_is_better=True)
+PERPLEXITY = Metric("perplexity", higher_is_better=False)
+
+
+class SmallNet(nn.Module):
+    """Convolution, mean and a head."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.conv = nn.Conv2d(3, 8, 3)
+        self.fc = nn.Linear(8, 3)
+
+    def forward(self, images: Tensor) -> Tensor:
+        return self.fc(self.conv(images).relu().mean((2, 3)))
+
+
+class Loud(Silent):
+    """Remembers what it was told."""
+
+    def __init__(self) -> None:
+        self.notes: list[str] = []
+
+    def note(self, message: str) -> None:
+        self.notes.append(message)
+
+
+def save(run: Run, trainable: Trainable, task: Task) -> Path:
+    return Path(run.stem)
+
+
+@pytest.fixture
+def store(tmp_path: Path) -> Iterator[FactorStore]:
+    """Give the factors of a `SmallNet`."""
+    save_file(SmallNet().state_dict(), tmp_path / "base.safetensors", metadata={"format": "pt"})
+    decompose(tmp_path / "base.safetensors", tmp_path / "factors")
+    with open_factors(tmp_path / "factors") as opened:
+        yield opened
+
+
+@pytest.fixture
+def plan(tmp_path: Path, store: FactorStore) -> Callable[..., Plan]:
+    """Return a factory of plans for a few steps on coloured pictures."""
+    data = write_pictures(tmp_path / "data", count=6)
+
+    def make(*, shots: int = 4, regimes: tuple[str, ...] = ("svf",), **settings: Any) -> Plan:
+        return Plan(
+            build=SmallNet,
+            store=store,
+            tasks=[Classification(data, shots=shots, head="new", augment="none")],
+            regimes=regimes,
+            seeds=[0],
+            settings=Settings(**{"steps": 3, "tune_lr": True} | settings),
+            device=torch.device("cpu"),
+        )
+
+    return make
+
+
+def scored_by_rate(
+    monkeypatch: pytest.MonkeyPatch, score: Callable[[float], float]
+) -> list[tuple[int, int]]:
+    """Have each trial score as a function of its head's rate tells; give (steps, size) of each."""
+    rate, seen = [0.0], []
+
+    def trained(
+        model: nn.Module, groups: Any, draw: Any, settings: Settings, **options: Any
+    ) -> Any:
+        from svftool.training.loop import train
+
+        rate[0] = settings.learning_rate("head")
+        seen.append((settings.step_count(draw.size), draw.size))
+        outcome = train(model, groups, draw, settings, **options)
+        draw.evaluate = lambda model: {"accuracy": score(rate[0])}
+        return outcome
+
+    monkeypatch.setattr("svftool.training.tune.train", trained)
+    return seen
+
+
+@pytest.mark.parametrize("best", [FACTORS[0], FACTORS[3]])
+def test_the_rate_with_the_best_score_trains_the_whole_support_set(
+    plan: Callable[..., Plan], monkeypatch: pytest.MonkeyPatch, best: float
+) -> None:
+    wanted = Settings().learning_rate("head") * best
+    seen = scored_by_rate(monkeypatch, lambda rate: -abs(rate - wanted))
+    runs, _ = compare(plan(regimes=("head", "svf")), save)
+    for run in runs:
+        assert run.tuning is not None
+        assert run.tuning.factor == best
+        assert run.learning_rates["head"] == wanted
+        assert [trial.factor for trial in run.tuning.trials] == list(FACTORS)
+        assert all(len(trial.scores) == FOLDS for trial in run.tuning.trials)
+        assert run.outcome.steps == 3
+    assert runs[1].learning_rates["singular_values"] == pytest.approx(
+        Settings().learning_rate("singular_values") * best
+    )
+    # Every regime has as many trials, all as long as the run, on half of its 12 pictures.
+    assert seen == [(3, 6)] * (2 * len(FACTORS) * FOLDS)
+
+
+def test_trials_do_not_touch_the_query_set(plan: Callable[..., Plan]) -> None:
+    chosen, looked = plan(), []
+    draw_of = chosen.tasks[0].draw
+
+    class Guarded:
+        """A draw that tells of every look at its query set."""
+
+        def __init__(self, draw: Any) -> None:
+            self._draw = draw
+
+        def __getattr__(self, name: str) -> Any:
+            return getattr(self._draw, name)
+
+        def folds(self, count: int, seed: int) -> Any:
+            support = set(self._draw._support.indices)
+            folds = self._draw.folds(count, seed)
+            for fold in folds:
+                measured = set(fold._parts["query"].indices)
+                assert set(fold._support.indices) == support - measured
+                assert measured < support
+            return folds
+
+        def evaluate(self, model: nn.Module, part: str = "query", **options: Any) -> Any:
+            looked.append(part)
+            raise RuntimeError("the query set was looked at")
+
+    chosen.tasks[0].draw = lambda seed: Guarded(draw_of(seed))
+    loud = Loud()
+    with pytest.raises(RuntimeError, match="looked at"):
+        compare(chosen, save, progress=loud)
+    # The first look came when the rates were chosen already.
+    assert looked == ["query"]
+    assert len(loud.notes) == 1
+    assert "learning rates x" in loud.notes[0]
+
+
+def test_the_choice_repeats_alone_and_in_company(plan: Callable[..., Plan]) -> None:
+    company, _ = compare(plan(regimes=("head", "svf"), steps=8), save)
+    torch.rand(7)
+    alone, _ = compare(plan(steps=8), save)
+    assert alone[0].tuning == company[1].tuning
+    assert alone[0].after == company[1].after
+    assert run_from_plain(run_to_plain(alone[0])) == alone[0]
+
+
+def test_one_shot_keeps_the_default_and_says_so(plan: Callable[..., Plan]) -> None:
+    loud = Loud()
+    tuned, _ = compare(plan(shots=1), save, progress=loud)
+    plain, _ = compare(plan(shots=1, tune_lr=False), save)
+    assert tuned[0].tuning is not None
+    assert (tuned[0].tuning.factor, tuned[0].tuning.trials) == (1.0, ())
+    assert tuned[0].learning_rates == plain[0].learning_rates
+    assert tuned[0].after == plain[0].after
+    assert plain[0].tuning is None
+    assert loud.notes == [
+        "svf, seed 0: nothing of the support set can be left out to choose by: "
+        "the default learning rates are kept"
+    ]
+
+
+def test_trials_that_are_noted_are_not_repeated(
+    plan: Callable[..., Plan], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    journal, whole = Journal(tmp_path / "kept"), compare(plan(), save)[0][0]
+    seen = scored_by_rate(monkeypatch, lambda rate: rate)
+    stop = len(FACTORS) * FOLDS - 3
+
+    class Cut(Journal):
+        """Loses its power after some trials."""
+
+        def note(self, name: str, value: Any) -> None:
+            super().note(name, value)
+            if len(seen) == stop:
+                raise RuntimeError("cut")
+
+    with pytest.raises(RuntimeError, match="cut"):
+        compare(plan(), save, journal=Cut(journal.folder))
+    assert len(seen) == stop
+    runs, _ = compare(plan(), save, journal=journal)
+    assert len(seen) == len(FACTORS) * FOLDS
+    assert runs[0].tuning is not None
+    assert runs[0].tuning.factor == FACTORS[-1]
+    assert whole.tuning is not None
+    assert [trial.factor for trial in runs[0].tuning.trials] == [
+        trial.factor for trial in whole.tuning.trials
+    ]
+    again, _ = compare(plan(), save, journal=journal)
+    assert again == runs
+    assert len(seen) == len(FACTORS) * FOLDS
+
+
+def test_a_rate_that_diverges_is_not_chosen() -> None:
+    trials = [Trial(1.0, (0.5, 0.5)), Trial(3.0, (0.6, 0.5)), Trial(9.0, (1.0, None))]
+    assert choose(trials, ACCURACY) == 3.0
+    assert choose(trials, PERPLEXITY) == 1.0
+    assert choose([Trial(1.0, (None,))], ACCURACY) is None
+    equal = [Trial(factor, (0.5, 0.5)) for factor in FACTORS]
+    assert choose(equal, ACCURACY) == 1.0
+    assert choose([equal[0], *equal[3:]], ACCURACY) == 3.0
+    assert choose([equal[1], equal[3]], ACCURACY) == FACTORS[1]
+
+
+def test_every_class_stays_in_training() -> None:
+    labels = [0] * 5 + [1] * 2 + [2] + [3] * 3
+    folds = left_out(labels, 3, seed=4)
+    assert folds == left_out(labels, 3, seed=4)
+    assert folds != left_out(labels, 3, seed=5)
+    assert sorted(index for fold in folds for index in fold) == [0, 1, 2, 3, 4, 5, 6, 8, 9, 10]
+    for fold in folds:
+        kept = others(fold, len(labels))
+        assert {labels[index] for index in kept} == {0, 1, 2, 3}
+        assert sorted((*kept, *fold)) == list(range(len(labels)))
+    assert left_out([0, 1, 2], 2, seed=0) == []
+
+
+def test_results_hold_every_trial(store: FactorStore, tmp_path: Path) -> None:
+    data = write_pictures(tmp_path / "pictures", count=4)
+    code = tmp_path / "net.py"
+    code.write_text(
+        "from collections import OrderedDict\nfrom torch import nn\n\n\ndef make():\n"
+        "    return nn.Sequential(OrderedDict(conv=nn.Conv2d(3, 8, 3), relu=nn.ReLU(),\n"
+        "        pool=nn.AdaptiveAvgPool2d(1), flat=nn.Flatten(), fc=nn.Linear(8, 3)))\n"
+    )
+    result = finetune(
+        store.path,
+        data=data,
+        output=tmp_path / "runs",
+        model=f"{code}:make",
+        regimes=["head", "svf"],
+        settings=Settings(steps=2, tune_lr=True),
+        shots=2,
+        device="cpu",
+    )
+    found = report.document(result)["runs"]
+    for run in found:
+        tuning = run["tuning"]
+        assert (tuning["metric"], tuning["steps"], tuning["kept"]) == ("accuracy", 2, None)
+        assert len(tuning["trials"]) == len(FACTORS)
+        for trial in tuning["trials"]:
+            assert trial["score"] == pytest.approx(sum(trial["scores"]) / FOLDS)
+        assert run["learning_rates"]["head"] == pytest.approx(1e-3 * tuning["factor"])
+    console = Console(width=120, record=True, file=io.StringIO())
+    console.print(report.view(result))
+    shown = console.export_text()
+    for run in found:
+        factor = run["tuning"]["factor"]
+        assert f"{run['regime']}: learning rates x {factor:.3g}, chosen on the support set" in shown
