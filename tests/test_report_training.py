@@ -179,7 +179,9 @@ def test_a_mean_over_folds_stands_for_the_folds(tmp_path: Path) -> None:
         for seed in range(2)
         for fold in range(2)
     ]
-    page = written(comparison(runs), tmp_path / "r.html").read_text()
+    result = replace(comparison(runs), task="few-shot-segmentation", setting={"select_on": "novel"})
+    page = written(result, tmp_path / "r.html").read_text()
+    assert "weights chosen on NOVEL classes" in page
     drawn = texts(page)
     assert {"1-shot, mean over folds", "5-shot, mean over folds"} <= set(drawn)
     assert not any("fold 0" in text for text in drawn)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from importlib import resources
 from typing import Any
 
+from svftool.report import few_shot
 from svftool.report.finetune import FRACTIONS, value
 from svftool.report.inspect.page import require_jinja
 from svftool.report.text import safe
@@ -46,6 +47,7 @@ def page(result: FinetuneResult) -> str:
         version=__version__,
         title=safe(result.output.name),
         lead=_lead(result),
+        rules=safe(few_shot.rules(result)) if result.task == "few-shot-segmentation" else "",
         interrupted=result.interrupted is not None,
         figure=_adapted(figure.svg(result)),
         unit=" %" if result.metric in FRACTIONS else "",
