@@ -108,6 +108,12 @@ def test_the_page_loads_nothing(markup: str) -> None:
     assert all(target.startswith("#") for target in re.findall(r'href="([^"]*)"', loaded))
 
 
+def test_the_figure_of_the_page_follows_the_scheme(markup: str) -> None:
+    drawing = markup[markup.index("<svg") : markup.index("</svg>")]
+    assert "var(--ink)" in drawing
+    assert re.search(r"#f{6}|#1d2127", drawing) is None
+
+
 def test_a_figure_is_an_image_with_the_colours_of_the_regimes(tmp_path: Path) -> None:
     from svftool.report.training.figure import COLOURS
 

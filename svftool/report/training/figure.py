@@ -29,6 +29,7 @@ COLOURS = (
 _STYLE = {
     "font.size": 8,
     "text.color": INK,
+    "axes.facecolor": "none",
     "axes.edgecolor": QUIET,
     "axes.labelcolor": QUIET,
     "axes.titlecolor": INK,
