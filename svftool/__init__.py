@@ -7,6 +7,7 @@ Files in, files out::
 
     svftool.decompose("model.safetensors", "factors")
     svftool.finetune("factors", data="images", output="tuned.svf.safetensors")
+    svftool.evaluate("factors", tuned="tuned.svf.safetensors", data="test")
     svftool.merge("factors", ["tuned.svf.safetensors"], output="merged.safetensors")
     svftool.audit("model.safetensors", ["merged.safetensors"])
 
@@ -38,6 +39,7 @@ if TYPE_CHECKING:
     from svftool.factors import open_factors, read_tuned
     from svftool.stages.audit import audit
     from svftool.stages.decompose import decompose
+    from svftool.stages.evaluate import evaluate
     from svftool.stages.extract import extract
     from svftool.stages.finetune import finetune
     from svftool.stages.merge import merge
@@ -61,6 +63,7 @@ __all__ = [
     "audit",
     "decompose",
     "detach",
+    "evaluate",
     "extract",
     "finetune",
     "load_tuned",
@@ -77,6 +80,7 @@ _HOMES = {
     "audit": "svftool.stages.audit",
     "decompose": "svftool.stages.decompose",
     "detach": "svftool.attaching",
+    "evaluate": "svftool.stages.evaluate",
     "extract": "svftool.stages.extract",
     "finetune": "svftool.stages.finetune",
     "load_tuned": "svftool.attaching",

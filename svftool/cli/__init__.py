@@ -14,7 +14,7 @@ from typing import Annotated, Any
 import typer
 from typer.core import TyperGroup
 
-from svftool.cli import decompose, demo, extract, finetune, inspect, merge
+from svftool.cli import decompose, demo, evaluate, extract, finetune, inspect, merge
 from svftool.cli.console import stderr
 from svftool.errors import SvftoolError
 from svftool.report.text import safe
@@ -89,7 +89,7 @@ def svftool(
     """
 
 
-for module in (decompose, finetune, merge, inspect, extract, demo):
+for module in (decompose, finetune, evaluate, merge, inspect, extract, demo):
     app.command(module.NAME, epilog=module.EXAMPLE)(module.command)
 
 

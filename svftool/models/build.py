@@ -32,6 +32,7 @@ def build_model(
     checkpoint: Checkpoint,
     dtype: torch.dtype | None = torch.float32,
     trust_remote_code: bool = False,
+    strict: bool = True,
 ) -> nn.Module:
     """Build the model that a spec names and give it a checkpoint's weights.
 
@@ -47,6 +48,10 @@ def build_model(
         Of the model's floating tensors; None takes the checkpoint's.
     trust_remote_code : bool
         Whether code that lies beside the checkpoint may run.
+    strict : bool
+        Whether model and checkpoint must hold the same tensors. Otherwise a factory's head takes
+        as many outputs as the checkpoint's has, and the checkpoint may hold more than the model,
+        except one that transformers loads.
 
     Returns
     -------
@@ -62,24 +67,28 @@ def build_model(
         If the library that the spec names is not installed.
     """
     if spec == "auto":
-        return _build_auto(checkpoint, dtype, trust_remote_code).eval()
+        return _build_auto(checkpoint, dtype, trust_remote_code, strict).eval()
     source, _, name = spec.rpartition(":")
     if not source or not name:
         raise ModelError(f"model {spec!r}, expected {FORMS}.")
     if source == "timm":
-        return load_weights(_build_timm(name, checkpoint, {}), checkpoint, dtype=dtype).eval()
-    if source == "torchvision":
-        return load_weights(_build_torchvision(name, checkpoint), checkpoint, dtype=dtype).eval()
-    return load_weights(_call_factory(source, name), checkpoint, dtype=dtype).eval()
+        model = _build_timm(name, checkpoint, {})
+    elif source == "torchvision":
+        model = _build_torchvision(name, checkpoint)
+    else:
+        model = _call_factory(source, name)
+        if not strict:
+            _follow_head(model, checkpoint)
+    return load_weights(model, checkpoint, dtype=dtype, strict=strict).eval()
 
 
 def _build_auto(
-    checkpoint: Checkpoint, dtype: torch.dtype | None, trust_remote_code: bool
+    checkpoint: Checkpoint, dtype: torch.dtype | None, trust_remote_code: bool, strict: bool
 ) -> nn.Module:
     config = checkpoint.config or {}
     if "architecture" in config:
         model = _build_timm(str(config["architecture"]), checkpoint, config)
-        return load_weights(model, checkpoint, dtype=dtype)
+        return load_weights(model, checkpoint, dtype=dtype, strict=strict)
     if "model_type" in config or "architectures" in config:
         return load_transformers(checkpoint, dtype=dtype, trust_remote_code=trust_remote_code)
     raise ModelError(
@@ -143,6 +152,23 @@ def _with_classes(create: Callable[..., nn.Module], checkpoint: Checkpoint) -> n
         return create(num_classes=0) if no_head and hasattr(model, "get_classifier") else model
     rows = model.get_submodule(head).get_parameter("weight").shape[0]
     return model if info.shape[0] == rows else create(num_classes=info.shape[0])
+
+
+def _follow_head(model: nn.Module, checkpoint: Checkpoint) -> None:
+    """Give a model's head as many outputs as the checkpoint's has."""
+    head = find_head(model)
+    info = checkpoint.infos.get(f"{checkpoint.prefix}{head}.weight")
+    if head is None or info is None:
+        return
+    module = model.get_submodule(head)
+    rows = module.get_parameter("weight").shape[0]
+    for name, parameter in list(module.named_parameters(recurse=False)):
+        if parameter.shape[0] == rows:
+            fresh = parameter.new_empty(info.shape[0], *parameter.shape[1:])
+            setattr(module, name, nn.Parameter(fresh, requires_grad=parameter.requires_grad))
+    for size in ("out_features", "out_channels"):
+        if hasattr(module, size):
+            setattr(module, size, info.shape[0])
 
 
 def _call_factory(source: str, name: str) -> nn.Module:

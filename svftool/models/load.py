@@ -12,7 +12,11 @@ from svftool.errors import ModelError
 
 
 def load_weights(
-    model: nn.Module, checkpoint: Checkpoint, *, dtype: torch.dtype | None = torch.float32
+    model: nn.Module,
+    checkpoint: Checkpoint,
+    *,
+    dtype: torch.dtype | None = torch.float32,
+    strict: bool = True,
 ) -> nn.Module:
     """Load every tensor of a checkpoint into a model.
 
@@ -24,6 +28,8 @@ def load_weights(
         The weights.
     dtype : torch.dtype or None
         Of the model's floating tensors; None takes the one most of the checkpoint has.
+    strict : bool
+        Whether a tensor without a place in the model is an error.
 
     Returns
     -------
@@ -37,6 +43,8 @@ def load_weights(
     """
     names = {name.removeprefix(checkpoint.prefix): name for name in checkpoint.infos}
     expected = dict(model.state_dict(keep_vars=True))
+    if not strict:
+        names = {short: name for short, name in names.items() if short in expected}
     _compare(model, checkpoint, expected, names)
     model.to(dtype or _main_dtype(checkpoint))
     state = {short: checkpoint.read(name) for short, name in names.items() if short in expected}

@@ -75,8 +75,11 @@ class Draw(Protocol):
     def held_out(self) -> int:
         """Support examples kept from training to choose the best weights by; 0 for none."""
 
-    def prepare(self, model: nn.Module) -> Prepared:
-        """Fit a freshly loaded model to the data: a new head, say."""
+    def prepare(self, model: nn.Module, *, start: bool = True) -> Prepared:
+        """Fit a freshly loaded model to the data: a new head, say.
+
+        Without `start` the new head gets no first weights from the data: they are loaded.
+        """
 
     def order(self, generator: torch.Generator) -> Tensor:
         """Give the order in which one epoch goes through the examples: (size,) integers."""

@@ -84,6 +84,50 @@ TASKS: dict[str, Callable[..., Sequence[Task]]] = {
 }
 """Makers of tasks by name; each takes its data, facts of the model and its own options."""
 
+SPLIT = frozenset({"classification", "segmentation", "language"})
+"""Tasks that measure with what shots left over, or with ``evaluation``."""
+
+PICTURED = frozenset({"segmentation", "few-shot-segmentation"})
+"""Tasks whose predictions are pictures."""
+
+_RECORDED = {
+    "classification": ("mean", "std", "head_type"),
+    "segmentation": ("mean", "std", "head_type", "features", "ignore_index"),
+    "language": ("sequence_length",),
+    "few-shot-segmentation": (
+        "host", "width", "features", "output_stride", "image_size", "test_episodes", "alignment",
+    ),
+}  # fmt: skip
+"""Options by which the same weights give the same metrics, under the names of `Task.describe`."""
+
+
+def recorded(name: str, described: Mapping[str, Any]) -> dict[str, Any]:
+    """Give the options that a task was trained with, as far as its metrics depend on them.
+
+    Parameters
+    ----------
+    name : str
+        One of `TASKS`.
+    described : mapping
+        What `Task.describe` said then.
+
+    Examples
+    --------
+    >>> recorded("classification", {"shots": 5, "mean": [0.5], "head_type": "cosine"})
+    {'mean': (0.5,), 'head_type': 'cosine'}
+    """
+    found = {
+        key: tuple(described[key]) if isinstance(described[key], list) else described[key]
+        for key in _RECORDED.get(name, ())
+        if described.get(key) is not None
+    }
+    if name == "few-shot-segmentation":
+        several = {"folds": "fold", "shots": "shots"}
+        found |= {option: [described[key]] for option, key in several.items() if key in described}
+        if described.get("inner_fold") is not None:
+            found["inner"] = described["inner_fold"]
+    return found
+
 
 def make_tasks(
     name: str, data: Path, facts: ModelFacts, options: Mapping[str, Any]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -9,19 +10,23 @@ from svftool.errors import DataError, shortlist
 from svftool.tasks.images import LabelledImage
 
 
-def class_names(images: Sequence[LabelledImage], file: Path | None) -> tuple[str, ...]:
-    """Give the classes in the order of the head's outputs: those of a file, or sorted.
+def class_names(
+    images: Sequence[LabelledImage], given: str | os.PathLike[str] | Sequence[str] | None
+) -> tuple[str, ...]:
+    """Give the classes in the order of the head's outputs: given, those of a file, or sorted.
 
     Raises
     ------
     DataError
         If the file is not readable, repeats a name, or there are fewer than two classes.
     """
-    if file is None:
+    where = "the data"
+    if given is None:
         names = tuple(sorted({image.label for image in images}))
-        where = "the data"
+    elif isinstance(given, (str, os.PathLike)):
+        names, where = _read_classes(Path(given)), str(given)
     else:
-        names, where = _read_classes(file), str(file)
+        names = tuple(given)
     if len(names) < 2:
         raise DataError(f"{where}: {len(names)} class, expected two or more ({shortlist(names)})")
     return names

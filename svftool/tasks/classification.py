@@ -88,9 +88,9 @@ class Classification:
         Images to measure with; None takes what the shots left over.
     shots : int or None
         Images a class in the support set; None takes all, which needs `evaluation`.
-    classes : path-like or None
-        Text file with one class name a line, in the order of the head's outputs; None sorts the
-        names that `data` has.
+    classes : path-like or sequence of str or None
+        Class names in the order of the head's outputs, or a text file with one a line; None sorts
+        the names that `data` has.
     head : {"auto", "keep", "new"}
         ``auto`` keeps the checkpoint's head when it has as many outputs as there are classes.
     head_name : str or None
@@ -127,7 +127,7 @@ class Classification:
         *,
         evaluation: StrPath | None = None,
         shots: int | None = None,
-        classes: StrPath | None = None,
+        classes: StrPath | Sequence[str] | None = None,
         head: HeadChoice = "auto",
         head_name: str | None = None,
         head_type: ClassifierType = "linear",
@@ -144,7 +144,7 @@ class Classification:
         images = list_images(Path(data))
         queries = list_images(Path(evaluation)) if evaluation is not None else []
         self.shots = shots
-        self.classes = class_names(images, None if classes is None else Path(classes))
+        self.classes = class_names(images, classes)
         self.head = head
         self.head_name = head_name
         self.head_type = head_type
@@ -226,8 +226,10 @@ class ClassificationDraw:
         """Images held out of the support set."""
         return len(self._parts["held_out"])
 
-    def prepare(self, model: nn.Module) -> Prepared:
+    def prepare(self, model: nn.Module, *, start: bool = True) -> Prepared:
         """Keep the model's head, or make one from the class means of its features.
+
+        Without `start` the new head is left untrained.
 
         Raises
         ------
@@ -244,7 +246,8 @@ class ClassificationDraw:
                 "classes. Use --head new, or give the head's class names in order with --classes"
             )
         model, head = new_head(model, head, len(task.classes), outputs, kind=task.head_type)
-        self._start_from_means(model, head)
+        if start:
+            self._start_from_means(model, head)
         return Prepared(model, head, new_head=True)
 
     def _outputs(self, model: nn.Module) -> int:

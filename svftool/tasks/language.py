@@ -203,7 +203,7 @@ class LanguageDraw:
         """Blocks held out of the support set."""
         return len(self._parts["held_out"].blocks)
 
-    def prepare(self, model: nn.Module) -> Prepared:
+    def prepare(self, model: nn.Module, *, start: bool = True) -> Prepared:
         """Check that the model takes the tokens; its head stays the checkpoint's.
 
         Raises

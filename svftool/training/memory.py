@@ -17,8 +17,10 @@ _CLEAR = Path("/proc/self/clear_refs")
 
 
 @contextmanager
-def explain_out_of_memory(batch_size: int) -> Iterator[None]:
+def explain_out_of_memory(batch_size: int | None) -> Iterator[None]:
     """Turn a failed allocation into an error that says what to lower.
+
+    Without a batch size nothing is trained, and there is less that could be lowered.
 
     Raises
     ------
@@ -30,6 +32,11 @@ def explain_out_of_memory(batch_size: int) -> Iterator[None]:
     except (MemoryError, RuntimeError) as error:
         if isinstance(error, RuntimeError) and not any(s in str(error) for s in _SIGNS):
             raise
+        if batch_size is None:
+            raise ResourceError(
+                "not enough memory to measure the model. Lower --image-size, or choose another "
+                "--device"
+            ) from error
         raise ResourceError(
             f"not enough memory for a batch of {batch_size} examples. Lower --batch-size or "
             "--image-size, use --precision bf16, or train fewer layers (--train-layers)"

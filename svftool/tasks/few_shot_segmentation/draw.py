@@ -83,7 +83,7 @@ class FewShotDraw:
         """Episodes that weights are chosen by."""
         return 0 if self._task.rules.select_on == "last" else self._task.rules.select_episodes
 
-    def prepare(self, model: nn.Module) -> Prepared:
+    def prepare(self, model: nn.Module, *, start: bool = True) -> Prepared:
         """Set the backbone's resolution and put a new host on it."""
         task, rules = self._task, self._task.rules
         task.backbone = backbone_name(model)

@@ -106,10 +106,11 @@ class SegmentationDraw:
         """Images held out of the support set."""
         return len(self._parts["held_out"])
 
-    def prepare(self, model: nn.Module) -> Prepared:
+    def prepare(self, model: nn.Module, *, start: bool = True) -> Prepared:
         """Keep the model's head, replace its last layer, or put a new head on a backbone.
 
-        A new last layer starts from the mean directions of the classes' pixels.
+        A new last layer starts from the mean directions of the classes' pixels, unless told not
+        to with `start`.
 
         Raises
         ------
@@ -134,7 +135,7 @@ class SegmentationDraw:
             else:
                 model, name = self._with_head(model, images), "head"
         model.eval()
-        if len(heads) < 2:
+        if start and len(heads) < 2:
             layer = last_layer(model.get_submodule(name))
             start_from_means(model, layer, self._views(model), ignore=task.ignore)
         return Prepared(model, name, new_head=True)

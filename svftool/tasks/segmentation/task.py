@@ -51,9 +51,10 @@ class Segmentation:
         Images in the support set; None takes all, which needs `evaluation`.
     images, masks, mask_suffix : str
         Names of the folders, and what the maps' names end with.
-    classes : path-like or None
+    classes : path-like or sequence of str or None
         Class file, see `svftool.tasks.segmentation.classes.read_classes`; None looks for
-        ``classes.txt`` in `data`, then at the names in `config`, and else counts the labels.
+        ``classes.txt`` in `data`, then at the names in `config`, and else counts the labels. Names
+        stand in where `data` has no such file.
     ignore_index : int
         Label of pixels without a class.
     head : {"auto", "keep", "new"}
@@ -97,7 +98,7 @@ class Segmentation:
         images: str = "images",
         masks: str = "masks",
         mask_suffix: str = "",
-        classes: StrPath | None = None,
+        classes: StrPath | Sequence[str] | None = None,
         ignore_index: int = DEFAULT_IGNORE,
         head: HeadChoice = "auto",
         head_name: str | None = None,
@@ -125,7 +126,7 @@ class Segmentation:
         self.features = features
         self.augment = augment
         self.hold_out = hold_out
-        self._table = _class_table(Path(data), None if classes is None else Path(classes))
+        self._table = _class_table(Path(data), classes)
         self.classes = self._check(pairs, queries, config)
         preprocessing = replace(
             preprocessing, mean=mean or preprocessing.mean, std=std or preprocessing.std
@@ -198,10 +199,12 @@ class Segmentation:
         return SegmentationDraw(self, support, held_out, query, seed=seed)
 
 
-def _class_table(data: Path, file: Path | None) -> ClassTable | None:
-    if file is None and not (data / FILE).is_file():
-        return None
-    return read_classes(file or data / FILE)
+def _class_table(data: Path, given: StrPath | Sequence[str] | None) -> ClassTable | None:
+    if isinstance(given, (str, os.PathLike)):
+        return read_classes(Path(given))
+    if (data / FILE).is_file():
+        return read_classes(data / FILE)
+    return None if given is None else ClassTable(tuple(given))
 
 
 def _known_names(config: Mapping[str, Any], largest: int) -> tuple[str, ...]:
