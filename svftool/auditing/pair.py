@@ -9,13 +9,14 @@ of rows, so memory is set by the short side, and ``N = U'DV = S^-1 V'C V`` needs
 from __future__ import annotations
 
 import math
-from functools import cached_property, partial
+from functools import partial
 
 import numpy as np
 import numpy.typing as npt
 import torch
 from torch import Tensor
 
+from svftool.auditing.lazy import lazy
 from svftool.numerics import Pool
 from svftool.numerics.eigen import eigenvalues, eigenvectors, gram
 from svftool.numerics.shares import Shares, count_regular, divide, groups
@@ -75,7 +76,7 @@ class MatrixPair:
 
     # What the matrices are.
 
-    @cached_property
+    @lazy
     def identical(self) -> bool:
         """Whether nothing changed: every entry is equal."""
         if self._change is not None:
@@ -85,7 +86,7 @@ class MatrixPair:
             return True
         return not bool(self._difference.any())
 
-    @cached_property
+    @lazy
     def _difference(self) -> Tensor:
         if self._change is not None:
             return self._change
@@ -94,11 +95,11 @@ class MatrixPair:
         dtype = torch.float64 if wide else torch.float32
         return self._tuned.to(dtype) - self._base.to(dtype)
 
-    @cached_property
+    @lazy
     def _A(self) -> Tall:
         return _unscaled(self._base)
 
-    @cached_property
+    @lazy
     def _D(self) -> Tall:
         return _unscaled(self._difference)
 
@@ -110,11 +111,11 @@ class MatrixPair:
             self._shared["gram"] = gram(self._A, self._pool)
         return self._shared["gram"]
 
-    @cached_property
+    @lazy
     def _H(self) -> Tensor:
         return gram(self._D, self._pool)
 
-    @cached_property
+    @lazy
     def _C(self) -> Tensor:
         A, D = self._A, self._D
         C = torch.zeros(A.n, A.n, dtype=torch.float64, device=A.matrix.device)
@@ -127,7 +128,7 @@ class MatrixPair:
         self._pool.share([partial(tile, i, j) for i in columns for j in columns])
         return C
 
-    @cached_property
+    @lazy
     def _G_tuned(self) -> Tensor:
         if self._vectors or self._tuned is None:
             return self._G + self._C + self._C.mT + self._H
@@ -143,12 +144,12 @@ class MatrixPair:
             self._shared["vectors"] = rows
         return self._shared["values"], self._shared["vectors"]
 
-    @cached_property
+    @lazy
     def _tuned_eigen(self) -> tuple[Tensor, Tensor]:
         values, rows = eigenvectors(self._G_tuned.clone(), Choose(INTRUDER_TOP), self._pool)
         return values.clamp_min(0.0).sqrt(), rows
 
-    @cached_property
+    @lazy
     def base(self) -> Array:
         """Singular values of the base, (k,), non-increasing."""
         if "values" not in self._shared:
@@ -158,7 +159,7 @@ class MatrixPair:
             self._shared["values"] = values.clamp_min(0.0).sqrt()
         return _numpy(self._shared["values"])
 
-    @cached_property
+    @lazy
     def tuned(self) -> Array | None:
         """Singular values of the tuned matrix, (k,), non-increasing."""
         if not self.paired:
@@ -169,12 +170,12 @@ class MatrixPair:
             return _numpy(self._tuned_eigen[0])
         return _roots(eigenvalues(self._G_tuned.clone()))
 
-    @cached_property
+    @lazy
     def index_change(self) -> Array | None:
         """Change of each singular value, the i-th largest against the i-th largest."""
         return None if self.tuned is None else self.tuned - self.base
 
-    @cached_property
+    @lazy
     def change_values(self) -> Array | None:
         """Singular values of the change."""
         if not self.paired:
@@ -183,7 +184,7 @@ class MatrixPair:
             return np.zeros_like(self.base)
         return _roots(eigenvalues(self._H.clone()))
 
-    @cached_property
+    @lazy
     def change_participation(self) -> float:
         """Participation ratio of the change's spectrum, a lower bound of its rank."""
         H = self._H
@@ -192,12 +193,12 @@ class MatrixPair:
 
     # Norms.
 
-    @cached_property
+    @lazy
     def base_energy(self) -> float:
         """``||W||_F^2``."""
         return float(self._G.trace())
 
-    @cached_property
+    @lazy
     def change_energy(self) -> float:
         """``||D||_F^2``, exactly 0 where nothing changed."""
         if not self.paired or self.identical:
@@ -206,23 +207,23 @@ class MatrixPair:
             return float(self._H.trace())
         return float(torch.linalg.vector_norm(self._difference, dtype=torch.float64)) ** 2
 
-    @cached_property
+    @lazy
     def tuned_energy(self) -> float:
         """``||W'||_F^2``."""
         return self.base_energy if self.identical else float(self._G_tuned.trace())
 
-    @cached_property
+    @lazy
     def inner(self) -> float:
         """``<W, W'>``."""
         return (self.base_energy + self.tuned_energy - self.change_energy) / 2.0
 
     # What needs singular vectors.
 
-    @cached_property
+    @lazy
     def _VC(self) -> Tensor:
         return self._base_eigen[1] @ self._C
 
-    @cached_property
+    @lazy
     def along(self) -> Array | None:
         """Change along each singular direction of the base, ``diag(U' D V)``, (k,)."""
         if not self._comparable:
@@ -233,7 +234,7 @@ class MatrixPair:
         along[:r] = (self._VC[:r] * V[:r]).sum(dim=1) / S[:r]
         return _numpy(along)
 
-    @cached_property
+    @lazy
     def shares(self) -> Shares | None:
         """Shares of the change; None where there is none, or vectors were not asked for."""
         if not self._comparable:
@@ -261,12 +262,12 @@ class MatrixPair:
     def _comparable(self) -> bool:
         return self._vectors and self.paired and not self.identical
 
-    @cached_property
+    @lazy
     def left_overlaps(self) -> Tensor | None:
         """``U' u'_j`` of all base vectors with the leading tuned ones, (k, t)."""
         return self._overlaps(short=self._A.transposed)
 
-    @cached_property
+    @lazy
     def right_overlaps(self) -> Tensor | None:
         """``V' v'_j`` of all base vectors with the leading tuned ones, (k, t)."""
         return self._overlaps(short=not self._A.transposed)
@@ -287,7 +288,7 @@ class MatrixPair:
             inner = torch.where(scale > floor, inner / scale.clamp_min(1e-300), 0.0)
         return inner.clamp(-1.0, 1.0).cpu()
 
-    @cached_property
+    @lazy
     def cka(self) -> float | None:
         """``||W'W'_||_F^2 / (||W'W||_F ||W'_'W'_||_F)`` of base W and tuned W_, uncentred."""
         if not (self._vectors and self.paired) or self.base_energy * self.tuned_energy == 0.0:
@@ -299,7 +300,7 @@ class MatrixPair:
         inner = (G * T).sum() if self._A.transposed else (G + self._C).square().sum()
         return float(inner / (G.square().sum() * T.square().sum()).sqrt())
 
-    @cached_property
+    @lazy
     def amplification(self) -> float | None:
         """``||D||_F / ||U_D' W V_D||_F`` over the leading 10 directions of the change."""
         if not self._comparable:

@@ -15,6 +15,7 @@ from svftool.progress import Progress
 from svftool.stages.processes import Processes
 
 THREADS = 4
+_PART = 2**22
 
 
 @dataclass(frozen=True)
@@ -79,6 +80,10 @@ def examine(
 
 
 def _not_finite(tensor: Tensor) -> str:
-    nan, infinite = int(torch.isnan(tensor).sum()), int(torch.isinf(tensor).sum())
+    nan = infinite = 0
+    for part in tensor.reshape(-1).split(_PART):  # type: ignore[no-untyped-call]
+        if not bool(torch.isfinite(part).all()):
+            nan += int(torch.isnan(part).sum())
+            infinite += int(torch.isinf(part).sum())
     parts = [f"{nan} NaN"] * bool(nan) + [f"{infinite} infinite"] * bool(infinite)
     return " and ".join(parts)
