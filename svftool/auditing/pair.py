@@ -155,7 +155,7 @@ class MatrixPair:
         if "values" not in self._shared:
             if self._vectors and self.paired and not self.identical:
                 return _numpy(self._base_eigen[0])
-            values = eigenvalues(self._G.clone())
+            values = eigenvalues(self._G.clone(), self._pool)
             self._shared["values"] = values.clamp_min(0.0).sqrt()
         return _numpy(self._shared["values"])
 
@@ -168,7 +168,7 @@ class MatrixPair:
             return self.base
         if self._vectors:
             return _numpy(self._tuned_eigen[0])
-        return _roots(eigenvalues(self._G_tuned.clone()))
+        return _roots(eigenvalues(self._G_tuned.clone(), self._pool))
 
     @lazy
     def index_change(self) -> Array | None:
@@ -182,7 +182,7 @@ class MatrixPair:
             return None
         if self.identical:
             return np.zeros_like(self.base)
-        return _roots(eigenvalues(self._H.clone()))
+        return _roots(eigenvalues(self._H.clone(), self._pool))
 
     @lazy
     def change_participation(self) -> float:

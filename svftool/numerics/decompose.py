@@ -148,7 +148,7 @@ def _values(matrix: Tensor, pool: Pool) -> Tensor:
     if min(A.matrix.shape) == 0:
         return torch.zeros(0, dtype=torch.float64)
     try:
-        values = eigenvalues(gram(A, pool)).clamp_min(0.0).sqrt()
+        values = eigenvalues(gram(A, pool), pool).clamp_min(0.0).sqrt()
     except NotConverged:
         values = torch.linalg.svdvals(A.double(slice(None)).cpu())
     return values.cpu() * 2.0**A.exponent

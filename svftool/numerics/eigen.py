@@ -9,12 +9,15 @@ from torch import Tensor
 from torch.linalg import LinAlgError  # type: ignore[attr-defined]
 
 from svftool.numerics import lapack
+from svftool.numerics.band import banded_tridiagonal
+from svftool.numerics.reflectors import block_reflector
 from svftool.numerics.tall import Choose, Tall, cuts
 from svftool.numerics.threads import Pool
 
 _TILE = 1024
 _PANEL = 64
 _FEW = 3
+_LARGE = 2560
 _ROWS = 256
 _GRAM_ROWS = 512
 _BLOCK_ENTRIES = 2**19
@@ -104,8 +107,10 @@ def _flipped(rows: Tensor) -> Tensor:
     return result
 
 
-def eigenvalues(G: Tensor) -> Tensor:
+def eigenvalues(G: Tensor, pool: Pool) -> Tensor:
     """Return the eigenvalues, non-increasing, of a matrix of which the upper triangle is given.
+
+    It is overwritten.
 
     Raises
     ------
@@ -115,7 +120,7 @@ def eigenvalues(G: Tensor) -> Tensor:
     if not _in_parts(G):
         values: Tensor = torch.linalg.eigvalsh(G, UPLO="U")
         return values.flip(0)
-    d, e, _ = lapack.tridiagonalise(G)
+    d, e = banded_tridiagonal(G, pool) if len(G) >= _LARGE else lapack.tridiagonalise(G)[:2]
     return lapack.tridiagonal_values(d, e).flip(0)
 
 
@@ -137,19 +142,7 @@ def _count(values: Tensor, choose: Choose) -> int:
     return choose(values.clamp_min(0.0).sqrt())
 
 
-def _panel(reflectors: Tensor, tau: Tensor, first: int) -> tuple[Tensor, Tensor]:
-    """Return Y' and T' of the reflectors from `first` on, whose product is ``I - Y T Y'``.
-
-    ``T^-1 = diag(1 / tau) + strictly upper (Y' Y)`` (Puglisi, SIAM J. Sci. Stat. Comput. 13, 1992);
-    a reflector with tau = 0 is the identity.
-    """
+def _panel(packed: Tensor, tau: Tensor, first: int) -> tuple[Tensor, Tensor]:
+    """Return Y' and T' of the reflectors from `first` on."""
     last = min(first + _PANEL, len(tau))
-    Y = reflectors[first:last, first + 1 :].triu()
-    Y.diagonal().fill_(1.0)
-    tau = tau[first:last]
-    idle = tau == 0
-    Y[idle] = 0.0
-    inverse = (Y @ Y.mT).triu(1)
-    inverse.diagonal().copy_(torch.where(idle, 1.0, tau).reciprocal())
-    eye = torch.eye(len(tau), dtype=Y.dtype)
-    return Y, torch.linalg.solve_triangular(inverse, eye, upper=True).mT
+    return block_reflector(packed[first:last, first + 1 :], tau[first:last])

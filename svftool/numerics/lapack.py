@@ -1,4 +1,4 @@
-"""Five routines of BLAS and LAPACK, called on torch's memory without copies and without the GIL.
+"""Six routines of BLAS and LAPACK, called on torch's memory without copies and without the GIL.
 
 torch offers the symmetric eigenproblem only whole. Its parts are reached through
 ``scipy.linalg.cython_lapack``, scipy's public door to its LAPACK for compiled callers: the address
@@ -19,6 +19,7 @@ from torch import Tensor
 LARGEST = 40_000
 """Largest side whose work space LAPACK can count in 32 bits."""
 
+_ROUTINES = ("dsyrk", "dsytrd", "dsbtrd", "dsterf", "dstedc", "dstemr")
 _BLOCK = 64
 _EVEN, _GAP = 128, 8
 
@@ -53,7 +54,7 @@ def _routine(name: str) -> Callable[..., None] | None:
 
 def available() -> bool:
     """Tell whether every routine of this module can be called."""
-    return all(_routine(name) for name in ("dsyrk", "dsytrd", "dsterf", "dstedc", "dstemr"))
+    return all(_routine(name) for name in _ROUTINES)
 
 
 def _call(name: str, *arguments: Any) -> None:
@@ -134,6 +135,28 @@ def tridiagonalise(G: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     work = G.new_empty(_BLOCK * n)
     _call_checked("dsytrd", "L", n, G, G.stride(0), d, e, tau, work, work.numel())
     return d, e[: n - 1], tau[: n - 1]
+
+
+def band_to_tridiagonal(band: Tensor) -> tuple[Tensor, Tensor]:
+    """Reduce a symmetric band matrix to tridiagonal form.
+
+    Parameters
+    ----------
+    band : (n, width + 1) Tensor
+        float64, the entry (i, i + j) of the matrix at [i, j]; overwritten.
+
+    Returns
+    -------
+    d : (n,) Tensor
+        Diagonal.
+    e : (n - 1,) Tensor
+        Off-diagonal.
+    """
+    n, columns = band.shape
+    d, e, work = band.new_empty(n), band.new_empty(max(n - 1, 1)), band.new_empty(n)
+    unused = band.new_empty(1)
+    _call_checked("dsbtrd", "N", "L", n, columns - 1, band, columns, d, e, unused, 1, work)
+    return d, e[: n - 1]
 
 
 def tridiagonal_values(d: Tensor, e: Tensor) -> Tensor:
