@@ -4,7 +4,8 @@ From a random block the space of ``x, A'A x, (A'A)^2 x, ...`` is built with an o
 the matrix enters through products with single precision blocks only. What the space knows of the
 largest singular values is measured by the residuals ``A'u - s v`` (with ``A v = s u``): a value is
 off by no more than its residual, and by no more than about the residual's square over the gap to
-the values that the space does not hold yet. Once that is small enough a second random block is
+the values that the space does not hold yet. The recurrence foresees these residuals for next to
+nothing, so they are measured only where they will do. Once they do, a second random block is
 iterated beside the first one, which would bring up values that the first had missed (more than a
 block of equal ones), and the measure is taken again. The vectors found are then rotated by a small
 exact decomposition in float64.
@@ -36,8 +37,10 @@ BLOCK = 32
 _AIM = 8e-7
 _HALFWAY, _HOPELESS = 0.6, 5e-3
 _CONFIRM = 4
-_GROWTH = 1.25
+_FORESEEN = 2.0
+_GROWTH, _LEAP, _FAR = 1.125, 1.375, 1e-4
 _CUT = 1024
+_ROWS = 128
 
 
 @dataclass(frozen=True)
@@ -89,11 +92,14 @@ def krylov_factors(
         block = space.extend(block)
         if space.dimension < check:
             continue
-        found = space.ritz(k)
-        check = max(int(space.dimension * _GROWTH), space.dimension + BLOCK)
-        if space.dimension > _HALFWAY * limit and found.values_error > _HOPELESS:
+        values, rows = space.coordinates(k)
+        error = space.foreseen_error(values, rows)
+        growth = _LEAP if error > _FAR else _GROWTH
+        check = max(int(space.dimension * growth), space.dimension + BLOCK)
+        if space.dimension > _HALFWAY * limit and error > _HOPELESS:
             return None
-        if found.values_error > _AIM:
+        found = space.ritz(values, rows) if error <= _FORESEEN * _AIM else None
+        if found is None or found.values_error > _AIM:
             before = None
         elif before is None or found.differs_from(before):
             before, check = found, space.dimension + _CONFIRM * BLOCK
@@ -126,6 +132,7 @@ class _Space:
         self._generator = torch.Generator().manual_seed(seed)
         self._basis = torch.empty(limit, A.n, device=device)
         self._H = torch.zeros(limit, limit, dtype=torch.float64, device=device)
+        self._coupling = torch.zeros(BLOCK, BLOCK, dtype=torch.float64, device=device)
         self.dimension = 0
 
     @property
@@ -135,7 +142,7 @@ class _Space:
     def fresh_block(self) -> Tensor:
         """Draw a random block, orthonormal and orthogonal to the space."""
         drawn = torch.randn(BLOCK, self._basis.shape[1], generator=self._generator)
-        return self._orthonormal(drawn.to(self._basis.device))
+        return self._orthonormal(drawn.to(self._basis.device))[0]
 
     def extend(self, block: Tensor) -> Tensor:
         """Add a block to the basis; return the next one of its sequence."""
@@ -144,20 +151,32 @@ class _Space:
         self.dimension = new
         image = self._times_back(self._times(block))
         self._H[:new, old:new] = self._take_out(image)
-        return self._orthonormal(image)
+        following, self._coupling = self._orthonormal(image)
+        return following
 
-    def ritz(self, k: int) -> _Ritz:
-        """Return the k largest approximations and the error that their residuals allow."""
+    def coordinates(self, k: int) -> tuple[Tensor, Tensor]:
+        """Return all eigenvalues of H, and its k first eigenvectors as rows."""
         size = self.dimension
-        values, rows = eigenvectors(self._H[:size, :size].clone(), Choose(k), self._pool)
-        vectors = rows.float() @ self._basis[:size]
+        return eigenvectors(self._H[:size, :size].clone(), Choose(k), self._pool)
+
+    def foreseen_error(self, values: Tensor, rows: Tensor) -> float:
+        """Tell what `ritz` would measure, from what the last block still brings in.
+
+        As long as every block followed from the one before it,
+        ``A'A v - s^2 v`` is the share that v has in the last block, times the next one.
+        """
+        S = values[: len(rows)].clamp_min(1e-300).sqrt()
+        off = torch.linalg.vector_norm(rows[:, -BLOCK:] @ self._coupling, dim=1) / S
+        return _values_error(off, S, values)
+
+    def ritz(self, values: Tensor, rows: Tensor) -> _Ritz:
+        """Return the approximations with these coordinates, and the error by their residuals."""
+        vectors = rows.float() @ self._basis[: self.dimension]
         left, S, turn = _orthogonal_columns(self._times(vectors).double())
         vectors = turn.float() @ vectors
         residual = self._times_back(left.float()).double() - S[:, None] * vectors
         off = torch.linalg.vector_norm(residual, dim=1)
-        gap = (S.square() - values[min(k + k // 2, size - 1)]).clamp_min(1e-300)
-        error = torch.minimum(off, off.square() * S / (2.0 * gap))
-        return _Ritz(S, vectors, float(error.max() / S[0]))
+        return _Ritz(S, vectors, _values_error(off, S, values))
 
     def _times(self, rows: Tensor) -> Tensor:
         """Return ``A rows'``."""
@@ -183,12 +202,32 @@ class _Space:
         )
         return share
 
-    def _orthonormal(self, rows: Tensor) -> Tensor:
-        """Orthogonalise twice: what rounding left of a vanished row becomes a new direction."""
+    def _orthonormal(self, rows: Tensor) -> tuple[Tensor, Tensor]:
+        """Orthogonalise twice: what rounding left of a vanished row becomes a new direction.
+
+        Returns
+        -------
+        result : Tensor
+            Orthonormal rows.
+        lower : (b, b) Tensor
+            float64; `rows`, less what it had in the space, is ``lower @ result``.
+        """
+        lower = torch.eye(len(rows), dtype=torch.float64, device=rows.device)
         for _ in range(2):
             self._take_out(rows)
-            rows = torch.linalg.qr(rows.mT).Q.mT.contiguous()
-        return rows
+            Q, R = torch.linalg.qr(rows.mT)
+            rows, lower = Q.mT.contiguous(), lower @ R.mT.double()
+        return rows, lower
+
+
+def _values_error(off: Tensor, S: Tensor, values: Tensor) -> float:
+    """Bound the error of the singular values S by their residuals, relative to the largest.
+
+    `values` are the squares of all that the space knows.
+    """
+    k = len(S)
+    gap = (S.square() - values[min(k + k // 2, len(values) - 1)]).clamp_min(1e-300)
+    return float(torch.minimum(off, off.square() * S / (2.0 * gap)).max() / S[0])
 
 
 def _spread(pool: Pool, total: int, work: Callable[[slice], object]) -> None:
@@ -201,7 +240,7 @@ def _spread(pool: Pool, total: int, work: Callable[[slice], object]) -> None:
 def _rotated(A: Tall, vectors: Tensor, pool: Pool) -> Thin:
     """Return the exact factors of A within the span of the rows given."""
     basis = torch.linalg.qr(vectors.double().mT).Q
-    slices = A.slices()
+    slices = A.slices(_ROWS if A.on_cpu else None)
     image = basis.new_empty(A.matrix.shape[0], basis.shape[1])
     squares = basis.new_zeros(len(slices))
 
