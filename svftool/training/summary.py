@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from scipy import stats
+from scipy.special import stdtrit
 
 from svftool.tasks import Metric
 from svftool.training.plan import Run
@@ -119,5 +119,5 @@ def interval(values: Sequence[float]) -> tuple[float, float] | None:
     if len(values) < 2 or not all(map(math.isfinite, values)):
         return None
     mean, error = statistics.fmean(values), statistics.stdev(values) / math.sqrt(len(values))
-    half = float(stats.t.ppf((1 + CONFIDENCE) / 2, len(values) - 1)) * error
+    half = float(stdtrit(len(values) - 1, (1 + CONFIDENCE) / 2)) * error
     return mean - half, mean + half
