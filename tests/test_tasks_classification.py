@@ -93,6 +93,17 @@ def test_a_new_head_starts_from_class_means(tmp_path: Path, outputs: int, head: 
     assert draw.evaluate(model)["accuracy"] > 0.9
 
 
+@pytest.mark.parametrize(("shots", "rate"), [(1, 0.1), (2, 1.0)])
+def test_a_head_that_single_examples_made_moves_little(
+    tmp_path: Path, shots: int, rate: float
+) -> None:
+    folder = write_pictures(tmp_path / "data")
+    prepared = Classification(folder, shots=shots, head="new").draw(0).prepare(ColourNet(3))
+    assert prepared.head_rate == rate
+    kept = Classification(folder, shots=shots, head="keep").draw(0).prepare(ColourNet(3))
+    assert kept.head_rate == 1.0
+
+
 def test_a_network_without_a_head_gets_one(tmp_path: Path) -> None:
     model = nn.Sequential(nn.Conv2d(3, 12, 1), nn.ReLU())
     draw = Classification(write_pictures(tmp_path, count=12), shots=4).draw(0)

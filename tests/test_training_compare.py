@@ -6,6 +6,7 @@ import math
 import os
 import signal
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -200,6 +201,16 @@ def test_an_interruption_before_anything_is_trained_is_raised(plan: Callable[...
     chosen.tasks[0].draw = press
     with pytest.raises(KeyboardInterrupt):
         compare(chosen, Kept())
+
+
+@pytest.mark.parametrize(("given", "rate"), [(None, 1e-4), (0.01, 0.01)])
+def test_a_head_of_single_examples_has_a_small_rate_unless_one_is_given(
+    plan: Callable[..., Plan], tmp_path: Path, given: float | None, rate: float
+) -> None:
+    task = Classification(tmp_path / "data", shots=1, head="new")
+    chosen = replace(plan(settings={"head_lr": given}), tasks=[task])
+    runs, _ = compare(chosen, Kept())
+    assert runs[0].learning_rates == pytest.approx({"singular_values": 2e-3, "head": rate})
 
 
 def test_curves_go_to_tensorboard(plan: Callable[..., Plan], tmp_path: Path) -> None:

@@ -223,6 +223,18 @@ def test_decay_pulls_to_the_start() -> None:
     assert moved[1] < 0.5 * moved[0]
 
 
+def test_the_head_has_a_decay_of_its_own() -> None:
+    parameters = [nn.Parameter(torch.ones(1)), nn.Parameter(torch.ones(1))]
+    settings = Settings(lr=0.1, head_lr=0.1, warmup=0.0, decay=2.0, head_decay=0.0)
+    optimiser = Optimiser({"bias": parameters[:1], "head": parameters[1:]}, settings, steps=10)
+    with torch.no_grad():
+        for parameter in parameters:
+            parameter.fill_(2.0)
+    # Without a gradient the optimiser stands still: what moves is the pull to the start.
+    optimiser.step(sum(0.0 * p.sum() for p in parameters), 0)
+    assert [round(p.item(), 6) for p in parameters] == [2.0 - 0.1 * 2.0, 2.0]
+
+
 def test_the_gradient_is_clipped_as_one() -> None:
     parameters = [nn.Parameter(torch.zeros(3)), nn.Parameter(torch.zeros(2))]
     groups = {"bias": parameters[:1], "head": parameters[1:]}

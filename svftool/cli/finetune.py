@@ -138,8 +138,26 @@ def command(
         ),
     ] = False,
     decay: Annotated[
-        float, typer.Option(min=0, help="Pull towards the base.", rich_help_panel=TRAINING)
+        float,
+        typer.Option(
+            "--decay",
+            "--weight-decay",
+            min=0,
+            help="Pull towards the start.",
+            rich_help_panel=TRAINING,
+        ),
     ] = 0.0,
+    head_decay: Annotated[
+        float | None,
+        typer.Option(
+            "--head-decay",
+            "--head-weight-decay",
+            min=0,
+            help="Pull of the head towards its start.",
+            show_default="as --decay",
+            rich_help_panel=TRAINING,
+        ),
+    ] = None,
     precision: Annotated[
         Literal["fp32", "bf16", "fp16"],
         typer.Option(help="Of the network's products.", rich_help_panel=TRAINING),
@@ -328,6 +346,7 @@ def command(
             head_lr=head_lr,
             tune_lr=tune_lr,
             decay=decay,
+            head_decay=head_decay,
             precision=precision,
         ),
         include=train_layers or (),

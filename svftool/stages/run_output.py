@@ -139,5 +139,6 @@ class RunWriter:
             "optimizer": settings.optimizer,
             "learning_rates": dict(run.learning_rates),
             "decay": settings.decay,
+            "head_decay": settings.decay_of("head"),
             "precision": settings.precision,
         }

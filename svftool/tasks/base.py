@@ -56,12 +56,16 @@ class Prepared:
     layers : tuple of str
         Globs of the tensors whose singular values or adapters the task trains by default; all of
         them if empty.
+    head_rate : float
+        What the default learning rate of the head is multiplied by: a head whose start is as good
+        as the examples can make it had better move little.
     """
 
     model: nn.Module
     head: str | None = None
     new_head: bool = False
     layers: tuple[str, ...] = ()
+    head_rate: float = 1.0
 
 
 class Draw(Protocol):

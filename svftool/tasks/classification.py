@@ -43,6 +43,9 @@ StrPath = str | os.PathLike[str]
 HeadChoice = Literal["auto", "keep", "new"]
 Sampling = Literal["uniform", "balanced"]
 
+SINGLE_EXAMPLE_RATE = 0.1
+"""Share of the head's learning rate where each class has one example, which is its class mean."""
+
 PIXELS_PER_BATCH = 64 * 224 * 224
 LARGEST_BATCH = 256
 
@@ -248,7 +251,9 @@ class ClassificationDraw:
         model, head = new_head(model, head, len(task.classes), outputs, kind=task.head_type)
         if start:
             self._start_from_means(model, head)
-        return Prepared(model, head, new_head=True)
+        single = int(torch.bincount(self._support.labels).max()) == 1
+        rate = SINGLE_EXAMPLE_RATE if single else 1.0
+        return Prepared(model, head, new_head=True, head_rate=rate)
 
     def _outputs(self, model: nn.Module) -> int:
         batch = self._task.view.centre(self._support.take([0, self.size - 1]))

@@ -157,7 +157,8 @@ class _Comparison:
         reset_peak_memory(plan.device)
         trainable = self._ranks.together(lambda: self._free(prepared, regime, seed))
         model = trainable.model
-        settings = plan.settings if tuning is None else plan.settings.scaled(tuning.factor)
+        settings = replace(plan.settings, head_scale=prepared.head_rate)
+        settings = settings if tuning is None else settings.scaled(tuning.factor)
         with Logbook(plan.log_dir if self._ranks.first else None, stem) as log:
             outcome = train(
                 model,

@@ -62,7 +62,7 @@ class Optimiser:
         device = self.parameters[0].device.type
         self._scaler = torch.amp.GradScaler(device, enabled=settings.precision == "fp16")
         self._start: list[Tensor] = []
-        if settings.decay:
+        if any(settings.decay_of(name) for name in groups):
             self._start = [parameter.detach().clone() for parameter in self.parameters]
 
     def factor(self, step: int) -> float:
@@ -127,8 +127,9 @@ class Optimiser:
             return
         start = iter(self._start)
         for group in self._inner.param_groups:
+            decay = self._settings.decay_of(group["kind"])
             for parameter in group["params"]:
-                parameter.lerp_(next(start), group["lr"] * self._settings.decay)
+                parameter.lerp_(next(start), group["lr"] * decay)
 
 
 def _build(groups: list[dict[str, object]], settings: Settings) -> torch.optim.Optimizer:

@@ -50,8 +50,13 @@ class Settings:
         Choose a factor of these rates for each run, on its support set alone.
     lr_scale : float
         Factor of all of these rates.
+    head_scale : float
+        Factor of the head's default rate: what its start calls for, see `Prepared`.
     decay : float
-        Decoupled decay of every trained tensor towards where it started.
+        Decoupled decay of every trained tensor towards where it started: each step takes the share
+        of learning rate times decay of the way back.
+    head_decay : float or None
+        That of the head; None takes `decay`.
     warmup : float
         Share of the steps in which the rate rises linearly; a cosine takes it to 0 afterwards.
     clip : float or None
@@ -68,7 +73,9 @@ class Settings:
     head_lr: float | None = None
     tune_lr: bool = False
     lr_scale: float = 1.0
+    head_scale: float = 1.0
     decay: float = 0.0
+    head_decay: float | None = None
     warmup: float = 0.1
     clip: float | None = 1.0
     precision: Precision = "fp32"
@@ -103,10 +110,15 @@ class Settings:
 
     def learning_rate(self, group: str) -> float:
         """Peak learning rate of one kind of parameter: ``head``, ``singular_values`` ..."""
-        given = self.head_lr if group == "head" else self.lr
+        given, scale = (self.head_lr, self.head_scale) if group == "head" else (self.lr, 1.0)
         if given is None:
-            given = LEARNING_RATES[group] * (SGD_FACTOR if self.optimizer == "sgd" else 1.0)
+            given = scale * LEARNING_RATES[group]
+            given *= SGD_FACTOR if self.optimizer == "sgd" else 1.0
         return given * self.lr_scale
+
+    def decay_of(self, group: str) -> float:
+        """Decay of one kind of parameter towards where it started."""
+        return self.decay if group != "head" or self.head_decay is None else self.head_decay
 
     def scaled(self, factor: float) -> Settings:
         """Give the same settings with every learning rate multiplied."""
