@@ -36,7 +36,7 @@ cov: .environment-all
 	$(RUN) -m pytest --cov --cov-report=term-missing:skip-covered $(PYTEST_ARGS)
 
 benchmark-quick: .environment-all
-	$(RUN) benchmarks/decompose.py --quick
+	$(RUN) benchmarks/decompose.py --quick --threads 1
 
 .PHONY: .environment-all
 .environment-all:
