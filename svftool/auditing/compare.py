@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -38,6 +38,25 @@ class Found:
 
 
 @dataclass(frozen=True)
+class Changes:
+    """The changes of a batch of matrices, formed one at a time and never held together.
+
+    Attributes
+    ----------
+    count : int
+    of : callable
+        Gives the change of one, (m, n).
+    """
+
+    count: int
+    of: Callable[[int], Tensor]
+
+    def whole(self) -> Tensor:
+        """Form them all, (count, m, n)."""
+        return torch.stack([self.of(index) for index in range(self.count)])
+
+
+@dataclass(frozen=True)
 class Tuned:
     """The other side of a matrix: its weight, or the change that makes it.
 
@@ -45,20 +64,49 @@ class Tuned:
     ----------
     weight : Tensor or None
         Of the base's shape.
-    change : Tensor or None
+    change : Tensor, Changes or None
         What is added to the base without rounding.
     """
 
     weight: Tensor | None = None
-    change: Tensor | None = None
+    change: Tensor | Changes | None = None
+
+    @property
+    def whole_change(self) -> Tensor | None:
+        """The change as one tensor."""
+        return self.change.whole() if isinstance(self.change, Changes) else self.change
 
     def reshaped(self, shape: tuple[int, ...], device: torch.device) -> Tuned:
         """Return both in another shape and place."""
+        if isinstance(self.change, Changes) and len(shape) == 3:
+            of = self.change.of
+            return Tuned(change=Changes(shape[0], lambda index: of(index).to(device)))
         weight, change = (
             None if one is None else one.reshape(shape).to(device)
-            for one in (self.weight, self.change)
+            for one in (self.weight, self.whole_change)
         )
         return Tuned(weight, change)
+
+    def matrix(self, index: int) -> tuple[Tensor | None, Tensor | None]:
+        """Return weight and change of one matrix of a batch, (m, n); of a single one, its own."""
+        if isinstance(self.change, Changes):
+            return None, self.change.of(index)
+        weight, change = (
+            one if one is None or one.ndim == 2 else one[index]
+            for one in (self.weight, self.change)
+        )
+        return weight, change
+
+
+@dataclass(frozen=True)
+class _Part:
+    """What is kept of one matrix of a batch once it has been worked on."""
+
+    measured: Measured
+    curves: Curves
+    base_energy: float
+    change_energy: float
+    evidence: Evidence | None = None
 
 
 class BaseMatrix:
@@ -84,64 +132,70 @@ class BaseMatrix:
         self._vectors = vectors
         self._pool = pool
         self._broken = _defect(weight, "the base")
-        self._alone = [
-            MatrixPair(one, vectors=vectors, pool=pool)
-            for one in (self._weights if not self._broken else ())
-        ]
+        self._single = self._pair(weight) if weight.ndim == 2 else None
 
     def alone(self) -> Found:
         """Describe the base's spectrum."""
         if self._broken:
             return self._unusable(self._broken)
-        parts = [measure(pair, self._metrics) for pair in self._alone]
-        return Found(combine(parts, self._alone), None, _curves(self._alone))
+        return _joined([self._part(self._pair(weight)) for weight in self._weights])
 
     def against(self, tuned: Tuned) -> Found:
-        """Compare with a fine-tune."""
-        other = tuned.weight if tuned.weight is not None else tuned.change
-        assert other is not None
-        broken = self._broken or _defect(other, "the fine-tune")
-        if broken:
-            return self._unusable(broken)
-        pairs = [
-            one.with_tuned(weight, change)
-            for one, (weight, change) in zip(self._alone, self._each(tuned), strict=True)
-        ]
-        parts = [measure(pair, self._metrics) for pair in pairs]
-        measured = combine(parts, pairs)
-        evidence = [
-            gather(
-                pair,
-                base if weight is not None else None,
-                weight,
-                relative_drift=part.change["relative_drift"],
-                values=self._vectors,
-            )
-            for pair, part, base, (weight, _) in zip(
-                pairs, parts, self._weights, self._each(tuned), strict=True
-            )
-        ]
-        joined = join(evidence, measured.change["relative_drift"])
-        return Found(measured, joined, _curves(pairs))
+        """Compare with a fine-tune.
 
-    def _each(self, tuned: Tuned) -> Iterator[tuple[Tensor | None, Tensor | None]]:
-        shape = self._weights.shape
-        weight = None if tuned.weight is None else tuned.weight.reshape(shape)
-        change = None if tuned.change is None else tuned.change.reshape(shape)
-        for index in range(len(self._weights)):
-            yield (
-                None if weight is None else weight[index],
-                None if change is None else change[index],
-            )
+        The matrices of a batch come one after another: what one takes is given back before the
+        next. So a batch is decomposed again for each fine-tune, and a single matrix is not.
+        """
+        if self._broken:
+            return self._unusable(self._broken)
+        parts = []
+        for index, weight in enumerate(self._weights):
+            other, change = tuned.matrix(index)
+            broken = _defect(change if other is None else other, "the fine-tune")
+            if broken:
+                return self._unusable(broken)
+            pair = (self._single or self._pair(weight)).with_tuned(other, change)
+            parts.append(self._part(pair, weight, other))
+        return _joined(parts)
+
+    def _pair(self, weight: Tensor) -> MatrixPair:
+        return MatrixPair(weight, vectors=self._vectors, pool=self._pool)
+
+    def _part(
+        self, pair: MatrixPair, base: Tensor | None = None, tuned: Tensor | None = None
+    ) -> _Part:
+        measured = measure(pair, self._metrics)
+        curves = _curves([pair])
+        if not pair.paired:
+            return _Part(measured, curves, pair.base_energy, 0.0)
+        evidence = gather(
+            pair,
+            base if tuned is not None else None,
+            tuned,
+            relative_drift=measured.change["relative_drift"],
+            values=self._vectors,
+        )
+        return _Part(measured, curves, pair.base_energy, pair.change_energy, evidence)
 
     def _unusable(self, broken: str) -> Found:
         m, n = self._weights.shape[-2:]
         return Found(Measured(), Evidence(m, n, count=len(self._weights), broken=broken))
 
 
-def _defect(weight: Tensor, side: str) -> str:
+def _joined(parts: Sequence[_Part]) -> Found:
+    measured = combine([part.measured for part in parts], parts)
+    curves = _mean_curves([part.curves for part in parts])
+    evidence = [part.evidence for part in parts if part.evidence is not None]
+    if not evidence:
+        return Found(measured, None, curves)
+    return Found(measured, join(evidence, measured.change["relative_drift"]), curves)
+
+
+def _defect(values: Tensor | None, side: str) -> str:
+    if values is None:
+        raise ValueError("either a weight or a change is needed")
     try:
-        largest(weight)
+        largest(values)
     except NumericalError as error:
         return f"{side}: {error}"
     return ""
@@ -238,10 +292,16 @@ def _must(change: Tensor | None) -> Tensor:
 
 
 def _curves(pairs: Sequence[Pair]) -> Curves:
-    tuned = [pair.tuned for pair in pairs if pair.tuned is not None]
-    along = [pair.along for pair in pairs if pair.paired and pair.along is not None]
+    return _mean_curves(
+        [Curves(pair.base, pair.tuned, pair.along if pair.paired else None) for pair in pairs]
+    )
+
+
+def _mean_curves(curves: Sequence[Curves]) -> Curves:
+    tuned = [one.tuned for one in curves if one.tuned is not None]
+    along = [one.along for one in curves if one.along is not None]
     return Curves(
-        _mean([pair.base for pair in pairs]),
+        _mean([one.base for one in curves]),
         _mean(tuned) if tuned else None,
         _mean(along) if along else None,
     )

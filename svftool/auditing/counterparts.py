@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 
-import torch
 from torch import Tensor
 
+from svftool.auditing.adapters import Change, adapter_changes
 from svftool.auditing.compare import Tuned
-from svftool.auditing.matching import Matching, Pair, match_names
+from svftool.auditing.matching import Matching, Pair, match_names, say_shapes
 from svftool.auditing.results import Unread
 from svftool.auditing.sources import Source
 from svftool.checkpoints import TensorInfo
@@ -17,8 +17,6 @@ from svftool.checkpoints.lora import LoraFolder
 from svftool.errors import CheckpointError, FactorsError, shortlist
 from svftool.factors import TunedFile
 from svftool.progress import Progress
-
-_ANY = TensorInfo("", torch.float32, (), "")
 
 
 @dataclass(frozen=True)
@@ -42,6 +40,9 @@ class Counterparts:
         Tensors of the fine-tune.
     notes : tuple of str
         How names were matched.
+    changes : mapping of str to callable
+        What forms the change of a tensor from the base's, by name in the base; other tensors are
+        read.
     """
 
     source: Source
@@ -52,6 +53,7 @@ class Counterparts:
     misshapen: Mapping[str, str] = field(default_factory=dict)
     total: int = 0
     notes: tuple[str, ...] = ()
+    changes: Mapping[str, Change] = field(default_factory=dict)
 
     def holds(self, name: str) -> bool:
         """Whether the fine-tune says anything of a tensor of the base."""
@@ -74,9 +76,8 @@ class Counterparts:
         other = self.others.get(name)
         if other is None:
             return None
-        lora = self.source.lora
-        if lora is not None and (other in lora.layers or other in lora.biases):
-            return Tuned(change=lora.change(other, base))
+        if name in self.changes:
+            return self.changes[name](base)
         return Tuned(weight=self.source.read(other))
 
 
@@ -99,7 +100,7 @@ def counterparts(base: Source, other: Source, progress: Progress) -> Counterpart
     """
     if other.tuned is not None:
         return _of_tuned(base, other, other.tuned, progress)
-    found = _of_lora(base, other, other.lora) if other.lora is not None else _of_dense(base, other)
+    found = _of_dense(base, other) if other.lora is None else _of_lora(base, other, other.lora)
     for note in found.notes:
         progress.note(note)
     return found
@@ -144,9 +145,7 @@ def _refuse_strangers(base: Source, other: Source, matching: Matching) -> None:
 
 
 def _shapes(base: Source, other: Source, pair: Pair) -> str:
-    before, after = base.infos[pair.base].shape, other.infos[pair.tuned].shape
-    hint = ", stored transposed" if len(before) == 2 and before == after[::-1] else ""
-    return f"shape {before} in the base, {after} in the fine-tune{hint}"
+    return say_shapes(base.infos[pair.base].shape, other.infos[pair.tuned].shape)
 
 
 def _of_tuned(base: Source, other: Source, tuned: TunedFile, progress: Progress) -> Counterparts:
@@ -180,33 +179,15 @@ def _of_tuned(base: Source, other: Source, tuned: TunedFile, progress: Progress)
 
 
 def _of_lora(base: Source, other: Source, lora: LoraFolder) -> Counterparts:
-    wanted = dict.fromkeys((*lora.layers, *lora.biases, *lora.whole))
-    shapeless = [
-        {name: replace(_ANY, name=name) for name in names} for names in (base.infos, wanted)
-    ]
-    matching = match_names(*shapeless)
-    if not any(pair.tuned in lora.layers for pair in matching.pairs):
-        raise CheckpointError(
-            f"{lora.path}: none of the adapter's {len(lora.layers)} layers is in {base.path} "
-            f"({shortlist(lora.layers, 2)}), expected the adapter's base"
-            + (f" {lora.base!r}." if lora.base else ".")
-        )
-    others = {pair.base: pair.tuned for pair in matching.pairs}
-    strangers = [Unread(name, "not in the base") for name in matching.tuned_only]
-    strangers += [Unread(name, "part of no LoRA layer") for name in lora.unused]
-    gone = []
-    for name, mine in list(others.items()):
-        if mine in lora.whole and lora.info(lora.whole[mine]).shape != base.infos[name].shape:
-            gone.append(Unread(name, _shapes(base, other, Pair(name, mine))))
-            strangers.append(Unread(mine, gone[-1].reason))
-            del others[name]
-    dropped = {one.name for one in gone}
+    found = adapter_changes(base, lora)
+    gone = {one.name for one in found.base_only}
     return Counterparts(
         source=other,
-        names=tuple(name for name in base.infos if name not in dropped),
-        others=others,
-        base_only=tuple(gone),
-        tuned_only=tuple(strangers),
-        total=len(wanted) + len(lora.unused),
-        notes=matching.notes,
+        names=tuple(name for name in base.infos if name not in gone),
+        others=found.others,
+        base_only=found.base_only,
+        tuned_only=found.tuned_only,
+        total=found.total,
+        notes=found.notes,
+        changes=found.changes,
     )

@@ -97,6 +97,12 @@ def match_names(base: Mapping[str, TensorInfo], tuned: Mapping[str, TensorInfo])
     return _gathered(base, tuned, found, renamings)
 
 
+def say_shapes(before: tuple[int, ...], after: tuple[int, ...]) -> str:
+    """Say that a tensor has another shape in the fine-tune than in the base."""
+    hint = ", stored transposed" if len(before) == 2 and before == after[::-1] else ""
+    return f"shape {before} in the base, {after} in the fine-tune{hint}"
+
+
 def _renamed(name: str, renaming: Renaming) -> str:
     """Return the name in the fine-tune, or one that it cannot have."""
     if not name.startswith(renaming.base):

@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Literal, Protocol
 
 from svftool.auditing import formulas as f
 from svftool.auditing.formulas import Value
@@ -205,6 +205,18 @@ class Measured:
     tuned: Mapping[str, Value] = field(default_factory=dict)
 
 
+class Energies(Protocol):
+    """What the parts of a batch are weighted by."""
+
+    @property
+    def base_energy(self) -> float:
+        """``||W||_F^2``."""
+
+    @property
+    def change_energy(self) -> float:
+        """``||D||_F^2``."""
+
+
 def choose_metrics(names: Sequence[str] | None, *, fast: bool = False) -> tuple[Metric, ...]:
     """Look up the metrics to compute.
 
@@ -249,7 +261,7 @@ def measure(pair: Pair, metrics: Iterable[Metric]) -> Measured:
     return Measured(change, base, tuned)
 
 
-def combine(parts: Sequence[Measured], pairs: Sequence[Pair]) -> Measured:
+def combine(parts: Sequence[Measured], pairs: Sequence[Energies]) -> Measured:
     """Add up the metrics of the matrices of a batch, each as its definition asks for."""
     if len(parts) == 1:
         return parts[0]

@@ -93,7 +93,10 @@ class MatrixPair:
         assert self._tuned is not None
         wide = torch.float64 in (self._base.dtype, self._tuned.dtype)
         dtype = torch.float64 if wide else torch.float32
-        return self._tuned.to(dtype) - self._base.to(dtype)
+        difference = self._tuned.to(dtype, copy=True)
+        for rows in cuts(self.m, _ROWS):
+            difference[rows] -= self._base[rows].to(dtype)
+        return difference
 
     @lazy
     def _A(self) -> Tall:

@@ -16,6 +16,12 @@ import torch
 from torch import Tensor
 
 from svftool.checkpoints.base import Checkpoint, TensorInfo
+from svftool.checkpoints.lora_parameters import (
+    AdaptedParameter,
+    change_of_expert,
+    place,
+    wrapped_modules,
+)
 from svftool.checkpoints.opening import open_checkpoint
 from svftool.errors import CheckpointError, shortlist
 
@@ -26,6 +32,7 @@ _PART = re.compile(
     r"(?P<module>.+?)\.(?P<part>lora_A|lora_B|lora_embedding_A|lora_embedding_B|lora_magnitude_vector)"
     r"(\.(?P<leaf>weight|bias))?"
 )
+_WRAPPERS = re.compile(r"(\.base_layer)+(?=\.|$)")
 _OWN_BASE = ("pissa", "olora", "corda", "loftq", "lora_ga")
 
 
@@ -116,6 +123,8 @@ class LoraFolder:
         Biases that ``lora_bias`` adds to: the adapter's tensor and its factor.
     whole : mapping of str to str
         Tensors trained along (``modules_to_save``, biases), by the base's name.
+    wrapped : tuple of WrappedModule
+        Modules of which parameters are adapted (``target_parameters``); see `place`.
     unused : tuple of str
         Tensors of the adapter that are understood in no way.
     base : str or None
@@ -128,7 +137,15 @@ class LoraFolder:
         self.path = path
         self._config = config
         self._tensors = tensors
-        modules, rest = self._modules()
+        gathered, rest = self._modules()
+        pairs = [(module, self._pair(module, parts)) for (module, _), parts in gathered.items()]
+        self.wrapped = wrapped_modules(pairs, config.get("target_parameters") or ())
+        inside = {module.name for module in self.wrapped}
+        modules = {
+            module: parts
+            for (module, depth), parts in gathered.items()
+            if module not in inside and not depth
+        }
         self.layers: Mapping[str, LoraLayer] = MappingProxyType(
             {f"{module}.weight": self._layer(module, parts) for module, parts in modules.items()}
         )
@@ -140,12 +157,20 @@ class LoraFolder:
             }
         )
         known = {
-            name.removeprefix(_PREFIX).replace(".base_layer.", "."): name
+            _WRAPPERS.sub("", name.removeprefix(_PREFIX)): name
             for name in rest
             if name.startswith(_PREFIX)
         }
         self.whole: Mapping[str, str] = MappingProxyType(known)
-        self.unused = tuple(name for name in rest if not name.startswith(_PREFIX))
+        self.unused = (
+            *(name for name in rest if not name.startswith(_PREFIX)),
+            *(
+                name
+                for (module, depth), parts in gathered.items()
+                if depth and module not in inside
+                for name in parts.values()
+            ),
+        )
         self.base = config.get("base_model_name_or_path")
         self.notes = (*tensors.notes, *self._own_base())
 
@@ -194,6 +219,50 @@ class LoraFolder:
         change = self._fit(name, product.mT if layer.embedding else product, weight)
         return change if layer.magnitude is None else self._rescaled(layer, weight, change)
 
+    def place(
+        self, shapes: Mapping[str, tuple[int, ...]], model_type: str | None
+    ) -> dict[str, AdaptedParameter]:
+        """Tell which parameter of a wrapped module each of its pairs belongs to.
+
+        Parameters
+        ----------
+        shapes : mapping of str to tuple of int
+            Of the base's parameters, by the names that `wrapped` has.
+        model_type : str or None
+            As in the base's ``config.json``.
+
+        Raises
+        ------
+        CheckpointError
+            If the pairs of a module do not fit its parameters.
+        """
+        found: dict[str, AdaptedParameter] = {}
+        for module in self.wrapped:
+            held = {name: shapes[name] for name in module.parameters if name in shapes}
+            if held:
+                fits = place(module, held, model_type=model_type, where=str(self.path))
+                found |= {fit.name: fit for fit in fits}
+        return found
+
+    def change_of(self, parameter: AdaptedParameter, expert: int = 0) -> Tensor:
+        """Form the change of one matrix of an adapted parameter.
+
+        Parameters
+        ----------
+        parameter : AdaptedParameter
+            From `place`.
+        expert : int
+            Which one of a stack.
+
+        Returns
+        -------
+        (m, n) Tensor
+            float64.
+        """
+        down, up = self.read(parameter.down), self.read(parameter.up)
+        scaling = self._scaling(parameter.name, parameter.rank)
+        return change_of_expert(parameter, down, up, expert) * scaling
+
     def _rescaled(self, layer: LoraLayer, weight: Tensor, change: Tensor) -> Tensor:
         """Apply DoRA: each row of ``W + change`` gets the norm that was trained for it."""
         moved = weight.double() + change
@@ -222,9 +291,9 @@ class LoraFolder:
         layer = self.layers.get(name)
         return bool(self._config.get("fan_in_fan_out")) and not (layer and layer.embedding)
 
-    def _modules(self) -> tuple[dict[str, dict[str, str]], list[str]]:
-        """Gather the adapter's tensors by module; what is no part of an adapter is returned too."""
-        modules: dict[str, dict[str, str]] = {}
+    def _modules(self) -> tuple[dict[tuple[str, int], dict[str, str]], list[str]]:
+        """Gather the adapter's tensors by module and depth of wrapping; return the rest too."""
+        modules: dict[tuple[str, int], dict[str, str]] = {}
         rest: list[str] = []
         for name in self._tensors.infos:
             found = _PART.fullmatch(name.removeprefix(_PREFIX))
@@ -232,23 +301,29 @@ class LoraFolder:
                 rest.append(name)
                 continue
             part = found["part"] + (".bias" if found["leaf"] == "bias" else "")
-            modules.setdefault(found["module"], {})[part] = name
+            module = _WRAPPERS.sub("", found["module"])
+            depth = found["module"].endswith(".base_layer") * found["module"].count(".base_layer")
+            modules.setdefault((module, depth), {})[part] = name
         return modules, rest
 
-    def _layer(self, module: str, parts: Mapping[str, str]) -> LoraLayer:
-        embedding = "lora_embedding_A" in parts
-        down, up = ((f"lora_embedding_{x}" if embedding else f"lora_{x}") for x in ("A", "B"))
+    def _pair(self, module: str, parts: Mapping[str, str]) -> tuple[TensorInfo, TensorInfo]:
+        kind = "lora_embedding" if "lora_embedding_A" in parts else "lora"
+        down, up = f"{kind}_A", f"{kind}_B"
         if down not in parts or up not in parts:
             raise CheckpointError(
                 f"{self.path}: module {module!r} has {shortlist(parts)}, expected {down} and {up}. "
                 "The adapter file is incomplete."
             )
-        rank = self._tensors.infos[parts[down]].shape[0]
+        return self.info(parts[down]), self.info(parts[up])
+
+    def _layer(self, module: str, parts: Mapping[str, str]) -> LoraLayer:
+        down, up = self._pair(module, parts)
+        rank = down.shape[0]
         return LoraLayer(
             name=f"{module}.weight",
-            down=parts[down],
-            up=parts[up],
-            embedding=embedding,
+            down=down.name,
+            up=up.name,
+            embedding="lora_embedding_A" in parts,
             rank=rank,
             scaling=self._scaling(module, rank),
             magnitude=parts.get("lora_magnitude_vector"),

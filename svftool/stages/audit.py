@@ -251,7 +251,7 @@ class _Auditor:
             return None
         base = self.base.read(name)
         found = side.read(name, base)
-        return None if found is None else compare_vectors(base, found.weight, found.change)
+        return None if found is None else compare_vectors(base, found.weight, found.whole_change)
 
     def _row(self, name: str, side: Counterparts | None, found: Found | None) -> Row:
         info = self.base.infos[name]

@@ -190,8 +190,9 @@ def _change(before: Source, side: Counterparts, name: str) -> Tensor:
     found = side.read(name, weight)
     if found is None:
         return torch.zeros(weight.shape, dtype=torch.float64)
-    if found.change is not None:
-        return found.change
+    change = found.whole_change
+    if change is not None:
+        return change
     assert found.weight is not None
     return torch.sub(found.weight.double(), weight.double())
 
@@ -228,8 +229,9 @@ def _changed_whole(store: FactorStore, before: Source, side: Counterparts) -> di
         assert found is not None
         value = found.weight
         if value is None:
-            assert found.change is not None
-            value = (weight.double() + found.change).to(weight.dtype)
+            change = found.whole_change
+            assert change is not None
+            value = (weight.double() + change).to(weight.dtype)
         if not torch.equal(value, weight):
             whole[name] = value
     added = {one.name for one in side.tuned_only} & set(side.source.infos)
