@@ -5,6 +5,7 @@ For measuring memory and time on a model that need not exist.
     python benchmarks/synthetic_checkpoint.py /tmp/llama-3b               3.2 billion parameters
     python benchmarks/synthetic_checkpoint.py /tmp/llama-2l --layers 2    a part of it
     python benchmarks/synthetic_checkpoint.py /tmp/llama-8b --size 8b --layers 1
+    python benchmarks/synthetic_checkpoint.py /tmp/llama-3b-tuned --tuned /tmp/llama-3b
 """
 
 from __future__ import annotations
@@ -12,13 +13,16 @@ from __future__ import annotations
 import argparse
 import json
 import math
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
 
-from svftool.checkpoints import CheckpointWriter, TensorInfo, plan_shards
+from svftool.checkpoints import CheckpointWriter, TensorInfo, open_checkpoint, plan_shards
+
+NOISE = 0.02
+"""Size of the change that `--tuned` makes, relative to each matrix."""
 
 
 @dataclass(frozen=True)
@@ -69,18 +73,42 @@ def weights(name: str, shape: tuple[int, ...], seed: int) -> torch.Tensor:
     return tensor
 
 
-def write(folder: Path, size: Size, max_shard_bytes: int) -> int:
-    """Write the checkpoint; return its number of parameters."""
+def moved(weight: torch.Tensor, seed: int) -> torch.Tensor:
+    """Return a matrix with noise on it, as a full fine-tune moves it; a norm as it is."""
+    if weight.ndim == 1:
+        return weight
+    g = torch.Generator().manual_seed(seed)
+    scale = NOISE / math.sqrt(weight.shape[-1])
+    tensor = torch.empty_like(weight)
+    for rows, before in zip(tensor.split(4096), weight.split(4096), strict=True):
+        rows.copy_(before.float() + torch.randn(rows.shape, generator=g) * scale)
+    return tensor
+
+
+def write(
+    folder: Path,
+    shapes: Iterable[tuple[str, tuple[int, ...]]],
+    tensor: Callable[[str, tuple[int, ...], int], torch.Tensor],
+    config: dict[str, object],
+    max_shard_bytes: int,
+) -> int:
+    """Write a checkpoint a tensor at a time; return its number of parameters."""
     folder.mkdir(parents=True, exist_ok=True)
     infos = {
         name: TensorInfo(name=name, dtype=torch.bfloat16, shape=shape, file="")
-        for name, shape in size.shapes()
+        for name, shape in shapes
     }
     shards = plan_shards(infos.values(), max_shard_bytes)
     grouped = [[infos[name] for name in names] for names in shards]
     with CheckpointWriter(folder, shards=grouped) as writer:
         for seed, (name, info) in enumerate(infos.items()):
-            writer.write(name, weights(name, info.shape, seed))
+            writer.write(name, tensor(name, info.shape, seed))
+    (folder / "config.json").write_text(json.dumps(config, indent=2), encoding="utf-8")
+    return sum(math.prod(info.shape) for info in infos.values())
+
+
+def write_base(folder: Path, size: Size, max_shard_bytes: int) -> int:
+    """Write random weights."""
     config = {
         "architectures": ["LlamaForCausalLM"],
         "model_type": "llama",
@@ -93,8 +121,18 @@ def write(folder: Path, size: Size, max_shard_bytes: int) -> int:
         "tie_word_embeddings": True,
         "torch_dtype": "bfloat16",
     }
-    (folder / "config.json").write_text(json.dumps(config, indent=2), encoding="utf-8")
-    return sum(math.prod(info.shape) for info in infos.values())
+    return write(folder, size.shapes(), weights, config, max_shard_bytes)
+
+
+def write_tuned(folder: Path, base: Path, max_shard_bytes: int) -> int:
+    """Write a fine-tune of another such checkpoint."""
+    with open_checkpoint(base) as before:
+        shapes = [(name, info.shape) for name, info in before.infos.items()]
+
+        def tensor(name: str, shape: tuple[int, ...], seed: int) -> torch.Tensor:
+            return moved(before.read(name), len(shapes) + seed)
+
+        return write(folder, shapes, tensor, dict(before.config or {}), max_shard_bytes)
 
 
 def main() -> None:
@@ -102,12 +140,15 @@ def main() -> None:
     parser.add_argument("folder", type=Path)
     parser.add_argument("--size", choices=SIZES, default="3b")
     parser.add_argument("--layers", type=int, help="fewer layers than the model has")
+    parser.add_argument("--tuned", type=Path, metavar="FROM", help="a fine-tune of that one")
     parser.add_argument("--shard-bytes", type=int, default=5 * 10**9)
     options = parser.parse_args()
-    size = SIZES[options.size]
-    if options.layers:
-        size = Size(**{**vars(size), "layers": options.layers})
-    count = write(options.folder, size, options.shard_bytes)
+    if options.tuned:
+        count = write_tuned(options.folder, options.tuned, options.shard_bytes)
+    else:
+        size = SIZES[options.size]
+        size = replace(size, layers=options.layers or size.layers)
+        count = write_base(options.folder, size, options.shard_bytes)
     print(f"{options.folder}: {count / 1e9:.2f} billion parameters")
 
 
