@@ -79,18 +79,19 @@ class MissingDependencyError(SvftoolError):
     ----------
     package : str
         Name of the package as it is imported.
-    extra : str
-        svftool's extra that installs it.
+    extra : str or None
+        svftool's extra that installs it; None where it has none.
     purpose : str
         What needs the package, as the start of a sentence.
     """
 
     exit_code = 9
 
-    def __init__(self, package: str, *, extra: str, purpose: str) -> None:
+    def __init__(self, package: str, *, extra: str | None, purpose: str) -> None:
+        wanted = package if extra is None else f"'svftool[{extra}]'"
         super().__init__(
             f"{purpose} needs the package {package!r}, which is not installed. "
-            f"Install it with: pip install 'svftool[{extra}]'"
+            f"Install it with: pip install {wanted}"
         )
         self.package = package
         self.extra = extra

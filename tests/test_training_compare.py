@@ -213,17 +213,6 @@ def test_a_head_of_single_examples_has_a_small_rate_unless_one_is_given(
     assert runs[0].learning_rates == pytest.approx({"singular_values": 2e-3, "head": rate})
 
 
-def test_curves_go_to_tensorboard(plan: Callable[..., Plan], tmp_path: Path) -> None:
-    pytest.importorskip("tensorboard")
-    compare(plan(log_dir=tmp_path / "logs", settings={"steps": 5}), Kept())
-    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
-
-    events = EventAccumulator(str(tmp_path / "logs" / "svf-seed0"))
-    events.Reload()
-    assert [event.step for event in events.Scalars("loss")] == [0, 1, 2, 3, 4]
-    assert "query/accuracy" in events.Tags()["scalars"]
-
-
 def test_the_summary_is_by_regime(plan: Callable[..., Plan]) -> None:
     chosen = plan(regimes=["head", "svf"], seeds=[0, 1, 2])
     runs, _ = compare(chosen, Kept())

@@ -207,8 +207,22 @@ def command(
             rich_help_panel=TRAINING,
         ),
     ] = False,
+    log_with: Annotated[
+        str | None,
+        typer.Option(
+            metavar="TRACKER",
+            help="Comma-separated: tensorboard, wandb, or another tracker that accelerate knows.",
+            show_default="none",
+            rich_help_panel=TRAINING,
+        ),
+    ] = None,
     log_dir: Annotated[
-        Path | None, typer.Option(help="Folder for TensorBoard.", rich_help_panel=TRAINING)
+        Path | None,
+        typer.Option(
+            help="Where trackers put their files.",
+            show_default="OUTPUT-logs",
+            rich_help_panel=TRAINING,
+        ),
     ] = None,
     report: Annotated[
         Path | None,
@@ -355,6 +369,7 @@ def command(
         train_rank=train_rank,
         nonnegative=nonnegative,
         device=device,
+        log_with=log_with.split(",") if log_with else (),
         log_dir=log_dir,
         trust_remote_code=trust_remote_code,
         force=force,

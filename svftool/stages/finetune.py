@@ -13,6 +13,7 @@ from torch import nn
 
 from svftool.attaching import Parametrisation, Regime, parse_regime
 from svftool.checkpoints import Checkpoint
+from svftool.checkpoints.output import overlap
 from svftool.errors import UsageError
 from svftool.factors import open_factors
 from svftool.models import build_model
@@ -23,10 +24,10 @@ from svftool.stages.finetune_result import (
     common_setting,
     write_results,
 )
-from svftool.stages.run_output import RunWriter, is_run_itself
+from svftool.stages.run_output import TUNED_SUFFIX, RunWriter, is_run_itself
 from svftool.stages.workspace import Workspace, describe_files, open_workspace
 from svftool.tasks.catalogue import ModelFacts, make_tasks
-from svftool.training import Plan, Ranks, Settings, compare, joined_ranks, summarise
+from svftool.training import Plan, Ranks, Settings, Trackers, compare, joined_ranks, summarise
 
 
 def finetune(
@@ -46,6 +47,7 @@ def finetune(
     train_rank: str | int | None = None,
     nonnegative: bool = False,
     device: str = "auto",
+    log_with: Sequence[str] = (),
     log_dir: str | os.PathLike[str] | None = None,
     trust_remote_code: bool = False,
     force: bool = False,
@@ -88,8 +90,12 @@ def finetune(
         How ``svf`` trains singular values; see `svftool.attach`.
     device : str
         ``auto``, ``cpu``, ``cuda`` or ``cuda:INDEX``.
+    log_with : sequence of str
+        Trackers that follow loss, learning rates and metrics of every run, by accelerate's names:
+        ``tensorboard``, ``wandb`` ...
     log_dir : path-like, optional
-        Folder for TensorBoard's curves.
+        Where trackers that write files put them, by default ``OUTPUT-logs``; TensorBoard's, where
+        no tracker is named.
     trust_remote_code : bool
         Whether code that lies beside the checkpoint may run.
     force : bool
@@ -130,6 +136,7 @@ def finetune(
     target = Path(output)
     with ExitStack() as stack:
         ranks, place = stack.enter_context(joined_ranks(device))
+        trackers = ranks.together(lambda: _trackers(log_with, log_dir, target))
         store = ranks.together(lambda: stack.enter_context(open_factors(factors)))
         checkpoint = ranks.together(
             lambda: stack.enter_context(store.open_base(base, progress=progress))
@@ -164,7 +171,7 @@ def finetune(
                 "train_rank": train_rank,
                 "nonnegative": nonnegative,
             },
-            log_dir=None if log_dir is None else Path(log_dir),
+            trackers=trackers,
         )
         request = _request(plan, ranks, task=task, model=model, data=Path(data), options=options)
         ranks.once(lambda: work.begin(request, resume=resume))
@@ -183,6 +190,27 @@ def finetune(
         if not itself and ranks.first:
             write_results(result, work.outputs / RESULTS_FILE)
     return result
+
+
+def _trackers(
+    names: Sequence[str], folder: str | os.PathLike[str] | None, output: Path
+) -> Trackers:
+    """Find the trackers that were asked for, and their folder."""
+    if folder is None:
+        stem = output.name.removesuffix(TUNED_SUFFIX).removesuffix(".safetensors")
+        place = output.with_name(f"{stem}-logs")
+    else:
+        place = Path(folder)
+        relation = overlap(place, output)
+        if relation in {"the same as", "inside"}:
+            raise UsageError(
+                f"{place}: the curves' folder is {relation} {output}, expected a place apart. "
+                "Choose another with --log-dir"
+            )
+    chosen = names or ([] if folder is None else ["tensorboard"])
+    trackers = Trackers(tuple(dict.fromkeys(chosen)), place)
+    trackers.check()
+    return trackers
 
 
 def _claim(stack: ExitStack, ranks: Ranks, target: Path, **options: Any) -> Workspace:

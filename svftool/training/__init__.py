@@ -10,6 +10,7 @@ from svftool.training.ranks import ALONE, Ranks, joined_ranks
 from svftool.training.settings import Settings
 from svftool.training.state import State, StateFile
 from svftool.training.summary import Summary, interval, summarise
+from svftool.training.trackers import Trackers
 from svftool.training.trials import Trial, Tuning, tuning_to_plain
 
 __all__ = [
@@ -26,6 +27,7 @@ __all__ = [
     "State",
     "StateFile",
     "Summary",
+    "Trackers",
     "Trial",
     "Tuning",
     "compare",

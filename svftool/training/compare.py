@@ -5,7 +5,7 @@ from __future__ import annotations
 import signal
 import time
 from collections.abc import Callable, Mapping
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import torch
@@ -17,12 +17,12 @@ from svftool.tasks import Draw, Metric, Prepared, Task
 from svftool.tasks.base import Illustrated
 from svftool.training.interrupt import Interruption
 from svftool.training.journal import Journal
-from svftool.training.logbook import Logbook
 from svftool.training.loop import Outcome, train
 from svftool.training.memory import explain_out_of_memory, peak_memory, reset_peak_memory
 from svftool.training.plan import Plan, Run, file_stem
 from svftool.training.randomness import derived_seed, repeatable
 from svftool.training.ranks import ALONE, Ranks
+from svftool.training.trackers import Logbook, Trackers
 from svftool.training.trials import Tuning
 from svftool.training.tune import Tuner
 
@@ -159,7 +159,8 @@ class _Comparison:
         model = trainable.model
         settings = replace(plan.settings, head_scale=prepared.head_rate)
         settings = settings if tuning is None else settings.scaled(tuning.factor)
-        with Logbook(plan.log_dir if self._ranks.first else None, stem) as log:
+        with self._logbook(task, stem, regime, seed) as log:
+            log.scalars(0, _on_query(before))
             outcome = train(
                 model,
                 trainable.groups,
@@ -178,7 +179,7 @@ class _Comparison:
                 return
             after = self._measure(draw, model)
             self._illustrate(draw, model, stem)
-            log.scalars(outcome.steps, {f"query/{name}": value for name, value in after.items()})
+            log.scalars(outcome.steps, _on_query(after))
         run = Run(
             regime=regime,
             seed=seed,
@@ -197,6 +198,13 @@ class _Comparison:
         )
         self._warn(run, label, metric)
         self.runs.append(self._ranks.once(lambda: self._write(run, trainable, task)))
+
+    def _logbook(self, task: Task, stem: str, regime: str, seed: int) -> Logbook:
+        """Begin the run in the trackers that were asked for, in the first process."""
+        facts = {"task": task.name, "regime": regime, "seed": seed, **task.facts}
+        facts |= asdict(self._plan.settings) | task.describe()
+        trackers = self._plan.trackers if self._ranks.first else Trackers()
+        return trackers.open(stem, facts)
 
     def _tune(self, task: Task, draw: Draw, regime: str, seed: int) -> Tuning | None:
         """Choose the run's learning rates, if asked to; an interruption stops it all."""
@@ -267,6 +275,11 @@ class _Comparison:
                 f"{label}: this tune is worse than the base: {metric.name} "
                 f"{run.before[metric.name]:.4f} -> {run.after[metric.name]:.4f}"
             )
+
+
+def _on_query(metrics: Mapping[str, float]) -> dict[str, float]:
+    """Name metrics for the trackers."""
+    return {f"query/{name}": value for name, value in metrics.items()}
 
 
 def _label(task: Task, regime: str, seed: int) -> str:

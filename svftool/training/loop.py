@@ -119,7 +119,7 @@ def train(
     interruption : Interruption or None
         Asked before each step whether to stop.
     log : Log or None
-        Told of the loss and the learning rates of every step.
+        Told of the loss and the learning rates of every step, and of what was measured after it.
     saved : StateFile or None
         Where the run goes on, if it was cut short there, and where its state is kept.
     ranks : Ranks
@@ -148,7 +148,7 @@ def train(
                 return run.outcome("diverged")
             bar.advance(detail=f"loss {loss:.3f}")
             if log is not None:
-                log.scalars(step, {"loss": loss, **run.optimiser.rates()})
+                log.scalars(step, {"loss": loss, **run.optimiser.rates(), **run.measured})
             if saved is not None and saved.due(run.done):
                 run.save(saved)
         return run.outcome("finished")
@@ -179,6 +179,7 @@ class _Run:
         self.steps = settings.step_count(draw.size)
         self.optimiser = Optimiser(groups, settings, steps=self.steps)
         self.done = 0
+        self.measured: dict[str, float] = {}
         self._model, self._draw, self._metric, self._ranks = model, draw, metric, ranks
         self._parameters = self.optimiser.parameters
         self._batches = Batches(model, self._parameters, draw, settings, seed=seed, ranks=ranks)
@@ -214,7 +215,7 @@ class _Run:
 
     def step(self) -> float | None:
         """Do one step and give the smoothed loss before it; None when the run has diverged."""
-        begun, step = time.perf_counter(), self.done
+        begun, step, self.measured = time.perf_counter(), self.done, {}
         loss, value, self._stop = self._batches.loss(step, self._stop)
         smooth = self._smoothed(value)
         if smooth is None:
@@ -246,6 +247,7 @@ class _Run:
         value = self._ranks.once(lambda: self._draw.evaluate(self._model, "held_out")[name])
         self._best.offer(self.done, value if self._metric.higher_is_better else -value)
         self._curves.add(f"held_out/{name}", self.done, value)
+        self.measured = {f"held_out/{name}": value}
         training_mode(self._model)
 
     def save(self, saved: StateFile | None) -> None:

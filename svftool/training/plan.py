@@ -15,6 +15,7 @@ from svftool.tasks import Task
 from svftool.training.curves import read_curves
 from svftool.training.loop import Outcome
 from svftool.training.settings import Settings
+from svftool.training.trackers import Trackers
 from svftool.training.trials import Tuning, tuning_from_plain
 
 
@@ -44,8 +45,8 @@ class Plan:
         choice where none is included.
     attaching : mapping
         Further arguments of `svftool.attach`, such as ``parametrisation``.
-    log_dir : Path or None
-        Folder for TensorBoard.
+    trackers : Trackers
+        What follows the curves of the runs.
     """
 
     build: Callable[[], nn.Module]
@@ -58,7 +59,7 @@ class Plan:
     include: Sequence[str] = ()
     exclude: Sequence[str] = ()
     attaching: Mapping[str, Any] = field(default_factory=dict)
-    log_dir: Path | None = None
+    trackers: Trackers = field(default_factory=Trackers)
 
 
 @dataclass(frozen=True)
