@@ -115,8 +115,7 @@ def tuned(work: Path) -> list[object]:
     return ["--tuned", work / "t.svf.safetensors", "--json"]
 
 
-@pytest.mark.parametrize("regime", ["svf", "head", "svf+norm"])
-@pytest.mark.parametrize("seed", [0, 3])
+@pytest.mark.parametrize(("regime", "seed"), [("svf", 0), ("head", 3), ("svf+norm", 0)])
 def test_factors_and_tuned_give_the_metrics_of_the_fine_tune(
     tune: Tune, tmp_path: Path, regime: str, seed: int
 ) -> None:

@@ -5,8 +5,6 @@ from __future__ import annotations
 import json
 import os
 import signal
-import subprocess
-import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -14,6 +12,7 @@ from typing import Any
 
 import pytest
 import torch
+from forked import start
 from pictures import write_pictures
 from PIL import Image
 from safetensors.torch import load_file, save_file
@@ -312,23 +311,19 @@ def test_an_unreadable_image_is_named(finetune: Callable[..., Any], work: Path) 
 @pytest.mark.parametrize(("signum", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
 def test_an_interruption_saves_what_was_trained(work: Path, signum: int, code: int) -> None:
     target = work / "t.svf.safetensors"
-    command = [sys.executable, "-m", "svftool", "finetune", work / "factors", "-o", target]
-    command += ["--data", work / "data", "--model", f"{work / 'net.py'}:net", "--shots", "3"]
-    command += ["--steps", "1000000", "--log-dir", work / "logs", "--json"]
-    process = subprocess.Popen(
-        list(map(str, command)), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
-    )
+    words = ["finetune", work / "factors", "-o", target, "--data", work / "data", "--shots", 3]
+    words += ["--model", f"{work / 'net.py'}:net", "--steps", 1000000, "--save-every", 5, "--json"]
+    process = start(list(map(str, words)), work)
     deadline = time.monotonic() + 120
-    while not list(work.glob("logs/*/events*")) and process.poll() is None:
+    while not list(work.glob("*.partial.runs/states/*")):
+        assert not process.ended, process.stderr
         assert time.monotonic() < deadline
-        time.sleep(0.1)
-    time.sleep(0.5)
-    process.send_signal(signum)
-    stdout, stderr = process.communicate(timeout=60)
-    assert process.returncode == code, stderr
-    assert "Traceback" not in stderr
-    assert "saving what was trained" in stderr
-    document = json.loads(stdout)
+        time.sleep(0.01)
+    process.send(signum)
+    assert process.wait() == code, process.stderr
+    assert "Traceback" not in process.stderr
+    assert "saving what was trained" in process.stderr
+    document = json.loads(process.stdout)
     assert document["interrupted"] == signal.Signals(signum).name
     only = document["runs"][0]
     assert only["ending"] == "interrupted"

@@ -3,16 +3,14 @@
 from __future__ import annotations
 
 import json
-import os
 import shutil
 import signal
-import subprocess
-import sys
 import time
 from pathlib import Path
 from typing import Any
 
 import pytest
+from forked import Forked, start
 from pictures import write_pictures
 from safetensors.torch import load_file, save_file
 from typer.testing import CliRunner
@@ -65,18 +63,10 @@ def arguments(work: Path, output: str, *options: object) -> list[str]:
     return [str(word) for word in words]
 
 
-def start(words: list[str], pause: float = 0.01) -> subprocess.Popen[str]:
-    environment = {**os.environ, "PAUSE": str(pause)}
-    command = [sys.executable, "-m", "svftool", *words]
-    return subprocess.Popen(
-        command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
-    )
-
-
-def wait_for(file: Path, process: subprocess.Popen[str]) -> None:
+def wait_for(file: Path, process: Forked) -> None:
     deadline = time.monotonic() + 120
     while not file.exists():
-        assert process.poll() is None, process.stderr and process.stderr.read()
+        assert not process.ended, process.stderr
         assert time.monotonic() < deadline
         time.sleep(0.003)
 
@@ -104,10 +94,10 @@ def test_a_killed_comparison_goes_on_to_the_same_bytes(work: Path) -> None:
     states = work / "cut.partial.runs" / "states"
     for state in ("svf-seed0", "lora-2-seed1"):
         words = arguments(work, "cut", *options, *(["--resume"] if states.exists() else []))
-        process = start(words)
+        process = start(words, work, PAUSE=0.01)
         wait_for(states / f"{state}.safetensors", process)
-        process.kill()
-        process.communicate()
+        process.send(signal.SIGKILL)
+        assert process.wait() == -signal.SIGKILL
         assert not (work / "cut").exists()
     records = states.parent / "records"
     assert {path.stem for path in records.iterdir()} == {
@@ -129,12 +119,11 @@ def test_an_interrupted_run_can_be_used_and_goes_on(work: Path, output: str) -> 
     several = ["--seeds", 2] if output == "runs" else []
     whole = run(*arguments(work, f"whole-{output}", *several))
     assert whole.exit_code == 0, whole.stderr
-    process = start(arguments(work, output, *several, "--save-every", 3), pause=0.03)
+    process = start(arguments(work, output, *several, "--save-every", 3), work, PAUSE=0.03)
     wait_for(work / f"{output}.partial.runs" / "states" / "svf-seed0.safetensors", process)
-    process.send_signal(signal.SIGINT)
-    stdout, stderr = process.communicate(timeout=60)
-    assert process.returncode == 130, stderr
-    assert "--resume goes on" in stdout
+    process.send(signal.SIGINT)
+    assert process.wait() == 130, process.stderr
+    assert "--resume goes on" in process.stdout
     assert (work / output).exists()
     refused = run(*arguments(work, output, *several))
     assert refused.exit_code == 2
@@ -173,20 +162,18 @@ def test_what_is_finished_is_not_trained_again(cut: Path) -> None:
     assert [one["seed"] for one in document["runs"]] == [0, 1]
 
 
-@pytest.mark.parametrize(
-    ("options", "message"),
-    [
+def test_other_options_are_refused(cut: Path) -> None:
+    for options, message in (
         (["--lr", 0.5], "lr was None, now 0.5"),
         (["--regime", "svf,head"], "regimes has changed"),
         (["--batch-size", 2], "batch_size was 16, now 2"),
         (["--augment", "none"], "options: augment is new"),
-    ],
-)
-def test_other_options_are_refused(cut: Path, options: list[object], message: str) -> None:
-    result = run(*arguments(cut, "cut", "--seeds", 2, "--resume", *options))
-    assert result.exit_code == 2
-    assert message in result.stderr
-    assert "leave --resume out" in result.stderr
+    ):
+        result = run(*arguments(cut, "cut", "--seeds", 2, "--resume", *options))
+        assert result.exit_code == 2
+        assert message in result.stderr
+        assert "leave --resume out" in result.stderr
+    # What was refused has left everything as it was.
     assert run(*arguments(cut, "cut", "--seeds", 2, "--resume")).exit_code == 0
 
 
@@ -217,11 +204,11 @@ def test_without_resume_everything_begins_anew(cut: Path) -> None:
 
 
 def test_what_was_put_in_the_place_of_the_output_is_left_alone(work: Path) -> None:
-    process = start(arguments(work, "t.svf.safetensors", "--save-every", 3), pause=0.03)
+    process = start(arguments(work, "t.svf.safetensors", "--save-every", 3), work, PAUSE=0.03)
     state = work / "t.svf.safetensors.partial.runs" / "states" / "svf-seed0.safetensors"
     wait_for(state, process)
-    process.send_signal(signal.SIGINT)
-    process.communicate(timeout=60)
+    process.send(signal.SIGINT)
+    process.wait()
     target = work / "t.svf.safetensors"
     target.unlink()
     target.write_text("mine")
