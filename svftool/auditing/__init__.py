@@ -5,6 +5,7 @@ from svftool.auditing.counterparts import Counterparts, counterparts
 from svftool.auditing.evidence import Evidence
 from svftool.auditing.gates import Gate, check_metric, parse_gate, tripped
 from svftool.auditing.matching import Matching, Pair, match_names
+from svftool.auditing.memory import audit_budget, audit_bytes
 from svftool.auditing.metrics import METRICS, Measured, Metric, choose_metrics
 from svftool.auditing.policy import Policy, Violation, read_policy
 from svftool.auditing.results import (
@@ -42,6 +43,8 @@ __all__ = [
     "Unread",
     "Verdict",
     "Violation",
+    "audit_budget",
+    "audit_bytes",
     "check_metric",
     "choose_metrics",
     "compare_spectra",

@@ -16,6 +16,7 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
+from svftool.auditing.difference import Difference, difference
 from svftool.auditing.lazy import lazy
 from svftool.numerics import Pool
 from svftool.numerics.eigen import eigenvalues, eigenvectors, gram
@@ -79,32 +80,18 @@ class MatrixPair:
     @lazy
     def identical(self) -> bool:
         """Whether nothing changed: every entry is equal."""
-        if self._change is not None:
-            return not bool(self._change.any())
         same = self._tuned is not None and self._tuned.dtype == self._base.dtype
         if same and torch.equal(self._base, self._tuned):  # type: ignore[arg-type]
             return True
-        return not bool(self._difference.any())
-
-    @lazy
-    def _difference(self) -> Tensor:
-        if self._change is not None:
-            return self._change
-        assert self._tuned is not None
-        wide = torch.float64 in (self._base.dtype, self._tuned.dtype)
-        dtype = torch.float64 if wide else torch.float32
-        difference = self._tuned.to(dtype, copy=True)
-        for rows in cuts(self.m, _ROWS):
-            difference[rows] -= self._base[rows].to(dtype)
-        return difference
+        return not self._D.any()
 
     @lazy
     def _A(self) -> Tall:
         return _unscaled(self._base)
 
     @lazy
-    def _D(self) -> Tall:
-        return _unscaled(self._difference)
+    def _D(self) -> Difference:
+        return difference(self._base, self._tuned, self._change)
 
     # Gram matrices of the short side, upper triangles but for C.
 
@@ -208,7 +195,7 @@ class MatrixPair:
             return 0.0
         if self._vectors:
             return float(self._H.trace())
-        return float(torch.linalg.vector_norm(self._difference, dtype=torch.float64)) ** 2
+        return self._D.energy()
 
     @lazy
     def tuned_energy(self) -> float:

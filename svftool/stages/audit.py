@@ -7,8 +7,8 @@ import time
 from collections.abc import Iterable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
+from functools import partial
 
-import torch
 from torch import Tensor
 
 from svftool.auditing import (
@@ -24,6 +24,8 @@ from svftool.auditing import (
     Source,
     Unread,
     Verdict,
+    audit_budget,
+    audit_bytes,
     choose_metrics,
     compare_spectra,
     compare_vectors,
@@ -177,6 +179,12 @@ class _Auditor:
             base = BaseMatrix(weight, self.metrics, vectors=not self.fast, pool=pool)
             return [self._held(job, base, weight, side) for side in sides]
 
+        size = partial(
+            audit_bytes,
+            compared=bool(sides),
+            vectors=not self.fast,
+            adapters=any(side.changes for side in sides),
+        )
         with joined_processes() as processes:
             mine = share(jobs, processes.count)[processes.rank]
             done = dict(
@@ -184,9 +192,10 @@ class _Auditor:
                     mine,
                     self.base.read,
                     work,
-                    size=lambda job: _bytes(job, len(sides)),
+                    size=size,
                     title="inspecting",
                     device=self.device,
+                    memory=audit_budget(jobs, size),
                     progress=self.progress,
                 )
             )
@@ -339,11 +348,3 @@ def _tuned_pair(base: Source, other: Source, metrics: Sequence[Metric]) -> Compa
 def _rest(names: Iterable[str], done: set[str]) -> tuple[Unread, ...]:
     why = "no counterpart in the other file; its base is not here"
     return tuple(Unread(name, why) for name in names if name not in done)
-
-
-def _bytes(job: Job, sides: int) -> int:
-    """Bound the memory that one layer takes: both weights, the change, and the Gram matrices."""
-    long, short = job.sides
-    held = job.count * long * short * job.dtype.itemsize * (2 if sides else 1)
-    change = long * short * (8 if job.dtype == torch.float64 else 4) if sides else 0
-    return held + change + 8 * short**2 * (9 if sides else 3)

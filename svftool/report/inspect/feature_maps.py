@@ -7,11 +7,9 @@ from typing import Any
 
 import numpy as np
 
-from svftool.report.inspect.figure import require_matplotlib
+from svftool.report.drawing import SAME_BYTES, require_matplotlib, save
 from svftool.report.text import safe
 from svftool.stages.feature_maps import DirectionMap, FeatureMaps
-
-_STYLE = {"font.size": 7, "svg.hashsalt": "svftool", "svg.fonttype": "none"}
 
 
 def save_feature_maps(result: FeatureMaps, path: Path, *, kind: str) -> None:
@@ -33,15 +31,14 @@ def save_feature_maps(result: FeatureMaps, path: Path, *, kind: str) -> None:
     from matplotlib.figure import Figure
 
     rows = len(result.maps)
-    with mpl.rc_context(_STYLE):
+    with mpl.rc_context({**SAME_BYTES, "font.size": 7}):
         figure = Figure(figsize=(6.4, 0.95 * rows + 0.3), layout="constrained")
         axes = figure.subplots(rows, 4, squeeze=False)
         for row, one in zip(axes, result.maps, strict=True):
             _draw(row, result, one)
         for axis, title in zip(axes[0], ("image", "before", "after", "difference"), strict=True):
             axis.set_title(title)
-        metadata = {"Date": None} if kind == "svg" else {}
-        figure.savefig(path, format=kind, dpi=150, metadata=metadata)
+        save(figure, path, kind=kind, dpi=150)
 
 
 def caption(one: DirectionMap) -> str:

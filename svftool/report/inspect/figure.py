@@ -4,45 +4,17 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 import numpy as np
 
 from svftool.auditing import AuditResult, Comparison, Row
-from svftool.errors import MissingDependencyError
-from svftool.report.text import display_names, safe
+from svftool.report.drawing import PLAIN_AXES, plain, require_matplotlib, save
+from svftool.report.text import display_names, short
 
 _GREY, _BLUE, _ORANGE = "#8a919c", "#2b5fb8", "#c4551d"
 _SVF, _INSIDE, _OUTSIDE = "#1b8a8f", "#4264c9", "#9a4fb3"
 _MOST_LAYERS = 30
-_STYLE = {
-    "font.size": 8,
-    "axes.spines.top": False,
-    "axes.spines.right": False,
-    "axes.titlesize": 9,
-    "axes.titleweight": "bold",
-    "axes.titlelocation": "left",
-    "svg.hashsalt": "svftool",
-    "svg.fonttype": "none",
-    "legend.frameon": False,
-}
-
-
-def require_matplotlib() -> ModuleType:
-    """Import matplotlib, drawing to files only.
-
-    Raises
-    ------
-    MissingDependencyError
-        If it is not installed.
-    """
-    try:
-        import matplotlib as mpl
-    except ImportError:
-        raise MissingDependencyError("matplotlib", extra="report", purpose="a figure") from None
-    mpl.use("Agg")
-    return mpl
 
 
 def save_figure(result: AuditResult, path: Path, *, kind: str) -> None:
@@ -65,7 +37,7 @@ def save_figure(result: AuditResult, path: Path, *, kind: str) -> None:
 
     one = result.comparisons[-1]
     rows = [row for row in one.matrices if row.curves is not None]
-    with mpl.rc_context(_STYLE):
+    with mpl.rc_context(PLAIN_AXES):
         height = 1.4 + 0.13 * min(_MOST_LAYERS, max(8, len(rows)))
         figure = Figure(figsize=(7.2, height + (1.9 if result.trajectory else 0.0)))
         grid = figure.subplot_mosaic(
@@ -79,14 +51,7 @@ def save_figure(result: AuditResult, path: Path, *, kind: str) -> None:
         if result.trajectory:
             _trajectory(grid["D"], result)
         figure.set_layout_engine("constrained")
-        # No date in the file: the same audit gives the same bytes.
-        metadata = {"svg": {"Date": None}, "pdf": {"CreationDate": None}, "png": {}}[kind]
-        figure.savefig(path, format=kind, dpi=200, metadata=metadata)
-
-
-def _plain(text: str) -> str:
-    """Keep matplotlib from reading a name as mathematics."""
-    return safe(text).replace("$", r"\$")
+        save(figure, path, kind=kind)
 
 
 def _drift(axes: Any, one: Comparison, rows: Sequence[Row]) -> None:
@@ -105,10 +70,13 @@ def _drift(axes: Any, one: Comparison, rows: Sequence[Row]) -> None:
         for width, label, colour in zip(edges, labels, (_SVF, _INSIDE, _OUTSIDE), strict=True):
             axes.barh(places, width, left=left, color=colour, label=label, height=0.75)
             left = left + width
-        axes.legend(loc="lower right", fontsize=7)
+        axes.legend(
+            loc="upper left", bbox_to_anchor=(-0.3, -0.06), ncols=3, fontsize=6.5,
+            columnspacing=1.0, handlelength=1.2,
+        )  # fmt: skip
     else:
         axes.barh(places, values, color=_BLUE, height=0.75)
-    axes.set_yticks(places, [_plain(names[row.name]) for row in top])
+    axes.set_yticks(places, [plain(names[row.name]) for row in top])
     axes.set_ylim(len(top) - 0.4, -0.6)
     axes.tick_params(axis="y", length=0, labelsize=6.5)
     axes.set_title("weight drift" if one.tuned is not None else "effective rank")
@@ -127,7 +95,8 @@ def _spectrum(axes: Any, rows: Sequence[Row]) -> None:
     floor = 1e-4 * float(row.curves.base.max(initial=1e-8))
     axes.set_ylim(bottom=max(floor, 0.7 * float(row.curves.base.min())))
     axes.legend(fontsize=7)
-    axes.set_title(f"singular values, {_plain(row.name)}"[:48])
+    axes.set_title("singular values")
+    axes.set_xlabel(plain(short(row.name, 44)), fontsize=6.5)
 
 
 def _change(axes: Any, rows: Sequence[Row]) -> None:
@@ -146,7 +115,7 @@ def _change(axes: Any, rows: Sequence[Row]) -> None:
     edge = 130.0 * float(np.quantile(np.abs(relative), 0.97))
     if edge > 0.0:
         axes.set_ylim(max(axes.get_ylim()[0], -edge), min(axes.get_ylim()[1], edge))
-    axes.set_title("change along each singular direction, %")
+    axes.set_title("change along each direction, %")
     axes.set_xlabel("index")
 
 
@@ -163,7 +132,7 @@ def _trajectory(axes: Any, result: AuditResult) -> None:
     median = result.trajectory.metrics["weight_drift"]
     line = np.array([np.nan if value is None else value for value in median], dtype=float)
     axes.plot(places, line, color=_BLUE, lw=2.0, marker="o", ms=3.5, label="median")
-    names = [_plain(path.name.removesuffix(path.suffix)) for path in result.trajectory.checkpoints]
+    names = [plain(path.name.removesuffix(path.suffix)) for path in result.trajectory.checkpoints]
     axes.set_xticks(places, names)
     axes.set_ylim(bottom=0.0)
     axes.legend(fontsize=7)

@@ -48,7 +48,7 @@ class Files:
         if self.plot is not None:
             _check_figure(self.plot)
         if self.html is not None:
-            from svftool.report.inspect.page import require_jinja
+            from svftool.report.drawing import require_jinja
 
             require_jinja()
         for path in (self.csv, self.html, self.plot):
@@ -134,7 +134,7 @@ class MapsFile:
 def _check_figure(path: Path) -> None:
     if path.suffix.lower() not in FIGURES:
         raise UsageError(f"{path}: suffix {path.suffix!r}, expected {', '.join(FIGURES)}")
-    from svftool.report.inspect.figure import require_matplotlib
+    from svftool.report.drawing import require_matplotlib
 
     require_matplotlib()
 

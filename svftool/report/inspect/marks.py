@@ -8,6 +8,8 @@ from collections.abc import Sequence
 import numpy as np
 import numpy.typing as npt
 
+from svftool.auditing import Row
+
 COLOURS = {
     "untouched": "dim",
     "rounding noise": "dim green",
@@ -75,6 +77,20 @@ def block_of(name: str) -> str:
         if part.isdecimal():
             return ".".join(parts[: index + 1])
     return ".".join(parts[:-1]) or name
+
+
+def in_order(rows: Sequence[Row]) -> list[Row]:
+    """Sort rows as the file has them, but the blocks of one series by their numbers.
+
+    Files are often sorted by name, so that block 10 comes before block 2.
+    """
+    first: dict[str, int] = {}
+    keys = []
+    for index, row in enumerate(rows):
+        head, _, last = block_of(row.name).rpartition(".")
+        series, count = (head, int(last)) if last.isdecimal() else (row.name, 0)
+        keys.append((first.setdefault(series, index), count, index))
+    return [rows[index] for _, _, index in sorted(keys)]
 
 
 def number(value: float | None) -> str:

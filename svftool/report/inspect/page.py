@@ -4,13 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from importlib import resources
-from types import ModuleType
 from typing import Any
 
 from svftool.auditing import METRICS, VERDICTS, AuditResult, Comparison, Row
 from svftool.auditing.policy import Violation
-from svftool.errors import MissingDependencyError
-from svftool.report.inspect import charts
+from svftool.report.drawing import require_jinja
+from svftool.report.inspect import charts, maps
 from svftool.report.inspect.marks import number
 from svftool.report.text import safe, shape
 
@@ -30,22 +29,13 @@ HEAT = (
 EXAMPLES = 6
 """Layers whose spectra are drawn."""
 
+LINES = 1000
+"""Lines of the table; the spreadsheet has them all."""
+
+_SHARED = 4
+"""With so many comparisons on a page, or more, each has this part of its lines and columns."""
+
 KINDS = {name: name.replace(" ", "-") for name in VERDICTS}
-
-
-def require_jinja() -> ModuleType:
-    """Import jinja2.
-
-    Raises
-    ------
-    MissingDependencyError
-        If it is not installed.
-    """
-    try:
-        import jinja2
-    except ImportError:
-        raise MissingDependencyError("jinja2", extra="report", purpose="a page") from None
-    return jinja2
 
 
 def page(result: AuditResult, *, failed: Sequence[Violation] = ()) -> str:
@@ -74,7 +64,10 @@ def page(result: AuditResult, *, failed: Sequence[Violation] = ()) -> str:
         script=texts["page.js"],
         version=__version__,
         title=_title(result),
-        sections=[_section(one, number) for number, one in enumerate(result.comparisons, 1)],
+        sections=[
+            _section(one, index, len(result.comparisons))
+            for index, one in enumerate(result.comparisons, 1)
+        ],
         trajectory="" if line is None else charts.trajectory(line),
         monotone=line is not None and line.monotone,
         meanings=VERDICTS,
@@ -97,11 +90,13 @@ def _title(result: AuditResult) -> str:
     return f"{safe(first.base.name)} → {listed}"
 
 
-def _section(one: Comparison, index: int) -> dict[str, Any]:
+def _section(one: Comparison, index: int, count: int) -> dict[str, Any]:
     rows = one.matrices
+    columns, lines = maps.COLUMNS // min(count, _SHARED), LINES // min(count, _SHARED)
     by_drift = sorted(rows, key=lambda row: -(row.value("weight_drift") or 0.0))
     drawn = [row for row in by_drift if row.curves is not None][:EXAMPLES]
     compared = one.tuned is not None
+    largest = (by_drift[0].value("weight_drift") or 0.0) if by_drift else 0.0
     return {
         "index": index,
         "base": safe(one.base.name),
@@ -111,14 +106,15 @@ def _section(one: Comparison, index: int) -> dict[str, Any]:
         "kind": "" if one.verdict is None else KINDS[one.verdict.name],
         "tiles": _tiles(one),
         "counts": _counted(one),
-        "heat": charts.heat_map(rows, _heat_lines(one)),
-        "directions": charts.direction_map(rows) if compared else "",
+        "heat": maps.heat_map(rows, _heat_lines(one), most=columns),
+        "directions": maps.direction_map(rows, most=columns) if compared else "",
         "spectra": [
             (safe(row.name), _facts(row), charts.spectra(row.curves))
             for row in drawn
             if row.curves is not None
         ],
-        "rows": [_line(row, by_drift) for row in (by_drift if compared else rows)],
+        "rows": [_line(row, largest) for row in (by_drift if compared else rows)[:lines]],
+        "hidden": max(len(rows) - lines, 0),
         "vectors": _vectors(one),
         "missing": _missing(one),
         "totals": one.totals,
@@ -173,8 +169,7 @@ def _facts(row: Row) -> str:
     return ", ".join(parts)
 
 
-def _line(row: Row, ranked: Sequence[Row]) -> dict[str, Any]:
-    largest = max((one.value("weight_drift") or 0.0 for one in ranked), default=0.0)
+def _line(row: Row, largest: float) -> dict[str, Any]:
     drift = row.value("weight_drift")
     verdict = row.verdict
     return {

@@ -11,9 +11,8 @@ from typing import IO, Any
 import numpy as np
 import numpy.typing as npt
 
+from svftool.report.drawing import PLAIN_AXES, plain, require_matplotlib, save
 from svftool.report.finetune import FRACTIONS, value
-from svftool.report.inspect.figure import require_matplotlib
-from svftool.report.text import safe
 from svftool.report.text import seconds as duration
 from svftool.report.training.rows import Group, grouped
 from svftool.stages.finetune_result import FinetuneResult
@@ -27,32 +26,17 @@ COLOURS = (
 """One a regime; a ninth regime has the first one's, with dashes."""
 
 _STYLE = {
-    "font.size": 8,
+    **PLAIN_AXES,
     "text.color": INK,
     "axes.facecolor": "none",
     "axes.edgecolor": QUIET,
     "axes.labelcolor": QUIET,
     "axes.titlecolor": INK,
-    "axes.spines.top": False,
-    "axes.spines.right": False,
-    "axes.titlesize": 9,
-    "axes.titleweight": "bold",
-    "axes.titlelocation": "left",
     "xtick.color": QUIET,
     "ytick.color": QUIET,
-    "svg.hashsalt": "svftool",
-    "svg.fonttype": "none",
-    "legend.frameon": False,
 }
 _WIDTH, _ROW, _PANEL = 9.6, 0.4, 1.35
 _FEWEST_ROWS = 3
-
-_METADATA: dict[str, dict[str, None]] = {
-    "svg": dict.fromkeys(("Date", "Creator", "Format", "Type")),
-    "pdf": {"CreationDate": None},
-    "png": {},
-}
-"""No dates and no addresses in the file."""
 
 Array = npt.NDArray[np.float64]
 
@@ -99,11 +83,10 @@ def save_figure(
             columns = 1 + (len(looks) > 4)
             grid[next(iter(panels))].legend(fontsize=6.5, ncols=columns, loc="upper right")
         _regimes(grid["regimes"], result, groups, looks)
-        figure.savefig(
+        save(
+            figure,
             path,
-            format=kind,
-            dpi=200,
-            metadata=_METADATA[kind],
+            kind=kind,
             facecolor="none" if transparent else "white",
             bbox_inches="tight",
             pad_inches=0.1,
@@ -152,12 +135,7 @@ def _share_steps(panels: Sequence[Any]) -> None:
 
 
 def _axis(metric: str) -> str:
-    return f"{_plain(metric)}, %" if metric in FRACTIONS else _plain(metric)
-
-
-def _plain(text: str) -> str:
-    """Keep matplotlib from reading a name as mathematics."""
-    return safe(text).replace("$", r"\$")
+    return f"{plain(metric)}, %" if metric in FRACTIONS else plain(metric)
 
 
 def _scale(result: FinetuneResult, name: str) -> float:
@@ -180,7 +158,7 @@ def _curves(axes: Any, result: FinetuneResult, name: str, looks: dict[str, dict[
         ]
         mean = _mean(whole or lines)
         dot = {"marker": "o", "ms": 3} if len(mean) < 3 else {}
-        axes.plot(mean[:, 0], scale * mean[:, 1], lw=1.9, label=_plain(regime), **look, **dot)
+        axes.plot(mean[:, 0], scale * mean[:, 1], lw=1.9, label=plain(regime), **look, **dot)
         for run, line in zip(runs, lines, strict=True):
             if run.outcome.ending == "diverged" and name == "loss":
                 axes.plot(*line[-1], marker="x", ms=6, mew=1.6, color=look["color"])
@@ -233,7 +211,7 @@ def _regimes(
     for group in groups:
         if len(groups) > 1:
             text = {"ha": "right", "va": "center", "style": "italic", "color": QUIET}
-            axes.text(-0.03, place, _plain(group.title), transform=beside, **text)
+            axes.text(-0.03, place, plain(group.title), transform=beside, **text)
             place += 1
         for start, end, before in _stretches(group.summaries, place):
             _before(axes, start, end, scale * before, named=group is groups[0] and start == place)
@@ -287,7 +265,7 @@ def _row(axes: Any, row: int, summary: Summary, scale: float, colour: str) -> No
     axes.scatter([mean], [row], s=42, color=colour, marker="D", zorder=3, linewidths=0)
     beside = {"xycoords": axes.get_yaxis_transform(), "textcoords": "offset points"}
     left = {"ha": "right", "xy": (-0.03, row)}
-    name = _plain(summary.regime)
+    name = plain(summary.regime)
     axes.annotate(name, xytext=(0, 1), weight="bold", color=colour, va="bottom", **left, **beside)
     facts = {"va": "top", "size": 6.5, "color": QUIET}
     axes.annotate(cost(summary), xytext=(0, -1), **facts, **left, **beside)

@@ -62,8 +62,7 @@ class ReportFile:
         self._require_packages()
 
     def _require_packages(self) -> None:
-        from svftool.report.inspect.figure import require_matplotlib
-        from svftool.report.inspect.page import require_jinja
+        from svftool.report.drawing import require_jinja, require_matplotlib
 
         require_matplotlib()
         if self._kind == "html":

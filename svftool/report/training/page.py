@@ -6,8 +6,8 @@ from importlib import resources
 from typing import Any
 
 from svftool.report import few_shot
+from svftool.report.drawing import require_jinja
 from svftool.report.finetune import FRACTIONS, value
-from svftool.report.inspect.page import require_jinja
 from svftool.report.text import safe
 from svftool.report.text import seconds as duration
 from svftool.report.training import figure

@@ -1,0 +1,50 @@
+"""What comparing a layer takes, before it is read."""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Callable, Sequence
+
+from svftool.engine import Job
+
+_SPARE = 512 << 20
+_AT_ONCE = 4
+_SQUARES_OF_ONE = 3
+_SQUARES_OF_VALUES = 4
+_SQUARES_OF_VECTORS = 11
+
+
+def audit_bytes(job: Job, *, compared: bool, vectors: bool, adapters: bool = False) -> int:
+    """Bound the memory that one layer takes: weights as stored, and matrices of the short side.
+
+    Parameters
+    ----------
+    job : Job
+    compared : bool
+        Whether it is held against fine-tunes, which are read one after another.
+    vectors : bool
+        Whether singular vectors are computed.
+    adapters : bool
+        Whether a fine-tune is an adapter, whose change is formed in float64, a matrix at a time.
+    """
+    long, short = job.sides
+    held = job.count * long * short * job.dtype.itemsize
+    if not compared:
+        return held + 8 * _SQUARES_OF_ONE * short**2
+    squares = _SQUARES_OF_VECTORS if vectors else _SQUARES_OF_VALUES
+    change = 16 * long * short if adapters else 0
+    return 2 * held + change + 8 * squares * short**2
+
+
+def audit_budget(jobs: Sequence[Job], size: Callable[[Job], int]) -> int:
+    """Return the bytes that all layers at work may take: the largest one's, or four usual ones'.
+
+    Parameters
+    ----------
+    jobs : sequence of Job
+        All that is compared.
+    size : callable
+        Bytes of one.
+    """
+    sizes = [size(job) for job in jobs]
+    return _SPARE + int(max(max(sizes, default=0), _AT_ONCE * statistics.median(sizes or [0])))
