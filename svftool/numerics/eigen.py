@@ -17,7 +17,7 @@ from svftool.numerics.threads import Pool
 _TILE = 1024
 _PANEL = 64
 _FEW = 3
-_LARGE = 2560
+_SMALL, _LARGE = 160, 2560
 _ROWS = 256
 _GRAM_ROWS = 512
 _BLOCK_ENTRIES = 2**19
@@ -52,11 +52,11 @@ def gram(A: Tall, pool: Pool) -> Tensor:
 def eigenvectors(G: Tensor, choose: Choose, pool: Pool) -> tuple[Tensor, Tensor]:
     """Decompose a symmetric matrix of which the upper triangle is given; it is overwritten.
 
-    LAPACK reduces it to ``Q T Q'`` and finds ``T = Z diag(values) Z'``. Its own way to ``Q Z``
-    takes the reflectors of Q 32 at a time; in blocks of 64 it is all large products, spread over
-    `pool`.
-    (Single precision would be twice as fast and rounds the vectors by 7e-7 [measured, n = 768],
-    which uses up the bound on the reconstruction.)
+    Small ones go to LAPACK whole. A larger one it only reduces to ``Q T Q'``, and finds
+    ``T = Z diag(values) Z'``: its own way to ``Q Z`` takes the reflectors of Q 32 at a time; in
+    blocks of 64 it is all large products, spread over `pool`. (Single precision would be twice as
+    fast and rounds the vectors by 7e-7 [measured, n = 768], which uses up the bound on the
+    reconstruction.)
 
     Returns
     -------
@@ -125,7 +125,7 @@ def eigenvalues(G: Tensor, pool: Pool) -> Tensor:
 
 
 def _in_parts(G: Tensor) -> bool:
-    return G.device.type == "cpu" and 1 < len(G) <= lapack.LARGEST and lapack.available()
+    return G.device.type == "cpu" and _SMALL < len(G) <= lapack.LARGEST and lapack.available()
 
 
 def _dense(G: Tensor, choose: Choose) -> tuple[Tensor, Tensor]:
