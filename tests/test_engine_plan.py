@@ -6,7 +6,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from svftool.engine import Job, budget, job_bytes, peak_memory, seconds, share
+from svftool.engine import Job, budget, job_bytes, parse_rank, peak_memory, seconds, share
 
 sides = st.integers(1, 5000)
 shapes = st.one_of(st.tuples(sides, sides), st.tuples(st.integers(1, 8), sides, sides))
@@ -76,3 +76,13 @@ def test_peak_memory_does_not_grow_with_the_number_of_layers() -> None:
     assert one == many
     assert peak_memory([job]) < one
     assert peak_memory([Job("tiny", (4, 4))]) < 600 << 20
+
+
+def test_peak_memory_follows_the_rank_and_the_workers() -> None:
+    jobs = [Job(str(index), (8192, 3072), torch.bfloat16) for index in range(90)]
+    low, full = (peak_memory(jobs, parse_rank(rank), workers=2) for rank in ("64", "full"))
+    assert low < full
+    # What a 3.2-billion-parameter checkpoint of these layers was measured to take.
+    assert 1412 << 20 <= low < 1700 << 20
+    assert peak_memory(jobs, parse_rank("64"), workers=1) < low
+    assert peak_memory(jobs, parse_rank("energy:0.9"), workers=2) == full

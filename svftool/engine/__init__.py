@@ -2,12 +2,22 @@
 
 from __future__ import annotations
 
-from svftool.engine.plan import Job, budget, job_bytes, parts, peak_memory, seconds, share
+from svftool.engine.plan import (
+    PROCESS_BYTES,
+    Job,
+    budget,
+    job_bytes,
+    parts,
+    peak_memory,
+    seconds,
+    share,
+)
 from svftool.engine.ranks import FULL, RankRule, parse_rank
 from svftool.engine.run import run_layers, run_svds, run_values
 
 __all__ = [
     "FULL",
+    "PROCESS_BYTES",
     "Job",
     "RankRule",
     "budget",

@@ -10,15 +10,12 @@ from typing import TypeAlias, TypeVar
 
 from torch import Tensor
 
-from svftool.engine.plan import Job
+from svftool.engine.plan import AHEAD, Job
 from svftool.errors import NumericalError
 from svftool.numerics import Pool
 
 _T = TypeVar("_T")
 _Done: TypeAlias = "queue.SimpleQueue[tuple[Job, _T | BaseException]]"
-
-
-_AHEAD = 2
 
 
 class _Room:
@@ -85,7 +82,7 @@ def flow(
     outcome : object or NumericalError
         In the order that they are done. Any other error is raised.
     """
-    room = _Room(budget, workers + _AHEAD)
+    room = _Room(budget, workers + AHEAD)
     done: _Done[_T] = queue.SimpleQueue()
     with Pool(workers) as pool:
 

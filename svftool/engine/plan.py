@@ -9,6 +9,8 @@ from dataclasses import dataclass
 
 import torch
 
+from svftool.engine.ranks import FULL, RankRule
+
 _LAYER = 1e-3
 _GRAM = 2.6e-11
 _PRODUCT = 2.5e-11
@@ -16,6 +18,9 @@ _VECTORS = 1.8e-10
 _VALUES = 1.0e-10
 _CHECK = 6e-9
 _SCRATCH = 1024 * 20
+
+AHEAD = 2
+"""Layers that wait, read or done, beside those at work."""
 
 PROCESS_BYTES = 512 << 20
 """What a process with torch takes before it holds any matrix, and the threads' own buffers."""
@@ -157,25 +162,30 @@ def budget(jobs: Sequence[Job]) -> int:
 
 def peak_memory(
     jobs: Sequence[Job],
-    rank: int | None = None,
+    rank: RankRule = FULL,
     *,
     values_only: bool = False,
+    workers: int | None = None,
 ) -> int:
     """Bound the anonymous memory of a process that runs these layers.
 
     Parameters
     ----------
     jobs : sequence of Job
-    rank : int, optional
-        The largest number of singular values kept of a layer.
+    rank : RankRule
+        How many singular values are kept.
     values_only : bool
         Without singular vectors.
+    workers : int, optional
+        Layers at a time; by default the number of torch's threads, as in `run_svds`.
 
     Returns
     -------
     int
-        Bytes: the process itself, and the budget or the one layer that is larger than it.
+        Bytes: the process itself, and either the largest layers that can be there together, the
+        budget, or the one layer that is larger than it.
     """
-    single = max((job_bytes(job, rank, values_only=values_only) for job in jobs), default=0)
-    total = sum(job_bytes(job, rank, values_only=values_only) for job in jobs)
-    return PROCESS_BYTES + max(single, min(total, budget(jobs)))
+    places = (workers or torch.get_num_threads()) + AHEAD
+    sizes = [job_bytes(job, rank.fixed(*job.matrix[-2:]), values_only=values_only) for job in jobs]
+    together = sum(heapq.nlargest(places, sizes))
+    return PROCESS_BYTES + max(max(sizes, default=0), min(together, budget(jobs)))

@@ -23,11 +23,12 @@ from svftool.checkpoints import (
     select,
     write_errors,
 )
-from svftool.engine import parse_rank, peak_memory
+from svftool.engine import PROCESS_BYTES, parse_rank, peak_memory
 from svftool.errors import UsageError
 from svftool.factors import FactorConfig, LayerSpool
 from svftool.numerics import Method
 from svftool.progress import SILENT, Progress
+from svftool.stages.examine import examination_bytes
 from svftool.stages.factorise import Factorisation, LayerPlan, Settings
 from svftool.stages.processes import Processes, joined_processes
 from svftool.stages.usage import peak_memory_bytes
@@ -272,5 +273,8 @@ def _plan(source: Checkpoint, settings: Settings) -> Plan:
         layers=tuple(layers),
         left_whole={one.name: one.reason for one in left},
         output_bytes=whole + sum(one.factor_bytes for one in layers),
-        peak_memory_bytes=peak_memory([one.job for one in layers]),
+        peak_memory_bytes=max(
+            peak_memory([one.job for one in layers], settings.rank),
+            PROCESS_BYTES + examination_bytes(source),
+        ),
     )

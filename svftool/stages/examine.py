@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import heapq
 import os
 from collections.abc import Collection
 from concurrent.futures import ThreadPoolExecutor
@@ -16,6 +17,7 @@ from svftool.stages.processes import Processes
 
 THREADS = 4
 _PART = 2**22
+_PART_BYTES = 2 * _PART
 
 
 @dataclass(frozen=True)
@@ -32,6 +34,16 @@ class Examination:
 
     fingerprint: str
     non_finite: dict[str, str]
+
+
+def examination_bytes(source: Checkpoint) -> int:
+    """Bound the memory that `examine` takes for tensors: as many as it reads at a time."""
+    sizes = heapq.nlargest(_threads(), (info.nbytes for info in source.infos.values()))
+    return sum(sizes) + _threads() * _PART_BYTES
+
+
+def _threads() -> int:
+    return min(THREADS, os.cpu_count() or 1)
 
 
 def examine(
@@ -64,7 +76,7 @@ def examine(
     size = sum(info.nbytes for info in mine)
     with (
         progress.task("examining", size) as task,
-        ThreadPoolExecutor(min(THREADS, os.cpu_count() or 1)) as pool,
+        ThreadPoolExecutor(_threads()) as pool,
     ):
         found = {}
         for info, seen in zip(mine, pool.map(look, (one.name for one in mine)), strict=True):
