@@ -112,6 +112,15 @@ class Folds(Protocol):
 
 
 @runtime_checkable
+class Steady(Protocol):
+    """What a `Draw` offers besides, whose examples may look the same in every epoch."""
+
+    @property
+    def steady(self) -> bool:
+        """Whether an example's rows in the tensors of a batch depend on its index alone."""
+
+
+@runtime_checkable
 class Counts(Protocol):
     """What a `Draw` offers besides, whose loss is a mean over more than its examples.
 

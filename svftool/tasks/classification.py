@@ -300,6 +300,11 @@ class ClassificationDraw:
         """Images that a batch's loss is the mean over."""
         return len(batch[1])
 
+    @property
+    def steady(self) -> bool:
+        """Whether images look the same in every epoch."""
+        return self._task.augment == "none"
+
     def batch(self, indices: Tensor, generator: torch.Generator) -> tuple[Tensor, Tensor]:
         """Load and augment: (N, 3, height, width) float32 images and (N,) labels."""
         images = self._support.take(indices.tolist())

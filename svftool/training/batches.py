@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from svftool.tasks import Counts, Draw, to_device
-from svftool.tasks.base import Shares
+from svftool.tasks.base import Shares, Steady
+from svftool.training.frozen import FrozenOutputs
 from svftool.training.randomness import Sampler, derived_seed, generator_for
 from svftool.training.ranks import Ranks
 from svftool.training.settings import Settings
@@ -54,6 +56,8 @@ class Batches:
         self._device = parameters[0].device
         self._sampler = Sampler(draw, settings.batch_size, seed)
         self._autocast = _AUTOCAST.get(settings.precision)
+        self._frozen: FrozenOutputs | None = None
+        self._tried = False
 
     def loss(self, step: int, stop: bool) -> tuple[Tensor, float, bool]:
         """Give the loss to go backward from, its value over the whole batch, and whether to stop.
@@ -67,11 +71,30 @@ class Batches:
         """
         indices = self._sampler.indices(step)
         batch = self._draw.batch(indices, generator_for(self._seed, "batch", step))
-        if self._ranks.count == 1:
+        if not self._tried:
+            self._frozen, self._tried = self._find_frozen(indices), True
+        rows = self._ranks.rows(len(indices))
+        with self._beginning(indices[rows]):
+            if self._ranks.count > 1:
+                return self._shared(batch, len(indices), step, stop)
             torch.manual_seed(derived_seed(self._seed, "step", step))
             loss = self._forward(batch)
             return loss, float(loss.detach()), stop
-        return self._shared(batch, len(indices), step, stop)
+
+    def _find_frozen(self, indices: Tensor) -> FrozenOutputs | None:
+        """Keep what the frozen beginning makes of examples that look the same in every epoch."""
+        if not (isinstance(self._draw, Steady) and self._draw.steady):
+            return None
+        return FrozenOutputs.of(
+            self._model,
+            lambda chosen: self._forward(self._draw.batch(chosen, generator_for(self._seed))),
+            indices,
+            size=self._draw.size,
+            together=self._sampler.batch_size,
+        )
+
+    def _beginning(self, indices: Tensor) -> AbstractContextManager[None]:
+        return nullcontext() if self._frozen is None else self._frozen.standing_in(indices)
 
     def _forward(self, batch: Any) -> Tensor:
         batch = to_device(batch, self._device)

@@ -197,6 +197,11 @@ class SegmentationDraw:
         """Shuffle the support set."""
         return torch.randperm(self.size, generator=generator)
 
+    @property
+    def steady(self) -> bool:
+        """Whether images look the same in every epoch."""
+        return self._task.augment == "none"
+
     def batch(self, indices: Tensor, generator: torch.Generator) -> tuple[Tensor, Tensor]:
         """Load and augment: (N, 3, h, w) float32 images and (N, h, w) int64 labels."""
         images, maps = self._support.take(indices.tolist())
