@@ -15,6 +15,7 @@ from svftool.tasks.few_shot_segmentation.hosts import (
     EpisodeFeatures,
     HostName,
     HostOutput,
+    Nearest,
     PFENet,
     make_host,
 )
@@ -264,10 +265,47 @@ def test_the_base_learner_says_background_and_every_base_class():
 @pytest.mark.parametrize("name", ["baseline", "pfenet", "bam"])
 def test_a_new_host_is_undecided_and_passes_on_what_comes_in(name: HostName):
     torch.manual_seed(0)
-    host = make_host(name, CHANNELS, width=32).eval()
+    host = make_host(name, CHANNELS, width=32, start="blank").eval()
     meta = host.meta if isinstance(host, BAM) else host
     hidden: list[Tensor] = []
     meta.classify.out.register_forward_hook(lambda module, given, output: hidden.append(given[0]))
     logits = host(episodes_of(1)).logits
     assert (logits.softmax(1) - 0.5).abs().max() < 0.3
     assert 0.1 < hidden[0].std() < 10
+
+
+def test_the_baseline_starts_as_the_nearest_prototype():
+    torch.manual_seed(0)
+    host = make_host("baseline", CHANNELS, width=32).eval()
+    assert isinstance(host, Baseline)
+    episodes = episodes_of(2)
+    cosines = Nearest()(episodes).logits
+    nn.init.zeros_(host.classify.out.weight)
+    nn.init.zeros_(host.classify.out.bias)
+    logits = host(episodes).logits
+    assert torch.equal(logits.argmax(1), cosines.argmax(1))
+    assert 0 < logits.argmax(1).float().mean() < 1
+    torch.testing.assert_close(logits[:, 1] - logits[:, 0], 6 * (cosines[:, 1] - cosines[:, 0]))
+    host.share = None
+    host.merge = Baseline(CHANNELS, 32).merge
+    assert not host(episodes).logits.any()
+
+
+def test_the_likeness_to_the_prototypes_is_seen_beside_the_prior():
+    torch.manual_seed(0)
+    host = make_host("baseline", CHANNELS, width=32).eval()
+    assert isinstance(host, Baseline)
+    seen: list[Tensor] = []
+    host.merge.register_forward_hook(lambda module, given, output: seen.extend(given))
+    episodes = episodes_of(1)
+    host(episodes)
+    cosines = Nearest()(episodes).logits
+    assert [maps.shape[1] for maps in seen] == [32, 32, 1, 1]
+    torch.testing.assert_close(seen[3], 10 * (cosines[:, 1:] - cosines[:, :1]))
+
+
+def test_published_hosts_have_no_such_start():
+    assert make_host("baseline", CHANNELS, start="blank").share is None
+    bam = make_host("bam", CHANNELS)
+    assert isinstance(bam, BAM)
+    assert bam.meta.share is None

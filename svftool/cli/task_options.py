@@ -94,6 +94,15 @@ HostOption = Annotated[
         help="What turns features into masks.", show_default="baseline", rich_help_panel=FEW_SHOT
     ),
 ]
+StartOption = Annotated[
+    Literal["nearest", "blank"] | None,
+    typer.Option(
+        help="The baseline host learns what to add to the nearest prototype, or everything, as "
+        "published.",
+        show_default="nearest",
+        rich_help_panel=FEW_SHOT,
+    ),
+]
 FoldOption = Annotated[
     str | None,
     typer.Option(
@@ -231,9 +240,9 @@ BELONGING = {
     ),
     "few-shot-segmentation": frozenset(
         {
-            "shots", "image_size", "mean", "std", "augment", "host", "folds", "inner", "lists",
-            "remove_novel", "features", "output_stride", "width", "test_episodes", "test_shots",
-            "select_episodes", "select_on", "alignment", "overlays", "overlay_count",
+            "shots", "image_size", "mean", "std", "augment", "host", "start", "folds", "inner",
+            "lists", "remove_novel", "features", "output_stride", "width", "test_episodes",
+            "test_shots", "select_episodes", "select_on", "alignment", "overlays", "overlay_count",
             "swap_supports",
         }
     ),

@@ -32,8 +32,10 @@ def rules(result: FinetuneResult) -> str:
     """Say in one line by which rules the numbers came about."""
     setting = result.setting
     removed = "removed" if setting.get("removed_images_with_novel_classes") else "kept"
+    start = " from the nearest prototype" if setting.get("start") == "nearest" else ""
     return (
-        f"{setting.get('dataset')}, {setting.get('host')} host, {setting.get('image_size')} px; "
+        f"{setting.get('dataset')}, {setting.get('host')} host{start}, "
+        f"{setting.get('image_size')} px; "
         f"{setting.get('test_episodes')} test episodes a fold and seed; "
         f"{CHOSEN_BY.get(str(setting.get('select_on')), '')}; "
         f"training images that hold novel classes {removed}"

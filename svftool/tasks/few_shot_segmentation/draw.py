@@ -92,7 +92,13 @@ class FewShotDraw:
         device = next(model.parameters()).device
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(self._seed)
-            host = make_host(rules.host, plan.middle_channels, width=rules.width, shots=task.shots)
+            host = make_host(
+                rules.host,
+                plan.middle_channels,
+                width=rules.width,
+                shots=task.shots,
+                start=rules.start,
+            )
         net = FewShotNet(model, plan, host.to(device))
         task.outputs.learn(net)
         self._encoder = self._base = None

@@ -8,7 +8,7 @@ from typing import Literal
 from svftool.errors import UsageError
 from svftool.tasks.few_shot_segmentation.base_learner import BaseTraining
 from svftool.tasks.few_shot_segmentation.canvas import Alignment
-from svftool.tasks.few_shot_segmentation.hosts import HostName
+from svftool.tasks.few_shot_segmentation.hosts import HostName, Start
 from svftool.tasks.few_shot_segmentation.pictures import Augment
 
 SelectOn = Literal["base", "novel", "last"]
@@ -22,6 +22,8 @@ class Rules:
     ----------
     host : {"baseline", "pfenet", "bam"}
         What turns features into masks.
+    start : {"nearest", "blank"}
+        How the baseline starts; the other hosts are as published.
     image_size : int
         Side of the canvases, rounded to ``8 k + 1``; 473 and 641 in the papers.
     features : str or None
@@ -51,6 +53,7 @@ class Rules:
     """
 
     host: HostName = "baseline"
+    start: Start = "nearest"
     image_size: int = 473
     features: str | None = None
     output_stride: int | None = None

@@ -88,6 +88,7 @@ class FewShotSegmentation:
             "inner_fold": data.split.inner,
             "shots": self.shots,
             "host": rules.host,
+            "start": rules.start if rules.host == "baseline" else None,
             "backbone": self.backbone,
             "width": rules.width,
             "features": rules.features,

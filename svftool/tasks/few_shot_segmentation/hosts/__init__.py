@@ -7,7 +7,7 @@ from typing import Literal
 from torch import nn
 
 from svftool.tasks.few_shot_segmentation.hosts.bam import BAM, BaseLearner
-from svftool.tasks.few_shot_segmentation.hosts.baseline import Baseline
+from svftool.tasks.few_shot_segmentation.hosts.baseline import Baseline, Start
 from svftool.tasks.few_shot_segmentation.hosts.nearest import Nearest
 from svftool.tasks.few_shot_segmentation.hosts.parts import EpisodeFeatures, HostOutput
 from svftool.tasks.few_shot_segmentation.hosts.pfenet import PFENet
@@ -21,6 +21,7 @@ __all__ = [
     "HostOutput",
     "Nearest",
     "PFENet",
+    "Start",
     "make_host",
 ]
 
@@ -32,7 +33,12 @@ NARROWEST = 32
 
 
 def make_host(
-    name: HostName, channels: int, *, width: int | None = None, shots: int = 1
+    name: HostName,
+    channels: int,
+    *,
+    width: int | None = None,
+    shots: int = 1,
+    start: Start = "nearest",
 ) -> nn.Module:
     """Make a host by its name.
 
@@ -46,10 +52,12 @@ def make_host(
         `channels`: 256 for VGG-16 (768) and ResNet-50 (1536), 128 for a ResNet-18 (384).
     shots : int
         Supports that it will be trained with.
+    start : {"nearest", "blank"}
+        Of the baseline; the others are as published.
     """
     width = width or min(WIDTH, max(channels // 3, NARROWEST))
     if name == "baseline":
-        return Baseline(channels, width)
+        return Baseline(channels, width, start=start)
     if name == "pfenet":
         return PFENet(channels, width)
     return BAM(channels, width, shots=shots)

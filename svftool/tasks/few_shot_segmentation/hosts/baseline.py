@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+from typing import Literal
+
+import torch
 from torch import Tensor, nn
 
+from svftool.tasks.few_shot_segmentation.hosts.nearest import prototype_cosines
 from svftool.tasks.few_shot_segmentation.hosts.parts import (
     Classify,
     EpisodeFeatures,
@@ -16,6 +20,13 @@ from svftool.tasks.few_shot_segmentation.hosts.parts import (
     prior_of,
 )
 
+Start = Literal["nearest", "blank"]
+
+LIKENESS_GAIN = 10.0
+"""Brings the difference of two cosines, some tenths, to the size of the other maps."""
+SHARPNESS = 0.6
+"""Logits of a new host for an amplified difference of 1; between 0.6 and 2 it hardly matters."""
+
 
 class Baseline(nn.Module):
     """BAM's meta learner alone, which is the baseline of the SVF paper's tables.
@@ -23,22 +34,31 @@ class Baseline(nn.Module):
     The supports' mean feature under the mask (the prototype) is put beside every position of the
     query's features, together with the prior mask; several supports are averaged.
 
+    As published a new host knows nothing, and where a query mostly shows one thing, marking
+    whatever stands out is learned long before looking at the supports. So it may start as the
+    nearest prototype (`Nearest`): the difference of the two cosines is one more map beside the
+    prior, and is added to the logits with a weight that is trained.
+
     Parameters
     ----------
     channels : int
         Of the middle features.
     width : int
         Of the host.
+    start : {"nearest", "blank"}
+        ``blank`` is the published host.
     """
 
-    def __init__(self, channels: int, width: int = 256) -> None:
+    def __init__(self, channels: int, width: int = 256, *, start: Start = "blank") -> None:
         super().__init__()
+        nearest = start == "nearest"
         self.down_query = Reduce(channels, width)
         self.down_support = Reduce(channels, width)
-        self.merge = Merge(2 * width + 1, width)
+        self.merge = Merge(2 * width + 1 + nearest, width)
         self.pyramid = Pyramid(width)
         self.refine = Residual(width)
         self.classify = Classify(width)
+        self.share = nn.Parameter(torch.tensor([SHARPNESS])) if nearest else None
 
     def forward(self, episodes: EpisodeFeatures) -> HostOutput:
         """Predict the masks of the queries."""
@@ -54,6 +74,14 @@ class Baseline(nn.Module):
     def compare(self, episodes: EpisodeFeatures, prototype: Tensor, prior: Tensor) -> Tensor:
         """Compare the queries with (B, width) prototypes and (B, 1, h, w) priors: (B, 2, h, w)."""
         query = self.down_query(episodes.query.middle)
-        merged = self.merge(query, prototype[..., None, None].expand_as(query), prior)
-        logits: Tensor = self.classify(self.refine(self.pyramid(merged)))
+        maps = [query, prototype[..., None, None].expand_as(query), prior]
+        if self.share is None:
+            return self._logits(maps)
+        outside, inside = prototype_cosines(episodes).chunk(2, dim=1)
+        likeness = LIKENESS_GAIN * (inside - outside)
+        added = self.share * likeness / 2
+        return self._logits([*maps, likeness]) + torch.cat([-added, added], dim=1)
+
+    def _logits(self, maps: list[Tensor]) -> Tensor:
+        logits: Tensor = self.classify(self.refine(self.pyramid(self.merge(*maps))))
         return logits
