@@ -42,8 +42,8 @@ from svftool.checkpoints.dtypes import FLOAT8
 from svftool.engine import Job, run_layers, share
 from svftool.errors import CheckpointError, FactorsError
 from svftool.numerics import Pool
+from svftool.processes import joined_processes
 from svftool.progress import SILENT, Progress
-from svftool.stages.processes import joined_processes
 
 _VECTORS = frozenset({"fewer than two dimensions", "one side of the matrix is 1", "empty"})
 """Reasons of `select` for which a tensor is compared by its values."""

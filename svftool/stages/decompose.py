@@ -27,10 +27,10 @@ from svftool.engine import PROCESS_BYTES, parse_rank, peak_memory
 from svftool.errors import UsageError
 from svftool.factors import FactorConfig, LayerSpool
 from svftool.numerics import Method
+from svftool.processes import Processes, joined_processes
 from svftool.progress import SILENT, Progress
 from svftool.stages.examine import examination_bytes
 from svftool.stages.factorise import Factorisation, LayerPlan, Settings
-from svftool.stages.processes import Processes, joined_processes
 from svftool.stages.usage import peak_memory_bytes
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}

@@ -12,8 +12,8 @@ import torch
 from torch import Tensor
 
 from svftool.checkpoints import Checkpoint, Fingerprint, dtype_name, tensor_digest
+from svftool.processes import Processes
 from svftool.progress import Progress
-from svftool.stages.processes import Processes
 
 THREADS = 4
 _PART = 2**22

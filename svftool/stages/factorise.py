@@ -45,9 +45,9 @@ from svftool.factors import (
     write_shard,
 )
 from svftool.numerics import Method, Svd, reconstruct
+from svftool.processes import Processes
 from svftool.progress import Progress
 from svftool.stages.examine import Examination, examine
-from svftool.stages.processes import Processes
 
 
 @dataclass(frozen=True)

@@ -11,44 +11,22 @@ import os
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from datetime import timedelta
-from typing import TypeVar
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from svftool.errors import MissingDependencyError, ResourceError, SvftoolError
+from svftool.errors import MissingDependencyError
+from svftool.processes import PATIENCE, Processes
 from svftool.training.devices import pick_device
-
-T = TypeVar("T")
-
-PATIENCE = timedelta(days=7)
-"""How long a process waits while the first one measures; a lost one breaks the link at once."""
 
 BUCKET_BYTES = 64 << 20
 """Gradients are summed in buffers of this size."""
 
 
 @dataclass(frozen=True)
-class Ranks:
-    """One process among those that train together.
-
-    Attributes
-    ----------
-    rank : int
-        Number of this process, from 0.
-    count : int
-        How many there are, on all machines.
-    """
-
-    rank: int = 0
-    count: int = 1
-
-    @property
-    def first(self) -> bool:
-        """Whether this process does what is done once: measuring, writing, reporting."""
-        return self.rank == 0
+class Ranks(Processes):
+    """One process among those that train together; the first measures, writes and reports."""
 
     def rows(self, size: int) -> slice:
         """Give this process's rows of a batch.
@@ -62,55 +40,10 @@ class Ranks:
         start = self.rank * each + min(self.rank, rest)
         return slice(start, start + each + (self.rank < rest))
 
-    def once(self, work: Callable[[], T]) -> T:
-        """Run `work` in the first process; all return its result or raise its error.
-
-        Raises
-        ------
-        ResourceError
-            If another process was lost.
-        """
-        if self.count == 1:
-            return work()
-        value: T | None = None
-        failure: SvftoolError | None = None
-        if self.first:
-            try:
-                value = work()
-            except SvftoolError as error:
-                failure = error
-        value, failure = self._from_first((value, failure))
-        if failure is not None:
-            failure.reported_elsewhere = not self.first
-            raise failure
-        return value  # type: ignore[return-value]
-
-    def together(self, work: Callable[[], T]) -> T:
-        """Run `work` in every process; where it fails in one, all raise, and one says why."""
-        if self.count == 1:
-            return work()
-        value: T | None = None
-        failure: SvftoolError | None = None
-        try:
-            value = work()
-        except SvftoolError as error:
-            failure = error
-        failures = self._gather(failure)
-        found = [rank for rank, one in enumerate(failures) if one is not None]
-        if found:
-            raised = failure or failures[found[0]] or SvftoolError()
-            raised.reported_elsewhere = self.rank != found[0]
-            raise raised
-        return value  # type: ignore[return-value]
-
-    def any(self, flag: bool) -> bool:
-        """Whether the flag is set in any process."""
-        return flag if self.count == 1 else any(self._gather(flag))
-
     def sum(self, values: Sequence[float], device: torch.device) -> list[float]:
         """Add up a few numbers over the processes, in float64."""
         total = torch.tensor(values, dtype=torch.float64, device=device)
-        with self._told_of_a_loss():
+        with self.told_of_a_loss():
             dist.all_reduce(total)
         return total.tolist()
 
@@ -136,35 +69,11 @@ class Ranks:
 
     def _exchange(self, tensors: Sequence[Tensor], send: Callable[[Tensor], object]) -> None:
         flat = torch.cat([tensor.reshape(-1) for tensor in tensors])
-        with self._told_of_a_loss():
+        with self.told_of_a_loss():
             send(flat)
         parts = torch.split(flat, [tensor.numel() for tensor in tensors])
         for tensor, part in zip(tensors, parts, strict=True):
             tensor.copy_(part.view_as(tensor))
-
-    def _from_first(self, value: T) -> T:
-        from accelerate.utils import broadcast_object_list
-
-        with self._told_of_a_loss():
-            found: T = broadcast_object_list([value])[0]
-        return found
-
-    def _gather(self, value: T) -> list[T]:
-        from accelerate.utils import gather_object
-
-        with self._told_of_a_loss():
-            found: list[T] = gather_object([value])
-        return found
-
-    @contextmanager
-    def _told_of_a_loss(self) -> Iterator[None]:
-        try:
-            yield
-        except RuntimeError as error:
-            raise ResourceError(
-                f"process {self.rank}: another of the {self.count} processes was lost. "
-                "What is finished is kept; run the same command again with --resume."
-            ) from error
 
 
 ALONE = Ranks()

@@ -49,13 +49,8 @@ class Processes:
         if self.count == 1:
             return [value]
         values: list[T | None] = [None] * self.count
-        try:
+        with self.told_of_a_loss():
             dist.all_gather_object(values, value)
-        except RuntimeError as error:
-            raise ResourceError(
-                f"process {self.rank}: another of the {self.count} processes was lost. "
-                "What is finished is kept; run the same command again with --resume."
-            ) from error
         return [one for one in values if one is not None]
 
     def meet(self) -> None:
@@ -63,18 +58,64 @@ class Processes:
         self.gather(self.rank)
 
     def once(self, work: Callable[[], T]) -> T:
-        """Run `work` in the first process; all return its result or raise its error."""
-        outcome: tuple[T | None, SvftoolError | None] = (None, None)
-        if self.first:
-            try:
-                outcome = (work(), None)
-            except SvftoolError as error:
-                outcome = (None, error)
-        value, failure = self.gather(outcome)[0]
+        """Run `work` in the first process; all return its result or raise its error.
+
+        Raises
+        ------
+        ResourceError
+            If another process was lost.
+        """
+        if self.count == 1:
+            return work()
+        outcome = [_outcome(work) if self.first else (None, None)]
+        with self.told_of_a_loss():
+            dist.broadcast_object_list(outcome, src=0)
+        value, failure = outcome[0]
         if failure is not None:
             failure.reported_elsewhere = not self.first
             raise failure
         return value  # type: ignore[return-value]
+
+    def together(self, work: Callable[[], T]) -> T:
+        """Run `work` in every process; where it fails in one, all raise, and one says why."""
+        if self.count == 1:
+            return work()
+        value, failure = _outcome(work)
+        failures = self.gather((failure,))
+        found = [rank for rank, (one,) in enumerate(failures) if one is not None]
+        if found:
+            raised = failure or failures[found[0]][0] or SvftoolError()
+            raised.reported_elsewhere = self.rank != found[0]
+            raise raised
+        return value  # type: ignore[return-value]
+
+    def any(self, flag: bool) -> bool:
+        """Whether the flag is set in any process."""
+        return any(self.gather(flag))
+
+    @contextmanager
+    def told_of_a_loss(self) -> Iterator[None]:
+        """Context in which a broken link to the others ends with what to do.
+
+        Raises
+        ------
+        ResourceError
+            In place of the link's own error.
+        """
+        try:
+            yield
+        except RuntimeError as error:
+            raise ResourceError(
+                f"process {self.rank}: another of the {self.count} processes was lost. "
+                "What is finished is kept; run the same command again with --resume."
+            ) from error
+
+
+def _outcome(work: Callable[[], T]) -> tuple[T | None, SvftoolError | None]:
+    try:
+        return work(), None
+    except SvftoolError as error:
+        return None, error
 
 
 @contextmanager
