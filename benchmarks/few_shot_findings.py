@@ -103,6 +103,37 @@ def start_commands() -> list[Command]:
     return [Command("blank", "head-svf-fold0", 0, f"--start blank {options}")]
 
 
+def choice_commands() -> list[Command]:
+    """Compare starts of the host on base classes alone."""
+    return [
+        Command(
+            f"inner{inner}",
+            start,
+            0,
+            f"--start {start} --regime head --fold 0 --inner-fold {inner} {CHOSEN} {TESTED}",
+        )
+        for inner in (1, 2)
+        for start in ("blank", "nearest")
+    ]
+
+
+SETTINGS = {
+    "default": "--regime head,svf",
+    "lr1e-2": "--regime svf --lr 1e-2",
+    "layer3": "--regime svf --train-layers layer3*",
+    "absolute": "--regime svf --parametrisation absolute --lr 1.5e-3",
+    "decay": "--regime svf --decay 10",
+}
+
+
+def setting_commands() -> list[Command]:
+    """Vary how singular values are trained, on base classes alone."""
+    common = f"--fold 0 --inner-fold 1 {CHOSEN} --test-shots 5 --test-episodes 300"
+    return [
+        Command("settings", name, 0, f"{options} {common}") for name, options in SETTINGS.items()
+    ]
+
+
 def all_commands(seeds: int) -> list[Command]:
     """Give every command, in an order in which small tables are complete early."""
     first, *others = range(seeds)
@@ -110,7 +141,9 @@ def all_commands(seeds: int) -> list[Command]:
         *main_commands(first, "head,svf", "full"),
         *host_commands("head,svf"),
         *start_commands(),
+        *choice_commands(),
         *(command for seed in others for command in main_commands(seed, "head,svf")),
+        *setting_commands(),
         *main_commands(first, "bias"),
         *(command for seed in others for command in main_commands(seed, "full")),
     ]
@@ -242,7 +275,11 @@ def main() -> None:
             list(threads.map(lambda command: run(command, data, work), commands))
     for experiment in dict.fromkeys(command.experiment for command in commands):
         print(f"\n{experiment}")
-        print(table(results([c for c in commands if c.experiment == experiment], work)))
+        of_it = [c for c in commands if c.experiment == experiment]
+        for name in dict.fromkeys("" if experiment == "main" else c.name for c in of_it):
+            if name:
+                print(f"\n{name}")
+            print(table(results([c for c in of_it if name in ("", c.name)], work)))
 
 
 if __name__ == "__main__":
