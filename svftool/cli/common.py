@@ -18,6 +18,21 @@ OutputOption = Annotated[
         "--output", "-o", help="What is written; its suffix decides between file and folder."
     ),
 ]
+ModelOption = Annotated[
+    str,
+    typer.Option(
+        metavar="SPEC",
+        help="auto (by config.json), timm:NAME, torchvision:NAME, FILE.py:FACTORY or "
+        "package.module:FACTORY.",
+    ),
+]
+MovedBaseOption = Annotated[
+    Path | None,
+    typer.Option("--base", help="The checkpoint that was decomposed, where it has moved."),
+]
+TrustOption = Annotated[
+    bool, typer.Option("--trust-remote-code", help="Run code that lies beside the checkpoint.")
+]
 ForceOption = Annotated[
     bool, typer.Option("--force", help="Replace an existing output once the new one is complete.")
 ]

@@ -11,7 +11,10 @@ from svftool.cli.common import (
     DeviceOption,
     ForceOption,
     JsonOption,
+    ModelOption,
+    MovedBaseOption,
     QuietOption,
+    TrustOption,
     VerboseOption,
     emit,
 )
@@ -21,24 +24,28 @@ from svftool.cli.task_options import (
     AlignmentOption,
     FeaturesOption,
     FoldOption,
+    HeadNameOption,
     HeadTypeOption,
     HostOption,
     IgnoreIndexOption,
+    ImageSizeOption,
     ImagesOption,
     InnerFoldOption,
     ListsOption,
     MasksOption,
     MaskSuffixOption,
+    MeanOption,
     OutputStrideOption,
     RemoveNovelOption,
     SequenceLengthOption,
     StartOption,
+    StdOption,
     SwapSupportsOption,
+    TaskOption,
     TestEpisodesOption,
     TestShotsOption,
     TokenizerOption,
     WidthOption,
-    numbers,
     options_of,
 )
 
@@ -47,8 +54,6 @@ EXAMPLE = (
     "Example: svftool evaluate factors --tuned birds.svf.safetensors --data test "
     "--model timm:resnet50 --predictions birds.jsonl"
 )
-
-IMAGES = "Images"
 
 
 def command(
@@ -67,21 +72,9 @@ def command(
             help="Tuned file to put on the factors' base.", show_default="the base itself"
         ),
     ] = None,
-    task: Annotated[
-        Literal["classification", "segmentation", "language", "few-shot-segmentation"],
-        typer.Option(help="What is measured."),
-    ] = "classification",
-    model: Annotated[
-        str,
-        typer.Option(
-            metavar="SPEC",
-            help="auto (by config.json), timm:NAME, torchvision:NAME, FILE.py:FACTORY or "
-            "package.module:FACTORY.",
-        ),
-    ] = "auto",
-    base: Annotated[
-        Path | None, typer.Option(help="The checkpoint that was decomposed, where it has moved.")
-    ] = None,
+    task: TaskOption = "classification",
+    model: ModelOption = "auto",
+    base: MovedBaseOption = None,
     shots: Annotated[
         int | None,
         typer.Option(
@@ -119,36 +112,10 @@ def command(
             rich_help_panel=CLASSIFICATION,
         ),
     ] = None,
-    head_name: Annotated[
-        str | None,
-        typer.Option(
-            help="Module that is the head.", show_default="found", rich_help_panel=CLASSIFICATION
-        ),
-    ] = None,
-    image_size: Annotated[
-        int | None,
-        typer.Option(
-            help="Pixels a side.",
-            show_default="by checkpoint and data",
-            rich_help_panel=IMAGES,
-        ),
-    ] = None,
-    mean: Annotated[
-        tuple[float, float, float] | None,
-        typer.Option(
-            help="Of the channels, from 0 to 1.",
-            show_default="the tuned file's or the checkpoint's",
-            rich_help_panel=IMAGES,
-        ),
-    ] = None,
-    std: Annotated[
-        tuple[float, float, float] | None,
-        typer.Option(
-            help="Of the channels.",
-            show_default="the tuned file's or the checkpoint's",
-            rich_help_panel=IMAGES,
-        ),
-    ] = None,
+    head_name: HeadNameOption = None,
+    image_size: ImageSizeOption = None,
+    mean: MeanOption = None,
+    std: StdOption = None,
     head_type: HeadTypeOption = None,
     images: ImagesOption = None,
     masks: MasksOption = None,
@@ -169,9 +136,7 @@ def command(
     test_episodes: TestEpisodesOption = None,
     alignment: AlignmentOption = None,
     swap_supports: SwapSupportsOption = None,
-    trust_remote_code: Annotated[
-        bool, typer.Option("--trust-remote-code", help="Run code that lies beside the checkpoint.")
-    ] = False,
+    trust_remote_code: TrustOption = False,
     device: DeviceOption = "auto",
     force: ForceOption = False,
     json: JsonOption = False,
@@ -179,9 +144,11 @@ def command(
     verbose: VerboseOption = 0,
 ) -> None:
     """Measure a checkpoint, or factors with a tuned file, on a data set."""
+    given = locals()
     from svftool.report import evaluate as report
     from svftool.stages.evaluate import evaluate
 
+    several = [shots] if shots and task == "few-shot-segmentation" else shots
     result = evaluate(
         checkpoint,
         data=data,
@@ -195,38 +162,6 @@ def command(
         trust_remote_code=trust_remote_code,
         force=force,
         progress=progress_for(quiet=quiet, verbose=verbose),
-        **options_of(
-            task,
-            {
-                "shots": [shots] if shots and task == "few-shot-segmentation" else shots,
-                "evaluation": evaluation,
-                "classes": classes,
-                "head": head,
-                "head_name": head_name,
-                "image_size": image_size,
-                "mean": mean,
-                "std": std,
-                "head_type": head_type,
-                "images": images,
-                "masks": masks,
-                "mask_suffix": mask_suffix,
-                "ignore_index": ignore_index,
-                "tokenizer": tokenizer,
-                "sequence_length": sequence_length,
-                "host": host,
-                "start": start,
-                "folds": None if fold is None else numbers("fold", fold),
-                "inner": inner_fold,
-                "test_shots": None if test_shots is None else numbers("test-shots", test_shots),
-                "lists": lists,
-                "remove_novel": remove_novel,
-                "features": features,
-                "output_stride": output_stride,
-                "width": width,
-                "test_episodes": test_episodes,
-                "alignment": alignment,
-                "swap_supports": swap_supports,
-            },
-        ),
+        **options_of(task, given | {"shots": several}),
     )
     emit(report.document(result), report.view(result), as_json=json)

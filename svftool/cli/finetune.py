@@ -12,8 +12,11 @@ from svftool.cli.common import (
     ExcludeOption,
     ForceOption,
     JsonOption,
+    ModelOption,
+    MovedBaseOption,
     OutputOption,
     QuietOption,
+    TrustOption,
     VerboseOption,
     emit,
     is_first_process,
@@ -21,18 +24,22 @@ from svftool.cli.common import (
 from svftool.cli.console import progress_for
 from svftool.cli.task_options import (
     CLASSIFICATION,
+    IMAGES,
     AlignmentOption,
     FeaturesOption,
     FoldOption,
     GradientCheckpointingOption,
+    HeadNameOption,
     HeadTypeOption,
     HostOption,
     IgnoreIndexOption,
+    ImageSizeOption,
     ImagesOption,
     InnerFoldOption,
     ListsOption,
     MasksOption,
     MaskSuffixOption,
+    MeanOption,
     OutputStrideOption,
     OverlayCountOption,
     OverlaysOption,
@@ -42,7 +49,9 @@ from svftool.cli.task_options import (
     SelectOnOption,
     SequenceLengthOption,
     StartOption,
+    StdOption,
     SwapSupportsOption,
+    TaskOption,
     TestEpisodesOption,
     TestShotsOption,
     TokenizerOption,
@@ -59,7 +68,7 @@ EXAMPLE = (
 )
 SIGNAL_EXIT = 128
 
-TRAINING, IMAGES = "Training", "Images"
+TRAINING = "Training"
 
 
 def command(
@@ -73,21 +82,9 @@ def command(
             "data set."
         ),
     ],
-    task: Annotated[
-        Literal["classification", "segmentation", "language", "few-shot-segmentation"],
-        typer.Option(help="What is learned."),
-    ] = "classification",
-    model: Annotated[
-        str,
-        typer.Option(
-            metavar="SPEC",
-            help="auto (by config.json), timm:NAME, torchvision:NAME, FILE.py:FACTORY or "
-            "package.module:FACTORY.",
-        ),
-    ] = "auto",
-    base: Annotated[
-        Path | None, typer.Option(help="The checkpoint that was decomposed, where it has moved.")
-    ] = None,
+    task: TaskOption = "classification",
+    model: ModelOption = "auto",
+    base: MovedBaseOption = None,
     regime: Annotated[
         str,
         typer.Option(
@@ -249,36 +246,10 @@ def command(
             rich_help_panel=CLASSIFICATION,
         ),
     ] = None,
-    head_name: Annotated[
-        str | None,
-        typer.Option(
-            help="Module that is the head.", show_default="found", rich_help_panel=CLASSIFICATION
-        ),
-    ] = None,
-    image_size: Annotated[
-        int | None,
-        typer.Option(
-            help="Pixels a side.",
-            show_default="by checkpoint and data",
-            rich_help_panel=IMAGES,
-        ),
-    ] = None,
-    mean: Annotated[
-        tuple[float, float, float] | None,
-        typer.Option(
-            help="Of the channels, from 0 to 1.",
-            show_default="the checkpoint's or ImageNet's",
-            rich_help_panel=IMAGES,
-        ),
-    ] = None,
-    std: Annotated[
-        tuple[float, float, float] | None,
-        typer.Option(
-            help="Of the channels.",
-            show_default="the checkpoint's or ImageNet's",
-            rich_help_panel=IMAGES,
-        ),
-    ] = None,
+    head_name: HeadNameOption = None,
+    image_size: ImageSizeOption = None,
+    mean: MeanOption = None,
+    std: StdOption = None,
     augment: Annotated[
         Literal["none", "light", "strong"] | None,
         typer.Option(
@@ -313,9 +284,7 @@ def command(
     swap_supports: SwapSupportsOption = None,
     overlays: OverlaysOption = None,
     overlay_count: OverlayCountOption = None,
-    trust_remote_code: Annotated[
-        bool, typer.Option("--trust-remote-code", help="Run code that lies beside the checkpoint.")
-    ] = False,
+    trust_remote_code: TrustOption = False,
     device: DeviceOption = "auto",
     resume: Annotated[
         bool, typer.Option("--resume", help="Go on where the same command was interrupted.")
@@ -336,6 +305,7 @@ def command(
     verbose: VerboseOption = 0,
 ) -> None:
     """Train singular values on a few examples, beside other regimes if asked for."""
+    given = locals()
     from svftool.report.finetune import document, view
     from svftool.report.training import ReportFile
     from svftool.stages.finetune import finetune
@@ -378,47 +348,7 @@ def command(
         resume=resume,
         save_every=save_every,
         progress=progress_for(quiet=quiet, verbose=verbose),
-        **options_of(
-            task,
-            {
-                "shots": _shots(task, shots),
-                "evaluation": evaluation,
-                "classes": classes,
-                "head": head,
-                "head_name": head_name,
-                "image_size": image_size,
-                "mean": mean,
-                "std": std,
-                "augment": augment,
-                "hold_out": hold_out,
-                "head_type": head_type,
-                "sampling": sampling,
-                "images": images,
-                "masks": masks,
-                "mask_suffix": mask_suffix,
-                "ignore_index": ignore_index,
-                "tokenizer": tokenizer,
-                "sequence_length": sequence_length,
-                "gradient_checkpointing": gradient_checkpointing,
-                "host": host,
-                "start": start,
-                "folds": None if fold is None else numbers("fold", fold),
-                "inner": inner_fold,
-                "test_shots": None if test_shots is None else numbers("test-shots", test_shots),
-                "lists": lists,
-                "remove_novel": remove_novel,
-                "features": features,
-                "output_stride": output_stride,
-                "width": width,
-                "test_episodes": test_episodes,
-                "select_episodes": select_episodes,
-                "select_on": select_on,
-                "alignment": alignment,
-                "swap_supports": swap_supports,
-                "overlays": overlays,
-                "overlay_count": overlay_count,
-            },
-        ),
+        **options_of(task, given | {"shots": _shots(task, shots)}),
     )
     emit(document(result), view(result), as_json=json)
     if is_first_process():

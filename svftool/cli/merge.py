@@ -10,6 +10,7 @@ import typer
 from svftool.cli.common import (
     ForceOption,
     JsonOption,
+    MovedBaseOption,
     OutputOption,
     QuietOption,
     VerboseOption,
@@ -29,9 +30,7 @@ def command(
     ] = None,
     *,
     output: OutputOption,
-    base: Annotated[
-        Path | None, typer.Option(help="The checkpoint that was decomposed, where it has moved.")
-    ] = None,
+    base: MovedBaseOption = None,
     without_base: Annotated[
         bool, typer.Option("--without-base", help="Rebuild weights from the factors alone.")
     ] = False,

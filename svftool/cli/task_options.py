@@ -11,8 +11,38 @@ import typer
 from svftool.errors import UsageError
 
 CLASSIFICATION, FEW_SHOT = "Classification", "Few-shot segmentation"
-LANGUAGE, SEGMENTATION = "Language", "Segmentation"
+LANGUAGE, SEGMENTATION, IMAGES = "Language", "Segmentation", "Images"
 
+TaskOption = Annotated[
+    Literal["classification", "segmentation", "language", "few-shot-segmentation"],
+    typer.Option(help="Kind of data, loss and metrics."),
+]
+HeadNameOption = Annotated[
+    str | None,
+    typer.Option(
+        help="Module that is the head.", show_default="found", rich_help_panel=CLASSIFICATION
+    ),
+]
+ImageSizeOption = Annotated[
+    int | None,
+    typer.Option(
+        help="Pixels a side.", show_default="by checkpoint and data", rich_help_panel=IMAGES
+    ),
+]
+MeanOption = Annotated[
+    tuple[float, float, float] | None,
+    typer.Option(
+        help="Of the channels, from 0 to 1.",
+        show_default="as trained, or ImageNet's",
+        rich_help_panel=IMAGES,
+    ),
+]
+StdOption = Annotated[
+    tuple[float, float, float] | None,
+    typer.Option(
+        help="Of the channels.", show_default="as trained, or ImageNet's", rich_help_panel=IMAGES
+    ),
+]
 ImagesOption = Annotated[
     str | None,
     typer.Option(
@@ -249,30 +279,43 @@ BELONGING = {
 }  # fmt: skip
 """Options that each task takes, by their names in the library."""
 
-_FLAGS = {"evaluation": "eval", "folds": "fold", "inner": "inner-fold"}
+_RENAMED = {"fold": "folds", "inner_fold": "inner"}
+"""Options whose names in the library are others than on the command line."""
+
+_NUMBERS = frozenset({"fold", "test_shots"})
+"""Options that are several whole numbers in one text."""
 
 
 def options_of(task: str, given: Mapping[str, Any]) -> dict[str, Any]:
-    """Take a task's own options out of those of all tasks.
+    """Take a task's own options out of everything that a command was given.
 
     Parameters
     ----------
     task : str
         The value of ``--task``.
     given : mapping of str to object
-        Options of all tasks; None where one was not given.
+        The command's parameters by name, among them the options of all tasks; None where one was
+        not given.
 
     Raises
     ------
     UsageError
-        If an option of another task is given.
+        If an option of another task is given, or numbers are none.
     """
-    chosen = {name: value for name, value in given.items() if value is not None}
-    foreign = [name for name in chosen if name not in BELONGING[task]]
-    if foreign:
-        flag = _FLAGS.get(foreign[0], foreign[0]).replace("_", "-")
-        raise UsageError(f"--{flag} has no meaning for --task {task}")
+    known = frozenset().union(*BELONGING.values())
+    chosen = {}
+    for name, value in given.items():
+        option = _RENAMED.get(name, name)
+        if value is None or option not in known:
+            continue
+        if option not in BELONGING[task]:
+            raise UsageError(f"--{_flag(name)} has no meaning for --task {task}")
+        chosen[option] = numbers(_flag(name), value) if name in _NUMBERS else value
     return chosen
+
+
+def _flag(name: str) -> str:
+    return "eval" if name == "evaluation" else name.replace("_", "-")
 
 
 def numbers(option: str, text: str) -> list[int]:
