@@ -25,7 +25,7 @@ Start = Literal["nearest", "blank"]
 LIKENESS_GAIN = 10.0
 """Brings the difference of two cosines, some tenths, to the size of the other maps."""
 SHARPNESS = 0.6
-"""Logits of a new host for an amplified difference of 1; between 0.6 and 2 it hardly matters."""
+"""Weight of the amplified difference before training; 2 was worse with a single support."""
 
 
 class Baseline(nn.Module):
