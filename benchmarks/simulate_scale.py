@@ -8,7 +8,8 @@ machine that docs/performance.md describes; --speed says how many times as fast 
 
     python benchmarks/simulate_scale.py
     python benchmarks/simulate_scale.py --cores 64 --memory 500 --bandwidth 2.0 --rank 64
-    python benchmarks/simulate_scale.py --cores 1 --speed 200 --memory 80    a GPU so much faster
+    python benchmarks/simulate_scale.py --cores 1 --speed 30 --memory 80     a GPU so much faster
+    python benchmarks/simulate_scale.py --checkpoint FOLDER --cores 2    to compare with a real run
 """
 
 from __future__ import annotations
@@ -17,12 +18,14 @@ import argparse
 import heapq
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 from rich.console import Console
 from rich.table import Table
 from synthetic_checkpoint import SIZES
 
+from svftool.checkpoints import Selection, matrix_shape, open_checkpoint, select
 from svftool.engine import Job, RankRule, budget, job_bytes, parse_rank, parts, seconds, share
 
 
@@ -51,11 +54,20 @@ def experts_1t() -> Iterator[Job]:
             yield Job(f"{layer}.{expert}.down", (7168, width), torch.bfloat16)
 
 
+def of_checkpoint(path: Path) -> Iterator[Job]:
+    """Yield what `svftool decompose` takes of a checkpoint."""
+    with open_checkpoint(path) as checkpoint:
+        chosen, _ = select(checkpoint.infos, Selection(), config=checkpoint.config)
+        for one in chosen:
+            info = checkpoint.infos[one.name]
+            yield Job(one.name, matrix_shape(info.shape, one.view), info.dtype)
+
+
 def moved_bytes(job: Job, rank: RankRule) -> int:
     """Return the bytes that a layer is read with and its float32 factors are written with."""
-    m, n = job.matrix
+    m, n = job.matrix[-2:]
     kept = rank.fixed(m, n) or min(m, n)
-    return m * n * job.dtype.itemsize + 4 * kept * (m + n + 1)
+    return job.count * (m * n * job.dtype.itemsize + 4 * kept * (m + n + 1))
 
 
 @dataclass(frozen=True)
@@ -75,21 +87,21 @@ class Host:
                 now, released = heapq.heappop(ends)
                 free += released
             free -= self._bytes(job, rank)
-            alone, shared = parts(job, rank.fixed(*job.matrix))
+            alone, shared = parts(job, rank.fixed(*job.matrix[-2:]))
             helped = min(self.cores, max(1.0, self.memory / self._bytes(job, rank)))
             taken = (alone + shared * helped / self.cores) / self.speed
             heapq.heappush(ends, (now + taken, self._bytes(job, rank)))
         return max((end for end, _ in ends), default=0.0)
 
     def _bytes(self, job: Job, rank: RankRule) -> int:
-        return job_bytes(job, rank.fixed(*job.matrix))
+        return job_bytes(job, rank.fixed(*job.matrix[-2:]))
 
 
 def duration(seconds: float) -> str:
     for size, unit in ((86400, "d"), (3600, "h"), (60, "min")):
         if seconds >= 2 * size:
             return f"{seconds / size:.1f} {unit}"
-    return f"{seconds:.0f} s"
+    return f"{seconds:.3g} s"
 
 
 def main() -> None:
@@ -100,14 +112,18 @@ def main() -> None:
     parser.add_argument("--bandwidth", type=float, default=1.0, help="of a host's disk, GB/s")
     parser.add_argument("--memory", type=float, help="of a host for layers, GB; else the bound")
     parser.add_argument("--rank", default="full", help="full, a count or a fraction")
+    parser.add_argument("--checkpoint", type=Path, help="one at hand instead of the two made up")
     options = parser.parse_args()
     rank = parse_rank(options.rank)
     table = Table(title=f"{options.cores} x {options.speed:g} a host, rank {rank}")
     for heading in ("checkpoint", "layers", "core time", "hosts", "work", "moving", "in all"):
         table.add_column(heading, justify="right")
-    for name, made in (("70 billion", llama_70b()), ("1 trillion", experts_1t())):
+    cases = {"70 billion": llama_70b(), "1 trillion": experts_1t()}
+    if options.checkpoint:
+        cases = {options.checkpoint.name: of_checkpoint(options.checkpoint)}
+    for name, made in cases.items():
         jobs = list(made)
-        alone = sum(seconds(job, rank.fixed(*job.matrix)) for job in jobs) / options.speed
+        alone = sum(seconds(job, rank.fixed(*job.matrix[-2:])) for job in jobs) / options.speed
         memory = int(options.memory * 1e9) if options.memory else budget(jobs)
         host = Host(options.cores, options.speed, memory)
         for hosts in options.hosts:

@@ -227,3 +227,17 @@ def test_on_a_gpu(shape: tuple[int, ...]) -> None:
     torch.testing.assert_close(found.S.double(), singular_values(W), rtol=0, atol=1e-4)
     rebuilt = (found.U * found.S.unsqueeze(-2)) @ found.Vh
     assert float((rebuilt - W).norm() / W.norm()) <= 1e-6
+
+
+@pytest.mark.parametrize(("rank", "expected"), [(None, "cuda:0"), ("1", "cuda:1"), ("5", "cuda:1")])
+def test_processes_of_a_host_take_a_gpu_each(
+    monkeypatch: pytest.MonkeyPatch, rank: str | None, expected: str
+) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    monkeypatch.delenv("LOCAL_RANK", raising=False)
+    if rank is not None:
+        monkeypatch.setenv("LOCAL_RANK", rank)
+    assert str(run._device("auto")) == expected
+    assert str(run._device("cuda:0")) == "cuda:0"
+    assert str(run._device("cpu")) == "cpu"

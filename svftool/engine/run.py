@@ -7,6 +7,7 @@ its time. A layer's result depends on none of this.
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import closing
 from dataclasses import replace
@@ -59,7 +60,8 @@ def run_svds(
     dtype : torch.dtype
         float32 or float64, of the factors.
     device : str or torch.device
-        "auto" is "cuda" where there is one. A layer that does not fit there is done on the CPU.
+        "auto" is a GPU where there is one, under torchrun another for each process. A layer that
+        does not fit there is done on the CPU.
     workers : int, optional
         Layers at a time; by default the number of torch's threads. The factors do not depend on
         it.
@@ -211,9 +213,12 @@ def run_layers(
 
 
 def _device(device: str | torch.device) -> torch.device:
-    if device == "auto":
-        device = "cuda" if torch.cuda.is_available() else "cpu"
-    return torch.device(device)
+    if device != "auto":
+        return torch.device(device)
+    if not torch.cuda.is_available():
+        return torch.device("cpu")
+    # torchrun numbers the processes of a host: each takes a GPU of its own.
+    return torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")) % torch.cuda.device_count())
 
 
 def _on(
