@@ -182,6 +182,26 @@ def test_transposed_storage_is_said(tmp_path: Path) -> None:
     tuned = write(tmp_path / "b.safetensors", {"w": normal(6, 5).mT, "v": normal(4, 4)})
     one = document(base, tuned)["comparisons"][0]
     assert one["unmatched"]["base"][0]["reason"].endswith("stored transposed")
+    shown = run(base, tuned).stdout
+    assert shown.count("of another shape: 1 w ((6, 5) → (5, 6), stored transposed)") == 1
+    assert "only in" not in shown
+    policy = tmp_path / "policy.toml"
+    policy.write_text('[[rule]]\nlayers = "*"\n[tensors]\nunmatched = "deny"\n')
+    failed = json.loads(run(base, tuned, "--policy", policy, "--json", "-q").stdout)["failed"]
+    assert [item["name"] for item in failed] == ["w"]
+
+
+def test_short_names_still_tell_the_block(tmp_path: Path) -> None:
+    tensors = {f"model.layers.{i}.mlp.{x}.weight": normal(6, 5) for i in (1, 2) for x in "ab"}
+    base = write(tmp_path / "a.safetensors", tensors)
+    tuned = write(
+        tmp_path / "b.safetensors",
+        {name: value * (1.1 if ".2." in name else 1.0) for name, value in tensors.items()},
+    )
+    for arguments in ((base, tuned), (base,)):
+        shown = run(*arguments, "--top", "2").stdout
+        assert re.search(r"^2\.mlp\.a ", shown, re.M) or re.search(r"^1\.mlp\.a ", shown, re.M)
+    assert re.search(r"^2\.mlp\.b ", run(base, tuned, "--top", "2").stdout, re.M)
 
 
 # What people see.

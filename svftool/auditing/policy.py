@@ -126,7 +126,8 @@ class Policy:
     def _of_others(self, comparison: Comparison) -> Iterator[Violation]:
         if self.unmatched:
             return
-        for one in (*comparison.unmatched_base, *comparison.unmatched_tuned):
+        # What both sides have in different shapes is on both lists.
+        for one in dict.fromkeys((*comparison.unmatched_base, *comparison.unmatched_tuned)):
             yield Violation(one.name, one.reason, "unmatched tensors are denied")
 
 

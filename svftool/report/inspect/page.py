@@ -11,6 +11,7 @@ from svftool.auditing.policy import Violation
 from svftool.report.drawing import require_jinja
 from svftool.report.inspect import charts, maps
 from svftool.report.inspect.marks import number
+from svftool.report.inspect.unread import unread
 from svftool.report.text import safe, shape
 
 HEAT = (
@@ -203,13 +204,7 @@ def _vectors(one: Comparison) -> tuple[int, int, list[tuple[str, str]]]:
 
 
 def _missing(one: Comparison) -> list[tuple[str, list[tuple[str, str]]]]:
-    lists = (
-        ("Only in the base", one.unmatched_base),
-        ("Only in the fine-tune", one.unmatched_tuned),
-        ("Left out", one.left_out),
-    )
     return [
-        (what, [(safe(item.name), safe(item.reason)) for item in items])
-        for what, items in lists
-        if items
+        (what.capitalize(), [(safe(item.name), safe(item.reason)) for item in items])
+        for what, items in unread(one)
     ]

@@ -12,6 +12,7 @@ from rich.text import Text
 from svftool.auditing import VERDICTS, AuditResult, Comparison, Row, Trajectory, Unread, Verdict
 from svftool.auditing.policy import Violation
 from svftool.report.inspect.marks import COLOURS, bar, block_of, number, sparkline
+from svftool.report.inspect.unread import unread
 from svftool.report.tables import plain_table
 from svftool.report.text import display_names, safe, shape, short
 
@@ -63,7 +64,7 @@ def _compared(one: Comparison, sort: str, top: int, group: bool) -> Iterator[Ren
     rows = _sorted(one.matrices, sort)
     if rows:
         yield ""
-        yield _table(rows[:top], sort, group)
+        yield _table(rows, sort, top, group)
     yield from _hidden(len(rows), top)
     yield ""
     yield from _others(one)
@@ -95,7 +96,7 @@ def _sorted(rows: Sequence[Row], sort: str) -> list[Row]:
     return sorted(rows, key=key)
 
 
-def _table(rows: Sequence[Row], sort: str, group: bool) -> Table:
+def _table(rows: Sequence[Row], sort: str, top: int, group: bool) -> Table:
     table = plain_table()
     table.padding = (0, 1, 0, 0)
     table.add_column("layer", no_wrap=True)
@@ -104,7 +105,9 @@ def _table(rows: Sequence[Row], sort: str, group: bool) -> Table:
     table.add_column("svf", justify="right", no_wrap=True)
     table.add_column("∆S", no_wrap=True, width=SPARK_WIDTH)
     table.add_column("verdict", no_wrap=True)
+    # Short names are those among all matrices: what the few shown share may be what tells them.
     names = display_names((row.name for row in rows), NAME_WIDTH)
+    rows = rows[:top]
     largest = max((row.value(sort) or 0.0 for row in rows), default=0.0)
     if not group:
         for row in rows:
@@ -159,12 +162,8 @@ def _others(one: Comparison) -> Iterator[RenderableType]:
             drift = number(most.value("weight_drift"))
             text.append(f", most {short(safe(most.name), 30)} ({drift})", "dim")
         yield text
-    for what, unread in (
-        ("only in the base", one.unmatched_base),
-        ("only in the fine-tune", one.unmatched_tuned),
-        ("left out", one.left_out),
-    ):
-        yield from _listed(what, unread)
+    for what, items in unread(one):
+        yield from _listed(what, items)
     counts = one.totals
     yield Text(
         f"{len(one.rows)} tensors compared, of {counts[0]} in the base and {counts[1]} in the "
@@ -173,17 +172,24 @@ def _others(one: Comparison) -> Iterator[RenderableType]:
     )
 
 
-def _listed(what: str, unread: Sequence[Unread]) -> Iterator[Text]:
+def _listed(what: str, items: Sequence[Unread]) -> Iterator[Text]:
     reasons: dict[str, list[str]] = {}
-    for item in unread:
+    for item in items:
         reasons.setdefault(item.reason, []).append(safe(item.name))
     for reason, names in reasons.items():
-        text = Text(f"{what}: {len(names)} ", "yellow" if "shape" in reason else "")
-        plain = reason.startswith(("not in", "only in"))
-        if not plain:
-            text.append(f"({short(safe(reason), 40)}) ")
+        shaped = reason.startswith("shape ")
+        text = Text(f"{what}: {len(names)} ", "yellow" if shaped else "")
         listed = ", ".join(short(name, 26) for name in names[:2])
-        yield text.append(listed + (" ..." if len(names) > 2 else ""), "dim")
+        text.append(listed + (" ..." if len(names) > 2 else ""), "dim")
+        if not reason.startswith(("not in", "only in")):
+            text.append(f" ({short(safe(_briefly(reason)), 50)})")
+        yield text
+
+
+def _briefly(reason: str) -> str:
+    """Write "shape A in the base, B in the fine-tune" as "A → B"."""
+    plain = reason.removeprefix("shape ").replace(" in the base, ", " → ")
+    return plain.replace(" in the fine-tune", "")
 
 
 def _alone(one: Comparison, sort: str, top: int, group: bool) -> Iterator[RenderableType]:
@@ -201,7 +207,7 @@ def _alone(one: Comparison, sort: str, top: int, group: bool) -> Iterator[Render
         table.add_column(title, justify="right", no_wrap=True)
     table.add_column("", no_wrap=True, width=BAR_WIDTH)
     table.add_column("S", no_wrap=True, width=SPARK_WIDTH)
-    names = display_names((row.name for row in rows[:top]), NAME_WIDTH)
+    names = display_names((row.name for row in rows), NAME_WIDTH)
     for row in rows[:top]:
         table.add_row(*_spectrum_cells(row, names[row.name]))
     yield table
