@@ -6,12 +6,13 @@ import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from types import MappingProxyType, TracebackType
-from typing import Any, Literal, Protocol, Self
+from types import MappingProxyType
+from typing import Any, Literal, Protocol
 
 import torch
 from torch import Tensor
 
+from svftool.checkpoints.closing import Closing
 from svftool.checkpoints.dtypes import byte_size
 
 Format = Literal["safetensors", "pickle"]
@@ -108,7 +109,7 @@ class Place:
     hub_id: str | None = None
 
 
-class Checkpoint:
+class Checkpoint(Closing):
     """A checkpoint open for reading; a context manager. Made by `open_checkpoint`.
 
     Attributes
@@ -186,17 +187,6 @@ class Checkpoint:
         """Close all files; the checkpoint cannot be read any more."""
         for file in self.files:
             file.close()
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
-        self.close()
 
     def __repr__(self) -> str:
         return f"Checkpoint({str(self.path)!r}, {self.format}, {len(self.infos)} tensors)"

@@ -9,13 +9,14 @@ import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from types import MappingProxyType, TracebackType
-from typing import Any, Self
+from types import MappingProxyType
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from svftool.checkpoints.base import Checkpoint, TensorInfo
+from svftool.checkpoints.closing import Closing
 from svftool.checkpoints.lora_parameters import (
     AdaptedParameter,
     change_of_expert,
@@ -111,7 +112,7 @@ def _read_config(path: Path) -> dict[str, Any]:
     return config
 
 
-class LoraFolder:
+class LoraFolder(Closing):
     """A LoRA adapter open for reading; see `open_lora`.
 
     Attributes
@@ -347,14 +348,3 @@ class LoraFolder:
     def close(self) -> None:
         """Close the files."""
         self._tensors.close()
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
-        self.close()

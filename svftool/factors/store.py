@@ -6,8 +6,6 @@ import os
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from types import TracebackType
-from typing import Self
 
 from torch import Tensor
 
@@ -18,6 +16,7 @@ from svftool.checkpoints import (
     fingerprint_checkpoint,
     open_checkpoint,
 )
+from svftool.checkpoints.closing import Closing
 from svftool.errors import CheckpointError, FactorsError, shortlist
 from svftool.factors.schema import CONFIG_FILE, FactorConfig, LayerRecord, read_config
 from svftool.progress import SILENT, Progress
@@ -80,7 +79,7 @@ def open_factors(path: str | os.PathLike[str]) -> FactorStore:
         raise
 
 
-class FactorStore:
+class FactorStore(Closing):
     """A factor checkpoint opened for reading; see `open_factors`.
 
     Attributes
@@ -201,14 +200,3 @@ class FactorStore:
     def close(self) -> None:
         """Close the files."""
         self._tensors.close()
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
-        self.close()
