@@ -15,10 +15,10 @@ from svftool.numerics.tall import Choose, Tall, cuts
 from svftool.numerics.threads import Pool
 
 _TILE = 1024
-_PANEL = 64
+_PANEL = 48
 _FEW = 3
 _SMALL, _LARGE = 160, 2560
-_ROWS = 256
+_ROWS = 384
 _GRAM_ROWS = 512
 _BLOCK_ENTRIES = 2**19
 
@@ -54,7 +54,7 @@ def eigenvectors(G: Tensor, choose: Choose, pool: Pool) -> tuple[Tensor, Tensor]
 
     Small ones go to LAPACK whole. A larger one it only reduces to ``Q T Q'``, and finds
     ``T = Z diag(values) Z'``: its own way to ``Q Z`` takes the reflectors of Q 32 at a time; in
-    blocks of 64 it is all large products, spread over `pool`. (Single precision would be twice as
+    blocks of 48 it is all large products, spread over `pool`. (Single precision would be twice as
     fast and rounds the vectors by 7e-7 [measured, n = 768], which uses up the bound on the
     reconstruction.)
 
