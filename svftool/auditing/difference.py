@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+import torch
 from torch import Tensor
 
 from svftool.numerics.tall import Tall
@@ -32,7 +33,8 @@ class Difference(Tall):
 
     def energy(self) -> float:
         """Return the sum of squares."""
-        return sum(float(self.double(rows).square().sum()) for rows in self.slices(_ROWS))
+        norms = [torch.linalg.vector_norm(self.double(rows)) for rows in self.slices(_ROWS)]
+        return sum(float(norm) ** 2 for norm in norms)
 
     def any(self) -> bool:
         """Whether an entry is not zero."""
