@@ -52,7 +52,7 @@ class Command:
     name : str
         What tells it from the others of its experiment and seed.
     seed : int
-        Seed of its runs.
+        First seed of its runs.
     options : str
         Options of its own.
     """
@@ -74,14 +74,14 @@ class Command:
         return ["finetune", *output, *shlex.split(text)]
 
 
-def main_commands(seed: int, *regimes: str) -> list[Command]:
-    """Regimes on four folds, in halves for two processes."""
+def main_commands(seed: int, count: int, *regimes: str) -> list[Command]:
+    """Regimes on four folds and some seeds, in halves for two processes."""
     return [
         Command(
             "main",
             f"{regime.replace(',', '-')}-folds{folds[0]}{folds[2]}",
             seed,
-            f"--regime {regime} --fold {folds} {CHOSEN} {TESTED}",
+            f"--regime {regime} --fold {folds} --seeds {count} {CHOSEN} {TESTED}",
         )
         for regime in regimes
         for folds in ("0,1", "2,3")
@@ -136,16 +136,16 @@ def setting_commands() -> list[Command]:
 
 def all_commands(seeds: int) -> list[Command]:
     """Give every command, in an order in which small tables are complete early."""
-    first, *others = range(seeds)
+    others = seeds - 1
     return [
-        *main_commands(first, "head,svf", "full"),
+        *main_commands(0, 1, "head,svf", "full"),
         *host_commands("head,svf"),
         *start_commands(),
         *choice_commands(),
-        *(command for seed in others for command in main_commands(seed, "head,svf")),
+        *(main_commands(1, others, "head,svf") if seeds > 1 else ()),
         *setting_commands(),
-        *main_commands(first, "bias"),
-        *(command for seed in others for command in main_commands(seed, "full")),
+        *main_commands(0, 1, "bias"),
+        *(main_commands(1, others, "full") if seeds > 1 else ()),
     ]
 
 
