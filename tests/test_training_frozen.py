@@ -56,7 +56,7 @@ def draw(tmp_path: Path) -> Draw:
     return Classification(folder, shots=3, augment="none", head="keep").draw(0)
 
 
-def fit(model: Net, draw: Draw, names: str, **options: Any) -> dict[str, Any]:
+def fit(model: nn.Module, draw: Draw, names: str, **options: Any) -> dict[str, Any]:
     """Train the modules whose names begin so, and return the curves and weights."""
     parameters = [
         p for name, p in model.named_parameters() if name.startswith(tuple(names.split()))
@@ -90,6 +90,51 @@ def test_losses_and_weights_are_those_of_the_whole_model(
     whole = fit(model, draw, trained)
     assert model.second.seen >= 12 * 4
     assert_same(kept, whole)
+
+
+class Listening(nn.Module):
+    """A head on what a module inside of a frozen network gives."""
+
+    def __init__(self, inner: str) -> None:
+        super().__init__()
+        self.net, self.inner = Net(), inner
+        self.head = nn.Linear(8, 3)
+
+    def forward(self, images: Tensor) -> Tensor:
+        caught: list[Tensor] = []
+        module = self.net.get_submodule(self.inner)
+        handle = module.register_forward_hook(lambda _m, _a, output: caught.append(output))
+        try:
+            self.net(images)
+        finally:
+            handle.remove()
+        return self.head(caught[0].mean((2, 3)))
+
+
+@pytest.mark.parametrize("inner", ["second", "first.0", "relu"])
+def test_a_part_that_somebody_listens_to_is_heard(
+    draw: Draw, monkeypatch: pytest.MonkeyPatch, inner: str
+) -> None:
+    model = Listening(inner)
+    kept = fit(model, draw, "head")
+    assert model.net.first[0].seen < 12 * 4
+    monkeypatch.setattr(frozen, "LARGEST", 0)
+    assert_same(kept, fit(Listening(inner), draw, "head"))
+
+
+class Touchy(Net):
+    """A network that looks at how it is run."""
+
+    def forward(self, images: Tensor) -> Tensor:
+        if "forward" in self.first.__dict__:
+            raise KeyError("forward")
+        return super().forward(images)
+
+
+def test_a_model_that_does_not_bear_it_is_run_whole(draw: Draw) -> None:
+    model = Touchy()
+    fit(model, draw, "fc")
+    assert model.second.seen >= 12 * 4
 
 
 def test_each_example_is_computed_once(draw: Draw) -> None:

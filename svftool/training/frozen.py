@@ -60,16 +60,17 @@ class FrozenOutputs:
         -------
         FrozenOutputs or None
             None where nothing before the first trained module holds weights, its outputs are
-            random or too many, or the loss with kept outputs is not that of the whole model.
+            random (those before the first random one are kept) or too many, or the loss with
+            them is not that of the whole model.
         """
         found = cls(model, loss, size=size, together=together)
         with torch.no_grad(), torch.random.fork_rng(devices=_devices(model)):
             modules = _frozen_beginning(model, lambda: loss(probe), len(probe))
+            modules = found._repeating(modules, int(probe[0]) // together)
             # Mostly the last output is all that matters, and the others need not be kept.
             for kept in (modules[-1:], modules):
-                found._seen = set()
-                found._stubs = [_Stub(one, keep=one in kept) for one in modules]
-                if found._stubs and found._suits(probe):
+                found._place(modules, kept)
+                if modules and found._works(probe):
                     logger.info("outputs of %d frozen modules are kept", len(modules))
                     return found
         return None
@@ -86,6 +87,23 @@ class FrozenOutputs:
                 stack.enter_context(stub.standing_in(indices))
             yield
 
+    def _place(self, modules: Sequence[nn.Module], kept: Sequence[nn.Module]) -> None:
+        self._seen = set()
+        self._stubs = [_Stub(one, keep=one in kept) for one in modules]
+
+    def _repeating(self, modules: list[nn.Module], part: int) -> list[nn.Module]:
+        """Take the modules before the first whose output is another one every time."""
+        if not modules:
+            return []
+        self._place(modules, ())
+        outputs = []
+        for seed in (1, 2):
+            torch.manual_seed(seed)
+            self._learn(part)
+            outputs.append([stub.latest[0] for stub in self._stubs])
+        same = [torch.equal(one, two) for one, two in zip(*outputs, strict=True)]
+        return modules[: [*same, False].index(False)]
+
     def _learn(self, part: int) -> None:
         # As many as ever at the end too: a smaller batch would round otherwise.
         first = min(part * self._together, self._size - self._together)
@@ -99,16 +117,18 @@ class FrozenOutputs:
             self._loss(neighbours)
         self._seen.add(part)
 
+    def _works(self, probe: Tensor) -> bool:
+        try:
+            return self._suits(probe)
+        except Exception as error:  # noqa: BLE001
+            # Whatever a model does with what stands in for a part of it: it can be run whole.
+            logger.info("outputs of frozen modules are not kept: %s", error)
+            return False
+
     def _suits(self, probe: Tensor) -> bool:
-        """Whether outputs repeat, are few enough, and stand in for the modules."""
-        part = int(probe[0]) // self._together
-        first = []
-        for seed in (1, 2):
-            torch.manual_seed(seed)
-            self._learn(part)
-            first.append([value for stub in self._stubs for value in stub.latest])
-        same = all(torch.equal(one, two) for one, two in zip(*first, strict=True))
-        if not same or self._size * sum(stub.row_bytes for stub in self._stubs) > LARGEST:
+        """Whether outputs are few enough, and stand in for the modules."""
+        self._learn(int(probe[0]) // self._together)
+        if self._size * sum(stub.row_bytes for stub in self._stubs) > LARGEST:
             return False
         torch.manual_seed(1)
         whole = self._loss(probe)
@@ -209,7 +229,12 @@ class _Call:
     begin: int
     end: int = 1 << 62
     fits: bool = False
-    """Whether the output is a tensor with a row an example."""
+    """Whether the output is a tensor with a row an example, and all that anybody sees of it."""
+
+
+def _heard(module: nn.Module) -> bool:
+    """Whether a module has other hooks than the two that `_calls` gives to each."""
+    return len(module._forward_hooks) > 1 or len(module._forward_pre_hooks) > 1
 
 
 def _calls(model: nn.Module, run: Callable[[], object], count: int) -> list[_Call]:
@@ -224,7 +249,9 @@ def _calls(model: nn.Module, run: Callable[[], object], count: int) -> list[_Cal
     def end(module: nn.Module, arguments: Any, output: Any) -> None:
         call = running.pop()
         call.end = next(clock)
-        call.fits = isinstance(output, Tensor) and output.shape[:1] == (count,)
+        rows = isinstance(output, Tensor) and output.shape[:1] == (count,)
+        # Somebody may listen to a part of it: a feature map, say, of a backbone run for its sake.
+        call.fits = rows and not any(_heard(part) for part in module.modules() if part != module)
 
     with ExitStack() as stack:
         for module in model.modules():
