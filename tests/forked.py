@@ -13,6 +13,8 @@ from multiprocessing.context import BaseContext
 from multiprocessing.process import BaseProcess
 from pathlib import Path
 
+import torch
+
 PRELOADED = (
     "accelerate.state",
     "peft",
@@ -55,9 +57,10 @@ class Forked:
 
 
 def start(words: list[str], folder: Path, **environment: object) -> Forked:
-    """Start ``svftool`` with these words."""
+    """Start ``svftool`` with these words, on as many threads as here, for the same bits."""
     more = {name: str(value) for name, value in environment.items()}
-    process = _context().Process(target=_run, args=(words, folder, more))  # type: ignore[attr-defined]
+    threads = torch.get_num_threads()
+    process = _context().Process(target=_run, args=(words, folder, threads, more))  # type: ignore[attr-defined]
     process.start()
     return Forked(process, folder)
 
@@ -70,12 +73,10 @@ def _context() -> BaseContext:
     return context
 
 
-def _run(words: list[str], folder: Path, environment: dict[str, str]) -> None:
-    import torch
-
+def _run(words: list[str], folder: Path, threads: int, environment: dict[str, str]) -> None:
     from svftool.cli import main
 
-    torch.set_num_threads(1)
+    torch.set_num_threads(threads)
     os.environ.update(environment)
     for number, name in ((1, "stdout"), (2, "stderr")):
         descriptor = os.open(folder / name, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
