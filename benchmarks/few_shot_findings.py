@@ -144,7 +144,7 @@ def all_commands(seeds: int) -> list[Command]:
         *choice_commands(),
         *(main_commands(1, others, "head,svf") if seeds > 1 else ()),
         *setting_commands(),
-        *main_commands(0, 1, "bias"),
+        *(each for seed in range(seeds) for each in main_commands(seed, 1, "bias")),
         *(main_commands(1, others, "full") if seeds > 1 else ()),
     ]
 
