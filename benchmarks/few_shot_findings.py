@@ -118,19 +118,33 @@ def choice_commands() -> list[Command]:
 
 
 SETTINGS = {
-    "default": "--regime head,svf",
-    "lr1e-2": "--regime svf --lr 1e-2",
+    "default": "--regime head,svf,bias,lora:8,full",
+    "svf-rate5": "--regime svf --lr 1e-2",
+    "svf-rate15": "--regime svf --lr 3e-2",
+    "full-rate5": "--regime full --lr 1e-4",
+    "full-rate15": "--regime full --lr 3e-4",
+    "bias-lora-rate5": "--regime bias,lora:8 --lr 5e-3",
+    "bias-lora-rate15": "--regime bias,lora:8 --lr 1.5e-2",
     "layer3": "--regime svf --train-layers layer3*",
     "absolute": "--regime svf --parametrisation absolute --lr 1.5e-3",
     "decay": "--regime svf --decay 10",
+    "head-first": "--regime svf,full --head-first 100",
 }
+"""What is compared on base classes alone: the default rates, 5 and 15 times those, and ways."""
 
 
 def setting_commands() -> list[Command]:
-    """Vary how singular values are trained, on base classes alone."""
-    common = f"--fold 0 --inner-fold 1 {CHOSEN} --test-shots 5 --test-episodes 300"
+    """Vary how each regime is trained: a fold's classes stand in for novel ones."""
+    common = f"{CHOSEN} --test-shots 5 --test-episodes 300"
     return [
-        Command("settings", name, 0, f"{options} {common}") for name, options in SETTINGS.items()
+        Command(
+            "settings",
+            f"{name}-fold{fold}inner{inner}",
+            0,
+            f"{options} --fold {fold} --inner-fold {inner} {common}",
+        )
+        for name, options in SETTINGS.items()
+        for fold, inner in ((0, 1), (2, 3))
     ]
 
 

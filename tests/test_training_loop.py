@@ -255,6 +255,45 @@ def test_each_group_has_its_own_rate() -> None:
     assert [round(-p.item(), 6) for p in parameters] == [1e-4, 1e-2]
 
 
+def test_the_head_can_be_trained_first() -> None:
+    first, head = nn.Parameter(torch.ones(1)), nn.Parameter(torch.ones(1))
+    settings = Settings(lr=0.1, head_lr=0.01, warmup=0.5, head_first=2, decay=1.0)
+    optimiser = Optimiser({"singular_values": [first], "head": [head]}, settings, steps=10)
+    asked, heads, rates = [], [], []
+    for step in range(4):
+        hidden = 2 * first
+        hidden.register_hook(lambda _gradient, step=step: asked.append(step))
+        before = head.item()
+        optimiser.step((hidden + head).sum(), step)
+        heads.append(before - head.item())
+        rates.append(optimiser.rates()["lr/singular_values"])
+        assert (first.item() == 1.0) == (step < 2)
+    assert asked == [2, 3], "nothing below the head is differentiated before"
+    assert min(heads) > 0
+    # Of the 8 steps that are left the rate rises over 4.
+    assert rates == pytest.approx([0.0, 0.0, 0.1 / 4, 0.1 * 2 / 4])
+    # Its moments begin with its first gradient: Adam's first step is the rate.
+    assert 1.0 - first.item() == pytest.approx(rates[2] + rates[3], rel=0.05)
+
+
+def test_the_head_alone_has_no_other_part_to_wait_for() -> None:
+    head = nn.Parameter(torch.ones(1))
+    settings = Settings(head_lr=0.01, warmup=0.0, head_first=20)
+    optimiser = Optimiser({"head": [head]}, settings, steps=10)
+    optimiser.step(head.sum(), 0)
+    assert head.item() == pytest.approx(0.99)
+
+
+@pytest.mark.parametrize(
+    ("groups", "message"),
+    [(("bias",), "no head is trained here"), (("bias", "head"), "fewer than the 5 steps")],
+)
+def test_a_head_that_cannot_be_first_is_refused(groups: tuple[str, ...], message: str) -> None:
+    parts = {name: [nn.Parameter(torch.ones(1))] for name in groups}
+    with pytest.raises(UsageError, match=message):
+        Optimiser(parts, Settings(head_first=5), steps=5)
+
+
 def test_the_rate_rises_then_falls_to_nothing() -> None:
     rates = [rate_factor(step, 50, 0.1) for step in range(50)]
     assert rates[:5] == sorted(rates[:5])
@@ -285,6 +324,7 @@ def test_batches_go_through_every_epoch_in_full() -> None:
         ({"epochs": -1}, "--epochs is -1"),
         ({"lr": 0.0}, "--lr is 0"),
         ({"batch_size": 0}, "--batch-size is 0"),
+        ({"head_first": -1}, "--head-first is -1"),
     ],
 )
 def test_settings_that_cannot_be_are_refused(options: dict[str, Any], message: str) -> None:

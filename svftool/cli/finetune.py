@@ -156,6 +156,15 @@ def command(
             rich_help_panel=TRAINING,
         ),
     ] = None,
+    head_first: Annotated[
+        int,
+        typer.Option(
+            min=0,
+            metavar="STEPS",
+            help="Steps in which the head alone is trained before the rest joins.",
+            rich_help_panel=TRAINING,
+        ),
+    ] = 0,
     precision: Annotated[
         Literal["fp32", "bf16", "fp16"],
         typer.Option(help="Of the network's products.", rich_help_panel=TRAINING),
@@ -333,6 +342,7 @@ def command(
             tune_lr=tune_lr,
             decay=decay,
             head_decay=head_decay,
+            head_first=head_first,
             precision=precision,
         ),
         include=train_layers or (),

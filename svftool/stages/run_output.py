@@ -140,5 +140,6 @@ class RunWriter:
             "learning_rates": dict(run.learning_rates),
             "decay": settings.decay,
             "head_decay": settings.decay_of("head"),
+            "head_first": settings.head_first,
             "precision": settings.precision,
         }

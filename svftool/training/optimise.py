@@ -8,6 +8,7 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch import Tensor, nn
 
+from svftool.errors import UsageError
 from svftool.training.ranks import ALONE, Ranks
 from svftool.training.settings import Settings
 from svftool.training.state import State
@@ -40,6 +41,11 @@ class Optimiser:
         Everything else.
     steps : int
         Length of the schedule.
+
+    Raises
+    ------
+    UsageError
+        If the head is to be trained first and there is none, or nothing would be left to train.
     """
 
     def __init__(
@@ -52,6 +58,9 @@ class Optimiser:
         self.parameters = [parameter for group in groups.values() for parameter in group]
         self._settings = settings
         self._steps = steps
+        self._head = list(groups.get("head", ()))
+        self._alone = settings.head_first if len(self._head) < len(self.parameters) else 0
+        _require_head(self._alone, self._head, steps)
         self._inner = _build(
             [
                 {"params": list(parameters), "peak": settings.learning_rate(name), "kind": name}
@@ -65,9 +74,12 @@ class Optimiser:
         if any(settings.decay_of(name) for name in groups):
             self._start = [parameter.detach().clone() for parameter in self.parameters]
 
-    def factor(self, step: int) -> float:
-        """Share of the peak learning rates at a step."""
-        return rate_factor(step, self._steps, self._settings.warmup)
+    def factor(self, step: int, kind: str = "head") -> float:
+        """Share of the peak learning rate of one kind of parameter at a step."""
+        begin = 0 if kind == "head" else self._alone
+        if step < begin:
+            return 0.0
+        return rate_factor(step - begin, self._steps - begin, self._settings.warmup)
 
     def rates(self) -> dict[str, float]:
         """Learning rates of the last step, as ``lr/KIND``."""
@@ -85,11 +97,11 @@ class Optimiser:
         ranks : Ranks
             The processes that the gradient is summed over.
         """
-        factor = self.factor(step)
         for group in self._inner.param_groups:
-            group["lr"] = group["peak"] * factor
-        torch.autograd.backward(self._scaler.scale(loss))
-        ranks.sum_gradients(self.parameters)
+            group["lr"] = group["peak"] * self.factor(step, group["kind"])
+        alone = step < self._alone
+        torch.autograd.backward(self._scaler.scale(loss), inputs=self._head if alone else None)
+        ranks.sum_gradients(self._head if alone else self.parameters)
         if self._settings.clip is not None:
             self._scaler.unscale_(self._inner)
             nn.utils.clip_grad_norm_(self.parameters, self._settings.clip)
@@ -130,6 +142,13 @@ class Optimiser:
             decay = self._settings.decay_of(group["kind"])
             for parameter in group["params"]:
                 parameter.lerp_(next(start), group["lr"] * decay)
+
+
+def _require_head(alone: int, head: Sequence[nn.Parameter], steps: int) -> None:
+    if alone and not head:
+        raise UsageError("--head-first: no head is trained here. Leave the option out")
+    if alone and alone >= steps:
+        raise UsageError(f"--head-first is {alone}, expected fewer than the {steps} steps of a run")
 
 
 def _build(groups: list[dict[str, object]], settings: Settings) -> torch.optim.Optimizer:

@@ -57,6 +57,10 @@ class Settings:
         of learning rate times decay of the way back.
     head_decay : float or None
         That of the head; None takes `decay`.
+    head_first : int
+        Steps in which the head alone is trained before everything else joins, whose rate then
+        rises and falls over the steps that are left: linear probing, then fine-tuning (Kumar et
+        al. 2022, arXiv 2202.10054).
     warmup : float
         Share of the steps in which the rate rises linearly; a cosine takes it to 0 afterwards.
     clip : float or None
@@ -76,6 +80,7 @@ class Settings:
     head_scale: float = 1.0
     decay: float = 0.0
     head_decay: float | None = None
+    head_first: int = 0
     warmup: float = 0.1
     clip: float | None = 1.0
     precision: Precision = "fp32"
@@ -88,6 +93,8 @@ class Settings:
         for name, value in (("steps", self.steps), ("epochs", self.epochs), ("lr", self.lr)):
             if value is not None and value <= 0:
                 raise UsageError(f"--{name} is {value}, expected more than 0")
+        if self.head_first < 0:
+            raise UsageError(f"--head-first is {self.head_first}, expected at least 0")
         if self.batch_size < 1:
             raise UsageError(f"--batch-size is {self.batch_size}, expected at least 1")
 
