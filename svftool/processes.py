@@ -111,6 +111,10 @@ class Processes:
             ) from error
 
 
+ALONE = Processes()
+"""The only process."""
+
+
 def _outcome(work: Callable[[], T]) -> tuple[T | None, SvftoolError | None]:
     try:
         return work(), None

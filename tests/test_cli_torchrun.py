@@ -6,13 +6,13 @@ import json
 import os
 import signal
 import subprocess
-import sys
 import time
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from launch import torchrun
 from pictures import write_pictures
 from safetensors.torch import load_file, save_file
 from typer.testing import CliRunner
@@ -77,30 +77,8 @@ def arguments(work: Path, output: str, *options: object) -> list[str]:
     return [str(word) for word in words]
 
 
-def torchrun(words: list[str], **environment: object) -> subprocess.Popen[str]:
-    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
-    more = {name: str(value) for name, value in environment.items()}
-    return subprocess.Popen(
-        [*launch, "-m", "svftool", *words],
-        env={**os.environ, "OMP_NUM_THREADS": "1", **more},
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-    )
-
-
 def tensors(folder: Path) -> dict[str, dict[str, torch.Tensor]]:
     return {path.name: load_file(path) for path in sorted(folder.glob("*.safetensors"))}
-
-
-def assert_same(found: Path, expected: Path) -> None:
-    """Compare every tensor of every file, within `ROUNDING`."""
-    others = tensors(expected)
-    assert tensors(found).keys() == others.keys() == {
-        "full-seed0.safetensors", "svf-seed0.svf.safetensors",
-    }  # fmt: skip
-    for name, values in tensors(found).items():
-        torch.testing.assert_close(values, others[name], **ROUNDING)
 
 
 @pytest.fixture(scope="module")

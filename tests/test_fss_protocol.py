@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import pickle
 from collections import Counter
 from pathlib import Path
 
@@ -228,6 +229,20 @@ def test_intersections_and_unions_are_pooled_before_the_ratio():
     background = (50 + 99 + 94) / (50 + 100 + 98)
     assert scores.fb_iou == pytest.approx((52 / 57 + background) / 2)
     assert scores.episodes == 3
+
+
+def test_shares_of_several_processes_are_one_pool():
+    random = np.random.default_rng(0)
+    whole, parts = Pooled(), [Pooled(), Pooled(), Pooled()]
+    for number in range(7):
+        predicted = random.random((9, 11)) < 0.5
+        truth = random.choice(np.array([0, 1, 255], np.uint8), (9, 11))
+        whole.add(predicted, truth, number % 2)
+        parts[number % 3].add(predicted, truth, number % 2)
+    joined = Pooled()
+    for part in parts:
+        joined.include(pickle.loads(pickle.dumps(part)))
+    assert joined.scores() == whole.scores()
 
 
 def test_ignored_pixels_count_neither_way():

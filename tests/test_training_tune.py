@@ -101,7 +101,7 @@ def scored_by_rate(
         rate[0] = settings.learning_rate("head")
         seen.append((settings.step_count(draw.size), draw.size))
         outcome = train(model, groups, draw, settings, **options)
-        draw.evaluate = lambda model: {"accuracy": score(rate[0])}
+        draw.evaluate = lambda *_, **__: {"accuracy": score(rate[0])}
         return outcome
 
     monkeypatch.setattr("svftool.training.tune.train", trained)

@@ -187,7 +187,7 @@ def finetune(
             setting=common_setting([run.setting for run in runs]),
         )
         work.finished = signum is None
-        if not itself and ranks.first:
+        if ranks.first and work.outputs.is_dir():
             write_results(result, work.outputs / RESULTS_FILE)
     return result
 

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from svftool.errors import UsageError
+from svftool.processes import Processes
 from svftool.progress import SILENT, Progress
 
 Part = Literal["query", "held_out"]
@@ -141,6 +142,19 @@ class Shares(Protocol):
 
     def share(self, batch: Any, rows: slice) -> Any:
         """Take the examples of a batch that are at `rows` of its indices."""
+
+
+@runtime_checkable
+class MeasuresTogether(Protocol):
+    """What a `Draw` offers besides, whose metrics several processes can measure a share each of.
+
+    Of others the first process measures everything, while the rest wait.
+    """
+
+    def measure(
+        self, model: nn.Module, part: Part, *, processes: Processes, progress: Progress = SILENT
+    ) -> dict[str, float]:
+        """Measure as `Draw.evaluate` does; every process is here, and all get the metrics."""
 
 
 @runtime_checkable

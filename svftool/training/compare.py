@@ -135,7 +135,7 @@ class _Comparison:
         return draw.prepare(self._plan.build().to(self._plan.device))
 
     def _measure(self, draw: Draw, model: nn.Module) -> dict[str, float]:
-        return self._ranks.once(lambda: draw.evaluate(model, progress=self._progress))
+        return self._ranks.measure(draw, model, progress=self._progress)
 
     def _illustrate(self, draw: Draw, model: nn.Module, name: str) -> None:
         if isinstance(draw, Illustrated):

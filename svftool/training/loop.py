@@ -244,7 +244,7 @@ class _Run:
 
     def _measure(self) -> None:
         name = self._metric.name
-        value = self._ranks.once(lambda: self._draw.evaluate(self._model, "held_out")[name])
+        value = self._ranks.measure(self._draw, self._model, "held_out")[name]
         self._best.offer(self.done, value if self._metric.higher_is_better else -value)
         self._curves.add(f"held_out/{name}", self.done, value)
         self.measured = {f"held_out/{name}": value}

@@ -18,6 +18,9 @@ from torch import Tensor, nn
 
 from svftool.errors import MissingDependencyError
 from svftool.processes import PATIENCE, Processes
+from svftool.progress import SILENT, Progress
+from svftool.tasks import Draw
+from svftool.tasks.base import MeasuresTogether, Part
 from svftool.training.devices import pick_device
 
 BUCKET_BYTES = 64 << 20
@@ -26,7 +29,7 @@ BUCKET_BYTES = 64 << 20
 
 @dataclass(frozen=True)
 class Ranks(Processes):
-    """One process among those that train together; the first measures, writes and reports."""
+    """One process among those that train together; the first writes and reports."""
 
     def rows(self, size: int) -> slice:
         """Give this process's rows of a batch.
@@ -46,6 +49,14 @@ class Ranks(Processes):
         with self.told_of_a_loss():
             dist.all_reduce(total)
         return total.tolist()
+
+    def measure(
+        self, draw: Draw, model: nn.Module, part: Part = "query", *, progress: Progress = SILENT
+    ) -> dict[str, float]:
+        """Measure a model by a draw's metrics, a share in each process where the draw can."""
+        if isinstance(draw, MeasuresTogether):
+            return draw.measure(model, part, processes=self, progress=progress)
+        return self.once(lambda: draw.evaluate(model, part, progress=progress))
 
     @torch.no_grad()
     def sum_gradients(self, parameters: Sequence[nn.Parameter]) -> None:

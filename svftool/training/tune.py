@@ -141,7 +141,7 @@ class Tuner:
         if outcome.ending == "diverged":
             return _Tried()
         name = self.metric.name
-        score = self.ranks.once(lambda: fold.evaluate(trainable.model)[name])
+        score = self.ranks.measure(fold, trainable.model)[name]
         return _Tried(score if math.isfinite(score) else None)
 
     def _default(self, steps: int, label: str) -> Tuning:

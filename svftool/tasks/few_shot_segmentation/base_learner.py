@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -10,6 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from svftool.errors import ModelError
 from svftool.progress import SILENT, Progress
 from svftool.tasks.few_shot_segmentation.canvas import paste_mask
 from svftool.tasks.few_shot_segmentation.encoding import Encoder
@@ -145,6 +147,23 @@ def train_base_learner(
                 schedule.step()
                 bar.advance(detail=f"loss {float(loss.detach()):.3f}")
     return learner.requires_grad_(False).eval()
+
+
+def published_learner(learner: BaseLearner, pool: Pool) -> BaseLearner:
+    """Give a frozen copy of a checkpoint's own base learner.
+
+    Raises
+    ------
+    ModelError
+        If it knows another number of classes than the fold's training data.
+    """
+    known = learner.cls[-1].out_channels
+    if known != len(pool.classes) + 1:
+        raise ModelError(
+            f"the base network knows {known} classes with background, expected "
+            f"{len(pool.classes) + 1} for this fold"
+        )
+    return copy.deepcopy(learner).requires_grad_(False).eval()
 
 
 class BaseProbabilities:

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, replace
+from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from svftool.errors import ModelError
+from svftool.processes import ALONE, Processes
 from svftool.progress import SILENT, Progress
 from svftool.tasks.base import Part, Prepared
 from svftool.tasks.few_shot_segmentation.augment import COCO_RANGES, PAPER_RANGES
@@ -26,39 +26,22 @@ from svftool.tasks.few_shot_segmentation.backbones import (
 from svftool.tasks.few_shot_segmentation.base_learner import (
     BaseProbabilities,
     BaseTraining,
+    published_learner,
     train_base_learner,
 )
 from svftool.tasks.few_shot_segmentation.encoding import Encoder
-from svftool.tasks.few_shot_segmentation.episodes import Episode, draw_episode, fixed_episodes
-from svftool.tasks.few_shot_segmentation.hosts import BaseLearner, HostOutput, Nearest, make_host
+from svftool.tasks.few_shot_segmentation.episodes import Asked, draw_episode
+from svftool.tasks.few_shot_segmentation.hosts import HostOutput, Nearest, make_host
 from svftool.tasks.few_shot_segmentation.kept import View
 from svftool.tasks.few_shot_segmentation.masks import IGNORE
 from svftool.tasks.few_shot_segmentation.metrics import Pooled
 from svftool.tasks.few_shot_segmentation.network import FewShotNet, by_query
 from svftool.tasks.few_shot_segmentation.networks import backbone_name, own_base_learner
 from svftool.tasks.few_shot_segmentation.overlays import Overlays, write_overlay
-from svftool.tasks.few_shot_segmentation.pictures import THREADS
-from svftool.tasks.few_shot_segmentation.pool import Pool
 from svftool.tasks.few_shot_segmentation.scoring import Prediction, Scorer, load_masks
 
 if TYPE_CHECKING:
     from svftool.tasks.few_shot_segmentation.task import FewShotSegmentation
-
-
-@dataclass(frozen=True)
-class Asked:
-    """Episodes to score: which pool, how many, of how many shots; a purpose has its own seeds."""
-
-    pool: Pool
-    count: int
-    shots: int
-    purpose: int
-    swapped: bool = False
-
-    def episodes(self, seed: int) -> list[Episode]:
-        """Draw them for a run's seed."""
-        seed = 3 * seed + self.purpose
-        return list(fixed_episodes(self.pool, self.count, self.shots, seed, swapped=self.swapped))
 
 
 class FewShotDraw:
@@ -144,7 +127,9 @@ class FewShotDraw:
         ]
         batch: dict[str, Any] = {"views": views}
         if task.rules.augment == "strong":
-            batch["images"], masks = self._distorted(views, random)
+            ranges = COCO_RANGES if task.data.dataset == "coco-20i" else PAPER_RANGES
+            asked = [(view.pair, view.label) for view in views]
+            batch["images"], masks = task.pictures.all_distorted(asked, random, ranges)
         else:
             masks = load_masks(task.pictures, views)
         batch["target"] = masks[: len(episodes)]
@@ -181,11 +166,18 @@ class FewShotDraw:
         A host that has not been trained yet says nothing; in its place stands `Nearest`, which
         tells what the backbone can do by itself.
         """
+        return self.measure(model, part, processes=ALONE, progress=progress)
+
+    def measure(
+        self, model: nn.Module, part: Part, *, processes: Processes, progress: Progress = SILENT
+    ) -> dict[str, float]:
+        """Measure as `evaluate` does, in several processes that take a share of the episodes."""
         net, rules, task = _net_of(model), self._task.rules, self._task
         net.eval()
         encoder = self._encode(net, training=False)
+        score = partial(self._score, encoder, processes=processes, progress=progress)
         if part == "held_out":
-            return self._score(encoder, self._asked(part), progress)
+            return score(self._asked(part))
         metrics: dict[str, float] = {}
         for shots in dict.fromkeys((task.shots, *rules.test_shots)):
             suffix = "" if shots == task.shots else f"_{shots}shot"
@@ -193,11 +185,11 @@ class FewShotDraw:
             for prefix, pool, purpose in parts:
                 if pool.pairs:
                     asked = Asked(pool, rules.test_episodes, shots, purpose)
-                    found = self._score(encoder, asked, progress)
+                    found = score(asked)
                     metrics |= {f"{prefix}{name}{suffix}": v for name, v in found.items()}
         if rules.swap_supports and len(task.data.test.classes) > 1:
             asked = Asked(task.data.test, rules.test_episodes, task.shots, 0, swapped=True)
-            metrics["swapped_miou"] = self._score(encoder, asked, progress)["miou"]
+            metrics["swapped_miou"] = score(asked)["miou"]
         if metrics["miou"] == 0:
             progress.warn(
                 "no pixel of any novel class was found. A new host says background everywhere for "
@@ -260,9 +252,17 @@ class FewShotDraw:
     def _scoring(self) -> Scorer:
         return replace(self._scorer, base_maps=self._base)
 
-    def _score(self, encoder: Encoder, asked: Asked, progress: Progress) -> dict[str, float]:
-        host, episodes = self._host(encoder.net), asked.episodes(self._seed)
-        scores = self._scoring().score(host, encoder, asked.pool, episodes, progress=progress)
+    def _score(
+        self, encoder: Encoder, asked: Asked, *, processes: Processes, progress: Progress
+    ) -> dict[str, float]:
+        scores = self._scoring().score(
+            self._host(encoder.net),
+            encoder,
+            asked.pool,
+            asked.episodes(self._seed),
+            processes=processes,
+            progress=progress,
+        )
         return {"miou": scores.miou, "fb_iou": scores.fb_iou}
 
     def _host(self, net: FewShotNet) -> nn.Module:
@@ -309,22 +309,6 @@ class FewShotDraw:
             return None
         return self._base(queries) if images is None else self._base.of(images[: len(queries)])
 
-    def _distorted(
-        self, views: Sequence[View], random: np.random.Generator
-    ) -> tuple[Tensor, Tensor]:
-        pictures = self._task.pictures
-        ranges = COCO_RANGES if self._task.data.dataset == "coco-20i" else PAPER_RANGES
-        with ThreadPoolExecutor(THREADS) as threads:
-            made = list(
-                threads.map(
-                    lambda view, source: pictures.distorted(view.pair, view.label, source, ranges),
-                    views,
-                    random.spawn(len(views)),
-                )
-            )
-        images, masks = zip(*made, strict=True)
-        return torch.stack(images), torch.stack(masks)
-
     def _base_probabilities(self, net: FewShotNet) -> BaseProbabilities:
         """Train the base learner once a seed, on a copy of the backbone that stays as it is."""
         task = self._task
@@ -333,7 +317,7 @@ class FewShotDraw:
         encoder = self._encode(frozen, training=False)
         learner = own_base_learner(net.backbone)
         if learner is not None:
-            return BaseProbabilities(encoder, _fitting(learner, self._pool))
+            return BaseProbabilities(encoder, published_learner(learner, self._pool))
         if self._seed not in task.learners:
             settings = task.rules.base_learner
             task.learners[self._seed] = train_base_learner(
@@ -349,23 +333,13 @@ class FewShotDraw:
 class _BaseClassDraw(FewShotDraw):
     """The same training, measured on held-out images of the base classes alone."""
 
-    def evaluate(
-        self, model: nn.Module, part: Part = "query", *, progress: Progress = SILENT
+    def measure(
+        self, model: nn.Module, part: Part, *, processes: Processes, progress: Progress = SILENT
     ) -> dict[str, float]:
-        """Give mIoU and FB-IoU of the base classes."""
-        return super().evaluate(model, "held_out", progress=progress)
+        """Give mIoU and FB-IoU of the base classes, whatever part is asked for."""
+        return super().measure(model, "held_out", processes=processes, progress=progress)
 
 
 def _net_of(model: nn.Module) -> FewShotNet:
     """Find the network in whatever wraps it: several processes, or adapters."""
     return next(module for module in model.modules() if isinstance(module, FewShotNet))
-
-
-def _fitting(learner: BaseLearner, pool: Pool) -> BaseLearner:
-    known = learner.cls[-1].out_channels
-    if known != len(pool.classes) + 1:
-        raise ModelError(
-            f"the base network knows {known} classes with background, expected "
-            f"{len(pool.classes) + 1} for this fold"
-        )
-    return copy.deepcopy(learner).requires_grad_(False).eval()

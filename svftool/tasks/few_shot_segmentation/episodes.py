@@ -120,3 +120,19 @@ def _draw_support(
         if len(chosen) == shots:
             break
     return tuple(chosen)
+
+
+@dataclass(frozen=True)
+class Asked:
+    """Episodes to score: which pool, how many, of how many shots; a purpose has its own seeds."""
+
+    pool: Pool
+    count: int
+    shots: int
+    purpose: int
+    swapped: bool = False
+
+    def episodes(self, seed: int) -> list[Episode]:
+        """Draw them for a run's seed."""
+        seed = 3 * seed + self.purpose
+        return list(fixed_episodes(self.pool, self.count, self.shots, seed, swapped=self.swapped))

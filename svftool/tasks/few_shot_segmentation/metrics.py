@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections import defaultdict
 from dataclasses import dataclass
 
 import numpy as np
@@ -41,9 +40,7 @@ class Pooled:
     """
 
     def __init__(self) -> None:
-        self._classes: dict[int, npt.NDArray[np.int64]] = defaultdict(
-            lambda: np.zeros(2, dtype=np.int64)
-        )
+        self._classes: dict[int, npt.NDArray[np.int64]] = {}
         self._background = np.zeros(2, dtype=np.int64)
         self._episodes = 0
 
@@ -63,9 +60,16 @@ class Pooled:
         """
         counted = truth != IGNORE
         found, wanted = (prediction != 0) & counted, truth == 1
-        self._classes[label] += _overlap(found, wanted)
+        self._classes[label] = self._classes.get(label, 0) + _overlap(found, wanted)
         self._background += _overlap(~found & counted, ~wanted & counted)
         self._episodes += 1
+
+    def include(self, other: Pooled) -> None:
+        """Count what another has counted; sums of whole pixels do not depend on the order."""
+        for label, sums in other._classes.items():
+            self._classes[label] = self._classes.get(label, 0) + sums
+        self._background += other._background
+        self._episodes += other._episodes
 
     def scores(self) -> Scores:
         """Give the scores of everything counted; NaN where nothing was."""

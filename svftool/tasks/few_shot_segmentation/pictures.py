@@ -148,3 +148,24 @@ class Pictures:
         """
         picture, mask = to_tensor(open_image(pair.image)), self.truth(pair, label)
         return distort(picture, torch.from_numpy(mask), self.canvas, random, ranges)
+
+    def all_distorted(
+        self,
+        asked: Sequence[tuple[Pair, int]],
+        random: np.random.Generator,
+        ranges: Ranges = PAPER_RANGES,
+    ) -> tuple[Tensor, Tensor]:
+        """Give pictures with the masks of their classes, each distorted in a way of its own.
+
+        Returns
+        -------
+        (N, 3, canvas, canvas) uint8 Tensor, (N, canvas, canvas) uint8 Tensor
+        """
+        with ThreadPoolExecutor(THREADS) as threads:
+            made = threads.map(
+                lambda one, source: self.distorted(one[0], one[1], source, ranges),
+                asked,
+                random.spawn(len(asked)),
+            )
+            images, masks = zip(*made, strict=True)
+        return torch.stack(images), torch.stack(masks)

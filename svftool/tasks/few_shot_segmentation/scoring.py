@@ -10,6 +10,7 @@ import numpy.typing as npt
 import torch
 from torch import Tensor, nn
 
+from svftool.processes import ALONE, Processes
 from svftool.progress import SILENT, Progress
 from svftool.tasks.few_shot_segmentation.canvas import Alignment, predict_at
 from svftool.tasks.few_shot_segmentation.encoding import Encoder
@@ -64,9 +65,13 @@ class Scorer:
         pool: Pool,
         episodes: Sequence[Episode],
         *,
+        processes: Processes = ALONE,
         progress: Progress = SILENT,
     ) -> Scores:
         """Predict all episodes and pool the scores.
+
+        Intersections and unions are whole pixels, so processes that take a share each come to the
+        scores of a single one, but for pixels whose two logits are equal up to rounding.
 
         Parameters
         ----------
@@ -78,15 +83,32 @@ class Scorer:
             What the episodes index.
         episodes : sequence of Episode
             All of the same number of shots.
+        processes : Processes
+            Those that share the episodes; all of them are here with equal weights.
         progress : Progress
-            Told of each episode.
+            Told of each episode of this process.
         """
+        part = episodes[processes.rank :: processes.count]
+        pooled = processes.together(lambda: self._pooled(host, encoder, pool, part, progress))
+        whole = Pooled()
+        for share in processes.gather(pooled):
+            whole.include(share)
+        return whole.scores()
+
+    def _pooled(
+        self,
+        host: nn.Module,
+        encoder: Encoder,
+        pool: Pool,
+        episodes: Sequence[Episode],
+        progress: Progress,
+    ) -> Pooled:
         pooled = Pooled()
         with progress.task("test episodes", total=len(episodes), unit="episodes") as bar:
             for prediction in self.predict(host, encoder, pool, episodes):
                 pooled.add(prediction.predicted, prediction.truth, prediction.episode.label)
                 bar.advance()
-        return pooled.scores()
+        return pooled
 
     @torch.no_grad()
     def predict(
