@@ -23,7 +23,7 @@ import shlex
 import statistics
 import subprocess
 import sys
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -31,13 +31,15 @@ from typing import Any
 
 from svftool.training.summary import interval
 
-FOLDS = range(4)
+FOLDS = ("0,1", "2,3")
+"""Halves of the folds, for two processes."""
+
 COMMON = (
     "--model DATA/models.py:resnet18_to_layer3 --data DATA/images/voc20_pairs "
     "--task few-shot-segmentation --batch-size 4 --select-on last"
 )
 CHOSEN = "--image-size 129 --output-stride 16 --steps 300"
-TESTED = "--test-shots 5 --test-episodes 500 --swap-supports"
+TESTED = "--test-shots 5 --swap-supports"
 METRICS = ("miou", "miou_5shot", "swapped_miou", "fb_iou", "base_miou", "base_miou_5shot")
 
 
@@ -55,12 +57,15 @@ class Command:
         First seed of its runs.
     options : str
         Options of its own.
+    row : str
+        Row of its runs in the table.
     """
 
     experiment: str
     name: str
     seed: int
     options: str
+    row: str = "{regime}"
 
     @property
     def folder(self) -> str:
@@ -74,33 +79,61 @@ class Command:
         return ["finetune", *output, *shlex.split(text)]
 
 
-def main_commands(seed: int, count: int, *regimes: str) -> list[Command]:
-    """Regimes on four folds and some seeds, in halves for two processes."""
+BEST_SVF = "--regime svf --lr 1e-2"
+"""The rate that did best on base classes, of 1, 5 and 15 times the default of each regime."""
+
+REGIMES = {
+    "head": "--regime head",
+    "svf": BEST_SVF,
+    "svf at 2e-3": "--regime svf",
+    "lora:8": "--regime lora:8",
+    "bias": "--regime bias",
+    "full": "--regime full",
+}
+
+
+def by_folds(experiment: str, rows: Mapping[str, str], seed: int, common: str) -> list[Command]:
+    """Give a command for each row and half of the folds."""
     return [
         Command(
-            "main",
-            f"{regime.replace(',', '-')}-folds{folds[0]}{folds[2]}",
+            experiment,
+            f"{_slug(row)}-folds{folds[0]}{folds[2]}",
             seed,
-            f"--regime {regime} --fold {folds} --seeds {count} {CHOSEN} {TESTED}",
+            f"{options} --fold {folds} {common}",
+            row,
         )
-        for regime in regimes
-        for folds in ("0,1", "2,3")
+        for row, options in rows.items()
+        for folds in FOLDS
     ]
 
 
-def host_commands(regime: str) -> list[Command]:
-    """PFENet and BAM on the first fold."""
-    options = f"--regime {regime} --fold 0 {CHOSEN} {TESTED}"
+def _slug(row: str) -> str:
+    return row.replace(" ", "-").replace(":", "-")
+
+
+def host_commands() -> list[Command]:
+    """PFENet, BAM and the baseline without its start, all as published, on the first fold."""
+    rows = {"head": "--regime head", "svf": BEST_SVF, "full": "--regime full"}
+    hosts = {"pfenet": "--host pfenet", "bam": "--host bam", "blank": "--start blank"}
     return [
-        Command(host, f"{regime.replace(',', '-')}-fold0", 0, f"--host {host} {options}")
-        for host in ("pfenet", "bam")
+        Command(experiment, name, 0, f"{host} {options} --fold 0 {CHOSEN} {TESTED}", name)
+        for experiment, host in hosts.items()
+        for name, options in rows.items()
     ]
 
 
-def start_commands() -> list[Command]:
-    """Train the baseline as published, without its start, on the first fold."""
-    options = f"--regime head,svf --fold 0 {CHOSEN} {TESTED}"
-    return [Command("blank", "head-svf-fold0", 0, f"--start blank {options}")]
+LONGER = {
+    "head": "--regime head",
+    "svf": BEST_SVF,
+    "full": "--regime full",
+    "full at 1e-4": "--regime full --lr 1e-4",
+}
+
+
+def longer_commands() -> list[Command]:
+    """Train four times as long."""
+    common = f"{CHOSEN.replace('300', '1200')} --test-shots 5 --test-episodes 500"
+    return by_folds("longer", LONGER, 0, common)
 
 
 def choice_commands() -> list[Command]:
@@ -118,17 +151,17 @@ def choice_commands() -> list[Command]:
 
 
 SETTINGS = {
-    "default": "--regime head,svf,bias,lora:8,full",
-    "svf-rate5": "--regime svf --lr 1e-2",
-    "svf-rate15": "--regime svf --lr 3e-2",
-    "full-rate5": "--regime full --lr 1e-4",
-    "full-rate15": "--regime full --lr 3e-4",
-    "bias-lora-rate5": "--regime bias,lora:8 --lr 5e-3",
-    "bias-lora-rate15": "--regime bias,lora:8 --lr 1.5e-2",
+    "default rates": "--regime head,svf,bias,lora:8,full",
+    "svf x5": "--regime svf --lr 1e-2",
+    "svf x15": "--regime svf --lr 3e-2",
+    "full x5": "--regime full --lr 1e-4",
+    "full x15": "--regime full --lr 3e-4",
+    "bias lora x5": "--regime bias,lora:8 --lr 5e-3",
+    "bias lora x15": "--regime bias,lora:8 --lr 1.5e-2",
     "layer3": "--regime svf --train-layers layer3*",
     "absolute": "--regime svf --parametrisation absolute --lr 1.5e-3",
     "decay": "--regime svf --decay 10",
-    "head-first": "--regime svf,full --head-first 100",
+    "head first": "--regime head,svf,full --head-first 100",
 }
 """What is compared on base classes alone: the default rates, 5 and 15 times those, and ways."""
 
@@ -138,10 +171,11 @@ def setting_commands() -> list[Command]:
     common = f"{CHOSEN} --test-shots 5 --test-episodes 300"
     return [
         Command(
-            "settings",
-            f"{name}-fold{fold}inner{inner}",
+            f"settings-{fold}-{inner}",
+            _slug(name),
             0,
             f"{options} --fold {fold} --inner-fold {inner} {common}",
+            f"{{regime}}, {name}",
         )
         for name, options in SETTINGS.items()
         for fold, inner in ((0, 1), (2, 3))
@@ -150,16 +184,13 @@ def setting_commands() -> list[Command]:
 
 def all_commands(seeds: int) -> list[Command]:
     """Give every command, in an order in which small tables are complete early."""
-    others = seeds - 1
+    common = f"{CHOSEN} {TESTED}"
     return [
-        *main_commands(0, 1, "head,svf", "full"),
-        *host_commands("head,svf"),
-        *start_commands(),
-        *choice_commands(),
-        *(main_commands(1, others, "head,svf") if seeds > 1 else ()),
         *setting_commands(),
-        *(each for seed in range(seeds) for each in main_commands(seed, 1, "bias")),
-        *(main_commands(1, others, "full") if seeds > 1 else ()),
+        *(c for seed in range(seeds) for c in by_folds("main", REGIMES, seed, common)),
+        *host_commands(),
+        *longer_commands(),
+        *choice_commands(),
     ]
 
 
@@ -184,13 +215,13 @@ def finished(folder: Path) -> bool:
 
 
 def results(commands: Iterable[Command], work: Path) -> list[dict[str, Any]]:
-    """Read every finished run of the commands."""
+    """Read the runs of the commands, each with its row of the table."""
     found = []
     for command in commands:
         path = work / command.folder / "results.json"
         if path.exists():
             runs = json.loads(path.read_text())["runs"]
-            found += [run for run in runs if run["ending"] == "finished"]
+            found += [{**run, "row": command.row.format(regime=run["regime"])} for run in runs]
     return found
 
 
@@ -199,17 +230,19 @@ def table(runs: Sequence[dict[str, Any]]) -> str:
     if not runs:
         return "nothing has finished yet"
     folds = sorted({run["fold"] for run in runs})
-    wanted = [name for name in METRICS if name in runs[0]["metrics"]["after"]]
     lines = []
-    for metric in wanted:
-        names = [f"fold {fold}" for fold in folds]
-        lines.append(f"\n| {metric} | {' | '.join(names)} | mean | above head | runs |")
-        lines.append("|---" * (len(folds) + 4) + "|")
-        lines.append(_line("before training", _scores(runs, metric, "before"), {}, folds))
-        reference = _scores([run for run in runs if run["regime"] == "head"], metric)
-        for row in dict.fromkeys(run["regime"] for run in runs):
-            scores = _scores([run for run in runs if run["regime"] == row], metric)
-            lines.append(_line(row, scores, {} if row == "head" else reference, folds))
+    for metric in (name for name in METRICS if name in runs[0]["metrics"]["after"]):
+        names = " | ".join(f"fold {fold}" for fold in folds)
+        lines.append(f"\n| {metric} | {names} | mean | above head | pairs above | runs |")
+        lines.append("|---" * (len(folds) + 5) + "|")
+        lines.append(_line("nothing trained", _scores(runs, metric, "before"), {}, folds))
+        by_row = {
+            row: _scores([run for run in runs if run["row"] == row], metric)
+            for row in dict.fromkeys(run["row"] for run in runs)
+        }
+        first, *others = by_row.items()
+        lines.append(_line(*first, {}, folds))
+        lines += [_line(row, scores, first[1], folds) for row, scores in others]
     return "\n".join(lines)
 
 
@@ -221,7 +254,7 @@ def _scores(runs: Iterable[dict[str, Any]], metric: str, when: str = "after") ->
     return {
         (run["seed"], run["fold"]): 100 * run["metrics"][when][metric]
         for run in runs
-        if run["metrics"][when].get(metric) is not None
+        if run["metrics"][when].get(metric) is not None and run["ending"] == "finished"
     }
 
 
@@ -229,7 +262,9 @@ def _line(row: str, scores: Scores, reference: Scores, folds: Sequence[int]) -> 
     cells = [_mean([v for (_, f), v in scores.items() if f == fold]) for fold in folds]
     whole = _by_seed(scores, folds)
     above = {key: value - reference[key] for key, value in scores.items() if key in reference}
-    cells += [_interval(whole), _interval(_by_seed(above, folds), signed=True), str(len(scores))]
+    pairs = f"{sum(value > 0 for value in above.values())} of {len(above)}" if above else ""
+    cells += [_interval(whole), _interval(_by_seed(above, folds), signed=True), pairs]
+    cells.append(str(len(scores)) if scores else "diverged")
     return f"| {row} | {' | '.join(cells)} |"
 
 
@@ -289,11 +324,7 @@ def main() -> None:
             list(threads.map(lambda command: run(command, data, work), commands))
     for experiment in dict.fromkeys(command.experiment for command in commands):
         print(f"\n{experiment}")
-        of_it = [c for c in commands if c.experiment == experiment]
-        for name in dict.fromkeys("" if experiment == "main" else c.name for c in of_it):
-            if name:
-                print(f"\n{name}")
-            print(table(results([c for c in of_it if name in ("", c.name)], work)))
+        print(table(results([c for c in commands if c.experiment == experiment], work)))
 
 
 if __name__ == "__main__":
