@@ -139,14 +139,41 @@ def test_training_helps_and_globs_limit_it(plan: Callable[..., Plan]) -> None:
         compare(plan(exclude=["conv*"]), limited)
 
 
-def test_a_worse_tune_is_said_aloud(plan: Callable[..., Plan]) -> None:
-    class Loud(Silent):
+class Loud(Silent):
+    """Remembers warnings."""
+
+    def __init__(self) -> None:
+        self.warnings: list[str] = []
+
+    def warn(self, message: str) -> None:
+        self.warnings.append(message)
+
+
+def test_a_regime_that_trains_the_head_alone_says_so_once(
+    plan: Callable[..., Plan], tmp_path: Path
+) -> None:
+    class Plain(SmallNet):
+        """Has its norm folded away."""
+
         def __init__(self) -> None:
-            self.warnings: list[str] = []
+            super().__init__()
+            self.bn = nn.Identity()
 
-        def warn(self, message: str) -> None:
-            self.warnings.append(message)
+    save_file(Plain().state_dict(), tmp_path / "plain.safetensors", metadata={"format": "pt"})
+    decompose(tmp_path / "plain.safetensors", tmp_path / "plain")
+    loud = Loud()
+    with open_factors(tmp_path / "plain") as store:
+        chosen = plan(regimes=["norm", "bias", "svf+norm"], seeds=[0, 1])
+        compare(replace(chosen, build=Plain, store=store), Kept(), progress=loud)
+    said = [one for one in loud.warnings if "the model has no" in one]
+    assert said == [
+        "norm: the model has no norm parameters outside its head; trained: head",
+        "svf+norm: the model has no norm parameters outside its head; trained: head and singular "
+        "values",
+    ]
 
+
+def test_a_worse_tune_is_said_aloud(plan: Callable[..., Plan]) -> None:
     class Ruin:
         """Gives every label but the right one, so that training can only harm."""
 

@@ -98,6 +98,11 @@ class Trainable:
         """Number of values that are trained."""
         return sum(p.numel() for group in self.groups.values() for p in group)
 
+    @property
+    def absent(self) -> tuple[str, ...]:
+        """Parts that the regime names and the model has none of, such as ``norm``."""
+        return tuple(sorted(self.regime.parts & {"bias", "norm"} - self.groups.keys()))
+
     def singular_values(self) -> dict[str, Tensor]:
         """Return the singular values by tensor name; empty without `attachment`."""
         return {} if self.attachment is None else self.attachment.singular_values()

@@ -88,6 +88,7 @@ class _Comparison:
     ) -> None:
         self.runs: list[Run] = []
         self.stopped = False
+        self._said: set[str] = set()
         self._plan = plan
         self._save = save
         self._journal = journal
@@ -156,6 +157,7 @@ class _Comparison:
         label = _label(task, regime, seed)
         reset_peak_memory(plan.device)
         trainable = self._ranks.together(lambda: self._free(prepared, regime, seed))
+        self._say_absent(trainable)
         model = trainable.model
         settings = replace(plan.settings, head_scale=prepared.head_rate)
         settings = settings if tuning is None else settings.scaled(tuning.factor)
@@ -243,6 +245,17 @@ class _Comparison:
                 include=plan.include or prepared.layers,
                 exclude=plan.exclude,
                 **plan.attaching,
+            )
+
+    def _say_absent(self, trainable: Trainable) -> None:
+        """Say once a regime what it names and the model does not have."""
+        name = trainable.regime.name
+        if trainable.absent and name not in self._said:
+            self._said.add(name)
+            parts = " and ".join(f"{part} parameters" for part in trainable.absent)
+            self._progress.warn(
+                f"{name}: the model has no {parts} outside its head; trained: "
+                f"{' and '.join(trainable.groups).replace('_', ' ')}"
             )
 
     def _gave_up(self, outcome: Outcome) -> bool:
