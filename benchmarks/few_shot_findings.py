@@ -10,7 +10,7 @@ count.
     python benchmarks/few_shot_findings.py DATA WORK --table     only the tables
     python benchmarks/few_shot_findings.py DATA WORK --list      only the commands
 
-DATA holds ``models.py``, ``checkpoints/resnet18_to_layer3.safetensors`` and ``images/voc20_pairs``.
+DATA holds ``models.py``, ``images/voc20_pairs`` and, in ``checkpoints``, the files of `BACKBONES`.
 """
 
 from __future__ import annotations
@@ -34,10 +34,14 @@ from svftool.training.summary import interval
 FOLDS = ("0,1", "2,3")
 """Halves of the folds, for two processes."""
 
-COMMON = (
-    "--model DATA/models.py:resnet18_to_layer3 --data DATA/images/voc20_pairs "
-    "--task few-shot-segmentation --batch-size 4 --select-on last"
-)
+RESNET, MOBILENET = "resnet18_to_layer3", "mobilenet_v2_035"
+BACKBONES = {
+    RESNET: "resnet18_to_layer3.safetensors",
+    MOBILENET: "mobilenet_v2_035_features.safetensors",
+}
+"""Checkpoints by their function in models.py."""
+
+COMMON = "--task few-shot-segmentation --batch-size 4 --select-on last"
 CHOSEN = "--image-size 129 --output-stride 16 --steps 300"
 TESTED = "--test-shots 5 --swap-supports"
 METRICS = ("miou", "miou_5shot", "swapped_miou", "fb_iou", "base_miou", "base_miou_5shot")
@@ -59,6 +63,8 @@ class Command:
         Options of its own.
     row : str
         Row of its runs in the table.
+    backbone : str
+        One of `BACKBONES`.
     """
 
     experiment: str
@@ -66,6 +72,7 @@ class Command:
     seed: int
     options: str
     row: str = "{regime}"
+    backbone: str = RESNET
 
     @property
     def folder(self) -> str:
@@ -74,9 +81,10 @@ class Command:
 
     def arguments(self, data: Path, work: Path) -> list[str]:
         """Give the words after ``svftool``."""
-        text = f"{COMMON} {self.options} --seed {self.seed}".replace("DATA", str(data))
-        output = [str(work / "factors"), "-o", str(work / self.folder), "--resume", "-q"]
-        return ["finetune", *output, *shlex.split(text)]
+        where = f"--model {data}/models.py:{self.backbone} --data {data}/images/voc20_pairs"
+        words = shlex.split(f"{where} {COMMON} {self.options} --seed {self.seed}")
+        factors = work / f"factors-{self.backbone}"
+        return ["finetune", str(factors), "-o", str(work / self.folder), "--resume", "-q", *words]
 
 
 BEST_SVF = "--regime svf --lr 1e-2"
@@ -92,7 +100,9 @@ REGIMES = {
 }
 
 
-def by_folds(experiment: str, rows: Mapping[str, str], seed: int, common: str) -> list[Command]:
+def by_folds(
+    experiment: str, rows: Mapping[str, str], seed: int, common: str, backbone: str = RESNET
+) -> list[Command]:
     """Give a command for each row and half of the folds."""
     return [
         Command(
@@ -101,6 +111,7 @@ def by_folds(experiment: str, rows: Mapping[str, str], seed: int, common: str) -
             seed,
             f"{options} --fold {folds} {common}",
             row,
+            backbone,
         )
         for row, options in rows.items()
         for folds in FOLDS
@@ -185,11 +196,18 @@ def setting_commands() -> list[Command]:
 def all_commands(seeds: int) -> list[Command]:
     """Give every command, in an order in which small tables are complete early."""
     common = f"{CHOSEN} {TESTED}"
+    # The batch norms of the other backbone are folded into its convolutions.
+    with_norms = {**REGIMES, "norm": "--regime norm"}
     return [
         *setting_commands(),
         *(c for seed in range(seeds) for c in by_folds("main", REGIMES, seed, common)),
         *host_commands(),
         *longer_commands(),
+        *(
+            c
+            for seed in range(seeds)
+            for c in by_folds("mobilenet", with_norms, seed, common, MOBILENET)
+        ),
         *choice_commands(),
     ]
 
@@ -289,10 +307,11 @@ def _interval(values: Sequence[float], *, signed: bool = False) -> str:
 
 def decompose(data: Path, work: Path) -> None:
     """Make the factors that all commands start from."""
-    if not (work / "factors").is_dir():
-        base = data / "checkpoints" / "resnet18_to_layer3.safetensors"
-        words = ["decompose", str(base), "-o", str(work / "factors"), "-q"]
-        subprocess.run([sys.executable, "-m", "svftool", *words], check=True, stdout=sys.stderr)
+    for backbone, checkpoint in BACKBONES.items():
+        factors = work / f"factors-{backbone}"
+        if not factors.is_dir():
+            words = ["decompose", str(data / "checkpoints" / checkpoint), "-o", str(factors), "-q"]
+            subprocess.run([sys.executable, "-m", "svftool", *words], check=True, stdout=sys.stderr)
 
 
 def parse_arguments() -> argparse.Namespace:
