@@ -173,6 +173,7 @@ SETTINGS = {
     "absolute": "--regime svf --parametrisation absolute --lr 1.5e-3",
     "decay": "--regime svf --decay 10",
     "head first": "--regime head,svf,full --head-first 100",
+    "sgd": "--regime head,svf,full --optimizer sgd",
 }
 """What is compared on base classes alone: the default rates, 5 and 15 times those, and ways."""
 

@@ -22,6 +22,7 @@ from svftool.cli.console import progress_for
 from svftool.cli.task_options import (
     CLASSIFICATION,
     AlignmentOption,
+    BaseStepsOption,
     FeaturesOption,
     FoldOption,
     HeadNameOption,
@@ -88,7 +89,14 @@ def command(
         Path | None,
         typer.Option("--eval", help="Measure on this; --data gives the classes alone."),
     ] = None,
-    seed: Annotated[int, typer.Option(min=0, help="The fine-tune's seed, for --shots.")] = 0,
+    seed: Annotated[
+        int | None,
+        typer.Option(
+            min=0,
+            help="The fine-tune's seed, for --shots.",
+            show_default="the tuned file's, or 0",
+        ),
+    ] = None,
     predictions: Annotated[
         Path | None,
         typer.Option(
@@ -125,6 +133,7 @@ def command(
     sequence_length: SequenceLengthOption = None,
     host: HostOption = None,
     start: StartOption = None,
+    base_steps: BaseStepsOption = None,
     fold: FoldOption = None,
     inner_fold: InnerFoldOption = None,
     test_shots: TestShotsOption = None,

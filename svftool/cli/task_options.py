@@ -133,6 +133,16 @@ StartOption = Annotated[
         rich_help_panel=FEW_SHOT,
     ),
 ]
+BaseStepsOption = Annotated[
+    int | None,
+    typer.Option(
+        min=1,
+        metavar="STEPS",
+        help="Training of BAM's base learner, unless the checkpoint brings its own.",
+        show_default="400",
+        rich_help_panel=FEW_SHOT,
+    ),
+]
 FoldOption = Annotated[
     str | None,
     typer.Option(
@@ -273,7 +283,7 @@ BELONGING = {
             "shots", "image_size", "mean", "std", "augment", "host", "start", "folds", "inner",
             "lists", "remove_novel", "features", "output_stride", "width", "test_episodes",
             "test_shots", "select_episodes", "select_on", "alignment", "overlays", "overlay_count",
-            "swap_supports",
+            "swap_supports", "base_steps",
         }
     ),
 }  # fmt: skip

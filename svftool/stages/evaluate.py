@@ -65,7 +65,7 @@ def evaluate(
     task: str = "classification",
     model: str = "auto",
     base: str | os.PathLike[str] | None = None,
-    seed: int = 0,
+    seed: int | None = None,
     device: str = "auto",
     predictions: str | os.PathLike[str] | None = None,
     trust_remote_code: bool = False,
@@ -93,8 +93,9 @@ def evaluate(
         See `svftool.models.build_model`.
     base : path-like, optional
         Where the factors' base is, if not at its recorded place.
-    seed : int
-        The fine-tune's, for ``shots`` and for the episodes of few-shot segmentation.
+    seed : int, optional
+        The fine-tune's, for ``shots`` and for the episodes of few-shot segmentation; by default
+        the one in the tuned file, or 0.
     device : str
         ``auto``, ``cpu``, ``cuda`` or ``cuda:INDEX``.
     predictions : path-like, optional
@@ -127,6 +128,7 @@ def evaluate(
     with ExitStack() as stack:
         source = _open(stack, Path(checkpoint), tuned, base, progress)
         options = _options(task, Path(data), source, options)
+        seed = _seed(source) if seed is None else seed
         output = Output.claim(
             stack, predictions, task, force=force, inputs=[*source.paths, Path(data)]
         )
@@ -141,7 +143,7 @@ def evaluate(
 
         fresh = [build()]
         facts = ModelFacts.of(source.checkpoint, fresh[0], trust_remote_code=trust_remote_code)
-        tasks = make_tasks(task, Path(data), facts, options)
+        tasks = make_tasks(task, Path(data), facts, options, progress=progress)
         _check(tasks[0], source, progress)
         runs = []
         for one in tasks:
@@ -205,6 +207,11 @@ def _options(task: str, data: Path, source: _Source, given: Mapping[str, Any]) -
     return options
 
 
+def _seed(source: _Source) -> int:
+    """Find the seed of the fine-tune, which chose what it was measured on."""
+    return 0 if source.tuned is None else int(source.tuned.training.get("seed", 0))
+
+
 def _class_names(source: _Source) -> tuple[str, ...] | None:
     """Find the names of the head's outputs."""
     if source.tuned is not None:
@@ -245,7 +252,7 @@ def _fit(source: _Source, task: Task, draw: Draw, model: nn.Module) -> nn.Module
     known = set(model.state_dict())
     prepared = draw.prepare(model, start=False)
     if source.store is None:
-        names = _load_rest(prepared, source.checkpoint, known)
+        names = _load_rest(prepared, task, source.checkpoint, known)
     else:
         names = [] if source.tuned is None else _tune(prepared, source.tuned, source.store)
     inside = prepared.head is not None and any(n.startswith(f"{prepared.head}.") for n in names)
@@ -259,19 +266,23 @@ def _fit(source: _Source, task: Task, draw: Draw, model: nn.Module) -> nn.Module
     return prepared.model.eval()
 
 
-def _load_rest(prepared: Prepared, checkpoint: Checkpoint, known: Collection[str]) -> list[str]:
+def _load_rest(
+    prepared: Prepared, task: Task, checkpoint: Checkpoint, known: Collection[str]
+) -> list[str]:
     """Load what a checkpoint holds beside the tensors `known` to its bare model: a head, a host.
 
     Returns the live names of what was loaded.
     """
     state = prepared.model.state_dict()
     head = f"{prepared.head}." if prepared.new_head else None
-    loaded, homeless = [], []
+    loaded, homeless, of_head = [], [], {}
     for name, info in checkpoint.infos.items():
         live = name.removeprefix(checkpoint.prefix)
         inside = head is not None and live.startswith(head)
         if live in known and not inside:
             continue
+        if inside:
+            of_head[live] = tuple(info.shape)
         if live in state and state[live].shape == info.shape:
             state[live].copy_(checkpoint.read(name))
             loaded.append(live)
@@ -282,7 +293,32 @@ def _load_rest(prepared: Prepared, checkpoint: Checkpoint, known: Collection[str
             f"{checkpoint.path}: {len(homeless)} tensors have no place in the model: "
             f"{shortlist(homeless)}. Name the model that the checkpoint was made for with --model"
         )
+    # Of a head for other classes nothing fits, and the classes are what is wrong.
+    if of_head and (task.classes is None or any(name.startswith(str(head)) for name in loaded)):
+        _require_whole_head(checkpoint.path, prepared, of_head)
     return loaded
+
+
+def _require_whole_head(
+    path: Path, prepared: Prepared, found: Mapping[str, tuple[int, ...]]
+) -> None:
+    """Refuse a head of another kind: a part of its weights would fit and give nonsense."""
+    module = prepared.model.get_submodule(str(prepared.head))
+    expected = {f"{prepared.head}.{n}": tuple(p.shape) for n, p in module.named_parameters()}
+    buffers = {f"{prepared.head}.{name}" for name, _ in module.named_buffers()}
+    wrong = [
+        name
+        for name in {**expected, **found}
+        if name not in buffers and found.get(name) != expected.get(name)
+    ]
+    if wrong:
+        first = wrong[0]
+        raise ModelError(
+            f"{path}: {first} is {found.get(first, 'missing')}, expected "
+            f"{expected.get(first, 'no such tensor')}, and so on for {len(wrong)} tensors of the "
+            "head. Give the options that it was trained with (few-shot segmentation: --host, "
+            "--start, --width, --shots)"
+        )
 
 
 def _tune(prepared: Prepared, tuned: TunedFile, store: FactorStore) -> list[str]:
@@ -292,6 +328,11 @@ def _tune(prepared: Prepared, tuned: TunedFile, store: FactorStore) -> list[str]
     """
     model = prepared.model
     names = map_names(model, [*store.layers, *store.config.left_whole])
+    if prepared.new_head and prepared.head is not None:
+        whole = {live: value for n, value in tuned.whole.items() for live in names.live_names(n)}
+        inside = {n: tuple(v.shape) for n, v in whole.items() if n.startswith(f"{prepared.head}.")}
+        if inside:
+            _require_whole_head(tuned.path, prepared, inside)
     if tuned.S:
         attach(model, store, include=[escape(name) for name in tuned.S])
         load_tuned(model, tuned.path)

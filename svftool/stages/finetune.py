@@ -154,7 +154,9 @@ def finetune(
             lambda: _Models(model, checkpoint, trust_remote_code=trust_remote_code)
         )
         facts = ModelFacts.of(checkpoint, models.first, trust_remote_code=trust_remote_code)
-        tasks = ranks.together(lambda: make_tasks(task, Path(data), facts, options))
+        tasks = ranks.together(
+            lambda: make_tasks(task, Path(data), facts, options, progress=progress)
+        )
         itself = is_run_itself(target, chosen, len(chosen) * len(numbers) * len(tasks))
         plan = Plan(
             build=models.build,

@@ -60,6 +60,9 @@ class Prepared:
     head_rate : float
         What the default learning rate of the head is multiplied by: a head whose start is as good
         as the examples can make it had better move little.
+    beside : tuple of nn.Module
+        Frozen modules that the loss uses and `model` does not hold. Where several processes
+        prepare, they go on with those of the first.
     """
 
     model: nn.Module
@@ -67,6 +70,7 @@ class Prepared:
     new_head: bool = False
     layers: tuple[str, ...] = ()
     head_rate: float = 1.0
+    beside: tuple[nn.Module, ...] = ()
 
 
 class Draw(Protocol):

@@ -12,6 +12,7 @@ from torch import nn
 from svftool.checkpoints import Checkpoint
 from svftool.errors import UsageError
 from svftool.models import DEFAULT_PREPROCESSING, Preprocessing, find_preprocessing
+from svftool.progress import SILENT, Progress
 from svftool.tasks.base import Task
 from svftool.tasks.classification import Classification
 from svftool.tasks.few_shot_segmentation import few_shot_tasks
@@ -53,15 +54,17 @@ class ModelFacts:
         )
 
 
-def _classification(data: Path, facts: ModelFacts, **options: Any) -> list[Task]:
+def _classification(
+    data: Path, facts: ModelFacts, _progress: Progress, **options: Any
+) -> list[Task]:
     return [Classification(data, preprocessing=facts.preprocessing, **options)]
 
 
-def _few_shot(data: Path, facts: ModelFacts, **options: Any) -> Sequence[Task]:
-    return few_shot_tasks(data, preprocessing=facts.preprocessing, **options)
+def _few_shot(data: Path, facts: ModelFacts, progress: Progress, **options: Any) -> Sequence[Task]:
+    return few_shot_tasks(data, preprocessing=facts.preprocessing, progress=progress, **options)
 
 
-def _language(data: Path, facts: ModelFacts, **options: Any) -> list[Task]:
+def _language(data: Path, facts: ModelFacts, _progress: Progress, **options: Any) -> list[Task]:
     return [
         Language(
             data,
@@ -72,7 +75,7 @@ def _language(data: Path, facts: ModelFacts, **options: Any) -> list[Task]:
     ]
 
 
-def _segmentation(data: Path, facts: ModelFacts, **options: Any) -> list[Task]:
+def _segmentation(data: Path, facts: ModelFacts, _progress: Progress, **options: Any) -> list[Task]:
     return [Segmentation(data, preprocessing=facts.preprocessing, config=facts.config, **options)]
 
 
@@ -82,7 +85,7 @@ TASKS: dict[str, Callable[..., Sequence[Task]]] = {
     "language": _language,
     "few-shot-segmentation": _few_shot,
 }
-"""Makers of tasks by name; each takes its data, facts of the model and its own options."""
+"""Makers of tasks by name, from data, facts of the model, progress and the task's options."""
 
 SPLIT = frozenset({"classification", "segmentation", "language"})
 """Tasks that measure with what shots left over, or with ``evaluation``."""
@@ -95,7 +98,8 @@ _RECORDED = {
     "segmentation": ("mean", "std", "head_type", "features", "ignore_index"),
     "language": ("sequence_length",),
     "few-shot-segmentation": (
-        "host", "width", "features", "output_stride", "image_size", "test_episodes", "alignment",
+        "host", "start", "width", "features", "output_stride", "image_size", "mean", "std",
+        "test_episodes", "alignment", "base_steps",
     ),
 }  # fmt: skip
 """Options by which the same weights give the same metrics, under the names of `Task.describe`."""
@@ -126,11 +130,18 @@ def recorded(name: str, described: Mapping[str, Any]) -> dict[str, Any]:
         found |= {option: [described[key]] for option, key in several.items() if key in described}
         if described.get("inner_fold") is not None:
             found["inner"] = described["inner_fold"]
+        if described.get("removed_images_with_novel_classes"):
+            found["remove_novel"] = True
     return found
 
 
 def make_tasks(
-    name: str, data: Path, facts: ModelFacts, options: Mapping[str, Any]
+    name: str,
+    data: Path,
+    facts: ModelFacts,
+    options: Mapping[str, Any],
+    *,
+    progress: Progress = SILENT,
 ) -> Sequence[Task]:
     """Make the tasks of a name: one, or several of a kind such as the folds of a data set.
 
@@ -144,6 +155,8 @@ def make_tasks(
         What the checkpoint says about its input.
     options : mapping
         The task's own options.
+    progress : Progress
+        Told of what takes long before training begins.
 
     Raises
     ------
@@ -154,4 +167,4 @@ def make_tasks(
     """
     if name not in TASKS:
         raise UsageError(f"task {name!r}, expected one of {', '.join(TASKS)}")
-    return TASKS[name](data, facts, **options)
+    return TASKS[name](data, facts, progress, **options)

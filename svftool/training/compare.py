@@ -111,7 +111,7 @@ class _Comparison:
             if self.stopped:
                 return
             with explain_out_of_memory(self._plan.settings.batch_size):
-                prepared = self._ranks.together(lambda: self._prepare(draw))
+                prepared = self._prepare(draw)
                 if before is None:
                     before = self._measure(draw, prepared.model)
                     stem = file_stem("before", seed, task.shots, task.facts)
@@ -133,7 +133,12 @@ class _Comparison:
         return self.stopped
 
     def _prepare(self, draw: Draw) -> Prepared:
-        return draw.prepare(self._plan.build().to(self._plan.device))
+        prepared = self._ranks.together(
+            lambda: draw.prepare(self._plan.build().to(self._plan.device))
+        )
+        for module in prepared.beside:
+            self._ranks.copy_from_first(list(module.state_dict().values()))
+        return prepared
 
     def _measure(self, draw: Draw, model: nn.Module) -> dict[str, float]:
         return self._ranks.measure(draw, model, progress=self._progress)
@@ -156,7 +161,7 @@ class _Comparison:
         stem = file_stem(regime, seed, task.shots, task.facts)
         label = _label(task, regime, seed)
         reset_peak_memory(plan.device)
-        trainable = self._ranks.together(lambda: self._free(prepared, regime, seed))
+        trainable = self._free(prepared, regime, seed)
         self._say_absent(trainable)
         model = trainable.model
         settings = replace(plan.settings, head_scale=prepared.head_rate)
@@ -222,9 +227,7 @@ class _Comparison:
         )
         tuning = tuner.tune(
             draw,
-            lambda fold: self._ranks.together(
-                lambda: self._free(self._prepare(fold), regime, seed)
-            ),
+            lambda fold: self._free(self._prepare(fold), regime, seed),
             seed=seed,
             name=file_stem(regime, seed, task.shots, task.facts),
             label=_label(task, regime, seed),
@@ -233,6 +236,9 @@ class _Comparison:
         return tuning
 
     def _free(self, prepared: Prepared, regime: str, seed: int) -> Trainable:
+        return self._ranks.together(lambda: self._attached(prepared, regime, seed))
+
+    def _attached(self, prepared: Prepared, regime: str, seed: int) -> Trainable:
         plan = self._plan
         with repeatable(plan.device):
             # LoRA draws its start from the global generator.

@@ -11,6 +11,7 @@ import os
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import TypeVar
 
 import torch
 import torch.distributed as dist
@@ -22,6 +23,8 @@ from svftool.progress import SILENT, Progress
 from svftool.tasks import Draw
 from svftool.tasks.base import MeasuresTogether, Part
 from svftool.training.devices import pick_device
+
+_Tensor = TypeVar("_Tensor", bound=Tensor)
 
 BUCKET_BYTES = 64 << 20
 """Gradients are summed in buffers of this size."""
@@ -71,7 +74,7 @@ class Ranks(Processes):
             self._exchange(gradients, lambda flat: dist.all_reduce(flat))
 
     @torch.no_grad()
-    def copy_from_first(self, parameters: Sequence[nn.Parameter]) -> None:
+    def copy_from_first(self, parameters: Sequence[Tensor]) -> None:
         """Give every process the first one's values, so that all start from the same bits."""
         if self.count == 1:
             return
@@ -91,9 +94,9 @@ ALONE = Ranks()
 """The only process."""
 
 
-def _buckets(parameters: Sequence[nn.Parameter]) -> Iterator[list[nn.Parameter]]:
+def _buckets(parameters: Sequence[_Tensor]) -> Iterator[list[_Tensor]]:
     """Group neighbours of one dtype up to `BUCKET_BYTES`."""
-    bucket: list[nn.Parameter] = []
+    bucket: list[_Tensor] = []
     size = 0
     for parameter in parameters:
         full = size + parameter.nbytes > BUCKET_BYTES

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -10,12 +10,13 @@ from typing import Any
 from svftool.errors import UsageError
 from svftool.models import DEFAULT_PREPROCESSING, Preprocessing
 from svftool.progress import SILENT, Progress
+from svftool.tasks.few_shot_segmentation.base_learner import BaseTraining
 from svftool.tasks.few_shot_segmentation.canvas import canvas_side
 from svftool.tasks.few_shot_segmentation.kept import SharedOutputs
 from svftool.tasks.few_shot_segmentation.layouts import open_source
 from svftool.tasks.few_shot_segmentation.overlays import Overlays
 from svftool.tasks.few_shot_segmentation.pictures import Pictures
-from svftool.tasks.few_shot_segmentation.rules import Rules
+from svftool.tasks.few_shot_segmentation.rules import DEFAULT_RULES, Rules
 from svftool.tasks.few_shot_segmentation.task import FewShotSegmentation
 
 SIZES = {"coco-20i": 641}
@@ -37,6 +38,7 @@ def few_shot_tasks(
     std: tuple[float, ...] | None = None,
     overlays: Path | None = None,
     overlay_count: int | None = None,
+    base_steps: int | None = None,
     progress: Progress = SILENT,
     **rules: Any,
 ) -> list[FewShotSegmentation]:
@@ -67,8 +69,10 @@ def few_shot_tasks(
         Folder for pictures of predictions: supports, truth and prediction side by side.
     overlay_count : int, optional
         How many of each run; 12.
+    base_steps : int, optional
+        Steps in which BAM's base learner is trained; 400.
     progress : Progress
-        Told of the masks that are read.
+        Told of the masks that are read, and of the base learner's training.
     rules
         Fields of `Rules`.
 
@@ -82,17 +86,25 @@ def few_shot_tasks(
     DataError
         If the data cannot be read, a fold does not exist or a class is too small.
     UsageError
-        If there are no folds or shots, or one is named twice.
+        If there are no folds or shots, or one is named twice; if an option belongs to another
+        host.
     """
     for name, values in (("fold", folds), ("shots", shots)):
         if not values or len(set(values)) < len(values):
             raise UsageError(f"--{name} {','.join(map(str, values))}: expected each number once")
     if min(shots) < 1:
         raise UsageError(f"--shots {min(shots)}: expected at least 1")
+    _require_host(rules, "start", rules.get("start"), "baseline")
+    _require_host(rules, "base-steps", base_steps, "bam")
+    if base_steps is not None:
+        rules["base_learner"] = BaseTraining(steps=base_steps)
     source = open_source(data, lists=lists)
     size = image_size or SIZES.get(source.dataset, DEFAULT_SIZE)
     parts = {
-        fold: source.fold(fold, inner=inner, remove_novel=remove_novel, progress=progress)
+        (count, fold): source.fold(
+            fold, inner=inner, shots=count, remove_novel=remove_novel, progress=progress
+        )
+        for count in shots
         for fold in folds
     }
     chosen = Rules(image_size=size, test_shots=tuple(test_shots), **rules)
@@ -101,17 +113,23 @@ def few_shot_tasks(
     seen_as = replace(preprocessing, mean=mean or preprocessing.mean, std=std or preprocessing.std)
     return [
         FewShotSegmentation(
-            parts[fold],
+            data_of_fold,
             shots=count,
             rules=chosen,
             preprocessing=seen_as,
             pictures=pictures,
             outputs=outputs,
             overlays=drawn,
+            progress=progress,
         )
-        for count in shots
-        for fold in folds
+        for (count, _), data_of_fold in parts.items()
     ]
+
+
+def _require_host(rules: Mapping[str, Any], option: str, value: object, owner: str) -> None:
+    host = rules.get("host", DEFAULT_RULES.host)
+    if value is not None and host != owner:
+        raise UsageError(f"--{option} has no meaning for --host {host}, only for {owner}")
 
 
 def _overlays(folder: Path | None, count: int | None) -> Overlays | None:

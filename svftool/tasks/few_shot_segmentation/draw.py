@@ -25,13 +25,12 @@ from svftool.tasks.few_shot_segmentation.backbones import (
 )
 from svftool.tasks.few_shot_segmentation.base_learner import (
     BaseProbabilities,
-    BaseTraining,
     published_learner,
     train_base_learner,
 )
 from svftool.tasks.few_shot_segmentation.encoding import Encoder
 from svftool.tasks.few_shot_segmentation.episodes import Asked, draw_episode
-from svftool.tasks.few_shot_segmentation.hosts import HostOutput, Nearest, make_host
+from svftool.tasks.few_shot_segmentation.hosts import BaseLearner, HostOutput, Nearest, make_host
 from svftool.tasks.few_shot_segmentation.kept import View
 from svftool.tasks.few_shot_segmentation.masks import IGNORE
 from svftool.tasks.few_shot_segmentation.metrics import Pooled
@@ -53,7 +52,7 @@ class FewShotDraw:
         self._pool = task.data.train
         self._scorer = Scorer(task.pictures, task.rules.alignment, task.data.split.base)
         self._encoder: Encoder | None = None
-        self._untrained: Tensor | None = None
+        self._untrained: list[Tensor] = []
         self._base: BaseProbabilities | None = None
 
     @property
@@ -85,11 +84,13 @@ class FewShotDraw:
         net = FewShotNet(model, plan, host.to(device))
         task.outputs.learn(net)
         self._encoder = self._base = None
-        self._untrained = next(host.parameters()).detach().clone()
-        if rules.host == "bam":
-            self._base = self._base_probabilities(net)
+        self._untrained = [one.detach().clone() for one in host.parameters()]
         layers = tuple(f"*{stage}.*" for stage in plan.trained)
-        return Prepared(net, "host", new_head=True, layers=layers)
+        prepared = Prepared(net, "host", new_head=True, layers=layers)
+        if rules.host != "bam":
+            return prepared
+        self._base, learner = self._base_probabilities(net)
+        return replace(prepared, beside=(learner,))
 
     def folds(self, count: int, seed: int) -> list[FewShotDraw]:
         """Give one fold, measured on held-out images of the base classes, where there are any.
@@ -267,10 +268,10 @@ class FewShotDraw:
 
     def _host(self, net: FewShotNet) -> nn.Module:
         # PEFT keeps the host as it was beside the one that is trained.
-        parameters = list(net.host.parameters())
-        now = next((p for p in parameters if p.requires_grad), parameters[0])
-        before = self._untrained
-        return Nearest() if before is not None and torch.equal(before, now) else net.host
+        parameters, before = list(net.host.parameters()), self._untrained
+        now = [one for one in parameters if one.requires_grad] or parameters
+        same = len(now) == len(before) and all(map(torch.equal, now, before))
+        return Nearest() if same else net.host
 
     def _encode(self, net: FewShotNet, *, training: bool) -> Encoder:
         task = self._task
@@ -309,25 +310,27 @@ class FewShotDraw:
             return None
         return self._base(queries) if images is None else self._base.of(images[: len(queries)])
 
-    def _base_probabilities(self, net: FewShotNet) -> BaseProbabilities:
+    def _base_probabilities(self, net: FewShotNet) -> tuple[BaseProbabilities, BaseLearner]:
         """Train the base learner once a seed, on a copy of the backbone that stays as it is."""
         task = self._task
         frozen = FewShotNet(copy.deepcopy(net.backbone), net.plan, nn.Identity())
         frozen.requires_grad_(False).eval()
         encoder = self._encode(frozen, training=False)
-        learner = own_base_learner(net.backbone)
-        if learner is not None:
-            return BaseProbabilities(encoder, published_learner(learner, self._pool))
+        own = own_base_learner(net.backbone)
+        if own is not None:
+            learner = published_learner(own, self._pool)
+            return BaseProbabilities(encoder, learner), learner
         if self._seed not in task.learners:
-            settings = task.rules.base_learner
             task.learners[self._seed] = train_base_learner(
                 encoder,
                 net.plan.channels[net.plan.names.high],
                 self._pool,
                 task.pictures,
-                BaseTraining(settings.steps, settings.batch_size, settings.lr, self._seed),
+                replace(task.rules.base_learner, seed=self._seed),
+                progress=task.progress,
             )
-        return BaseProbabilities(encoder, task.learners[self._seed])
+        learner = task.learners[self._seed]
+        return BaseProbabilities(encoder, learner), learner
 
 
 class _BaseClassDraw(FewShotDraw):

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from svftool.models import DEFAULT_PREPROCESSING, Preprocessing
+from svftool.progress import SILENT, Progress
 from svftool.tasks.base import Metric
 from svftool.tasks.few_shot_segmentation.canvas import canvas_side
 from svftool.tasks.few_shot_segmentation.draw import FewShotDraw
@@ -12,7 +13,12 @@ from svftool.tasks.few_shot_segmentation.hosts import BaseLearner
 from svftool.tasks.few_shot_segmentation.kept import SharedOutputs
 from svftool.tasks.few_shot_segmentation.overlays import Overlays
 from svftool.tasks.few_shot_segmentation.pictures import Pictures
-from svftool.tasks.few_shot_segmentation.pool import FoldData, Pool, require_shots
+from svftool.tasks.few_shot_segmentation.pool import (
+    FoldData,
+    Pool,
+    require_held_out,
+    require_shots,
+)
 from svftool.tasks.few_shot_segmentation.rules import DEFAULT_RULES, Rules
 
 
@@ -35,11 +41,14 @@ class FewShotSegmentation:
         Outputs of the base's stages that other tasks use too.
     overlays : Overlays, optional
         Where pictures of predictions go.
+    progress : Progress
+        Told of what is done before training: a base learner's.
 
     Raises
     ------
     DataError
-        If a class has too few images for the shots.
+        If a class has too few images for the shots, or no class has enough held-out ones to choose
+        weights by.
     """
 
     name = "few-shot-segmentation"
@@ -56,9 +65,12 @@ class FewShotSegmentation:
         pictures: Pictures | None = None,
         outputs: SharedOutputs | None = None,
         overlays: Overlays | None = None,
+        progress: Progress = SILENT,
     ) -> None:
-        require_shots(data.train, shots, data.split, "training")
+        require_shots(data.train, shots, data.split, "training", held_out=data.held_out)
         require_shots(data.test, max(shots, *rules.test_shots, 1), data.split, "test")
+        if rules.select_on == "base":
+            require_held_out(data.held_out, shots, data.split)
         self.data = data
         self.shots = shots
         self.rules = rules
@@ -66,6 +78,7 @@ class FewShotSegmentation:
         self.pictures = pictures or Pictures(canvas_side(rules.image_size))
         self.outputs = outputs or SharedOutputs()
         self.overlays = overlays
+        self.progress = progress
         self.learners: dict[int, BaseLearner] = {}
         self.backbone: str | None = None
 
@@ -90,10 +103,13 @@ class FewShotSegmentation:
             "host": rules.host,
             "start": rules.start if rules.host == "baseline" else None,
             "backbone": self.backbone,
+            "base_steps": rules.base_learner.steps if rules.host == "bam" else None,
             "width": rules.width,
             "features": rules.features,
             "output_stride": rules.output_stride,
             "image_size": self.pictures.canvas,
+            "mean": list(self.preprocessing.mean),
+            "std": list(self.preprocessing.std),
             "augment": rules.augment,
             "novel_classes": [data.split.name(label) for label in data.split.novel],
             "base_classes": [data.split.name(label) for label in data.split.base],

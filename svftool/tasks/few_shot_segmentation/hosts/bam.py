@@ -39,6 +39,7 @@ class BAM(nn.Module):
         self.meta = Baseline(channels, width)
         self.adjust = _first_of_two()
         self.ensemble = _first_of_two()
+        self.shots = shots
         self.reweight = None
         if shots > 1:
             self.reweight = nn.Sequential(
@@ -59,8 +60,11 @@ class BAM(nn.Module):
         return HostOutput(self.combine(meta, distance, episodes), [(1.0, meta)])
 
     def weigh(self, distances: Tensor) -> Tensor:
-        """Weigh the supports of each query by their ordered (B, K) distances: (B, K), sum 1."""
-        if self.reweight is None or distances.shape[1] == 1:
+        """Weigh the supports of each query by their ordered (B, K) distances: (B, K), sum 1.
+
+        All alike where the host was trained with another number of them.
+        """
+        if self.reweight is None or distances.shape[1] != self.shots:
             return torch.full_like(distances, 1 / distances.shape[1])
         ordered, order = distances.sort(1)
         weights: Tensor = self.reweight(ordered).gather(1, order.argsort(1))
