@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from svftool.tasks.few_shot_segmentation.backbones import Features
+from svftool.tasks.few_shot_segmentation.backbones import Features, resized
 from svftool.tasks.few_shot_segmentation.hosts import (
     BAM,
     BaseLearner,
@@ -25,6 +25,7 @@ from svftool.tasks.few_shot_segmentation.hosts.parts import (
     mask_loss,
     masked_mean,
     prior_masks,
+    prior_of,
 )
 
 CHANNELS, SIDE = 6, 8
@@ -196,6 +197,26 @@ def test_pfenet_enriches_at_the_papers_four_scales():
     assert sizes == [(60, 60), (30, 30), (15, 15), (8, 8)]
 
 
+def test_pfenet_adds_what_the_scale_above_saw():
+    torch.manual_seed(0)
+    host = PFENet(CHANNELS, 4).eval()
+    outputs: list[Tensor] = []
+    merged: list[tuple[Tensor, Tensor]] = []
+    for scale in host.scales:
+        scale.register_forward_hook(lambda module, given, output: outputs.append(output))
+        if scale.above is not None:
+            scale.above.register_forward_hook(lambda module, given, output: merged.append(given))
+    with torch.no_grad():
+        host(episodes_of(1))
+    assert len(outputs) == 4
+    assert len(merged) == 3
+    for finer, (own, above), coarser in zip(outputs[:-1], merged, outputs[1:], strict=True):
+        # Each scale's output goes to the query's size before it is brought to the next scale's.
+        whole = resized(finer, (SIDE, SIDE))
+        torch.testing.assert_close(above, resized(whole, coarser.shape[-2:]))
+        assert own.shape == coarser.shape
+
+
 def test_pfenets_side_outputs_weigh_as_much_as_the_main_one_together():
     output = PFENet(CHANNELS, 4).eval()(episodes_of(1))
     assert [weight for weight, _ in output.auxiliary] == [0.25] * 4
@@ -251,6 +272,34 @@ def test_bam_weighs_supports_by_distance_whatever_their_order():
     order = [2, 0, 1]
     torch.testing.assert_close(host.weigh(distances[:, order]), weights[:, order])
     assert len(set(weights[0].tolist())) == 3
+
+
+def test_bams_weights_reach_prototypes_priors_and_distance():
+    torch.manual_seed(0)
+    host = BAM(CHANNELS, 8, shots=3).eval()
+    compared: list[tuple[Tensor, Tensor]] = []
+    compare = host.meta.compare
+    host.meta.compare = lambda e, *given: compared.append(given) or compare(e, *given)
+    weights = torch.tensor([[0.7, 0.3, 0.0], [0.0, 0.5, 0.5]])
+    host.weigh = lambda distances: weights
+    # The distance alone decides what is added to both probabilities.
+    with torch.no_grad():
+        host.adjust.weight.copy_(torch.tensor([0.0, 1.0]).view(1, 2, 1, 1))
+    episodes = episodes_of(3)
+    logits = host(episodes).logits
+    prototypes = host.meta.prototypes(episodes)
+    wanted = (weights[..., None] * prototypes).sum(1)
+    torch.testing.assert_close(compared[0][0], wanted)
+    priors = torch.stack([prior_of(take_shots(episodes, k))[:, 0] for k in range(3)], dim=1)
+    torch.testing.assert_close(compared[0][1], (weights[..., None, None] * priors).sum(1)[:, None])
+    distance = (weights * scene_distances(episodes.query.low, episodes.low)).sum(1)
+    torch.testing.assert_close(logits, distance.view(2, 1, 1, 1).expand_as(logits))
+
+
+def test_bam_weighs_another_number_of_supports_alike():
+    host = BAM(CHANNELS, 8, shots=3).eval()
+    torch.testing.assert_close(host.weigh(torch.rand(2, 5)), torch.full((2, 5), 0.2))
+    assert host(episodes_of(2)).logits.shape == (2, 2, SIDE, SIDE)
 
 
 def test_the_base_learner_says_background_and_every_base_class():
