@@ -53,9 +53,11 @@ def in_two(*words: object) -> list[dict[str, Any]]:
     return json.loads(stdout)["runs"]
 
 
-@pytest.mark.parametrize("host", ["baseline", "pfenet"])
-def test_two_processes_score_as_one_does(work: Path, host: str) -> None:
-    options = rules(work, "--host", host, "--fold", 1)
+@pytest.mark.parametrize(
+    ("host", "more"), [("baseline", ()), ("pfenet", ()), ("bam", ("--base-steps", 3))]
+)
+def test_two_processes_score_as_one_does(work: Path, host: str, more: tuple[object, ...]) -> None:
+    options = rules(work, "--host", host, "--fold", 1, *more)
     training = ["--select-episodes", 7, "--steps", 6, "--batch-size", 3, "--lr", 0.01]
     out = work / host
     runs = in_two(
