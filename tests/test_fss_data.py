@@ -12,6 +12,7 @@ import pytest
 from PIL import Image
 
 from svftool.errors import DataError
+from svftool.tasks.few_shot_segmentation import few_shot_tasks
 from svftool.tasks.few_shot_segmentation.folds import (
     COCO_CLASSES,
     VOC_CLASSES,
@@ -502,6 +503,74 @@ def test_a_large_class_keeps_a_fifth_from_training(tmp_path: Path):
     assert sum(pair.image.parent.name == "b" for pair in held.pairs) == 10
 
 
+@pytest.mark.parametrize(("shots", "held"), [(1, 4), (3, 4), (4, 3), (6, 1), (7, 0)])
+def test_a_small_class_keeps_the_pictures_that_its_shots_take(
+    tmp_path: Path, shots: int, held: int
+):
+    root = write_pairs(tmp_path, dict.fromkeys("abcd", 8))
+    data = open_source(root).fold(0, shots=shots)
+    assert data.held_out.pictures == dict.fromkeys((2, 3, 4), held)
+    assert data.train.pictures == dict.fromkeys((2, 3, 4), 8 - held)
+    (task,) = few_shot_tasks(root, shots=[shots], select_on="last")
+    assert task.data == data
+
+
+def test_a_picture_is_not_held_out_where_another_of_its_classes_needs_it(tmp_path: Path):
+    root = write_pairs(tmp_path, {"a": 1, "b": 12, "c": 2, "d": 4})
+    for index in range(2):
+        (root / "b" / f"{index}.jpg").write_bytes((root / "c" / f"{index}.jpg").read_bytes())
+    data = open_source(root).fold(0)
+    assert data.train.pictures == {2: 6, 3: 2, 4: 2}
+
+
+def test_shots_of_one_table_hold_out_what_they_would_alone(tmp_path: Path):
+    root = write_pairs(tmp_path, dict.fromkeys("abcd", 8))
+    one, four = few_shot_tasks(root, shots=[1, 4], select_on="last")
+    assert (one.shots, len(one.data.held_out.pairs)) == (1, 12)
+    assert (four.shots, len(four.data.held_out.pairs)) == (4, 9)
+
+
+@pytest.mark.parametrize(
+    ("counts", "shots", "found"),
+    [
+        ({"a": 3, "b": 3, "c": 3, "d": 3}, 1, "3 images of 3 base classes, 1 of a class at most"),
+        ({"a": 11, "b": 11, "c": 11, "d": 11}, 5, "15 images of 3 base classes, 5 of a class"),
+    ],
+)
+def test_too_few_held_out_pictures_to_choose_by_are_refused_before_training(
+    tmp_path: Path, counts: Mapping[str, int], shots: int, found: str
+):
+    root = write_pairs(tmp_path, counts)
+    with pytest.raises(
+        DataError,
+        match=rf"^fold 0 holds out {found}.*expected {shots + 1} .*--select-on last",
+    ):
+        few_shot_tasks(root, shots=[shots])
+    for select_on in ("last", "novel"):
+        assert few_shot_tasks(root, shots=[shots], select_on=select_on)
+
+
+def test_an_empty_list_of_classes_to_choose_by_is_refused_before_training(tmp_path: Path):
+    root = write_pairs(tmp_path / "FSS-1000", {"a": 4, "b": 4})
+    lists = tmp_path / "lists"
+    lists.mkdir()
+    for part, text in (("trn", "a"), ("val", ""), ("test", "b")):
+        (lists / f"{part}.txt").write_text(text)
+    with pytest.raises(DataError, match=r"holds out 0 images of 0 base classes.*--select-on last"):
+        few_shot_tasks(root, lists=lists)
+    assert few_shot_tasks(root, lists=lists, select_on="last")
+
+
+def test_training_images_that_are_kept_back_are_told_of(tmp_path: Path):
+    root = write_pairs(tmp_path, {"a": 9, "b": 9, "c": 9, "d": 9})
+    with pytest.raises(DataError, match=r"fewer than 6 images.*: b \(5, 4 more held out\), c .*"):
+        require_shots(open_source(root).fold(0), "training", 5)
+    for index in range(8):
+        (root / "b" / f"{index}.jpg").write_bytes((root / "a" / f"{index}.jpg").read_bytes())
+    with pytest.raises(DataError, match=r" b \(1, .*Use fewer --shots, --keep-novel or add images"):
+        few_shot_tasks(root, remove_novel=True)
+
+
 def test_one_picture_under_two_classes_is_one_picture(tmp_path: Path):
     root = write_pairs(tmp_path, {"a": 4, "b": 4, "c": 4, "d": 4})
     for source, copy in (("a/0.jpg", "b/0.jpg"), ("c/1.jpg", "b/1.jpg")):
@@ -566,11 +635,11 @@ def test_empty_masks_are_counted(tmp_path: Path):
 def test_a_class_with_too_few_pairs_is_named(tmp_path: Path):
     root = write_pairs(tmp_path, {"a": 6, "b": 2, "c": 5, "d": 6})
     data = open_source(root).fold(1)
-    require_shots(data.test, 1, data.split, "test")
+    require_shots(data, "test", 1)
     with pytest.raises(
         DataError, match=r"^1 classes of the test data of fold 1 .*6 images.* b \(2\)"
     ):
-        require_shots(data.test, 5, data.split, "test")
+        require_shots(data, "test", 5)
 
 
 def test_an_inner_fold_stands_in_for_one_that_takes_no_part(voc: VocFolder):

@@ -77,13 +77,17 @@ class Pool:
                 found[label].append(index)
         return {label: tuple(indices) for label, indices in found.items()}
 
-    def too_small(self, shots: int) -> dict[int, int]:
-        """Give the classes that have fewer than `shots` + 1 different pictures, and how many."""
-        counts = {
+    @cached_property
+    def pictures(self) -> Mapping[int, int]:
+        """How many different pictures may support each class."""
+        return {
             label: len({self.pairs[index].identity for index in indices})
             for label, indices in self.support_of.items()
         }
-        return {label: count for label, count in counts.items() if count < shots + 1}
+
+    def too_small(self, shots: int) -> dict[int, int]:
+        """Give the classes that have fewer than `shots` + 1 different pictures, and how many."""
+        return {label: count for label, count in self.pictures.items() if count < shots + 1}
 
     def only(self, classes: Iterable[int]) -> Pool:
         """Restrict the pool to some of its classes."""
@@ -144,30 +148,58 @@ def allow(pairs: Iterable[Pair], *, query: Iterable[int], support: Iterable[int]
     return kept
 
 
-def require_shots(pool: Pool, shots: int, split: ClassSplit, part: str) -> None:
-    """Refuse a pool where a class cannot make an episode.
+def require_shots(data: FoldData, part: Literal["training", "test"], shots: int) -> None:
+    """Refuse data where a class cannot make an episode.
 
     Parameters
     ----------
-    pool : Pool
-        The pool that episodes of `shots` shots will be drawn from.
+    data : FoldData
+        The fold.
+    part : {"training", "test"}
+        What episodes of `shots` shots will be drawn from.
     shots : int
         Support images of an episode.
-    split : ClassSplit
-        Gives the classes' names.
-    part : str
-        Which part of the data it is, for the message.
 
     Raises
     ------
     DataError
         If a class has fewer different pictures than `shots` + 1: names and counts.
     """
-    small = pool.too_small(shots)
-    if small:
-        listed = shortlist((f"{split.name(c)} ({n})" for c, n in small.items()), limit=5)
+    small = (data.train if part == "training" else data.test).too_small(shots)
+    if not small:
+        return
+    held = data.held_out.pictures if part == "training" else {}
+    more = {label: f", {held[label]} more held out" for label in small if held.get(label)}
+    listed = (f"{data.split.name(label)} ({n}{more.get(label, '')})" for label, n in small.items())
+    keep = ", --keep-novel" if part == "training" and data.removed else ""
+    raise DataError(
+        f"{len(small)} classes of the {part} data of fold {data.split.fold} have fewer than "
+        f"{shots + 1} images, expected {shots} for support and 1 to query: "
+        f"{shortlist(listed, limit=5)}. Use fewer --shots{keep} or add images."
+    )
+
+
+def require_held_out(data: FoldData, shots: int) -> None:
+    """Refuse held-out images that make no episode, where weights are to be chosen by them.
+
+    Parameters
+    ----------
+    data : FoldData
+        The fold.
+    shots : int
+        Support images of an episode.
+
+    Raises
+    ------
+    DataError
+        If no base class has `shots` + 1 different held-out pictures: how many there are.
+    """
+    pool = data.held_out
+    most = max(pool.pictures.values(), default=0)
+    if most < shots + 1:
         raise DataError(
-            f"{len(small)} classes of the {part} data of fold {split.fold} have fewer than "
-            f"{shots + 1} images, expected {shots} for support and 1 to query: {listed}. "
-            "Use fewer --shots or add images."
+            f"fold {data.split.fold} holds out {len(pool.pairs)} images of {len(pool.classes)} "
+            f"base classes, {most} of a class at most, expected {shots + 1} ({shots} for support "
+            "and 1 to query) to choose weights by. Use --select-on last, fewer --shots or more "
+            "images."
         )

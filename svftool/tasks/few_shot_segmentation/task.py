@@ -67,10 +67,10 @@ class FewShotSegmentation:
         overlays: Overlays | None = None,
         progress: Progress = SILENT,
     ) -> None:
-        require_shots(data.train, shots, data.split, "training", held_out=data.held_out)
-        require_shots(data.test, max(shots, *rules.test_shots, 1), data.split, "test")
+        require_shots(data, "training", shots)
+        require_shots(data, "test", max(shots, *rules.test_shots, 1))
         if rules.select_on == "base":
-            require_held_out(data.held_out, shots, data.split)
+            require_held_out(data, shots)
         self.data = data
         self.shots = shots
         self.rules = rules

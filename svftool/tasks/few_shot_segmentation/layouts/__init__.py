@@ -41,6 +41,7 @@ class Source(Protocol):
         index: int,
         *,
         inner: int | None = None,
+        shots: int = 1,
         remove_novel: bool = False,
         progress: Progress = SILENT,
     ) -> FoldData:

@@ -83,6 +83,7 @@ class LabelledSource:
         self.names = tuple(names)
         self.scheme: Literal["blocks", "strides"] = scheme
         self._scanned: dict[Listed, Areas] = {}
+        self._made: dict[tuple[int, int | None, bool], FoldData] = {}
 
     @property
     def folds(self) -> int:
@@ -94,6 +95,7 @@ class LabelledSource:
         index: int,
         *,
         inner: int | None = None,
+        shots: int = 1,
         remove_novel: bool = False,
         progress: Progress = SILENT,
     ) -> FoldData:
@@ -105,6 +107,8 @@ class LabelledSource:
             The fold, from 0.
         inner : int, optional
             A fold that stands in for it; see `split_classes`.
+        shots : int
+            Supports of an episode in training; the lists say what is held out, whatever they are.
         remove_novel : bool
             Leave out training images that hold a novel class anywhere.
         progress : Progress
@@ -115,7 +119,13 @@ class LabelledSource:
         DataError
             If the fold does not exist, or its lists or masks cannot be used.
         """
-        split = split_classes(self.names, index, scheme=self.scheme, inner=inner)
+        key = (index, inner, remove_novel)
+        if key not in self._made:
+            split = split_classes(self.names, index, scheme=self.scheme, inner=inner)
+            self._made[key] = self._make(split, remove_novel, progress)
+        return self._made[key]
+
+    def _make(self, split: ClassSplit, remove_novel: bool, progress: Progress) -> FoldData:
         train = self._train(split, progress)
         novel = (
             self._holding(train, split.novel, progress) if self._must_read(remove_novel) else None

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import hashlib
 from collections import defaultdict
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence, Set
 from itertools import zip_longest
 from pathlib import Path
 
@@ -31,7 +31,7 @@ from svftool.tasks.images import image_size
 IMAGE_SUFFIXES = frozenset({".jpg", ".jpeg", ".webp", ".bmp"})
 HELD_OUT_SHARE = 0.2
 HELD_OUT_LEAST = 6
-"""Enough for one 5-shot episode; never more than half of a class."""
+"""Enough for one 5-shot episode."""
 
 
 class PairsSource:
@@ -76,6 +76,7 @@ class PairsSource:
         index: int,
         *,
         inner: int | None = None,
+        shots: int = 1,
         remove_novel: bool = False,
         progress: Progress = SILENT,
     ) -> FoldData:
@@ -85,12 +86,18 @@ class PairsSource:
         together, and a training pair whose picture also stands under a novel class holds that
         class.
 
+        Where no list says what to hold out, a fifth of the pictures of each base class is, but 6
+        at least, half of them at most, and none that leaves a class without the `shots` + 1
+        pictures that an episode of training takes.
+
         Parameters
         ----------
         index : int
             The fold, from 0.
         inner : int, optional
             A fold that stands in for it; see `split_classes`.
+        shots : int
+            Supports of an episode in training.
         remove_novel : bool
             Leave out training pairs whose picture stands under a novel class.
         progress : Progress
@@ -106,15 +113,16 @@ class PairsSource:
         base = allow(pairs, query=split.base, support=split.base)
         test = allow(pairs, query=split.novel, support=split.novel)
         seen_novel = {pair.identity for pair in test}
-        held = _held_out(base) if chosen_by is None else set[str]()
+        removed = seen_novel if remove_novel else set[str]()
         if chosen_by is None:
+            held = _held_out(base, shots + 1, removed)
             chosen = [pair for pair in base if pair.identity in held]
         else:
+            held = set[str]()
             chosen = allow(pairs, query=chosen_by, support=chosen_by)
         train = [pair for pair in base if pair.identity not in held]
         novel = {pair.identity for pair in train if pair.identity in seen_novel}
-        if remove_novel:
-            train = [pair for pair in train if pair.identity not in novel]
+        train = [pair for pair in train if pair.identity not in removed]
         return FoldData(
             dataset=self.dataset,
             split=split,
@@ -223,19 +231,29 @@ def _identities(images: Iterable[Path]) -> dict[Path, str]:
     return identities
 
 
-def _held_out(pairs: Sequence[Pair]) -> set[str]:
-    """Choose pictures of every class to keep from training: always the same ones."""
+def _held_out(pairs: Sequence[Pair], least: int, removed: Set[str]) -> set[str]:
+    """Choose pictures of every class to keep from training: always the same ones.
+
+    No class is left with fewer than `least` pictures to train on, `removed` ones left out.
+    """
     by_class: dict[int, list[str]] = defaultdict(list)
+    classes_of: dict[str, set[int]] = defaultdict(set)
     for pair in pairs:
         by_class[pair.query[0]].append(pair.identity)
+        classes_of[pair.identity].add(pair.query[0])
+    left = {label: len(set(names) - removed) for label, names in by_class.items()}
     held: set[str] = set()
     for label, identities in sorted(by_class.items()):
         wanted = max(round(HELD_OUT_SHARE * len(identities)), HELD_OUT_LEAST)
-        wanted = min(wanted, len(identities) // 2)
+        wanted = min(wanted, len(identities) // 2) - sum(name in held for name in identities)
         shuffled = np.random.default_rng([label, len(identities)]).permutation(len(identities))
-        already = sum(identity in held for identity in identities)
-        fresh = [identities[i] for i in shuffled if identities[i] not in held]
-        held.update(fresh[: max(wanted - already, 0)])
+        for name in (identities[i] for i in shuffled if identities[i] not in held):
+            trained = set[int]() if name in removed else classes_of[name]
+            if wanted > 0 and all(left[other] > least for other in trained):
+                held.add(name)
+                wanted -= 1
+                for other in trained:
+                    left[other] -= 1
     return held
 
 
