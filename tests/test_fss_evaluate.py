@@ -115,3 +115,16 @@ def test_options_of_another_host_are_refused(work: Path, options: list[str], mes
     )
     assert result.exit_code == 2
     assert message in result.stderr
+
+
+def test_measuring_needs_no_images_to_choose_weights_by(work: Path, tmp_path: Path) -> None:
+    for name in shapes.COLOURS:
+        (tmp_path / "few" / name).mkdir(parents=True)
+        for picture in sorted((work / "pairs" / name).iterdir())[:6]:  # 3 images, 3 masks
+            (tmp_path / "few" / name / picture.name).write_bytes(picture.read_bytes())
+    where = [*rules(work, "--image-size", 49), "--data", tmp_path / "few"]
+    trained = invoke("finetune", work / "factors", "-o", tmp_path / "run", *where)
+    assert trained.exit_code == 6
+    assert "--select-on last" in trained.stderr
+    measured = told(invoke("evaluate", work / "base.safetensors", *where))["runs"][0]["metrics"]
+    assert set(measured) == {"miou", "fb_iou"}

@@ -198,6 +198,8 @@ def _options(task: str, data: Path, source: _Source, given: Mapping[str, Any]) -
                 f"{tuned.path}: was trained for --task {tuned.task}, expected --task {task}"
             )
         options = {**recorded(task, tuned.training.get("data") or {}), **options}
+    if task == "few-shot-segmentation":
+        options.setdefault("select_on", "last")  # nothing is chosen: no images need be held out
     if task in SPLIT and options.get("shots") is None:
         options["shots"] = None
         options["evaluation"] = options.get("evaluation") or data
