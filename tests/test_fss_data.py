@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import pickle
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -275,6 +275,16 @@ def test_images_of_another_size_than_their_masks_are_counted(voc: VocFolder):
         open_source(root).fold(0)
 
 
+def test_numbers_that_are_no_class_are_counted(voc: VocFolder):
+    """COCO's own numbers go to 90, with gaps: cut off at 80 they would be other classes."""
+    train = {"a": {8: 3000}, "b": {8: 3000, 21: 1}, "c": {9: 3000, 254: 1}}
+    root = voc(train=train, val={"v": {1: 3000}})
+    with pytest.raises(
+        DataError, match=r"^2 masks hold numbers above 20, .*b\.png \(21\), .*c\.png \(254\)"
+    ):
+        open_source(root).fold(0)
+
+
 def test_a_folder_of_no_known_layout_is_refused(tmp_path: Path):
     with pytest.raises(DataError, match="no data set found, expected PASCAL VOC 2012"):
         open_source(tmp_path)
@@ -352,6 +362,28 @@ def test_bams_lists_are_read_with_the_paths_of_another_machine(voc: VocFolder, t
     assert {p.image.stem: p.support for p in data.held_out.pairs} == {"w": (8, 11), "x": (16,)}
 
 
+def test_bams_supports_hold_their_class_and_are_listed(voc: VocFolder, tmp_path: Path):
+    root = voc(
+        train={"a": {8: 3000}, "b": {8: 3000}},
+        val={"v": {1: 3000}, "w": {8: 3000, 11: 3000}, "x": {16: 3000}},
+    )
+    lists = write_bam_lists(tmp_path / "fss_list", "VOC2012")
+    with pytest.raises(
+        DataError,
+        match=r"sub_class_file_list_0\.txt: 1 images .* do not hold.*b\.png \(class 9\)",
+    ):
+        open_source(root, lists=lists).fold(0)
+    write_indexed(root / "SegmentationClassAug" / "b.png", label_map({8: 3000, 9: 3000}))
+    assert open_source(root, lists=lists).fold(0).train.pictures[9] == 1
+    kept = (lists / "train" / "data_list_0.txt").read_text().splitlines()[:1]
+    (lists / "train" / "data_list_0.txt").write_text(kept[0] + "\n")
+    with pytest.raises(
+        DataError,
+        match=r"sub_class_file_list_0\.txt: 1 images are not in data_list_0\.txt, .*/b\.jpg",
+    ):
+        open_source(root, lists=lists).fold(0)
+
+
 def test_a_literal_is_parsed_and_never_run(tmp_path: Path):
     path = tmp_path / "sub_class_file_list_0.txt"
     path.write_text(f"__import__('os').system('touch {tmp_path}/owned')")
@@ -384,26 +416,51 @@ def test_a_line_that_is_not_two_names_is_shown(tmp_path: Path):
 # Splits of HSNet
 
 
+def write_hsnet_splits(folder: Path, **parts: Sequence[Sequence[str]]) -> Path:
+    """Write the lines of each fold of HSNet's ``trn`` and ``val``."""
+    for part, folds in parts.items():
+        (folder / part).mkdir(parents=True, exist_ok=True)
+        for fold, lines in enumerate(folds):
+            (folder / part / f"fold{fold}.txt").write_text("\n".join(lines) + "\n")
+    return folder
+
+
 def test_hsnets_pascal_splits_ask_each_image_for_one_class(voc: VocFolder, tmp_path: Path):
     root = voc(
-        train={"a": {8: 3000, 12: 3000}, "b": {1: 3000}},
-        val={"v": {1: 3000, 2: 3000}, "w": {8: 3000}},
+        train={"a": {8: 3000, 12: 3000, 16: 3000}, "b": {1: 3000}},
+        val={"v": {1: 3000, 2: 3000}, "w": {8: 3000, 11: 3000, 16: 3000}},
     )
-    splits = tmp_path / "splits"
-    for part, lines in (
-        ("trn", (["b__01"], ["a__08"], ["a__12"], ["a__16"])),
-        ("val", (["v__02", "v__01"], ["w__08"], ["w__11"], ["w__16"])),
-    ):
-        (splits / part).mkdir(parents=True)
-        for fold, names in enumerate(lines):
-            (splits / part / f"fold{fold}.txt").write_text("\n".join(names) + "\n")
+    splits = write_hsnet_splits(
+        tmp_path / "splits",
+        trn=(["b__01"], ["a__08"], ["a__12"], ["a__16"]),
+        val=(["v__02", "v__01"], ["w__08"], ["w__11"], ["w__16"]),
+    )
     data = open_source(root, lists=splits).fold(0)
     assert [(p.image.stem, p.query) for p in data.train.pairs] == [
         ("a", (8,)), ("a", (12,)), ("a", (16,)),
     ]  # fmt: skip
     assert [(p.image.stem, p.query) for p in data.test.pairs] == [("v", (2,)), ("v", (1,))]
-    assert data.novel_images is None
+    assert data.novel_images == 0
     assert open_source(root, lists=splits).fold(2, remove_novel=True).novel_images == 1
+
+
+def test_hsnets_splits_are_held_against_the_masks(voc: VocFolder, tmp_path: Path):
+    root = voc(train={"a": {8: 3000}, "b": {8: 3000}}, val={"v": {1: 3000, 8: 5, 11: 5, 16: 5}})
+    right = (["v__01"], ["v__08"], ["v__11"], ["v__16"])
+    wrong = (["v__01"], ["a__08", "a__09", "b__08", "b__16"], ["a__08"], ["a__08"])
+    splits = write_hsnet_splits(tmp_path / "splits", trn=right, val=right)
+    assert open_source(root, lists=splits).fold(0).test.pictures[1] == 1
+    picture = root / "JPEGImages" / "v.jpg"
+    write_image(picture, 0, size=(SIDE, SIDE + 1))
+    with pytest.raises(DataError, match=r"^1 images and their masks differ in size.*v\.jpg"):
+        open_source(root, lists=splits).fold(0)
+    write_image(picture, 0)
+    write_hsnet_splits(splits, trn=wrong)
+    with pytest.raises(
+        DataError,
+        match=r"trn/fold1\.txt: 2 images .* do not hold.*a\.png \(class 9\).*b\.png \(class 16\)",
+    ):
+        open_source(root, lists=splits).fold(0)
 
 
 @pytest.mark.parametrize("text", ["2007_000032", "2007_000032__00", "x__21", ""])
@@ -415,7 +472,11 @@ def test_hsnet_lines_of_another_form_are_refused(tmp_path: Path, text: str):
 
 def test_hsnets_coco_pickles_draw_classes_uniformly(tmp_path: Path):
     root = tmp_path / "COCO2014"
-    images = {"val2014/a": {1: 3000}, "val2014/b": {2: 3000, 5: 3000}, "train2014/c": {2: 3000}}
+    images = {
+        "val2014/a": {1: 3000, 3: 9, 4: 9},
+        "val2014/b": {2: 3000, 5: 3000},
+        "train2014/c": {2: 3000},
+    }
     for seed, (name, areas) in enumerate(images.items()):
         write_image(root / f"{name}.jpg", seed)
         mask = root / "annotations" / f"{name}.png"

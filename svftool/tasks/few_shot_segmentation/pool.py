@@ -112,8 +112,8 @@ class FoldData:
         Images that are not in `train`, asked for base classes: what models are chosen by.
     test : Pool
         Images asked for novel classes.
-    novel_images : int or None
-        Training images that hold novel classes; None where the lists do not tell.
+    novel_images : int
+        Training images that hold novel classes.
     removed : bool
         Those images were removed from `train`.
     notes : tuple of str
@@ -125,7 +125,7 @@ class FoldData:
     train: Pool
     held_out: Pool
     test: Pool
-    novel_images: int | None = None
+    novel_images: int
     removed: bool = False
     notes: tuple[str, ...] = field(default=())
 

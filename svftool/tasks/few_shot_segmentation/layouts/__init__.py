@@ -10,12 +10,8 @@ from svftool.errors import DataError
 from svftool.progress import SILENT, Progress
 from svftool.tasks.few_shot_segmentation.folds import COCO_CLASSES, VOC_CLASSES
 from svftool.tasks.few_shot_segmentation.layouts.files import Listed, Relocator, locate
-from svftool.tasks.few_shot_segmentation.layouts.labelled import (
-    BamSource,
-    HsnetSource,
-    LabelledSource,
-    ScannedSource,
-)
+from svftool.tasks.few_shot_segmentation.layouts.fold_lists import BamSource, HsnetSource
+from svftool.tasks.few_shot_segmentation.layouts.labelled import LabelledSource, ScannedSource
 from svftool.tasks.few_shot_segmentation.layouts.lists import read_pair_list
 from svftool.tasks.few_shot_segmentation.layouts.pairs import PairsSource, class_folders
 from svftool.tasks.few_shot_segmentation.pool import FoldData

@@ -92,8 +92,19 @@ def locate(names: Iterable[tuple[str, str]], relocator: Relocator, source: Path)
     return found
 
 
-def scan(files: Sequence[Listed], *, progress: Progress = SILENT) -> list[dict[int, int]]:
-    """Count the pixels of each class in every mask, and compare the sizes with the images'.
+def scan(
+    files: Sequence[Listed], *, classes: int, progress: Progress = SILENT
+) -> list[dict[int, int]]:
+    """Count the pixels of each class in every mask, and hold sizes and numbers against the rest.
+
+    Parameters
+    ----------
+    files : sequence of Listed
+        Images with their masks.
+    classes : int
+        How many classes there are, numbered from 1.
+    progress : Progress
+        Told of the masks that are read.
 
     Returns
     -------
@@ -103,7 +114,7 @@ def scan(files: Sequence[Listed], *, progress: Progress = SILENT) -> list[dict[i
     Raises
     ------
     DataError
-        If sizes differ: how many pairs, and the first few.
+        If sizes differ or numbers are no classes: how many masks, and the first few.
     """
 
     def look(file: Listed) -> tuple[dict[int, int], bool]:
@@ -114,6 +125,14 @@ def scan(files: Sequence[Listed], *, progress: Progress = SILENT) -> list[dict[i
     differing = [file.image for file, (_, same) in zip(files, looked, strict=True) if not same]
     if differing:
         raise sizes_differ(differing)
+    highest = [max(areas, default=0) for areas, _ in looked]
+    beyond = [f"{f.mask} ({n})" for f, n in zip(files, highest, strict=True) if n > classes]
+    if beyond:
+        raise DataError(
+            f"{len(beyond)} masks hold numbers above {classes}, expected classes numbered 1 to "
+            f"{classes} without gaps, 0 for background and 255 for ignored pixels: "
+            f"{shortlist(beyond, limit=3)}. Renumber the masks"
+        )
     return [areas for areas, _ in looked]
 
 

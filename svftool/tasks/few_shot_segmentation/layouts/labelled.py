@@ -1,39 +1,19 @@
 """Pascal-5i and COCO-20i: images with maps of class numbers, split into folds.
 
-Which images stand for which class comes from one of three kinds of lists: plain lists (or the
-folders themselves), where every mask is read and the area rule applied here; BAM's lists a fold,
-which hold the rule's outcome; HSNet's splits a fold.
+Every mask is read. Where lists are plain, or the folders themselves are the lists, the area rule
+says here which images stand for which class; `fold_lists` has the lists that say so themselves.
 """
 
 from __future__ import annotations
 
 from abc import abstractmethod
 from collections.abc import Iterable, Sequence
-from functools import cached_property
-from pathlib import Path
 from typing import Literal
 
 from svftool.progress import SILENT, Progress
 from svftool.tasks.few_shot_segmentation.folds import FOLDS, ClassSplit, split_classes
-from svftool.tasks.few_shot_segmentation.layouts.files import (
-    Listed,
-    Relocator,
-    locate,
-    scan,
-)
-from svftool.tasks.few_shot_segmentation.layouts.lists import (
-    read_class_files,
-    read_hsnet_lines,
-    read_hsnet_pickle,
-    read_pair_list,
-)
-from svftool.tasks.few_shot_segmentation.pool import (
-    MINIMUM_AREA,
-    FoldData,
-    Pair,
-    Pool,
-    allow,
-)
+from svftool.tasks.few_shot_segmentation.layouts.files import Listed, scan
+from svftool.tasks.few_shot_segmentation.pool import MINIMUM_AREA, FoldData, Pair, Pool
 
 Areas = dict[int, int]
 
@@ -127,10 +107,8 @@ class LabelledSource:
 
     def _make(self, split: ClassSplit, remove_novel: bool, progress: Progress) -> FoldData:
         train = self._train(split, progress)
-        novel = (
-            self._holding(train, split.novel, progress) if self._must_read(remove_novel) else None
-        )
-        if remove_novel and novel is not None:
+        novel = self._holding(train, split.novel, progress)
+        if remove_novel:
             train = [pair for pair in train if pair not in novel]
         order = self._order
         return FoldData(
@@ -139,7 +117,7 @@ class LabelledSource:
             train=Pool(tuple(train), split.base, order),
             held_out=Pool(tuple(self._held_out(split, progress)), split.base, order),
             test=Pool(tuple(self._test(split, progress)), split.novel, order),
-            novel_images=None if novel is None else len({pair.image for pair in novel}),
+            novel_images=len({pair.image for pair in novel}),
             removed=remove_novel,
         )
 
@@ -154,13 +132,11 @@ class LabelledSource:
     @abstractmethod
     def _test(self, split: ClassSplit, progress: Progress) -> list[Pair]: ...
 
-    def _must_read(self, remove_novel: bool) -> bool:
-        return True
-
     def _areas(self, files: Sequence[Listed], progress: Progress) -> list[Areas]:
         new = [file for file in dict.fromkeys(files) if file not in self._scanned]
         if new:
-            self._scanned.update(zip(new, scan(new, progress=progress), strict=True))
+            found = scan(new, classes=len(self.names), progress=progress)
+            self._scanned.update(zip(new, found, strict=True))
         return [self._scanned[file] for file in files]
 
     def _holding(
@@ -213,143 +189,3 @@ class ScannedSource(LabelledSource):
         areas = self._areas(files, progress)
         pairs = (stand_for(f, a, classes) for f, a in zip(files, areas, strict=True))
         return [pair for pair in pairs if pair is not None]
-
-
-class BamSource(LabelledSource):
-    """BAM's lists a fold: which images there are, and which support each class.
-
-    Parameters
-    ----------
-    dataset, names, scheme
-        As `LabelledSource`.
-    folder : Path
-        Holds ``train`` and ``val`` with ``data_list_F.txt`` and ``sub_class_file_list_F.txt``.
-    relocator : Relocator
-        Finds the files that the lists name.
-    """
-
-    def __init__(
-        self,
-        dataset: str,
-        names: Sequence[str],
-        scheme: Literal["blocks", "strides"],
-        *,
-        folder: Path,
-        relocator: Relocator,
-    ) -> None:
-        super().__init__(dataset, names, scheme)
-        self._folder = folder
-        self._relocator = relocator
-
-    def _train(self, split: ClassSplit, progress: Progress) -> list[Pair]:
-        return self._read("train", split.tested, split.base, progress)
-
-    def _held_out(self, split: ClassSplit, progress: Progress) -> list[Pair]:
-        others = [fold for fold in range(FOLDS) if fold != split.tested]
-        return _merge(
-            pair for fold in others for pair in self._read("val", fold, split.base, progress)
-        )
-
-    def _test(self, split: ClassSplit, progress: Progress) -> list[Pair]:
-        return self._read("val", split.tested, split.novel, progress)
-
-    def _read(self, part: str, fold: int, classes: Sequence[int], progress: Progress) -> list[Pair]:
-        images = self._folder / part / f"data_list_{fold}.txt"
-        by_class = self._folder / part / f"sub_class_file_list_{fold}.txt"
-        supports: dict[tuple[str, str], list[int]] = {}
-        for label, named in read_class_files(by_class).items():
-            for name in named:
-                supports.setdefault(name, []).append(label)
-        names = read_pair_list(images)
-        files = locate(names, self._relocator, images)
-        listed = zip(names, files, self._areas(files, progress), strict=True)
-        pairs = [
-            Pair(f.image, f.mask, tuple(a), tuple(supports.get(name, ())), identity=str(f.image))
-            for name, f, a in listed
-        ]
-        return allow(pairs, query=classes, support=classes)
-
-
-class HsnetSource(LabelledSource):
-    """HSNet's splits: an entry is an image and the one class that it is asked for.
-
-    Parameters
-    ----------
-    dataset, names, scheme
-        As `LabelledSource`.
-    folder : Path
-        Holds ``trn`` and ``val`` with ``foldF.txt`` (Pascal) or ``foldF.pkl`` (COCO).
-    relocator : Relocator
-        Finds images and masks below the data set's folder.
-    """
-
-    def __init__(
-        self,
-        dataset: str,
-        names: Sequence[str],
-        scheme: Literal["blocks", "strides"],
-        *,
-        folder: Path,
-        relocator: Relocator,
-    ) -> None:
-        super().__init__(dataset, names, scheme)
-        self._folder = folder
-        self._relocator = relocator
-
-    @cached_property
-    def _pickled(self) -> bool:
-        return (self._folder / "val" / "fold0.pkl").is_file()
-
-    @property
-    def _order(self) -> Literal["images", "classes"]:  # type: ignore[override]
-        return "classes" if self._pickled else "images"
-
-    def _must_read(self, remove_novel: bool) -> bool:
-        return remove_novel
-
-    def _train(self, split: ClassSplit, progress: Progress) -> list[Pair]:
-        if self._pickled:
-            return allow(self._read("trn", split.tested), query=split.base, support=split.base)
-        return self._others("trn", split)
-
-    def _held_out(self, split: ClassSplit, progress: Progress) -> list[Pair]:
-        return self._others("val", split)
-
-    def _test(self, split: ClassSplit, progress: Progress) -> list[Pair]:
-        return allow(self._read("val", split.tested), query=split.novel, support=split.novel)
-
-    def _others(self, part: str, split: ClassSplit) -> list[Pair]:
-        others = [fold for fold in range(FOLDS) if fold != split.tested]
-        pairs = [pair for fold in others for pair in self._read(part, fold)]
-        merged = _merge(pairs) if self._pickled else pairs
-        return allow(merged, query=split.base, support=split.base)
-
-    def _read(self, part: str, fold: int) -> list[Pair]:
-        suffix = "pkl" if self._pickled else "txt"
-        path = self._folder / part / f"fold{fold}.{suffix}"
-        if self._pickled:
-            entries = sorted((n, c) for c, names in read_hsnet_pickle(path).items() for n in names)
-            named = [(n, f"annotations/{Path(n).with_suffix('.png')}") for n, _ in entries]
-        else:
-            entries = read_hsnet_lines(path)
-            named = [(f"JPEGImages/{n}.jpg", f"SegmentationClassAug/{n}.png") for n, _ in entries]
-        files = locate(named, self._relocator, path)
-        pairs = [
-            Pair(file.image, file.mask, (label,), (label,), identity=str(file.image))
-            for file, (_, label) in zip(files, entries, strict=True)
-        ]
-        return _merge(pairs) if self._pickled else pairs
-
-
-def _merge(pairs: Iterable[Pair]) -> list[Pair]:
-    """Join the entries of one image, with the classes of all of them."""
-    joined: dict[Path, Pair] = {}
-    for pair in pairs:
-        known = joined.get(pair.image)
-        if known is None:
-            joined[pair.image] = pair
-            continue
-        query = tuple(sorted({*known.query, *pair.query}))
-        support = tuple(sorted({*known.support, *pair.support}))
-        joined[pair.image] = Pair(pair.image, pair.mask, query, support, identity=pair.identity)
-    return list(joined.values())
