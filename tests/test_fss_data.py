@@ -678,6 +678,32 @@ def test_fss_1000_is_split_by_its_lists(tmp_path: Path):
         open_source(root, lists=lists)
 
 
+@pytest.mark.parametrize(
+    ("part", "text", "message"),
+    [
+        ("test", "b\na\n", r"lists: 1 classes are in more .*: a \(trn\.txt, test\.txt\)$"),
+        (
+            "val",
+            "b\na\n",
+            r"lists: 2 classes .*: a \(trn\.txt, val\.txt\), b \(val\.txt, test\.txt\)$",
+        ),
+        ("trn", "a\nc\na\n", r"trn\.txt: names 1 classes more than once, .*: a$"),
+        ("trn", "\n", r"trn\.txt: names no classes, expected one a line$"),
+        ("test", "", r"test\.txt: names no classes"),
+    ],
+)
+def test_lists_that_share_classes_or_name_none_are_refused(
+    tmp_path: Path, part: str, text: str, message: str
+):
+    root = write_pairs(tmp_path / "FSS-1000", {"a": 1, "b": 1, "c": 1, "d": 1})
+    lists = tmp_path / "lists"
+    lists.mkdir()
+    for name, classes in {"trn": "a\n", "val": "d\n", "test": "b\n", part: text}.items():
+        (lists / f"{name}.txt").write_text(classes)
+    with pytest.raises(DataError, match=message):
+        open_source(root, lists=lists)
+
+
 def test_images_without_masks_are_counted(tmp_path: Path):
     root = write_pairs(tmp_path, {"a": 6, "b": 1, "c": 1, "d": 1})
     for index in range(5):

@@ -8,7 +8,7 @@ classes are split into quarters of their sorted names.
 from __future__ import annotations
 
 import hashlib
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Iterable, Mapping, Sequence, Set
 from itertools import zip_longest
 from pathlib import Path
@@ -47,7 +47,8 @@ class PairsSource:
     Raises
     ------
     DataError
-        If masks are missing, or there are no classes.
+        If masks are missing, or a list names no classes, unknown ones, or one that is named
+        elsewhere too.
     """
 
     def __init__(self, root: Path, lists: Path | None = None) -> None:
@@ -174,21 +175,42 @@ def _require_masks(folders: Mapping[str, Sequence[Path]]) -> None:
 
 
 def _read_parts(lists: Path, names: Sequence[str]) -> dict[str, list[str]]:
-    parts = {}
-    for part in ("trn", "val", "test"):
-        path = lists / f"{part}.txt"
-        try:
-            parts[part] = path.read_text(encoding="utf-8").split("\n")
-        except (OSError, UnicodeDecodeError) as error:
-            raise DataError(f"{path}: cannot be read ({type(error).__name__})") from error
-        parts[part] = [line.strip() for line in parts[part] if line.strip()]
-        unknown = [name for name in parts[part] if name not in set(names)]
-        if unknown:
-            raise DataError(
-                f"{path}: names {len(unknown)} classes without a folder: "
-                f"{shortlist(unknown, limit=3)}"
-            )
+    parts = {part: _read_classes(lists / f"{part}.txt", names) for part in ("trn", "val", "test")}
+    empty = [part for part in ("trn", "test") if not parts[part]]
+    if empty:
+        raise DataError(f"{lists / empty[0]}.txt: names no classes, expected one a line")
+    found: dict[str, list[str]] = defaultdict(list)
+    for part, classes in parts.items():
+        for name in classes:
+            found[name].append(f"{part}.txt")
+    shared = [f"{name} ({', '.join(files)})" for name, files in found.items() if len(files) > 1]
+    if shared:
+        raise DataError(
+            f"{lists}: {len(shared)} classes are in more than one list, expected each in one, so "
+            f"that none is trained and tested on: {shortlist(shared, limit=3)}"
+        )
     return parts
+
+
+def _read_classes(path: Path, names: Sequence[str]) -> list[str]:
+    try:
+        lines = path.read_text(encoding="utf-8").splitlines()
+    except (OSError, UnicodeDecodeError) as error:
+        raise DataError(f"{path}: cannot be read ({type(error).__name__})") from error
+    classes = [line.strip() for line in lines if line.strip()]
+    counts = Counter(classes)
+    unknown = [name for name in counts if name not in set(names)]
+    if unknown:
+        raise DataError(
+            f"{path}: names {len(unknown)} classes without a folder: {shortlist(unknown, limit=3)}"
+        )
+    twice = [name for name, count in counts.items() if count > 1]
+    if twice:
+        raise DataError(
+            f"{path}: names {len(twice)} classes more than once, expected each on one line: "
+            f"{shortlist(twice, limit=3)}"
+        )
+    return classes
 
 
 def _read_pairs(
