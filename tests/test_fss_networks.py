@@ -9,13 +9,20 @@ from pathlib import Path
 import pytest
 import torch
 from rich.console import Console
+from shapes import SmallNet, write_shapes
 from torch import nn
 
+from svftool.errors import ModelError, UsageError
 from svftool.report import few_shot
 from svftool.report.finetune import document, view
 from svftool.stages.finetune import FinetuneResult
 from svftool.tasks.base import Metric
-from svftool.tasks.few_shot_segmentation.backbones import adapt_backbone, default_names
+from svftool.tasks.few_shot_segmentation import few_shot_tasks
+from svftool.tasks.few_shot_segmentation.backbones import (
+    FeatureNames,
+    adapt_backbone,
+    default_names,
+)
 from svftool.tasks.few_shot_segmentation.published import _PERCENT, published_rows
 from svftool.training import Run, summarise
 from svftool.training.loop import Outcome
@@ -23,6 +30,7 @@ from svftool.training.loop import Outcome
 torchvision = pytest.importorskip("torchvision")
 from svftool.tasks.few_shot_segmentation.networks import (  # noqa: E402
     DeepStemResNet,
+    PspNet,
     backbone_name,
     own_base_learner,
     pspnet_resnet50_pascal,
@@ -76,6 +84,82 @@ def test_bams_base_networks_have_the_names_of_their_files():
     assert own_base_learner(torchvision.models.resnet18()) is None
 
 
+def test_bams_resnet_is_dilated_as_it_was_trained():
+    net = pspnet_resnet50_pascal()
+    plan = adapt_backbone(net, default_names(net))
+    assert dict(plan.strides) == {"layer2": 8, "layer3": 8, "layer4": 8}
+    # BAM sets every conv2 of a stage, the first block's too; dilate() would give it half.
+    for stage, dilation in ((net.layer1, 1), (net.layer2, 1), (net.layer3, 2), (net.layer4, 4)):
+        seconds = [conv for name, conv in stage.named_modules() if name.endswith("conv2")]
+        assert {conv.dilation for conv in seconds} == {(dilation, dilation)}
+        assert {conv.padding for conv in seconds} == {(dilation, dilation)}
+    strided = [
+        name
+        for name, conv in net.named_modules()
+        if isinstance(conv, nn.Conv2d) and conv.stride != (1, 1)
+    ]
+    assert strided == ["layer0.0", "layer2.0.conv2", "layer2.0.downsample.0"]
+    with pytest.raises(ModelError, match=r"PspNet: .* end at stride 8, expected .* stride of 16"):
+        adapt_backbone(net, default_names(net), 16)
+
+
+def test_bams_vgg_keeps_its_stride_and_is_not_dilated():
+    net = pspnet_vgg16_coco()
+    plan = adapt_backbone(net, default_names(net))
+    assert plan.names == FeatureNames(("layer2", "layer3"), "layer4", "layer1")
+    assert dict(plan.strides) == {"layer2": 8, "layer3": 16, "layer4": 16}
+    assert plan.middle_channels == 768
+    body = net.encoder.modules()
+    convs = [layer for layer in body if isinstance(layer, nn.Conv2d)]
+    assert len(convs) == 13
+    assert {(conv.stride, conv.dilation, conv.padding) for conv in convs} == {
+        ((1, 1), (1, 1), (1, 1))
+    }
+    pools = [layer for layer in net.encoder.modules() if isinstance(layer, nn.MaxPool2d)]
+    assert [(pool.kernel_size, pool.stride, pool.ceil_mode) for pool in pools] == [(2, 2, True)] * 4
+
+
+# One checkpoint a fold
+
+
+def small_base_network(classes: int) -> PspNet:
+    stages: list[nn.Module] = [nn.Conv2d(3, 8, 3, 2, 1)]
+    stages += [nn.Conv2d(8, 8, 3, stride, 1) for stride in (2, 2, 1, 1)]
+    return PspNet(stages, 8, classes)
+
+
+@pytest.fixture(scope="module")
+def shapes(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_shapes(tmp_path_factory.mktemp("shapes"))
+
+
+@pytest.mark.parametrize("host", ["baseline", "bam"])
+def test_a_base_network_is_not_tested_on_classes_that_it_was_trained_on(shapes: Path, host: str):
+    several = few_shot_tasks(shapes, folds=[0, 2], image_size=65, host=host)
+    for task in several:
+        with pytest.raises(UsageError, match=r"^--fold 0,2: .* Run --fold N with the weights of"):
+            task.draw(0).prepare(small_base_network(3))
+        task.meet(resnet50_deep())  # one of ImageNet serves every fold
+    inner = few_shot_tasks(shapes, folds=[0], inner=2, image_size=65, host=host)[0]
+    with pytest.raises(UsageError, match=r"^--inner-fold 2: .* Leave --inner-fold out"):
+        inner.draw(0).prepare(small_base_network(2))
+
+
+def test_one_fold_of_a_base_network_is_told_with_the_result(shapes: Path):
+    task = few_shot_tasks(shapes, folds=[2], image_size=65)[0]
+    assert task.describe()["base_network_fold"] is None
+    task.draw(0).prepare(small_base_network(3))
+    assert task.describe()["base_network_fold"] == 2
+    told = few_shot.rules(result_of([run_of("svf", 0, 2, 0.5)], **task.describe()))
+    assert "; weights taken to be those of fold 2's base network" in told
+    task.draw(0).prepare(SmallNet())
+    assert task.describe()["base_network_fold"] is None
+    assert "base network" not in few_shot.rules(result_of([], **task.describe()))
+
+
+# Names
+
+
 def test_backbones_are_named_as_in_the_tables():
     names = {
         "resnet50": "ResNet-50",
@@ -83,12 +167,30 @@ def test_backbones_are_named_as_in_the_tables():
         "vgg16_bn": "VGG-16",
         "resnet34": None,  # the same depths, without bottlenecks
         "resnet18": None,
+        "wide_resnet50_2": None,  # wider bottlenecks
+        "resnext50_32x4d": None,  # in groups
+        "vgg19_bn": None,
     }
     with torch.device("meta"):  # the names go by the modules alone
         assert {n: backbone_name(torchvision.models.get_model(n)) for n in names} == names
         assert backbone_name(pspnet_vgg16_coco()) == "VGG-16"
+        assert backbone_name(pspnet_resnet50_pascal()) == "ResNet-50"
     assert backbone_name(nn.Linear(2, 2)) is None
     assert isinstance(resnet50_deep(), DeepStemResNet)
+
+
+def test_variants_of_resnet_are_not_named_like_it():
+    timm = pytest.importorskip("timm")
+    names = {
+        "resnet50": "ResNet-50",
+        "resnet50d": None,  # pooled shortcuts
+        "seresnet50": None,  # attention by convolutions
+        "ecaresnet50t": None,  # attention without
+        "resnetaa50": None,  # pools before strides
+        "res2net50_26w_4s": None,  # split bottlenecks
+    }
+    with torch.device("meta"):
+        assert {name: backbone_name(timm.create_model(name)) for name in names} == names
 
 
 # Published rows
@@ -134,10 +236,13 @@ def result_of(runs: list[Run], **setting: object) -> FinetuneResult:
         setting={
             "dataset": "pascal-5i",
             "host": "baseline",
+            "start": "blank",
+            "inner_fold": None,
             "backbone": "ResNet-50",
             "image_size": 473,
             "test_episodes": 1000,
             "select_on": "base",
+            "images_with_novel_classes": 20,
             "removed_images_with_novel_classes": True,
         }
         | setting,
@@ -196,6 +301,32 @@ def test_the_table_stands_beside_the_published_rows_of_the_setting():
     other = text_of(result_of(runs_of_two_seeds(), backbone=None, select_on="novel"))
     assert "published" not in other
     assert "chosen on NOVEL classes" in other
+
+
+def test_other_test_classes_and_another_host_have_no_published_row():
+    inner = text_of(result_of(runs_of_two_seeds(), inner_fold=2))
+    assert "published" not in inner
+    assert "1000 test episodes a fold and seed, on the classes of inner fold 2 in place of" in inner
+    nearest = text_of(result_of(runs_of_two_seeds(), start="nearest"))
+    assert "published" not in nearest
+    assert "baseline host from the nearest prototype" in nearest
+    assert "published: PFENet" in text_of(result_of(runs_of_two_seeds(), host="pfenet", start=None))
+
+
+@pytest.mark.parametrize(
+    ("found", "removed", "said"),
+    [
+        (0, False, "; none of the training images holds novel classes"),
+        (0, True, "; none of the training images holds novel classes"),
+        (20, False, "; training images that hold novel classes kept"),
+        (20, True, "; training images that hold novel classes removed"),
+    ],
+)
+def test_the_rules_say_what_became_of_images_with_novel_classes(
+    found: int, removed: bool, said: str
+):
+    setting = {"images_with_novel_classes": found, "removed_images_with_novel_classes": removed}
+    assert few_shot.rules(result_of(runs_of_two_seeds(), **setting)).endswith(said)
 
 
 def test_one_fold_and_several_shots_have_tables_too():

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import statistics
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 from rich.console import Group, RenderableType
 from rich.table import Table
@@ -31,15 +32,23 @@ def tables(result: FinetuneResult) -> RenderableType:
 def rules(result: FinetuneResult) -> str:
     """Say in one line by which rules the numbers came about."""
     setting = result.setting
-    removed = "removed" if setting.get("removed_images_with_novel_classes") else "kept"
+    inner, own = setting.get("inner_fold"), setting.get("base_network_fold")
+    classes = "" if inner is None else f", on the classes of inner fold {inner} in place of its own"
+    weights = "" if own is None else f"; weights taken to be those of fold {own}'s base network"
     start = " from the nearest prototype" if setting.get("start") == "nearest" else ""
     return (
         f"{setting.get('dataset')}, {setting.get('host')} host{start}, "
         f"{setting.get('image_size')} px; "
-        f"{setting.get('test_episodes')} test episodes a fold and seed; "
-        f"{CHOSEN_BY.get(str(setting.get('select_on')), '')}; "
-        f"training images that hold novel classes {removed}"
+        f"{setting.get('test_episodes')} test episodes a fold and seed{classes}; "
+        f"{CHOSEN_BY.get(str(setting.get('select_on')), '')}; {_novel_images(setting)}{weights}"
     )
+
+
+def _novel_images(setting: Mapping[str, Any]) -> str:
+    if setting.get("images_with_novel_classes") == 0:
+        return "none of the training images holds novel classes"
+    removed = setting.get("removed_images_with_novel_classes")
+    return f"training images that hold novel classes {'removed' if removed else 'kept'}"
 
 
 def _table(result: FinetuneResult, shots: int | None) -> Table:
@@ -96,8 +105,14 @@ def _whole(summaries: Sequence[Summary], run: Run, folds: Sequence[int]) -> Summ
 
 def _published(result: FinetuneResult, shots: int | None) -> tuple[PublishedRow, ...]:
     setting = result.setting
+    if setting.get("inner_fold") is not None:
+        return ()
     return published_rows(
-        str(setting.get("dataset")), setting.get("backbone"), shots or 0, str(setting.get("host"))
+        str(setting.get("dataset")),
+        setting.get("backbone"),
+        shots or 0,
+        str(setting.get("host")),
+        start=setting.get("start"),
     )
 
 

@@ -31,7 +31,7 @@ class PublishedRow:
 
 
 def published_rows(
-    dataset: str, backbone: str | None, shots: int, host: str
+    dataset: str, backbone: str | None, shots: int, host: str, *, start: str | None = None
 ) -> tuple[PublishedRow, ...]:
     """Look up the rows of a setting: frozen backbone and SVF; none where nothing is published.
 
@@ -45,7 +45,11 @@ def published_rows(
         1 or 5.
     host : str
         ``baseline``, ``pfenet`` or ``bam``.
+    start : str or None
+        How the baseline starts; nothing is published of one that starts as the nearest prototype.
     """
+    if start == "nearest":
+        return ()
     found = _PERCENT.get((dataset, backbone or "", shots, host), ())
     name = _NAMES.get(host, host)
     return tuple(
