@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -21,15 +22,20 @@ from svftool.tasks.few_shot_segmentation.backbones import (
     features_of,
     frozen_stages,
     high_of,
+    is_vgg16,
     parse_names,
     plan_features,
     run_stages,
 )
+from svftool.tasks.few_shot_segmentation.backbones.averaging import DilatedAvgPool2d
+from svftool.tasks.few_shot_segmentation.backbones.strides import strided_modules
+from svftool.tasks.few_shot_segmentation.backbones.trace import watch
 from svftool.tasks.few_shot_segmentation.encoding import Encoder
 from svftool.tasks.few_shot_segmentation.kept import View
 from svftool.tasks.few_shot_segmentation.network import FewShotNet
 from svftool.tasks.few_shot_segmentation.pictures import ByteCache, Pictures
 from svftool.tasks.few_shot_segmentation.pool import Pair
+from svftool.tasks.few_shot_segmentation.rules import Rules
 
 torchvision = pytest.importorskip("torchvision")
 
@@ -143,32 +149,207 @@ def test_the_papers_resnet_is_dilated_to_stride_8():
     assert plan.middle_channels == 1536
 
 
-@pytest.mark.parametrize("name", ["resnet18", "resnet50", "mobilenet_v2"])
+def deepest(net: nn.Module, names: FeatureNames, images: Tensor) -> Tensor:
+    plan = plan_features(net, names)
+    with torch.no_grad():
+        state = run_stages(net, plan, images, last=len(plan.stages))
+    return features_of(state, plan).high
+
+
+def require_same_where_it_was(net: nn.Module, names: FeatureNames) -> None:
+    """Hold the features at stride 8 against those at 32, at the positions that both have."""
+    images = torch.rand(1, 3, 97, 97)
+    before = deepest(net, names, images)
+    plan = dilate(net, names, 8)
+    after = deepest(net, names, images)
+    assert set(plan.strides.values()) == {8}
+    assert after.shape[-1] >= 12
+    assert after[..., ::4, ::4].shape == before.shape
+    assert (after[..., ::4, ::4] - before).abs().max() < 1e-4 * before.std()
+
+
+def lively(net: nn.Module) -> nn.Module:
+    """Set what batch norms are left with, so that features are no constants."""
+    for module in net.modules():
+        if isinstance(module, nn.BatchNorm2d):
+            nn.init.ones_(module.weight)
+            module.running_var.fill_(0.5)
+    return net.eval()
+
+
+@pytest.mark.parametrize("name", ["resnet18", "resnet50", "mobilenet_v2", "densenet121"])
 def test_dilation_changes_nothing_at_the_positions_that_were_there(name: str):
     torch.manual_seed(0)
-    net = torchvision.models.get_model(name).eval()
-    for module in net.modules():  # so that the features are no constants
-        if isinstance(module, nn.BatchNorm2d):
-            module.running_var.fill_(0.5)
-    names = default_names(net)
-    images = torch.rand(1, 3, 97, 97)
+    net = lively(torchvision.models.get_model(name))
+    require_same_where_it_was(net, default_names(net))
 
-    def deepest() -> Tensor:
-        plan = plan_features(net, names)
-        with torch.no_grad():
-            state = run_stages(net, plan, images, last=len(plan.stages))
-        return features_of(state, plan).high
 
-    before = deepest()
-    dilate(net, names, 8)
-    after = deepest()
-    assert before.shape[-1] == 4
-    assert after.shape[-1] == 13
-    assert (after[..., ::4, ::4] - before).abs().max() < 1e-4 * before.abs().max()
+@pytest.mark.parametrize("name", ["resnet18d", "res2net50_26w_4s"])
+def test_pooled_shortcuts_are_dilated_like_what_they_are_added_to(name: str):
+    timm = pytest.importorskip("timm")
+    torch.manual_seed(0)
+    net = lively(timm.create_model(name))
+    require_same_where_it_was(net, default_names(net))
+
+
+class Residual(nn.Module):
+    """A block that halves the resolution in ways that ImageNet's usual networks do not."""
+
+    def __init__(self, pool: nn.Module, *body: nn.Module) -> None:
+        super().__init__()
+        self.body, self.pool = nn.Sequential(*body), pool
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.body(x) + self.pool(x)
+
+
+def staged(*stages: nn.Module) -> tuple[nn.Module, FeatureNames]:
+    """Put stages from stride 8 on a stem, under the names 1, 2 and 3."""
+    stem = nn.Sequential(nn.Conv2d(3, 4, 3, 4, 1), nn.Conv2d(4, 4, 3, 2, 1))
+    names = [str(i + 1) for i in range(len(stages))]
+    return nn.Sequential(stem, *stages).eval(), FeatureNames(tuple(names[:2]), names[-1])
+
+
+def test_every_kind_of_layer_sees_what_it_saw():
+    torch.manual_seed(0)
+    first = Residual(
+        nn.AvgPool2d(2, 2, ceil_mode=True, count_include_pad=False),
+        nn.Conv2d(4, 4, 1, 2),
+        nn.Conv2d(4, 4, 3, padding="same", padding_mode="reflect"),
+    )
+    second = Residual(nn.AvgPool2d(3, 2, 1), nn.Conv2d(4, 4, 3, 2, 1), nn.Conv2d(4, 4, 3, 1, 1))
+    net, names = staged(nn.ReLU(), first, second)
+    require_same_where_it_was(net, names)
+    assert [layer.dilation for layer in first.body] == [(1, 1), (2, 2)]
+    assert (first.pool.dilation, second.pool.dilation) == ((1, 1), (2, 2))
+    assert [layer.dilation for layer in second.body] == [(2, 2), (4, 4)]
+
+
+@pytest.mark.parametrize(
+    "pool",
+    [
+        nn.AvgPool2d(2, 2, ceil_mode=True),
+        nn.AvgPool2d(2, 2, ceil_mode=True, count_include_pad=False),
+        nn.AvgPool2d(3, 2, 1),
+        nn.AvgPool2d(3, 2, 1, count_include_pad=False),
+        nn.AvgPool2d((3, 1), 2, (1, 0), divisor_override=2),
+        nn.AvgPool2d(3, 2, ceil_mode=True),
+    ],
+    ids=lambda pool: pool.extra_repr(),
+)
+def test_an_average_pool_without_its_stride_counts_what_it_counted(pool: nn.AvgPool2d):
+    maps = torch.randn(2, 3, 9, 9)
+    dilated = DilatedAvgPool2d(pool)
+    wanted = pool(maps)
+    size = wanted.shape[-1]
+    assert dilated(maps).shape == maps.shape
+    torch.testing.assert_close(dilated(maps)[..., ::2, ::2][..., :size, :size], wanted)
+    dilated.dilation = (2, 2)
+    dilated.padding = (2 * dilated.padding[0], 2 * dilated.padding[1])
+    fine = torch.randn(2, 3, 17, 17)
+    torch.testing.assert_close(
+        dilated(fine)[..., ::4, ::4][..., :size, :size], pool(fine[..., ::2, ::2])
+    )
+
+
+class Merging(nn.Module):
+    """Takes every other position by a function, as Swin's patch merging does."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.reduction = nn.Conv2d(4, 4, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.reduction(x[..., ::2, ::2])
+
+
+class PooledByFunction(nn.Module):
+    """A strided convolution beside a pool that is no module."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(4, 4, 3, 2, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.conv(x) + F.avg_pool2d(x, 2, ceil_mode=True)
+
+
+@pytest.mark.parametrize(
+    ("stages", "message"),
+    [
+        (
+            [nn.Conv2d(4, 4, 3, 2, 1), nn.Sequential(nn.ReLU(), nn.MaxPool2d(3, 2, 1))],
+            r"^3\.1: MaxPool2d goes from stride 16 to 32, .* output stride of 8\. "
+            r"Use --output-stride 32\.$",
+        ),
+        ([nn.MaxPool2d(2), nn.Conv2d(4, 4, 3, 2, 1)], r"^2: MaxPool2d .* --output-stride 16\.$"),
+        ([nn.Conv2d(4, 4, 3, 2, 1), Merging()], r"^3: Merging .* --output-stride 32\.$"),
+        (
+            [nn.ReLU(), PooledByFunction()],
+            r"^Sequential: does not take .*, expected it to once .* --output-stride 16\.$",
+        ),
+    ],
+    ids=["max pool", "the deepest", "function", "function beside"],
+)
+def test_what_loses_resolution_otherwise_is_refused(stages: list[nn.Module], message: str):
+    net, names = staged(nn.ReLU(), *stages)
+    with pytest.raises(ModelError, match=message):
+        adapt_backbone(net, names)
+
+
+class Attention(nn.Module):
+    """A channel attention, a pool that is upsampled again, and a list of strided layers."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.squeeze, self.coarse = nn.AdaptiveAvgPool2d(1), nn.AvgPool2d(4, 4)
+        self.layers = nn.ModuleList([nn.Conv2d(4, 4, 3, 2, 1), nn.Conv2d(4, 4, 3, 1, 1)])
+
+    def forward(self, x: Tensor) -> Tensor:
+        around = F.interpolate(self.coarse(x), size=x.shape[-2:])
+        x = self.squeeze(x).sigmoid() * (x + around)
+        for layer in self.layers:
+            x = layer(x)
+        return x
+
+
+def test_pools_that_are_not_the_way_through_a_stage_stay():
+    net, names = staged(nn.ReLU(), Attention())
+    assert strided_modules(net, "2", watch(net, names.all)) == ["2.layers.0"]
+    assert set(adapt_backbone(net, names).strides.values()) == {8}
+    assert net[2].coarse.stride == 4
+
+
+def test_a_stride_that_dilation_does_not_reach_is_refused(net: SmallNet):
+    with pytest.raises(
+        ModelError, match=r"layer2 has stride 2 after dilation, expected 1\. Use --output-stride 2"
+    ):
+        adapt_backbone(net, NAMES, 1)
+
+
+def test_a_stride_beyond_the_backbones_is_refused(net: SmallNet):
+    with pytest.raises(ModelError, match=r"layer4 end at stride 16, expected .* stride of 32"):
+        adapt_backbone(net, NAMES, 32)
+    shallow = FeatureNames(("conv1", "layer1"), "layer1")
+    assert dict(adapt_backbone(net, shallow).strides) == {"conv1": 2, "layer1": 4}
+
+
+@pytest.mark.parametrize("stride", [0, -1, -8, 6, 12])
+def test_an_output_stride_is_a_power_of_two(stride: int):
+    with pytest.raises(UsageError, match=rf"--output-stride is {stride}, expected a power of two"):
+        Rules(output_stride=stride)
+    assert [Rules(output_stride=s).output_stride for s in (None, 1, 16)] == [None, 1, 16]
+
+
+def unset(make: Callable[[], nn.Module]) -> nn.Module:
+    """Make a network without the seconds that drawing its weights takes."""
+    with torch.device("meta"):
+        net = make()
+    return net.to_empty(device="cpu")
 
 
 def test_vgg_is_cut_and_pooled_as_in_pfenet():
-    net = torchvision.models.vgg16_bn()
+    net = unset(torchvision.models.vgg16_bn)
     names = default_names(net)
     assert names == FeatureNames(("features.23", "features.33"), "features.42", "features.13")
     plan = adapt_backbone(net, names)
@@ -176,6 +357,19 @@ def test_vgg_is_cut_and_pooled_as_in_pfenet():
     assert plan.trained[0] == "features.14"
     assert plan.strides["features.33"] == 16
     assert all(m.ceil_mode for m in net.modules() if isinstance(m, nn.MaxPool2d))
+    assert {m.dilation for m in net.modules() if isinstance(m, nn.Conv2d)} == {(1, 1)}
+    with pytest.raises(ModelError, match=r"^features\.33: MaxPool2d .* --output-stride 16\.$"):
+        adapt_backbone(net, names, 8)
+
+
+def test_timms_vgg_is_cut_like_torchvisions():
+    timm = pytest.importorskip("timm")
+    net = unset(lambda: timm.create_model("vgg16_bn", features_only=True))
+    names = default_names(net)
+    assert names == FeatureNames(("features_23", "features_33"), "features_42", "features_13")
+    plan = adapt_backbone(net, names)
+    assert list(plan.strides.values()) == [8, 16, 16]
+    assert not is_vgg16(unset(torchvision.models.vgg19_bn))
 
 
 def test_the_small_real_backbones_have_features(data: Path):

@@ -70,6 +70,11 @@ class Rules:
     def __post_init__(self) -> None:
         if any(shots < 1 for shots in self.test_shots):
             raise UsageError(f"--test-shots is {min(self.test_shots)}, expected at least 1")
+        stride = self.output_stride
+        if stride is not None and (stride < 1 or stride & (stride - 1)):
+            raise UsageError(
+                f"--output-stride is {stride}, expected a power of two such as 8, 16 or 32"
+            )
         for name in ("test_episodes", "select_episodes", "width", "image_size"):
             value = getattr(self, name)
             if value is not None and value < 1:

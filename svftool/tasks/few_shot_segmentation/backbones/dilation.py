@@ -5,13 +5,13 @@ from __future__ import annotations
 from torch import nn
 
 from svftool.errors import ModelError, shortlist
+from svftool.tasks.few_shot_segmentation.backbones.averaging import DilatedAvgPool2d
 from svftool.tasks.few_shot_segmentation.backbones.names import FeatureNames, is_vgg16
-from svftool.tasks.few_shot_segmentation.backbones.plan import (
-    STEM,
-    FeaturePlan,
-    plan_features,
-)
-from svftool.tasks.few_shot_segmentation.backbones.trace import watch
+from svftool.tasks.few_shot_segmentation.backbones.plan import FeaturePlan, plan_features
+from svftool.tasks.few_shot_segmentation.backbones.strides import strided_modules
+from svftool.tasks.few_shot_segmentation.backbones.trace import Trace, watch
+
+OUTPUT_STRIDE, VGG_STRIDE = 8, 16
 
 
 def adapt_backbone(
@@ -26,29 +26,39 @@ def adapt_backbone(
     names : FeatureNames
         Its features.
     output_stride : int, optional
-        Pixels a feature. By default 8; VGG-16 keeps its 16 and rounds its pools up, as in PFENet.
+        Pixels a feature. By default 8, or less where the backbone's features have less; VGG-16
+        keeps its 16 and rounds its pools up, as in PFENet.
 
     Raises
     ------
     ModelError
         If the features cannot be found or the stride cannot be reached.
     """
+    usual = OUTPUT_STRIDE
     if is_vgg16(model):
+        usual = VGG_STRIDE
         for layer in model.modules():
             if isinstance(layer, nn.MaxPool2d):
                 layer.ceil_mode = True
-        output_stride = output_stride or 16
-    dilate(model, names, output_stride or 8)
-    return plan_features(model, names)
+    deepest = max(plan_features(model, names).strides.values())
+    if output_stride is not None and output_stride > deepest:
+        raise ModelError(
+            f"{type(model).__name__}: {shortlist(names.all)} end at stride {deepest}, expected "
+            f"at least the output stride of {output_stride}. Use --output-stride {deepest}."
+        )
+    return dilate(model, names, output_stride or min(usual, deepest))
 
 
-def dilate(model: nn.Module, names: FeatureNames, output_stride: int) -> None:
+def dilate(model: nn.Module, names: FeatureNames, output_stride: int) -> FeaturePlan:
     """Trade the strides beyond `output_stride` for dilation, in place.
 
-    In a stage that would go beyond, strided convolutions get stride 1, and every convolution after
-    them the dilation that restores its field of view: at the positions that the network had before
-    its outputs are exactly what they were. SVF's code dilates like this; PFENet and BAM dilate the
-    strided convolution too, which changes what a frozen network computes.
+    In a stage that would go beyond, strided convolutions and average pools get stride 1, and those
+    that then see a finer map than before the dilation that restores their field of view: at the
+    positions that the network had its outputs are exactly what they were. What a frozen network
+    computes must not change. SVF's code dilates ImageNet's ResNets like this; PFENet and BAM dilate
+    the strided convolution too, which is another network than the one that was trained. For BAM's
+    base networks the same argument points the other way: they were trained with that convolution
+    dilated, and so are built with it (`svftool.tasks.few_shot_segmentation.networks.PspNet`).
 
     Parameters
     ----------
@@ -59,45 +69,107 @@ def dilate(model: nn.Module, names: FeatureNames, output_stride: int) -> None:
     output_stride : int
         8 or 16, say.
 
+    Returns
+    -------
+    FeaturePlan
+        Of the backbone as it is now.
+
     Raises
     ------
     ModelError
-        If the backbone is no chain of stages, or one stage passes `output_stride` half-way.
+        If the backbone is no chain of stages, one stage passes `output_stride` half-way, a max pool
+        or a function loses the resolution, or the stride was not reached.
     """
     plan = plan_features(model, names)
     deepest = max(plan.strides.values())
     if deepest <= output_stride:
-        return
+        return plan
     if len(plan.stages) == 1:
         raise ModelError(
             f"{type(model).__name__}: {shortlist(names.all)} are no chain of modules, expected one "
             f"to reach an output stride of {output_stride}. Use --output-stride {deepest}."
         )
-    trace = watch(model, names.all)
-    modules = dict(model.named_modules())
-    for before, name in zip(plan.stages, plan.stages[1:], strict=False):
-        stride = trace.stride(name)
-        if stride <= output_stride:
+    before = watch(model, names.all)
+    for name in _strided(model, plan, before, output_stride):
+        _unstride(model, name)
+    try:
+        _widen(model, before, watch(model, names.all))
+        reached = plan_features(model, names)
+    except ModelError as error:
+        raise ModelError(
+            f"{error}, expected it to once its strides are traded for dilation. "
+            f"Use --output-stride {deepest}."
+        ) from error
+    _require_strides(model, plan, reached, output_stride)
+    return reached
+
+
+def _strided(model: nn.Module, plan: FeaturePlan, trace: Trace, output_stride: int) -> list[str]:
+    """Name what is to lose its stride; the deepest obstacle is told first, for its way out."""
+    found: list[str] = []
+    for stage in reversed(plan.stages[1:]):
+        came, stride = trace.stride_before(stage) or 1, trace.stride(stage)
+        if stride <= max(came, output_stride):
             continue
-        came = trace.stride(before) if before != STEM else 1
         if came < output_stride:
             raise ModelError(
-                f"{name}: goes from stride {came} to {stride}, expected a stage that ends at "
+                f"{stage}: goes from stride {came} to {stride}, expected a stage that ends at "
                 f"{output_stride}. Use --output-stride {stride}."
             )
-        _dilate_stage(modules[name], came // output_stride, stride // output_stride)
+        for name in strided_modules(model, stage, trace):
+            module = model.get_submodule(name)
+            if not isinstance(module, nn.Conv2d | nn.AvgPool2d):
+                raise ModelError(
+                    f"{name}: {type(module).__name__} goes from stride {came} to {stride}, "
+                    "expected a convolution or an average pool there to reach an output stride of "
+                    f"{output_stride}. Use --output-stride {stride}."
+                )
+            found.append(name)
+    return found
 
 
-def _dilate_stage(stage: nn.Module, came: int, factor: int) -> None:
-    """Dilate the convolutions up to the strided one by `came`, those after it by `factor`."""
-    now = came if came < factor else factor
-    for layer in stage.modules():
-        if not isinstance(layer, nn.Conv2d):
+def _unstride(model: nn.Module, name: str) -> None:
+    module = model.get_submodule(name)
+    if isinstance(module, nn.AvgPool2d):
+        parent, _, child = name.rpartition(".")
+        setattr(model.get_submodule(parent), child, DilatedAvgPool2d(module))
+    else:
+        module.stride = (1, 1)  # type: ignore[assignment]
+
+
+def _widen(model: nn.Module, before: Trace, after: Trace) -> None:
+    """Dilate what sees a finer map than before by how much finer it is."""
+    for name, layer in model.named_modules():
+        if not isinstance(layer, nn.Conv2d | DilatedAvgPool2d) or max(layer.kernel_size) == 1:
             continue
-        strided = max(layer.stride) > 1
-        layer.stride = (1, 1)
-        if max(layer.kernel_size) > 1 and not isinstance(layer.padding, str):
-            layer.dilation = tuple(d * now for d in layer.dilation)
-            layer.padding = tuple(p * now for p in layer.padding)
-            if strided:
-                now = factor
+        came, comes = before.stride_before(name), after.stride_before(name)
+        if came is not None and comes is not None and came > comes:
+            _dilate_layer(layer, came // comes)
+
+
+def _dilate_layer(layer: nn.Conv2d | DilatedAvgPool2d, factor: int) -> None:
+    layer.dilation = _times(layer.dilation, factor)
+    if isinstance(layer, nn.Conv2d) and layer.padding_mode != "zeros":
+        # Other paddings than zeros are added by hand, from what the constructor noted.
+        noted = layer._reversed_padding_repeated_twice
+        layer._reversed_padding_repeated_twice = [p * factor for p in noted]
+    if not isinstance(layer.padding, str):
+        layer.padding = _times(layer.padding, factor)
+
+
+def _times(sizes: tuple[int, ...], factor: int) -> tuple[int, int]:
+    high, wide = sizes
+    return high * factor, wide * factor
+
+
+def _require_strides(
+    model: nn.Module, before: FeaturePlan, after: FeaturePlan, output_stride: int
+) -> None:
+    for name, stride in before.strides.items():
+        wanted, found = min(stride, output_stride), after.strides[name]
+        if found != wanted:
+            way_out = max(after.strides.values())
+            raise ModelError(
+                f"{type(model).__name__}: {name} has stride {found} after dilation, expected "
+                f"{wanted}. Use --output-stride {way_out}."
+            )

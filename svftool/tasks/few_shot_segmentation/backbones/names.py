@@ -9,6 +9,9 @@ from torch import nn
 from svftool.errors import ModelError, UsageError
 from svftool.tasks.few_shot_segmentation.backbones.trace import watch
 
+VGG_POOLS, VGG_LAST = [6, 13, 23, 33], 42
+"""Places of the pools between the blocks of VGG-16 with batch norm, and of its last ReLU."""
+
 
 @dataclass(frozen=True)
 class FeatureNames:
@@ -66,7 +69,8 @@ def default_names(model: nn.Module) -> FeatureNames:
         high = "layer4" if "layer4" in modules else "layer3"
         return FeatureNames(("layer2", "layer3"), high, "layer1")
     if is_vgg16(model):
-        return FeatureNames(("features.23", "features.33"), "features.42", "features.13")
+        after, *middle, high = (_layers(model)[i][0] for i in (*VGG_POOLS[1:], VGG_LAST))
+        return FeatureNames(tuple(middle), high, after)
     by_stride = _timm_features(model) or _last_of_stride(model)
     if {8, 16} <= set(by_stride):
         high = by_stride.get(32, by_stride[16])
@@ -78,12 +82,15 @@ def default_names(model: nn.Module) -> FeatureNames:
 
 
 def is_vgg16(model: nn.Module) -> bool:
-    """Tell whether this is VGG-16 with batch norm, torchvision's or alike."""
-    features = getattr(model, "features", None)
-    if not isinstance(features, nn.Sequential) or len(features) not in {43, 44}:
-        return False
-    pools = [i for i, layer in enumerate(features) if isinstance(layer, nn.MaxPool2d)]
-    return pools in ([6, 13, 23, 33], [6, 13, 23, 33, 43])
+    """Tell whether this begins with the layers of VGG-16 with batch norm, however it is cut."""
+    layers = [layer for _, layer in _layers(model)][: VGG_LAST + 1]
+    pools = [i for i, layer in enumerate(layers) if isinstance(layer, nn.MaxPool2d)]
+    return pools == VGG_POOLS and isinstance(layers[VGG_LAST], nn.ReLU)
+
+
+def _layers(model: nn.Module) -> list[tuple[str, nn.Module]]:
+    """List the modules that have no modules inside them, in the order of their definition."""
+    return [(n, layer) for n, layer in model.named_modules() if not any(layer.children())]
 
 
 def _timm_features(model: nn.Module) -> dict[int, str]:

@@ -6,7 +6,7 @@ import math
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeGuard
 
 import torch
 from torch import Tensor, nn
@@ -26,9 +26,17 @@ class Trace:
 
     def stride(self, name: str) -> int:
         """Pixels between two positions of a module's output, to the next power of two."""
-        output = self.outputs[name]
-        height = int(output.shape[1] if is_channels_last(output) else output.shape[-2])
-        return 1 << round(math.log2((PROBE_SIDE - 1) / max(height - 1, 1)))
+        return _stride_of(self.outputs[name])
+
+    def stride_before(self, name: str) -> int | None:
+        """Give the stride of a module's only input; None if it did not run or that is no map."""
+        value = self.inputs.get(name)
+        return _stride_of(value) if _is_map(value) else None
+
+    def stride_after(self, name: str) -> int | None:
+        """Give the stride of a module's output; None if it did not run or that is no map."""
+        value = self.outputs.get(name)
+        return _stride_of(value) if _is_map(value) else None
 
     def chain(self, wanted: tuple[str, ...]) -> tuple[str, ...]:
         """Find siblings, each fed by the one before, that end with the last wanted one."""
@@ -96,6 +104,15 @@ def evaluating(model: nn.Module) -> Iterator[None]:
     finally:
         for module, training in modes.items():
             module.training = training
+
+
+def _stride_of(value: Tensor) -> int:
+    height = int(value.shape[1] if is_channels_last(value) else value.shape[-2])
+    return 1 << round(math.log2((PROBE_SIDE - 1) / max(height - 1, 1)))
+
+
+def _is_map(value: Any) -> TypeGuard[Tensor]:
+    return isinstance(value, Tensor) and value.ndim == 4
 
 
 def is_channels_last(output: Tensor) -> bool:
