@@ -17,12 +17,13 @@ torchvision's networks go by ``torchvision:resnet50``, ``torchvision:vgg16_bn``.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from itertools import pairwise
 from typing import Any
 
 from torch import Tensor, nn
 
-from svftool.errors import MissingDependencyError
+from svftool.errors import MissingDependencyError, UsageError
 from svftool.tasks.few_shot_segmentation.backbones import is_vgg16, resized
 from svftool.tasks.few_shot_segmentation.hosts import BaseLearner
 
@@ -75,6 +76,11 @@ class DeepStemResNet(nn.Module):
 class PspNet(nn.Module):
     """BAM's base network: stages ``layer0`` to ``layer4`` and the base learner on top.
 
+    A ResNet here is dilated as its weights were trained: every 3 x 3 convolution of layer3 by 2
+    and of layer4 by 4, the first block's too. ImageNet's weights were trained with strides, and
+    their networks keep what the first block computes
+    (`svftool.tasks.few_shot_segmentation.backbones.dilate`).
+
     Parameters
     ----------
     stages : sequence of nn.Module
@@ -109,14 +115,63 @@ def own_base_learner(model: nn.Module) -> BaseLearner | None:
     return learner
 
 
+def require_one_fold(folds: Sequence[int], inner: int | None) -> None:
+    """Refuse to test a base network on classes that it was trained on.
+
+    Parameters
+    ----------
+    folds : sequence of int
+        Folds that its weights are to be used for.
+    inner : int or None
+        A fold whose classes stand in for the novel ones.
+
+    Raises
+    ------
+    UsageError
+        If there are several folds, or an inner one.
+    """
+    if len(folds) > 1:
+        raise UsageError(
+            f"--fold {','.join(map(str, folds))}: a base network was trained on the base classes "
+            "of one fold, which are novel in the others, expected one fold a checkpoint. Run "
+            "--fold N with the weights of that fold, one fold after the other"
+        )
+    if inner is not None:
+        raise UsageError(
+            f"--inner-fold {inner}: a base network was trained on the classes of every fold but "
+            "its own, expected none of them to stand in for novel ones. Leave --inner-fold out, or "
+            "take a backbone that saw none of the folds, such as resnet50_deep"
+        )
+
+
 def backbone_name(model: nn.Module) -> str | None:
     """Name a backbone as the papers' tables do; None for one that is not in them."""
-    if is_vgg16(model) or (isinstance(model, PspNet) and model.channels == VGG_CHANNELS):
+    if is_vgg16(model):
         return "VGG-16"
     stages = [getattr(model, f"layer{i}", None) for i in range(1, 5)]
-    depths = tuple(len(stage) for stage in stages if isinstance(stage, nn.Sequential))
-    bottlenecks = any(name.endswith("0.conv3") for name, _ in model.named_modules())
-    return _DEPTHS.get(depths) if bottlenecks else None
+    if not all(isinstance(stage, nn.Sequential) for stage in stages):
+        return None
+    blocks = [list(stage.children()) for stage in stages if stage is not None]
+    plain = all(
+        _is_bottleneck(block, width)
+        for stage, width in zip(blocks, (64, 128, 256, 512), strict=True)
+        for block in stage
+    )
+    return _DEPTHS.get(tuple(map(len, blocks))) if plain else None
+
+
+def _is_bottleneck(block: nn.Module, width: int) -> bool:
+    """Tell whether a block is ResNet's own: no groups, other widths, attention or pools."""
+    layers = {name: layer for name, layer in block.named_modules() if not any(layer.children())}
+    convs = {
+        name: (layer.out_channels, layer.kernel_size[0], layer.groups)
+        for name, layer in layers.items()
+        if isinstance(layer, nn.Conv2d)
+    }
+    shortcut = {"downsample.0": (4 * width, 1, 1)} if "downsample.0" in convs else {}
+    expected = {"conv1": (width, 1, 1), "conv2": (width, 3, 1), "conv3": (4 * width, 1, 1)}
+    kinds = (nn.Conv2d, nn.BatchNorm2d, nn.ReLU, nn.Identity)
+    return convs == expected | shortcut and all(isinstance(x, kinds) for x in layers.values())
 
 
 def resnet50_deep() -> nn.Module:
@@ -155,6 +210,12 @@ def _resnet_pspnet(classes: int) -> PspNet:
     for conv, norm in ((net.conv1, net.bn1), (net.conv2, net.bn2), (net.conv3, net.bn3)):
         stem += [conv, norm, nn.ReLU()]
     stages = [nn.Sequential(*stem, net.maxpool), net.layer1, net.layer2, net.layer3, net.layer4]
+    for stage, dilation in ((net.layer3, 2), (net.layer4, 4)):
+        for layer in stage.modules():
+            if isinstance(layer, nn.Conv2d):
+                layer.stride = (1, 1)
+                if layer.kernel_size == (3, 3):
+                    layer.dilation = layer.padding = (dilation, dilation)
     return PspNet(stages, 2048, classes)
 
 
