@@ -120,6 +120,7 @@ def few_shot_tasks(
             pictures=pictures,
             outputs=outputs,
             overlays=drawn,
+            folds=tuple(folds),
             progress=progress,
         )
         for (count, _), data_of_fold in parts.items()

@@ -35,7 +35,7 @@ from svftool.tasks.few_shot_segmentation.kept import View
 from svftool.tasks.few_shot_segmentation.masks import IGNORE
 from svftool.tasks.few_shot_segmentation.metrics import Pooled
 from svftool.tasks.few_shot_segmentation.network import FewShotNet, by_query
-from svftool.tasks.few_shot_segmentation.networks import backbone_name, own_base_learner
+from svftool.tasks.few_shot_segmentation.networks import own_base_learner
 from svftool.tasks.few_shot_segmentation.overlays import Overlays, write_overlay
 from svftool.tasks.few_shot_segmentation.scoring import Prediction, Scorer, load_masks
 
@@ -68,7 +68,7 @@ class FewShotDraw:
     def prepare(self, model: nn.Module, *, start: bool = True) -> Prepared:
         """Set the backbone's resolution and put a new host on it."""
         task, rules = self._task, self._task.rules
-        task.backbone = backbone_name(model)
+        task.meet(model)
         names = parse_names(rules.features) if rules.features else default_names(model)
         plan = adapt_backbone(model, names, rules.output_stride)
         device = next(model.parameters()).device

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
+from torch import nn
+
 from svftool.models import DEFAULT_PREPROCESSING, Preprocessing
 from svftool.progress import SILENT, Progress
 from svftool.tasks.base import Metric
@@ -11,6 +13,11 @@ from svftool.tasks.few_shot_segmentation.canvas import canvas_side
 from svftool.tasks.few_shot_segmentation.draw import FewShotDraw
 from svftool.tasks.few_shot_segmentation.hosts import BaseLearner
 from svftool.tasks.few_shot_segmentation.kept import SharedOutputs
+from svftool.tasks.few_shot_segmentation.networks import (
+    backbone_name,
+    own_base_learner,
+    require_one_fold,
+)
 from svftool.tasks.few_shot_segmentation.overlays import Overlays
 from svftool.tasks.few_shot_segmentation.pictures import Pictures
 from svftool.tasks.few_shot_segmentation.pool import (
@@ -41,6 +48,8 @@ class FewShotSegmentation:
         Outputs of the base's stages that other tasks use too.
     overlays : Overlays, optional
         Where pictures of predictions go.
+    folds : tuple of int
+        The folds that the same weights are used for, where they are more than this one.
     progress : Progress
         Told of what is done before training: a base learner's.
 
@@ -65,6 +74,7 @@ class FewShotSegmentation:
         pictures: Pictures | None = None,
         outputs: SharedOutputs | None = None,
         overlays: Overlays | None = None,
+        folds: tuple[int, ...] = (),
         progress: Progress = SILENT,
     ) -> None:
         require_shots(data, "training", shots)
@@ -78,9 +88,11 @@ class FewShotSegmentation:
         self.pictures = pictures or Pictures(canvas_side(rules.image_size))
         self.outputs = outputs or SharedOutputs()
         self.overlays = overlays
+        self.folds = folds or (data.split.fold,)
         self.progress = progress
         self.learners: dict[int, BaseLearner] = {}
         self.backbone: str | None = None
+        self.base_network_fold: int | None = None
 
     @property
     def facts(self) -> dict[str, int]:
@@ -91,6 +103,20 @@ class FewShotSegmentation:
         """Give the held-out images of the base classes that have enough for so many shots."""
         pool = self.data.held_out
         return pool.only(set(pool.classes) - set(pool.too_small(shots)))
+
+    def meet(self, model: nn.Module) -> None:
+        """Note which backbone the weights belong to.
+
+        Raises
+        ------
+        UsageError
+            If it is a base network, which belongs to one fold, and there are several.
+        """
+        self.backbone = backbone_name(model)
+        self.base_network_fold = None
+        if own_base_learner(model) is not None:
+            require_one_fold(self.folds, self.data.split.inner)
+            self.base_network_fold = self.data.split.fold
 
     def describe(self) -> dict[str, Any]:
         """Say what was trained on, and by which rules."""
@@ -103,6 +129,7 @@ class FewShotSegmentation:
             "host": rules.host,
             "start": rules.start if rules.host == "baseline" else None,
             "backbone": self.backbone,
+            "base_network_fold": self.base_network_fold,
             "base_steps": rules.base_learner.steps if rules.host == "bam" else None,
             "width": rules.width,
             "features": rules.features,
