@@ -584,6 +584,15 @@ def test_a_picture_is_not_held_out_where_another_of_its_classes_needs_it(tmp_pat
     assert data.train.pictures == {2: 6, 3: 2, 4: 2}
 
 
+def test_pictures_that_are_removed_do_not_count_as_left_for_training(tmp_path: Path):
+    root = write_pairs(tmp_path, {"a": 4, "b": 8, "c": 4, "d": 4})
+    for index in range(4):
+        (root / "b" / f"{index}.jpg").write_bytes((root / "a" / f"{index}.jpg").read_bytes())
+    data = open_source(root).fold(0, shots=3, remove_novel=True)
+    assert data.train.pictures[2] == 4
+    assert data.held_out.pictures[2] == 4
+
+
 def test_shots_of_one_table_hold_out_what_they_would_alone(tmp_path: Path):
     root = write_pairs(tmp_path, dict.fromkeys("abcd", 8))
     one, four = few_shot_tasks(root, shots=[1, 4], select_on="last")
