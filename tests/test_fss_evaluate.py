@@ -81,6 +81,14 @@ def test_a_tuned_host_does_not_fit_another(work: Path) -> None:
         assert "of the head. Give the options that it was trained with" in result.stderr
 
 
+def test_classes_that_were_trained_on_are_no_novel_ones(work: Path) -> None:
+    run = train(work, "fold3", "--fold", 3)
+    assert "novel classes were base" not in tuned(work, run).stderr
+    words = " ".join(tuned(work, run, "--fold", "0,3").stderr.split())
+    assert words.count("1 of the novel classes were base classes in training: blue.") == 1
+    assert "it was trained with --fold 3" in words
+
+
 def test_a_dense_checkpoint_brings_its_whole_host_or_none(work: Path) -> None:
     run = train(work, "dense", "--regime", "full", "--host", "pfenet")
     dense, small = work / "dense", ["--image-size", 49]

@@ -147,6 +147,7 @@ def evaluate(
         _check(tasks[0], source, progress)
         runs = []
         for one in tasks:
+            _warn_of_seen(one, source, progress)
             begun = time.perf_counter()
             with explain_out_of_memory(None):
                 draw = one.draw(seed)
@@ -247,6 +248,19 @@ def _check(task: Task, source: _Source, progress: Progress) -> None:
                 f"{name.replace('_', ' ')} is {now[name]}, {then[name]} in training: give the same "
                 "--image-size for the same numbers"
             )
+
+
+def _warn_of_seen(task: Task, source: _Source, progress: Progress) -> None:
+    """Say where classes that are measured as novel ones were trained on."""
+    then = {} if source.tuned is None else source.tuned.training.get("data") or {}
+    known = then.get("base_classes") or ()
+    seen = [name for name in task.describe().get("novel_classes") or () if name in known]
+    if seen:
+        progress.warn(
+            f"{len(seen)} of the novel classes were base classes in training: {shortlist(seen)}. "
+            f"What is measured on them is no few-shot result; it was trained with --fold "
+            f"{then.get('fold')}"
+        )
 
 
 def _fit(source: _Source, task: Task, draw: Draw, model: nn.Module) -> nn.Module:
