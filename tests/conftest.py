@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import signal
 from collections.abc import Callable
 from pathlib import Path
 
@@ -18,6 +19,8 @@ from safetensors.torch import save_file
 REPOSITORY = Path(__file__).resolve().parents[1]
 
 torch.set_num_threads(int(os.environ["OMP_NUM_THREADS"]))
+# What a shell starts in the background ignores interruptions, and Python would leave it at that.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 settings.register_profile(
     "svftool",
     max_examples=50,
