@@ -142,8 +142,8 @@ LONGER = {
 
 
 def longer_commands() -> list[Command]:
-    """Train four times as long."""
-    common = f"{CHOSEN.replace('300', '1200')} --test-shots 5 --test-episodes 500"
+    """Train three times as long."""
+    common = f"{CHOSEN.replace('300', '900')} --test-shots 5 --test-episodes 500"
     return by_folds("longer", LONGER, 0, common)
 
 
