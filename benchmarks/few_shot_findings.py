@@ -133,9 +133,14 @@ def host_commands() -> list[Command]:
     ]
 
 
+WITH_NORMS = {
+    regime: f"--regime {regime}" for regime in ("head", "svf", "lora:8", "bias", "norm", "full")
+}
+"""For a backbone whose batch norms are not folded into its convolutions."""
+
 LONGER = {
     "head": "--regime head",
-    "svf": BEST_SVF,
+    "svf": "--regime svf",
     "full": "--regime full",
     "full at 1e-4": "--regime full --lr 1e-4",
 }
@@ -143,8 +148,8 @@ LONGER = {
 
 def longer_commands() -> list[Command]:
     """Train three times as long."""
-    common = f"{CHOSEN.replace('300', '900')} --test-shots 5 --test-episodes 500"
-    return by_folds("longer", LONGER, 0, common)
+    common = f"{CHOSEN.replace('300', '900')} {TESTED} --test-episodes 500"
+    return by_folds("longer", LONGER, 0, common, MOBILENET)
 
 
 def choice_commands() -> list[Command]:
@@ -197,8 +202,6 @@ def setting_commands() -> list[Command]:
 def all_commands(seeds: int) -> list[Command]:
     """Give every command, in an order in which small tables are complete early."""
     common = f"{CHOSEN} {TESTED}"
-    # The batch norms of the other backbone are folded into its convolutions.
-    with_norms = {**REGIMES, "norm": "--regime norm"}
     return [
         *setting_commands(),
         *(c for seed in range(seeds) for c in by_folds("main", REGIMES, seed, common)),
@@ -207,7 +210,7 @@ def all_commands(seeds: int) -> list[Command]:
         *(
             c
             for seed in range(seeds)
-            for c in by_folds("mobilenet", with_norms, seed, common, MOBILENET)
+            for c in by_folds("mobilenet", WITH_NORMS, seed, common, MOBILENET)
         ),
         *choice_commands(),
     ]
