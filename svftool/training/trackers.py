@@ -55,11 +55,6 @@ class Trackers:
         facts : mapping of str to object
             Plain values that say what is run.
         """
-        if self.names:
-            # Accelerate's trackers ask it which process they are in.
-            from accelerate import PartialState
-
-            PartialState()
         return Logbook([_start(name, self.folder, run, facts) for name in self.names])
 
 
@@ -95,12 +90,14 @@ class Logbook:
 
 def _tracker_class(name: str, folder: Path | None) -> Any:
     try:
-        from accelerate import tracking
+        from accelerate import PartialState, tracking
     except ImportError:
         raise MissingDependencyError("accelerate", extra="train", purpose=OPTION) from None
     known = tracking.LOGGER_TYPE_TO_CLASS
     if name not in known:
         raise UsageError(f"{OPTION} {name!r}, expected one of {', '.join(sorted(known))}")
+    # Accelerate's trackers, and what it says of missing ones, ask it which process they are in.
+    PartialState()
     if not tracking.filter_trackers([name], folder):
         extra = "train" if name == "tensorboard" else None
         raise MissingDependencyError(name, extra=extra, purpose=f"{OPTION} {name}")
