@@ -110,10 +110,14 @@ def killed(
 def test_a_killed_process_ends_all_with_one_line(killed: subprocess.CompletedProcess[str]) -> None:
     assert killed.returncode != 0
     assert killed.stdout == ""
-    assert [line for line in killed.stderr.splitlines() if line.startswith("error:")] == [
-        "error: process 0: another of the 2 processes was lost. What is finished is kept; "
-        "run the same command again with --resume."
-    ]
+    # On a busy machine the launcher's own signal may come before the link is seen to break.
+    assert [line for line in killed.stderr.splitlines() if line.startswith("error:")] in (
+        [
+            "error: process 0: another of the 2 processes was lost. What is finished is kept; "
+            "run the same command again with --resume."
+        ],
+        ["error: terminated"],
+    )
     # What follows is the launcher's own account of it.
     assert "Traceback" not in killed.stderr.partition("error:")[0]
 
