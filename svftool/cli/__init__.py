@@ -35,19 +35,32 @@ class ErrorBoundary(TyperGroup):
         try:
             return super().invoke(ctx)
         except SvftoolError as error:
-            if not error.reported_elsewhere:
-                _say_error(str(error))
+            _report(error)
             raise typer.Exit(error.exit_code) from None
         except KeyboardInterrupt:
             _say_error("interrupted")
             raise typer.Exit(INTERRUPTED) from None
-        except Terminated:
+        except Terminated as stop:
+            if isinstance(stop.__context__, SvftoolError):
+                _report(stop.__context__)
+                raise typer.Exit(stop.__context__.exit_code) from None
             _say_error("terminated")
             raise typer.Exit(TERMINATED) from None
         except BrokenPipeError:
             # The reader (`head`, a pager) has gone: nothing is wrong here.
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
             raise typer.Exit(0) from None
+
+
+def _report(error: SvftoolError) -> None:
+    if error.reported_elsewhere:
+        return
+    # A launcher ends what is left of a broken run while this says why it broke.
+    before = signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    try:
+        _say_error(str(error))
+    finally:
+        signal.signal(signal.SIGTERM, before)
 
 
 def _say_error(message: str) -> None:
