@@ -78,7 +78,8 @@ def sizes(root: Path) -> None:
                 homes[node.name].append(str(path))
     deciles = statistics.quantiles(lengths, n=10)
     print(f"modules {modules}, lines {lines}")
-    print(f"function length: median {statistics.median(lengths):.0f}, 90th percentile {deciles[8]:.0f}")
+    median = statistics.median(lengths)
+    print(f"function length: median {median:.0f}, 90th percentile {deciles[8]:.0f}")
     for count, where in sorted(parameters, reverse=True)[:5]:
         print(f"{count} parameters  {where}")
     repeated = {name: found for name, found in homes.items() if len(found) > 1}

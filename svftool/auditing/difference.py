@@ -9,8 +9,6 @@ from torch import Tensor
 
 from svftool.numerics.tall import Tall
 
-_ROWS = 1024
-
 
 @dataclass(frozen=True)
 class Difference(Tall):

@@ -23,7 +23,7 @@ from svftool.numerics.tall import cuts
 from svftool.numerics.threads import Pool
 
 WIDTH = 48
-_TILE = 512
+_BAND_TILE = 512
 
 
 def banded_tridiagonal(G: Tensor, pool: Pool) -> tuple[Tensor, Tensor]:
@@ -48,7 +48,7 @@ def banded_tridiagonal(G: Tensor, pool: Pool) -> tuple[Tensor, Tensor]:
         If LAPACK says so.
     """
     n = len(G)
-    for tile in cuts(n, _TILE):
+    for tile in cuts(n, _BAND_TILE):
         block = G[tile, tile].triu()
         G[tile, tile] = block + block.triu(1).mT
     for start in range(WIDTH, n - 1, WIDTH):
@@ -68,7 +68,7 @@ def _reduce(G: Tensor, start: int, pool: Pool) -> None:
     Y, Tt = block_reflector(packed.mT[:count], tau)
     parts = [
         slice(max(tile.start, start), tile.stop)
-        for tile in cuts(len(G), _TILE)
+        for tile in cuts(len(G), _BAND_TILE)
         if tile.stop > start
     ]
     V = Y.mT.contiguous()

@@ -6,16 +6,10 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from svftool.auditing import (
-    METRICS,
-    AuditResult,
-    Gate,
-    Policy,
-    Violation,
-    parse_gate,
-    read_policy,
-    tripped,
-)
+from svftool.auditing.gates import Gate, parse_gate, tripped
+from svftool.auditing.metrics import METRICS
+from svftool.auditing.policy import Policy, Violation, read_policy
+from svftool.auditing.results import AuditResult
 from svftool.errors import GateError, shortlist
 
 
