@@ -33,10 +33,10 @@ from torch import nn
 import svftool
 from svftool.attaching import apply_regime
 from svftool.factors import open_factors
-from svftool.tasks.few_shot_segmentation import FewShotSegmentation, few_shot_tasks
-from svftool.tasks.few_shot_segmentation.kept import SharedOutputs
+from svftool.few_shot.encoder import SharedOutputs
+from svftool.few_shot.options import FewShotSegmentation, few_shot_tasks
+from svftool.machine import peak_memory, reset_peak_memory
 from svftool.training.loop import training_mode
-from svftool.training.memory import peak_memory, reset_peak_memory
 
 CLASSES, PICTURES = 4, 8
 REGIMES = ("head", "head, nothing kept", "svf", "bias", "norm", "lora:8", "full")

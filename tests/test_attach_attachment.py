@@ -14,7 +14,7 @@ from torch.utils.checkpoint import checkpoint
 
 import svftool
 from svftool.attaching import Attachment, find_attachment, products
-from svftool.attaching.offload import offload
+from svftool.attaching.lifecycle import offload
 from svftool.errors import FactorsError, ModelError, UsageError
 from tests.attaching import MemoryStore, randomise
 

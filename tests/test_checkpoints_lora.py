@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import nn
 
-from svftool.checkpoints.lora import is_lora, open_lora
+from svftool.adapters.peft import is_lora, open_lora
 from svftool.errors import CheckpointError
 
 peft = pytest.importorskip("peft")

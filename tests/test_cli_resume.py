@@ -16,7 +16,7 @@ from safetensors.torch import load_file, save_file
 from typer.testing import CliRunner
 
 from svftool.cli import app
-from svftool.stages.run_output import RunWriter
+from svftool.training.run_output import RunWriter
 
 MODEL = """
 import os, time

@@ -9,7 +9,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from svftool.engine import Job, flow, memory, parse_rank, run, run_svds, run_values
+from svftool import machine
+from svftool.engine import Job, flow, parse_rank, run, run_svds, run_values
 from svftool.errors import NumericalError, ResourceError
 from svftool.numerics import Pool, singular_values, svd
 
@@ -159,7 +160,7 @@ def test_a_layer_larger_than_the_budget_runs_alone() -> None:
 def test_too_little_memory_is_said_before_anything_is_read(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr(memory, "available_memory", lambda: 3 << 30)
+    monkeypatch.setattr(run, "available_memory", lambda: 3 << 30)
     read: list[str] = []
     jobs = [Job("small", (4, 4)), Job("model.large", (40000, 20000))]
     with pytest.raises(
@@ -197,7 +198,7 @@ def test_other_errors_of_a_layer_stay_what_they_are(monkeypatch: pytest.MonkeyPa
 
 
 def test_available_memory_is_told() -> None:
-    free = memory.available_memory()
+    free = machine.available_memory()
     assert free is None or 0 < free < 1 << 50
     assert (free is not None) == Path("/proc/meminfo").exists()
 

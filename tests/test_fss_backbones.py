@@ -13,8 +13,7 @@ from PIL import Image
 from torch import Tensor, nn
 
 from svftool.errors import ModelError, UsageError
-from svftool.models import Preprocessing
-from svftool.tasks.few_shot_segmentation.backbones import (
+from svftool.few_shot.backbones import (
     FeatureNames,
     adapt_backbone,
     default_names,
@@ -27,15 +26,14 @@ from svftool.tasks.few_shot_segmentation.backbones import (
     plan_features,
     run_stages,
 )
-from svftool.tasks.few_shot_segmentation.backbones.averaging import DilatedAvgPool2d
-from svftool.tasks.few_shot_segmentation.backbones.strides import strided_modules
-from svftool.tasks.few_shot_segmentation.backbones.trace import watch
-from svftool.tasks.few_shot_segmentation.encoding import Encoder
-from svftool.tasks.few_shot_segmentation.kept import View
-from svftool.tasks.few_shot_segmentation.network import FewShotNet
-from svftool.tasks.few_shot_segmentation.pictures import ByteCache, Pictures
-from svftool.tasks.few_shot_segmentation.pool import Pair
-from svftool.tasks.few_shot_segmentation.rules import Rules
+from svftool.few_shot.dilation import DilatedAvgPool2d, strided_modules
+from svftool.few_shot.encoder import Encoder, View
+from svftool.few_shot.network import FewShotNet
+from svftool.few_shot.pictures import ByteCache, Pictures
+from svftool.few_shot.pool import Pair
+from svftool.few_shot.task import Rules
+from svftool.few_shot.trace import watch
+from svftool.models import Preprocessing
 
 torchvision = pytest.importorskip("torchvision")
 

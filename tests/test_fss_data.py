@@ -12,20 +12,20 @@ from layouts import SIDE, label_map, write_image, write_indexed, write_voc
 from PIL import Image
 
 from svftool.errors import DataError
-from svftool.tasks.few_shot_segmentation.folds import (
+from svftool.few_shot.folds import (
     COCO_CLASSES,
     VOC_CLASSES,
     in_voc_order,
     split_classes,
 )
-from svftool.tasks.few_shot_segmentation.layouts import open_source
-from svftool.tasks.few_shot_segmentation.masks import (
+from svftool.few_shot.masks import (
     class_areas,
     mask_of,
     read_binary,
     read_label_map,
 )
-from svftool.tasks.few_shot_segmentation.pool import MINIMUM_AREA
+from svftool.few_shot.pool import MINIMUM_AREA
+from svftool.few_shot.sources import open_source
 
 VocFolder = Callable[..., Path]
 

@@ -7,8 +7,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from svftool.tasks.few_shot_segmentation.backbones import Features, resized
-from svftool.tasks.few_shot_segmentation.hosts import (
+from svftool.few_shot.backbones import Features, resized
+from svftool.few_shot.hosts import (
     BAM,
     BaseLearner,
     Baseline,
@@ -19,8 +19,8 @@ from svftool.tasks.few_shot_segmentation.hosts import (
     PFENet,
     make_host,
 )
-from svftool.tasks.few_shot_segmentation.hosts.bam import other_classes, scene_distances
-from svftool.tasks.few_shot_segmentation.hosts.parts import (
+from svftool.few_shot.hosts.bam import other_classes, scene_distances
+from svftool.few_shot.hosts.parts import (
     gram,
     mask_loss,
     masked_mean,

@@ -11,9 +11,9 @@ import torch
 from PIL import Image
 from torch import Tensor, nn
 
-from svftool.tasks.few_shot_segmentation import FewShotSegmentation, few_shot_tasks
-from svftool.tasks.few_shot_segmentation.kept import SharedOutputs, fingerprints
-from svftool.tasks.few_shot_segmentation.network import FewShotNet
+from svftool.few_shot.encoder import SharedOutputs, fingerprints
+from svftool.few_shot.network import FewShotNet
+from svftool.few_shot.options import FewShotSegmentation, few_shot_tasks
 
 FROZEN = {"head": ("conv1", "layer1", "layer2", "layer3"), "svf": ("conv1", "layer1"), "full": ()}
 
@@ -97,7 +97,7 @@ def test_training_and_scores_are_those_of_a_run_that_keeps_nothing(
     weights, scores = trained(kept, regime)
     with monkeypatch.context() as patch:
         patch.setattr(SharedOutputs, "agreeing", lambda self, net: [])
-        patch.setattr("svftool.tasks.few_shot_segmentation.encoding.frozen_stages", lambda *_: 0)
+        patch.setattr("svftool.few_shot.encoder.frozen_stages", lambda *_: 0)
         anew, expected = trained(tasks(images)[0], regime)
     for name, value in weights.items():
         torch.testing.assert_close(value, anew[name])

@@ -13,13 +13,13 @@ from layouts import SIDE, label_map, write_image, write_indexed, write_voc
 from PIL import Image
 
 from svftool.errors import DataError
-from svftool.tasks.few_shot_segmentation.layouts import open_source
-from svftool.tasks.few_shot_segmentation.layouts.lists import (
+from svftool.few_shot.list_files import (
     read_class_files,
     read_hsnet_lines,
     read_hsnet_pickle,
     read_pair_list,
 )
+from svftool.few_shot.sources import open_source
 
 VocFolder = Callable[..., Path]
 

@@ -13,22 +13,22 @@ from shapes import SmallNet, write_shapes
 from torch import nn
 
 from svftool.errors import ModelError, UsageError
-from svftool.report import few_shot
-from svftool.report.finetune import document, view
-from svftool.stages.finetune import FinetuneResult
-from svftool.tasks.base import Metric
-from svftool.tasks.few_shot_segmentation import few_shot_tasks
-from svftool.tasks.few_shot_segmentation.backbones import (
+from svftool.few_shot.backbones import (
     FeatureNames,
     adapt_backbone,
     default_names,
 )
-from svftool.tasks.few_shot_segmentation.published import _PERCENT, published_rows
+from svftool.few_shot.options import few_shot_tasks
+from svftool.report import few_shot
+from svftool.report.finetune import document, view
+from svftool.report.published import _PERCENT, published_rows
+from svftool.stages.finetune import FinetuneResult
+from svftool.tasks.base import Metric
 from svftool.training import Run, summarise
 from svftool.training.loop import Outcome
 
 torchvision = pytest.importorskip("torchvision")
-from svftool.tasks.few_shot_segmentation.networks import (  # noqa: E402
+from svftool.few_shot.paper_networks import (  # noqa: E402
     DeepStemResNet,
     PspNet,
     backbone_name,

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 
-from svftool.tasks.few_shot_segmentation.canvas import (
+from svftool.few_shot.masks import (
     canvas_side,
     normalise,
     paste_image,
@@ -18,9 +18,8 @@ from svftool.tasks.few_shot_segmentation.canvas import (
     place,
     predict_at,
 )
-from svftool.tasks.few_shot_segmentation.episodes import draw_episode, fixed_episodes
-from svftool.tasks.few_shot_segmentation.metrics import Pooled
-from svftool.tasks.few_shot_segmentation.pool import Pair, Pool
+from svftool.few_shot.pool import Pair, Pool, draw_episode, fixed_episodes
+from svftool.few_shot.scoring import Pooled
 
 
 def pool_of(*asked: tuple[int, ...], order: str = "images", shown: str | None = None) -> Pool:

@@ -13,15 +13,15 @@ from PIL import Image
 from shapes import SmallNet, write_shapes
 
 from svftool.errors import DataError, ModelError, UsageError
+from svftool.few_shot.base_learner import BaseMaps, BaseTraining
+from svftool.few_shot.encoder import View
+from svftool.few_shot.network import FewShotNet
+from svftool.few_shot.options import FewShotSegmentation, few_shot_tasks
+from svftool.few_shot.overlays import HEIGHT, write_overlay
+from svftool.few_shot.pictures import Ranges, distort
+from svftool.few_shot.scoring import Prediction
 from svftool.progress import Silent
 from svftool.tasks import to_device
-from svftool.tasks.few_shot_segmentation import FewShotSegmentation, few_shot_tasks
-from svftool.tasks.few_shot_segmentation.augment import Ranges, distort
-from svftool.tasks.few_shot_segmentation.base_learner import BaseMaps, BaseTraining
-from svftool.tasks.few_shot_segmentation.kept import View
-from svftool.tasks.few_shot_segmentation.network import FewShotNet
-from svftool.tasks.few_shot_segmentation.overlays import HEIGHT, write_overlay
-from svftool.tasks.few_shot_segmentation.scoring import Prediction
 from svftool.training.loop import training_mode
 
 
@@ -304,7 +304,7 @@ def test_bam_trains_its_base_learner_once_and_takes_it_into_account(make: MakeTa
 
 def test_a_base_network_of_other_classes_is_refused(make: MakeTask):
     pytest.importorskip("torchvision")
-    from svftool.tasks.few_shot_segmentation.networks import _vgg_pspnet
+    from svftool.few_shot.paper_networks import _vgg_pspnet
 
     torch.manual_seed(0)
     with pytest.raises(ModelError, match="knows 16 classes with background, expected 4"):
@@ -317,7 +317,7 @@ def test_a_base_network_of_other_classes_is_refused(make: MakeTask):
 def test_overlays_show_supports_truth_and_prediction(make: MakeTask, tmp_path: Path):
     task = make(shots=[2])
     draw = task.draw(0)
-    from svftool.tasks.few_shot_segmentation.episodes import fixed_episodes
+    from svftool.few_shot.pool import fixed_episodes
 
     episode = next(iter(fixed_episodes(task.data.test, 1, 2, 0)))
     truth = task.pictures.truth(task.data.test.pairs[episode.query], episode.label)

@@ -18,10 +18,10 @@ from typer.testing import CliRunner
 from svftool.cli import app
 from svftool.errors import MissingDependencyError, UsageError
 from svftool.report.training import ReportFile
-from svftool.stages.finetune_result import FinetuneResult
 from svftool.tasks import Metric
 from svftool.training import Outcome, Run, summarise
 from svftool.training.loop import Ending
+from svftool.training.results import FinetuneResult
 
 pytest.importorskip("matplotlib")
 pytest.importorskip("jinja2")

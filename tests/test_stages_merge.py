@@ -20,7 +20,7 @@ from svftool import (
     open_factors,
 )
 from svftool.factors import write_tuned
-from svftool.stages.dense import follow_classes
+from svftool.factors.dense import follow_classes
 
 torch.manual_seed(0)
 

@@ -17,9 +17,9 @@ from svftool.errors import ResourceError, UsageError
 from svftool.progress import SILENT, Progress
 from svftool.tasks import Metric, Part, Prepared
 from svftool.training import Interruption, Outcome, Settings, State, StateFile, train
-from svftool.training.curves import Curves
+from svftool.training.batches import Sampler
+from svftool.training.loop import Curves
 from svftool.training.optimise import Optimiser, rate_factor
-from svftool.training.randomness import Sampler
 
 ERROR = Metric("error", higher_is_better=False)
 GENERATOR = torch.Generator().manual_seed(0)

@@ -1,12 +1,10 @@
 """Trainable singular values on live modules: attach, train, save, swap, detach."""
 
-from svftool.attaching.attachment import Attachment, find_attachment
-from svftool.attaching.layer import AttachedLayer
+from svftool.attaching.attachment import Attachment, find_attachment, load_tuned, save_tuned
+from svftool.attaching.layer import AttachedLayer, Band, Parametrisation, parse_band
 from svftool.attaching.lifecycle import attach, detach
 from svftool.attaching.names import NameMap, map_names
-from svftool.attaching.parametrisation import Band, Parametrisation, parse_band
 from svftool.attaching.regimes import Regime, Trainable, apply_regime, parse_regime
-from svftool.attaching.swap import load_tuned, save_tuned
 from svftool.attaching.weight import AttachedWeight, Mode
 
 __all__ = [

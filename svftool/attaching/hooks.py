@@ -9,9 +9,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from svftool.attaching.chains import FoldPlan, OwnHook
+from svftool.attaching.fusion import FoldPlan, OwnHook
+from svftool.attaching.proxy import StandIn
 from svftool.attaching.region import PREFIX
-from svftool.attaching.standin import StandIn
 from svftool.attaching.weight import AttachedWeight
 from svftool.errors import shortlist
 

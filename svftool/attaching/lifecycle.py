@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import logging
 import os
-from collections.abc import Collection, Sequence
+import tempfile
+from collections import defaultdict
+from collections.abc import Collection, Mapping, Sequence
+from pathlib import Path
 from typing import get_args
 
 import torch
@@ -12,17 +15,139 @@ from torch import nn
 
 from svftool.attaching.attachment import KEY, Attachment, find_attachment, require_attachment
 from svftool.attaching.build import BuildOptions, build_weight
-from svftool.attaching.install import install, uninstall
+from svftool.attaching.fusion import FoldPlan, unfold
+from svftool.attaching.hooks import Enter, EnterRoot, Leave, LeaveRoot, LoadMerged, SaveMerged
+from svftool.attaching.layer import Parametrisation, check_parametrisation, parse_band
 from svftool.attaching.matching import match_by_value
 from svftool.attaching.names import NameMap, map_names, own_names
-from svftool.attaching.offload import offload
-from svftool.attaching.parametrisation import Parametrisation, check_parametrisation, parse_band
-from svftool.attaching.region import Region
-from svftool.attaching.ways import runs_without_base
-from svftool.attaching.weight import Mode
-from svftool.checkpoints import matches
+from svftool.attaching.region import PREFIX, Region
+from svftool.attaching.weight import AttachedWeight, Mode, runs_without_base
+from svftool.checkpoints import matches, write_errors
 from svftool.errors import FactorsError, ModelError, ResourceError, UsageError, shortlist
 from svftool.factors import FactorStore, open_factors
+
+# Keep frozen weights in a file instead of in memory: nothing reads them while factors stand in.
+
+
+@torch.no_grad()
+def offload(parameter: nn.Parameter) -> None:
+    """Move a parameter's values into a file that the system reads back when they are used.
+
+    The parameter stays what it is for all who use it. The file is in the folder for temporary
+    files, has no name any more, and goes when the parameter does. Parameters that are not on the
+    CPU stay where they are.
+
+    Parameters
+    ----------
+    parameter : Parameter
+        Of a floating dtype that numpy has; changed in place.
+
+    Raises
+    ------
+    ResourceError
+        If the folder for temporary files has no room.
+    """
+    if parameter.device.type != "cpu" or not parameter.numel():
+        return
+    values = parameter.detach()
+    layout = _dense_order(values)
+    stored = values.permute(layout).contiguous()
+    handle, name = tempfile.mkstemp(prefix="svftool-")
+    try:
+        with write_errors(Path(name)), os.fdopen(handle, "wb") as file:
+            stored.numpy().tofile(file)
+        mapped = torch.from_file(name, size=stored.numel(), dtype=stored.dtype)
+    finally:
+        Path(name).unlink()
+    back = tuple(layout.index(dim) for dim in range(values.ndim))
+    parameter.data = mapped.reshape(stored.shape).permute(back)
+
+
+def _dense_order(values: torch.Tensor) -> tuple[int, ...]:
+    """Return the dimensions from the outermost in memory to the innermost."""
+    strides = values.stride()
+    return tuple(sorted(range(values.ndim), key=lambda dim: -strides[dim]))
+
+
+# Put attached weights on a model's modules, with their hooks, and take them off again.
+
+
+_HANDLES = "_svf_handles"
+
+
+def install(model: nn.Module, weights: Mapping[nn.Parameter, AttachedWeight]) -> None:
+    """Register attached weights beside their parameters, with the hooks that use them.
+
+    The forward pass of the model places them all, so that code which reads a submodule's weight
+    without calling it (attention, tied heads, fused fast paths) meets them too. The owner and its
+    parent do so again, for callers that run a part of the model.
+
+    Parameters
+    ----------
+    model : nn.Module
+        The root.
+    weights : mapping of Parameter to AttachedWeight
+        By the live parameter, whatever modules own it.
+    """
+    places: dict[str, list[tuple[str, str]]] = defaultdict(list)
+    for path, owner in model.named_modules():
+        for attribute, parameter in owner._parameters.items():
+            if parameter is None or parameter not in weights:
+                continue
+            parent = path.rpartition(".")[0]
+            for place in {"", parent, path}:
+                places[place].append((path[len(place) :].lstrip("."), attribute))
+    for path, owner in list(model.named_modules()):
+        own = [attribute for place, attribute in places.get(path, []) if not place]
+        for attribute in own:
+            owner.add_module(PREFIX + attribute, weights[_parameter(owner, attribute)])
+    folds = FoldPlan(_alone(model))
+    for path, inside in places.items():
+        _hook(model.get_submodule(path), inside, folds if not path else None)
+
+
+def _parameter(owner: nn.Module, attribute: str) -> nn.Parameter:
+    parameter = owner._parameters[attribute]
+    if parameter is None:
+        raise RuntimeError(f"parameter {attribute} was removed")
+    return parameter
+
+
+def _alone(model: nn.Module) -> list[str]:
+    """Return the paths of modules whose attached weight belongs to no other module."""
+    owners: dict[int, list[str]] = defaultdict(list)
+    for path, module in model.named_modules():
+        attached = module._modules.get(f"{PREFIX}weight")
+        if attached is not None:
+            owners[id(attached)].append(path)
+    return [paths[0] for paths in owners.values() if len(paths) == 1]
+
+
+def _hook(module: nn.Module, places: list[tuple[str, str]], folds: FoldPlan | None) -> None:
+    own = [place for place in places if not place[0]]
+    enter = Enter(places) if folds is None else EnterRoot(places, folds)
+    handles = [
+        module.register_forward_pre_hook(enter, with_kwargs=folds is not None),
+        module.register_forward_hook(Leave() if folds is None else LeaveRoot(), always_call=True),
+    ]
+    if own:
+        handles += [
+            module.register_state_dict_post_hook(SaveMerged(own)),  # type: ignore[no-untyped-call]
+            module.register_load_state_dict_pre_hook(LoadMerged(own)),  # type: ignore[no-untyped-call]
+        ]
+    module.__dict__[_HANDLES] = handles
+
+
+def uninstall(model: nn.Module) -> None:
+    """Remove everything that `install` put on the model."""
+    unfold(model)
+    for module in list(model.modules()):
+        for handle in module.__dict__.pop(_HANDLES, ()):
+            handle.remove()
+        module.__dict__.pop("_svf_placed", None)
+        for name in [name for name in module._modules if name.startswith(PREFIX)]:
+            delattr(module, name)
+
 
 logger = logging.getLogger(__name__)
 
@@ -59,7 +184,7 @@ def attach(
     parametrisation : {"scale", "shift", "absolute"}
         ``S_base (1 + theta)``, ``S_base + theta`` or ``theta``.
     mode : {"auto", "factored", "composed", "residual"}
-        How layers run, see `svftool.attaching.ways`; all give the same gradients.
+        How layers run, see `svftool.attaching.weight`; all give the same gradients.
     train_rank : str or int, optional
         Train only a band of singular values, such as ``"top:64"``.
     nonnegative : bool

@@ -7,13 +7,13 @@ from dataclasses import dataclass, field
 
 from torch import Tensor
 
+from svftool.adapters.peft import LoraFolder
 from svftool.auditing.adapters import Change, adapter_changes
 from svftool.auditing.compare import Tuned
 from svftool.auditing.matching import Matching, Pair, match_names, say_shapes
 from svftool.auditing.results import Unread
 from svftool.auditing.sources import Source
 from svftool.checkpoints import TensorInfo
-from svftool.checkpoints.lora import LoraFolder
 from svftool.errors import CheckpointError, FactorsError, shortlist
 from svftool.factors import TunedFile
 from svftool.progress import Progress

@@ -9,20 +9,105 @@ of rows, so memory is set by the short side, and ``N = U'DV = S^-1 V'C V`` needs
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
+from dataclasses import dataclass
 from functools import partial
+from typing import Any, Generic, TypeVar, overload
 
 import numpy as np
 import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from svftool.auditing.difference import Difference, difference
-from svftool.auditing.lazy import lazy
 from svftool.numerics import Pool
 from svftool.numerics.eigen import eigenvalues, eigenvectors, gram
 from svftool.numerics.shares import Shares, count_regular, divide, groups
 from svftool.numerics.subspace import INTRUDER_TOP
 from svftool.numerics.tall import ALL, Choose, Tall, cuts, tall
+
+# A property that is computed once, without a lock.
+
+
+_T = TypeVar("_T")
+
+
+class lazy(Generic[_T]):
+    """What ``functools.cached_property`` is, for instances that each belong to one thread.
+
+    Before Python 3.12 that one holds a lock which all instances of a class share, so that two
+    threads with a matrix each would wait for each other.
+    """
+
+    def __init__(self, compute: Callable[[Any], _T]) -> None:
+        self._compute = compute
+        self.__doc__ = compute.__doc__
+
+    def __set_name__(self, owner: type, name: str) -> None:
+        self._name = name
+
+    @overload
+    def __get__(self, instance: None, owner: type) -> lazy[_T]: ...
+
+    @overload
+    def __get__(self, instance: object, owner: type) -> _T: ...
+
+    def __get__(self, instance: object | None, owner: type) -> lazy[_T] | _T:
+        if instance is None:
+            return self
+        value = instance.__dict__[self._name] = self._compute(instance)
+        return value
+
+
+# The change of a matrix, computed a block at a time from both sides and never stored whole.
+
+
+@dataclass(frozen=True)
+class Difference(Tall):
+    """``D = W' - W`` with its long side first.
+
+    Attributes
+    ----------
+    before : (rows, n) Tensor or None
+        W as `matrix` is W'; None where `matrix` is the change itself.
+    """
+
+    before: Tensor | None = None
+
+    def double(self, rows: slice, columns: slice = slice(None)) -> Tensor:
+        """Return a block in float64."""
+        block = super().double(rows, columns)
+        if self.before is None:
+            return block
+        return block - self.before[rows, columns]
+
+    def energy(self) -> float:
+        """Return the sum of squares."""
+        norms = [torch.linalg.vector_norm(self.double(rows)) for rows in self.slices(_ROWS)]
+        return sum(float(norm) ** 2 for norm in norms)
+
+    def any(self) -> bool:
+        """Whether an entry is not zero."""
+        return any(bool(self.double(rows).any()) for rows in self.slices(_ROWS))
+
+
+def difference(base: Tensor, tuned: Tensor | None, change: Tensor | None) -> Difference:
+    """Look at a change with its long side first.
+
+    Parameters
+    ----------
+    base : (m, n) Tensor
+    tuned, change : (m, n) Tensor or None
+        One of the two; nothing is copied.
+    """
+    after = tuned if change is None else change
+    if after is None:
+        raise ValueError("either a weight or a change is needed")
+    before = base if change is None else None
+    transposed = base.shape[0] < base.shape[1]
+    if transposed:
+        after, before = after.mT, None if before is None else before.mT
+    return Difference(after, transposed, exponent=0, top=0.0, before=before)
+
 
 Array = npt.NDArray[np.float64]
 _TILE = 1024

@@ -23,16 +23,17 @@ Every rule that matches a tensor must hold for it.
 from __future__ import annotations
 
 import tomllib
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any
 
-from svftool.auditing.gates import Gate, check_metric, tripped
-from svftool.auditing.results import Comparison, Row
+from svftool.auditing.gates import Gate, check_metric, parse_gate, tripped
+from svftool.auditing.metrics import METRICS
+from svftool.auditing.results import AuditResult, Comparison, Row
 from svftool.auditing.verdicts import VERDICTS
-from svftool.errors import UsageError
+from svftool.errors import GateError, UsageError, shortlist
 
 SCHEMA_VERSION = 1
 _KEYS = frozenset({"layers", "allow", "deny", "limits", "reason"})
@@ -197,3 +198,63 @@ def _texts(path: Path, table: Mapping[str, Any], key: str) -> tuple[str, ...]:
     if not isinstance(listed, list) or not all(isinstance(one, str) for one in listed):
         raise UsageError(f"{path}: {key} = {value!r}, expected a text or a list of texts.")
     return tuple(listed)
+
+
+# An audit held against thresholds and a policy: what lets a pipeline fail.
+
+
+@dataclass(frozen=True)
+class Gatekeeper:
+    """Thresholds and a policy, read and checked before any work.
+
+    Attributes
+    ----------
+    gates : tuple of Gate
+    policy : Policy or None
+    """
+
+    gates: tuple[Gate, ...] = ()
+    policy: Policy | None = None
+
+    @classmethod
+    def read(cls, gates: Iterable[str], policy: Path | None) -> Gatekeeper:
+        """Read ``METRIC=VALUE`` texts and a policy file.
+
+        Raises
+        ------
+        UsageError
+            If one of them is not well formed.
+        """
+        read = None if policy is None else read_policy(policy)
+        return cls(tuple(parse_gate(text) for text in gates), read)
+
+    def with_metrics(self, names: Sequence[str]) -> tuple[str, ...]:
+        """Add the metrics that the thresholds need to those asked for."""
+        needed = [gate.metric for gate in self.gates]
+        needed += self.policy.metrics if self.policy is not None else ()
+        plain = (name.partition(".")[0] for name in (*names, *needed))
+        return tuple(dict.fromkeys(name for name in plain if name in METRICS or name == "all"))
+
+    def violations(self, result: AuditResult) -> list[Violation]:
+        """List everything that trips a threshold or breaks a rule, the worst first."""
+        found = []
+        for one in result.comparisons:
+            for gate in self.gates:
+                for row in tripped(one.rows, gate):
+                    value = row.value(gate.metric)
+                    text = "broken" if value is None else f"{gate.metric} {value:.4g}"
+                    found.append(Violation(row.name, text, f"limit {gate.value:g}"))
+            if self.policy is not None:
+                found += self.policy.violations(one)
+        return found
+
+    def close(self, failed: Sequence[Violation]) -> None:
+        """Fail where anything was found.
+
+        Raises
+        ------
+        GateError
+            Naming the worst.
+        """
+        if failed:
+            raise GateError(f"{len(failed)} tensors failed: {shortlist(failed, 3)}")

@@ -12,6 +12,7 @@ from typing import Any, Literal, Self
 
 from torch import Tensor
 
+from svftool.adapters.peft import LoraFolder, is_lora, open_lora
 from svftool.checkpoints import (
     TensorInfo,
     View,
@@ -19,7 +20,6 @@ from svftool.checkpoints import (
     fingerprint_checkpoint,
     open_checkpoint,
 )
-from svftool.checkpoints.lora import LoraFolder, is_lora, open_lora
 from svftool.errors import FactorsError
 from svftool.factors import (
     FactorStore,

@@ -3,17 +3,39 @@
 from __future__ import annotations
 
 import math
+from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from types import MappingProxyType
-from typing import Any, Literal, Protocol
+from types import MappingProxyType, TracebackType
+from typing import Any, Literal, Protocol, Self
 
 import torch
 from torch import Tensor
 
-from svftool.checkpoints.closing import Closing
 from svftool.checkpoints.dtypes import byte_size
+
+# Things that are open and must be closed.
+
+
+class Closing(ABC):
+    """A context manager that is closed at the end, whatever happened."""
+
+    @abstractmethod
+    def close(self) -> None:
+        """Close the files."""
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self.close()
+
 
 Format = Literal["safetensors", "pickle"]
 Layout = Literal["dense", "sparse", "quantised"]

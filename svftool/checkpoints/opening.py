@@ -16,8 +16,7 @@ from svftool.checkpoints.folder import (
     find_weights,
     read_config,
 )
-from svftool.checkpoints.foreign import describe_start
-from svftool.checkpoints.header import announces_header
+from svftool.checkpoints.header import announces_header, describe_start
 from svftool.checkpoints.hub import fetch, looks_like_hub_id
 from svftool.checkpoints.pickle_file import ZIP_MAGIC, PickleFile
 from svftool.checkpoints.safetensors_file import SafetensorsFile

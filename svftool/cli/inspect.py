@@ -81,10 +81,10 @@ def command(
     verbose: VerboseOption = 0,
 ) -> None:
     """Say what fine-tunes did to a checkpoint, layer by layer."""
+    from svftool.auditing.policy import Gatekeeper
     from svftool.report import inspect as report
     from svftool.report.inspect.files import Files, MapsFile
     from svftool.stages.audit import audit
-    from svftool.stages.gate import Gatekeeper
 
     gate = Gatekeeper.read(fail_above or (), policy)
     files = Files(csv=csv, html=html, plot=plot, force=force, inputs=(base, *(tuned or ())))

@@ -12,7 +12,7 @@ from svftool.engine.plan import (
     seconds,
     share,
 )
-from svftool.engine.ranks import FULL, RankRule, parse_rank
+from svftool.engine.rank_rule import FULL, RankRule, parse_rank
 from svftool.engine.run import run_layers, run_svds, run_values
 
 __all__ = [

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 
 import torch
 
-from svftool.engine.ranks import FULL, RankRule
+from svftool.engine.rank_rule import FULL, RankRule
 
 _LAYER = 1e-3
 _GRAM = 2.6e-11

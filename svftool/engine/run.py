@@ -7,7 +7,6 @@ its time. A layer's result depends on none of this.
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import closing
 from dataclasses import replace
@@ -18,10 +17,10 @@ import torch
 from torch import Tensor
 
 from svftool.engine.flow import flow
-from svftool.engine.memory import as_resource_error, check_memory
 from svftool.engine.plan import Job, budget, job_bytes, longest_first, seconds
-from svftool.engine.ranks import FULL, RankRule
-from svftool.errors import NumericalError
+from svftool.engine.rank_rule import FULL, RankRule
+from svftool.errors import NumericalError, ResourceError
+from svftool.machine import available_memory
 from svftool.numerics import Method, Pool, Svd, singular_values, svd
 from svftool.progress import SILENT, Progress
 
@@ -29,6 +28,7 @@ Skip = Callable[[str, NumericalError], None]
 _T = TypeVar("_T")
 _SMALL = 256
 _STREAMS = 2
+_GIB = float(1 << 30)
 
 
 def run_svds(
@@ -60,8 +60,7 @@ def run_svds(
     dtype : torch.dtype
         float32 or float64, of the factors.
     device : str or torch.device
-        "auto" is a GPU where there is one, under torchrun another for each process. A layer that
-        does not fit there is done on the CPU.
+        A layer that does not fit there is done on the CPU.
     workers : int, optional
         Layers at a time; by default the number of torch's threads. The factors do not depend on
         it.
@@ -187,10 +186,10 @@ def run_layers(
     ResourceError
         If a layer does not fit in memory, before anything is computed.
     """
-    ordered, place = longest_first(jobs), _device(device)
+    ordered, place = longest_first(jobs), torch.device(device)
     if ordered:
         largest = max(ordered, key=size)
-        check_memory(largest, size(largest))
+        _check_memory(largest, size(largest))
     outcomes = flow(
         ordered,
         read,
@@ -212,15 +211,6 @@ def run_layers(
             task.advance(seconds(job), detail=job.name)
 
 
-def _device(device: str | torch.device) -> torch.device:
-    if device != "auto":
-        return torch.device(device)
-    if not torch.cuda.is_available():
-        return torch.device("cpu")
-    # torchrun numbers the processes of a host: each takes a GPU of its own.
-    return torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")) % torch.cuda.device_count())
-
-
 def _on(
     device: torch.device,
     work: Callable[[Job, Tensor, Pool], _T],
@@ -237,10 +227,45 @@ def _on(
     try:
         return work(job, tensor, pool)
     except (MemoryError, RuntimeError) as exc:
-        raise as_resource_error(job, exc) or exc from exc
+        raise _as_resource_error(job, exc) or exc from exc
 
 
 def _on_device(device: torch.device, tensor: Tensor, work: Callable[[Tensor], _T]) -> _T:
     """Run on a stream of its own, so that transfers of one layer overlap with work on another."""
     with torch.cuda.stream(torch.cuda.Stream(device)):  # type: ignore[no-untyped-call]
         return work(tensor.to(device))
+
+
+def _check_memory(job: Job, needed: int) -> None:
+    """Refuse a layer that cannot fit, before anything is computed.
+
+    Raises
+    ------
+    ResourceError
+        With the size needed and what is free.
+    """
+    free = available_memory()
+    if free is not None and needed > free:
+        raise ResourceError(
+            f"{job.name}: a matrix of {_shape(job)} needs {needed / _GIB:.1f} GiB of memory, found "
+            f"{free / _GIB:.1f} GiB free. Leave it out with --exclude, keep fewer singular values "
+            "with --rank, or use a machine with more memory."
+        )
+
+
+def _as_resource_error(job: Job, error: Exception) -> ResourceError | None:
+    """Tell what an allocation that failed means to the user; None for any other error.
+
+    torch raises a plain RuntimeError where memory of the CPU runs out.
+    """
+    text = str(error)
+    if not isinstance(error, MemoryError) and "allocate memory" not in text:
+        return None
+    return ResourceError(
+        f"{job.name}: out of memory in a matrix of {_shape(job)}. What is finished is kept. "
+        "Keep fewer singular values with --rank, or use a machine with more memory."
+    )
+
+
+def _shape(job: Job) -> str:
+    return " x ".join(map(str, job.matrix))

@@ -16,7 +16,7 @@ from svftool.checkpoints import (
     fingerprint_checkpoint,
     open_checkpoint,
 )
-from svftool.checkpoints.closing import Closing
+from svftool.checkpoints.base import Closing
 from svftool.errors import CheckpointError, FactorsError, shortlist
 from svftool.factors.schema import CONFIG_FILE, FactorConfig, LayerRecord, read_config
 from svftool.progress import SILENT, Progress

@@ -9,10 +9,123 @@ from torch import Tensor
 from torch.linalg import LinAlgError  # type: ignore[attr-defined]
 
 from svftool.numerics import lapack
-from svftool.numerics.band import banded_tridiagonal
-from svftool.numerics.reflectors import block_reflector
 from svftool.numerics.tall import Choose, Tall, cuts
 from svftool.numerics.threads import Pool
+
+# Products of Householder reflectors as one large product, ``H1 H2 ... = I - Y T Y'``.
+
+
+def block_reflector(rows: Tensor, tau: Tensor) -> tuple[Tensor, Tensor]:
+    """Gather reflectors ``I - tau v v'`` into one block.
+
+    ``T^-1 = diag(1 / tau) + strictly upper (Y' Y)`` (Puglisi, SIAM J. Sci. Stat. Comput. 13, 1992);
+    a reflector with tau = 0 is the identity.
+
+    Parameters
+    ----------
+    rows : (b, r) Tensor
+        Each reflector's vector, of which the first i entries are taken as 0 and the next as 1 in
+        row i.
+    tau : (b,) Tensor
+
+    Returns
+    -------
+    Y' : (b, r) Tensor
+    T' : (b, b) Tensor
+        Lower triangular.
+    """
+    Y = rows.triu()
+    Y.diagonal().fill_(1.0)
+    idle = tau == 0
+    Y[idle] = 0.0
+    inverse = (Y @ Y.mT).triu(1)
+    inverse.diagonal().copy_(torch.where(idle, 1.0, tau).reciprocal())
+    eye = torch.eye(len(tau), dtype=Y.dtype)
+    return Y, torch.linalg.solve_triangular(inverse, eye, upper=True).mT
+
+
+# A large symmetric matrix is brought to a band, and the band to tridiagonal form.
+
+
+WIDTH = 48
+_BAND_TILE = 512
+
+
+def banded_tridiagonal(G: Tensor, pool: Pool) -> tuple[Tensor, Tensor]:
+    """Reduce a symmetric matrix to tridiagonal form, without the rotation that leads to it.
+
+    Parameters
+    ----------
+    G : (n, n) Tensor
+        float64, upper triangle; overwritten.
+    pool : Pool
+
+    Returns
+    -------
+    d : (n,) Tensor
+        Diagonal.
+    e : (n - 1,) Tensor
+        Off-diagonal.
+
+    Raises
+    ------
+    svftool.numerics.lapack.NotConverged
+        If LAPACK says so.
+    """
+    n = len(G)
+    for tile in cuts(n, _BAND_TILE):
+        block = G[tile, tile].triu()
+        G[tile, tile] = block + block.triu(1).mT
+    for start in range(WIDTH, n - 1, WIDTH):
+        _reduce(G, start, pool)
+    return lapack.band_to_tridiagonal(_band(G))
+
+
+def _reduce(G: Tensor, start: int, pool: Pool) -> None:
+    """Make the block row that ends before `start` end with the band, by a similarity.
+
+    The tiles keep their places in G, and those on the diagonal are whole.
+    """
+    row = G[start - WIDTH : start, start:]
+    packed, tau = torch.geqrf(row.mT)
+    count = len(tau)
+    row[:, :count] = packed[:count].triu().mT
+    Y, Tt = block_reflector(packed.mT[:count], tau)
+    parts = [
+        slice(max(tile.start, start), tile.stop)
+        for tile in cuts(len(G), _BAND_TILE)
+        if tile.stop > start
+    ]
+    V = Y.mT.contiguous()
+    TV = V @ Tt.mT
+    X = torch.empty_like(V)
+
+    def multiply(part: slice) -> None:
+        own = X[part.start - start : part.stop - start]
+        torch.mm(G[part, part.start :], TV[part.start - start :], out=own)
+        if part.start > start:
+            own.addmm_(G[start : part.start, part].mT, TV[: part.start - start])
+
+    pool.share([partial(multiply, part) for part in parts])
+    X -= 0.5 * V @ (Tt @ (Y @ X))
+    both, turned = torch.cat((V, X), dim=1), torch.cat((X, V), dim=1)
+
+    def update(part: slice) -> None:
+        inner = slice(part.start - start, part.stop - start)
+        G[part, part.start :].addmm_(both[inner], turned[inner.start :].mT, alpha=-1.0)
+
+    pool.share([partial(update, part) for part in parts])
+
+
+def _band(G: Tensor) -> Tensor:
+    """Return ``G[i, i + j]`` at [i, j], zero beyond the matrix."""
+    n = len(G)
+    width = min(WIDTH, n - 1)
+    band = G.new_zeros(n, width + 1)
+    for j in range(width + 1):
+        band[: n - j, j] = G.diagonal(j)
+    return band
+
 
 _TILE = 1024
 _PANEL = 48

@@ -10,10 +10,10 @@ from rich.console import Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
+from svftool.report.published import PublishedRow, published_rows
 from svftool.report.tables import plain_table
-from svftool.stages.finetune_result import FinetuneResult
-from svftool.tasks.few_shot_segmentation.published import PublishedRow, published_rows
 from svftool.training import Run, Summary
+from svftool.training.results import FinetuneResult
 
 CHOSEN_BY = {
     "base": "weights chosen on held-out images of base classes",

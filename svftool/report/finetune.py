@@ -13,8 +13,8 @@ from svftool.report import few_shot, json
 from svftool.report.tables import plain_table
 from svftool.report.text import safe
 from svftool.report.text import seconds as duration
-from svftool.stages.finetune_result import FinetuneResult, result_fields
 from svftool.training import Run, Summary
+from svftool.training.results import FinetuneResult, result_fields
 
 FRACTIONS = frozenset({"accuracy", "miou", "fb_iou"})
 """Metrics that people read in percent."""

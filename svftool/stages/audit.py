@@ -41,6 +41,7 @@ from svftool.checkpoints import Selection, TensorInfo, View, dtype_name, matrix_
 from svftool.checkpoints.dtypes import FLOAT8
 from svftool.engine import Job, run_layers, share
 from svftool.errors import CheckpointError, FactorsError
+from svftool.machine import pick_device
 from svftool.numerics import Pool
 from svftool.processes import joined_processes
 from svftool.progress import SILENT, Progress
@@ -95,7 +96,7 @@ def audit(
         For a metric that does not exist, or a glob that matches nothing.
     """
     start = time.perf_counter()
-    chosen = choose_metrics(metrics, fast=fast)
+    place, chosen = pick_device(device), choose_metrics(metrics, fast=fast)
     with ExitStack() as stack:
         source = stack.enter_context(open_source(base))
         others = [stack.enter_context(open_source(path)) for path in tuned]
@@ -107,7 +108,7 @@ def audit(
                 f"svftool inspect BASE {source.path}"
             )
         layers = _layers(source, include, exclude)
-        auditor = _Auditor(source, layers, chosen, fast, device, progress)
+        auditor = _Auditor(source, layers, chosen, fast, place, progress)
         if source.tuned is not None:
             comparisons = tuple(_tuned_pair(source, one, chosen) for one in others or [source])
         else:
@@ -150,7 +151,7 @@ class _Auditor:
     layers: _Layers
     metrics: tuple[Metric, ...]
     fast: bool
-    device: str
+    device: torch.device
     progress: Progress
 
     def compare(self, others: Sequence[Source]) -> tuple[Comparison, ...]:

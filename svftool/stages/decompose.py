@@ -24,14 +24,14 @@ from svftool.checkpoints import (
     write_errors,
 )
 from svftool.engine import PROCESS_BYTES, parse_rank, peak_memory
+from svftool.engine.examine import examination_bytes
 from svftool.errors import UsageError
 from svftool.factors import FactorConfig, LayerSpool
+from svftool.machine import peak_memory_bytes, pick_device
 from svftool.numerics import Method
 from svftool.processes import Processes, joined_processes
 from svftool.progress import SILENT, Progress
-from svftool.stages.examine import examination_bytes
 from svftool.stages.factorise import Factorisation, LayerPlan, Settings
-from svftool.stages.usage import peak_memory_bytes
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 METHODS = ("auto", "exact", "randomized")
@@ -244,7 +244,7 @@ def _parse(options: DecomposeOptions) -> Settings:
         max_shard_bytes=parse_size(options.get("max_shard_size", "5GB")),
         layers_only=options.get("layers_only", False),
         skip_bad=options.get("skip_bad", False),
-        device=options.get("device", "auto"),
+        device=pick_device(options.get("device", "auto")),
     )
 
 

@@ -29,6 +29,7 @@ from svftool.checkpoints import (
     write_errors,
 )
 from svftool.engine import Job, RankRule, run_svds, share
+from svftool.engine.examine import Examination, examine
 from svftool.errors import NumericalError, shortlist
 from svftool.factors import (
     BaseRecord,
@@ -47,7 +48,6 @@ from svftool.factors import (
 from svftool.numerics import Method, Svd, reconstruct
 from svftool.processes import Processes
 from svftool.progress import Progress
-from svftool.stages.examine import Examination, examine
 
 
 @dataclass(frozen=True)
@@ -95,7 +95,7 @@ class Settings:
     max_shard_bytes: int
     layers_only: bool
     skip_bad: bool
-    device: str
+    device: torch.device
 
 
 @dataclass

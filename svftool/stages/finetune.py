@@ -18,16 +18,16 @@ from svftool.errors import UsageError
 from svftool.factors import open_factors
 from svftool.models import build_model
 from svftool.progress import SILENT, Progress
-from svftool.stages.finetune_result import (
+from svftool.stages.catalogue import ModelFacts, make_tasks
+from svftool.training import Plan, Ranks, Settings, Trackers, compare, joined_ranks, summarise
+from svftool.training.results import (
     RESULTS_FILE,
     FinetuneResult,
     common_setting,
     write_results,
 )
-from svftool.stages.run_output import TUNED_SUFFIX, RunWriter, is_run_itself
-from svftool.stages.workspace import Workspace, describe_files, open_workspace
-from svftool.tasks.catalogue import ModelFacts, make_tasks
-from svftool.training import Plan, Ranks, Settings, Trackers, compare, joined_ranks, summarise
+from svftool.training.run_output import TUNED_SUFFIX, RunWriter, is_run_itself
+from svftool.training.workspace import Workspace, describe_files, open_workspace
 
 
 def finetune(
@@ -72,7 +72,7 @@ def finetune(
         and ``lora:r`` a PEFT folder. Several runs, or a name without a suffix, write a folder of
         these with a ``results.json``.
     task : str
-        One of `svftool.tasks.catalogue.TASKS`: ``classification``, ``language`` ...
+        One of `svftool.stages.catalogue.TASKS`: ``classification``, ``language`` ...
     model : str
         See `svftool.models.build_model`.
     base : path-like, optional
@@ -111,7 +111,7 @@ def finetune(
     options
         The task's own, such as ``shots`` and ``evaluation``; see
         `svftool.tasks.classification.Classification`, `svftool.tasks.language.Language` and
-        `svftool.tasks.few_shot_segmentation.few_shot_tasks`.
+        `svftool.few_shot.options.few_shot_tasks`.
 
     Returns
     -------

@@ -18,9 +18,9 @@ from svftool.checkpoints import (
 )
 from svftool.errors import NumericalError, UsageError, shortlist
 from svftool.factors import check_tuned, open_factors
+from svftool.factors.dense import write_dense
+from svftool.factors.mixture import Expert, LayerChange, Mixture
 from svftool.progress import SILENT, Progress
-from svftool.stages.dense import write_dense
-from svftool.stages.mixture import Expert, LayerChange, Mixture
 
 Weighted = str | os.PathLike[str] | tuple[str | os.PathLike[str], float]
 

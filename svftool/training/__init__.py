@@ -1,12 +1,11 @@
 """The training loop, its optimisers, and the comparison of regimes over seeds."""
 
 from svftool.training.compare import compare
-from svftool.training.devices import pick_device
+from svftool.training.group import ALONE, Ranks, joined_ranks
 from svftool.training.interrupt import Interruption
 from svftool.training.journal import Journal
 from svftool.training.loop import Ending, Log, Outcome, train
 from svftool.training.plan import Plan, Run, file_stem
-from svftool.training.ranks import ALONE, Ranks, joined_ranks
 from svftool.training.settings import Settings
 from svftool.training.state import State, StateFile
 from svftool.training.summary import Summary, interval, summarise
@@ -34,7 +33,6 @@ __all__ = [
     "file_stem",
     "interval",
     "joined_ranks",
-    "pick_device",
     "summarise",
     "train",
     "tuning_to_plain",

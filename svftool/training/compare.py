@@ -12,16 +12,16 @@ import torch
 from torch import nn
 
 from svftool.attaching import Trainable, apply_regime
+from svftool.machine import explain_out_of_memory, peak_memory, reset_peak_memory
 from svftool.progress import SILENT, Progress
 from svftool.tasks import Draw, Metric, Prepared, Task
 from svftool.tasks.base import Illustrated
+from svftool.training.batches import derived_seed, repeatable
+from svftool.training.group import ALONE, Ranks
 from svftool.training.interrupt import Interruption
 from svftool.training.journal import Journal
 from svftool.training.loop import Outcome, train
-from svftool.training.memory import explain_out_of_memory, peak_memory, reset_peak_memory
 from svftool.training.plan import Plan, Run, file_stem
-from svftool.training.randomness import derived_seed, repeatable
-from svftool.training.ranks import ALONE, Ranks
 from svftool.training.trackers import Logbook, Trackers
 from svftool.training.trials import Tuning
 from svftool.training.tune import Tuner

@@ -7,23 +7,120 @@ import statistics
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Literal, Protocol
+from typing import Any, Literal, Protocol
 
 import torch
 from torch import Tensor, nn
 
+from svftool.machine import explain_out_of_memory
 from svftool.progress import SILENT, Progress
 from svftool.tasks import Draw, Metric
-from svftool.training.batches import Batches
-from svftool.training.best import Best
-from svftool.training.curves import Curve, Curves
+from svftool.training.batches import Batches, repeatable
+from svftool.training.group import ALONE, Ranks
 from svftool.training.interrupt import Interruption
-from svftool.training.memory import explain_out_of_memory
 from svftool.training.optimise import Optimiser
-from svftool.training.randomness import repeatable
-from svftool.training.ranks import ALONE, Ranks
 from svftool.training.settings import Settings
 from svftool.training.state import State, StateFile
+
+# Curves of a run: values at steps, thinned so that a long run is no longer than a short one.
+
+
+Curve = tuple[tuple[int, float], ...]
+"""(step, value) pairs in ascending order of steps."""
+
+LONGEST = 512
+
+
+class Curves:
+    """Named curves that are written while a run goes on."""
+
+    def __init__(self) -> None:
+        self._points: dict[str, list[tuple[int, float]]] = {}
+        self._stride: dict[str, int] = {}
+
+    def add(self, name: str, step: int, value: float) -> None:
+        """Record a value; of a long curve every second point goes, and then every second new one.
+
+        Examples
+        --------
+        >>> curves = Curves()
+        >>> for step in range(2000):
+        ...     curves.add("loss", step, 0.5)
+        >>> len(curves.result()["loss"]) <= LONGEST, curves.result()["loss"][1]
+        (True, (4, 0.5))
+        """
+        points = self._points.setdefault(name, [])
+        stride = self._stride.setdefault(name, 1)
+        if stride > 1 and step % stride:
+            return
+        points.append((step, value))
+        if len(points) > LONGEST:
+            self._stride[name] = 2 * stride
+            points[:] = [point for point in points if point[0] % (2 * stride) == 0]
+
+    def result(self) -> dict[str, Curve]:
+        """Give the curves by name."""
+        return {name: tuple(points) for name, points in self._points.items()}
+
+    def state(self) -> dict[str, Any]:
+        """Give what `restore` needs, as plain values."""
+        return {name: [self._stride[name], points] for name, points in self._points.items()}
+
+    def restore(self, state: Mapping[str, Any]) -> None:
+        """Go back to a state."""
+        self._stride = {name: int(stride) for name, (stride, _) in state.items()}
+        self._points = {
+            name: [(int(step), float(value)) for step, value in points]
+            for name, (_, points) in state.items()
+        }
+
+
+def read_curves(value: Mapping[str, list[list[float]]]) -> dict[str, Curve]:
+    """Read curves back from JSON, where pairs have become lists."""
+    return {
+        name: tuple((int(step), float(number)) for step, number in points)
+        for name, points in value.items()
+    }
+
+
+# The weights that a run sets aside: those that did best so far.
+
+
+class Best:
+    """Copy of the trained parameters where they scored highest; at first, where they start."""
+
+    def __init__(self, parameters: Sequence[nn.Parameter]) -> None:
+        self._parameters = parameters
+        self._score = -math.inf
+        self._keep(0)
+
+    def offer(self, step: int, score: float) -> None:
+        """Keep the parameters as they are if `score` is no worse than the best."""
+        if score >= self._score:
+            self._score = score
+            self._keep(step)
+
+    def put_back(self) -> int:
+        """Put the best values back, and give the step they are from."""
+        with torch.no_grad():
+            for parameter, value in zip(self._parameters, self._values, strict=True):
+                parameter.copy_(value)
+        return self._step
+
+    def state(self) -> State:
+        """Give what `restore` needs."""
+        tensors = {str(index): value for index, value in enumerate(self._values)}
+        return State(tensors, {"step": self._step, "score": self._score})
+
+    def restore(self, state: State) -> None:
+        """Go back to a state."""
+        self._step, self._score = int(state.facts["step"]), float(state.facts["score"])
+        self._values = [state.tensors[str(index)] for index in range(len(self._parameters))]
+
+    def _keep(self, step: int) -> None:
+        self._step = step
+        self._values = [parameter.detach().to("cpu", copy=True) for parameter in self._parameters]
+
 
 Ending = Literal["finished", "interrupted", "diverged"]
 

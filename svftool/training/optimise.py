@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from svftool.errors import UsageError
-from svftool.training.ranks import ALONE, Ranks
+from svftool.training.group import ALONE, Ranks
 from svftool.training.settings import Settings
 from svftool.training.state import State
 

@@ -12,8 +12,7 @@ from torch import nn
 
 from svftool.factors import FactorStore
 from svftool.tasks import Task
-from svftool.training.curves import read_curves
-from svftool.training.loop import Outcome
+from svftool.training.loop import Outcome, read_curves
 from svftool.training.settings import Settings
 from svftool.training.trackers import Trackers
 from svftool.training.trials import Tuning, tuning_from_plain
@@ -81,7 +80,7 @@ class Run:
     seconds : float
         Wall time, from building the model to measuring it.
     peak_memory_bytes : int or None
-        See `svftool.training.memory.peak_memory`.
+        See `svftool.machine.peak_memory`.
     worse : bool
         The primary metric got worse.
     output : Path or None

@@ -9,10 +9,10 @@ from dataclasses import dataclass, replace
 from svftool.attaching import Trainable
 from svftool.progress import SILENT, Progress
 from svftool.tasks import Draw, Folds, Metric
+from svftool.training.group import ALONE, Ranks
 from svftool.training.interrupt import Interruption
 from svftool.training.journal import Journal
 from svftool.training.loop import train
-from svftool.training.ranks import ALONE, Ranks
 from svftool.training.settings import Settings
 from svftool.training.trials import Trial, Tuning, choose
 

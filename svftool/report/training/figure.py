@@ -15,8 +15,8 @@ from svftool.report.drawing import PLAIN_AXES, plain, require_matplotlib, save
 from svftool.report.finetune import FRACTIONS, value
 from svftool.report.text import seconds as duration
 from svftool.report.training.rows import Group, grouped
-from svftool.stages.finetune_result import FinetuneResult
 from svftool.training import Run, Summary
+from svftool.training.results import FinetuneResult
 
 INK, QUIET, LINE = "#1d2127", "#6c7480", "#e3e1dc"
 COLOURS = (

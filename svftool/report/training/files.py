@@ -9,7 +9,7 @@ from pathlib import Path
 from svftool.checkpoints import replace_output
 from svftool.checkpoints.output import overlap
 from svftool.errors import UsageError
-from svftool.stages.finetune_result import FinetuneResult
+from svftool.training.results import FinetuneResult
 
 SUFFIXES = (".html", ".png", ".svg", ".pdf")
 

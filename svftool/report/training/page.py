@@ -12,8 +12,8 @@ from svftool.report.text import safe
 from svftool.report.text import seconds as duration
 from svftool.report.training import figure
 from svftool.report.training.rows import task_title
-from svftool.stages.finetune_result import FinetuneResult
 from svftool.training import Run, Summary
+from svftool.training.results import FinetuneResult
 
 _VARIABLES = {
     figure.INK: "--ink",

@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-from svftool.stages.finetune_result import FinetuneResult
 from svftool.training import Summary
+from svftool.training.results import FinetuneResult
 
 
 @dataclass(frozen=True)

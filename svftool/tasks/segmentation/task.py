@@ -15,15 +15,17 @@ import torch
 from svftool.errors import UsageError
 from svftool.models import DEFAULT_PREPROCESSING, Preprocessing
 from svftool.tasks.base import Metric, require_one_of
-from svftool.tasks.segmentation.classes import FILE, ClassTable, read_classes
 from svftool.tasks.segmentation.draw import Chosen, Pairs, SegmentationDraw
 from svftool.tasks.segmentation.heads import HeadType
 from svftool.tasks.segmentation.pairs import (
+    FILE,
     LABELS,
+    ClassTable,
     Labels,
     Pair,
     check_labels,
     list_pairs,
+    read_classes,
     read_labels,
     survey,
 )
@@ -52,7 +54,7 @@ class Segmentation:
     images, masks, mask_suffix : str
         Names of the folders, and what the maps' names end with.
     classes : path-like or sequence of str or None
-        Class file, see `svftool.tasks.segmentation.classes.read_classes`; None looks for
+        Class file, see `svftool.tasks.segmentation.pairs.read_classes`; None looks for
         ``classes.txt`` in `data`, then at the names in `config`, and else counts the labels. Names
         stand in where `data` has no such file.
     ignore_index : int

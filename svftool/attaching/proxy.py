@@ -1,0 +1,322 @@
+"""What stands in for a parameter while its module runs: a tensor that the layer's operation meets.
+
+A module keeps its class, its forward and its frozen parameter. For the time of a forward pass its
+attribute is shadowed by a `StandIn`. When an operation receives it, ``F.linear`` and its like run
+in factored or residual form; every other operation gets the composed weight.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any, cast
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from svftool.attaching.functions import SplitLayer
+from svftool.attaching.fusion import affine_in, mark_rectified
+from svftool.attaching.layer import AttachedLayer
+from svftool.attaching.maps import ConvMap, EmbeddingMap, LinearMap, SplitMap, TransposedConvMap
+from svftool.attaching.weight import AttachedWeight, choose_way
+
+Kernels = Callable[[AttachedLayer, torch.dtype], tuple[Tensor, Tensor]]
+Plain = Callable[[Tensor, Tensor, Tensor | None], Tensor]
+
+
+class StandIn(Tensor):
+    """A live weight whose singular values are trained.
+
+    `next_norm` and `next_relu` are what follows the layer and is to be folded in, `used` whether an
+    operation has met the stand-in.
+
+    Metadata (shape, dtype, device) is the base weight's. Created for one forward pass, so that the
+    composed weight is formed at most once in it.
+    """
+
+    attached: AttachedWeight
+    base: Tensor
+    next_norm: nn.Module | None
+    next_relu: nn.Module | None
+    used: bool
+    _composed: Tensor | None
+
+    @staticmethod
+    def of(attached: AttachedWeight, base: Tensor) -> StandIn:
+        """Make the stand-in of `base`, a frozen parameter."""
+        self = base.detach().as_subclass(StandIn)
+        self.attached, self.base = attached, base.detach()
+        self.next_norm = self.next_relu = self._composed = None
+        self.used = False
+        return self
+
+    def composed(self) -> Tensor:
+        """Return the dense weight, differentiable in the singular values."""
+        self.used = True
+        if self._composed is None:
+            self._composed = self.attached.compose(self.base)
+        return self._composed
+
+    @classmethod
+    def __torch_function__(
+        cls,
+        func: Callable[..., Any],
+        types: Any,
+        args: tuple[Any, ...] = (),
+        kwargs: Mapping[str, Any] | None = None,
+    ) -> Any:
+        """Split the operations that can be; hand the composed weight to all others."""
+        kwargs = kwargs or {}
+        with torch._C.DisableTorchFunctionSubclass():
+            if func in _METADATA:
+                return func(*args, **kwargs)
+            handler = _HANDLERS.get(func)
+            result = handler(*args, **kwargs) if handler else NotImplemented
+            if result is NotImplemented:
+                result = func(*_dense(args), **_dense(kwargs))
+        return result
+
+
+_METADATA = frozenset(
+    getattr(Tensor, name).__get__
+    for name in (
+        "device", "dtype", "grad_fn", "is_cpu", "is_cuda", "is_leaf", "is_meta", "is_mps",
+        "is_nested", "is_quantized", "is_sparse", "is_xpu", "itemsize", "layout", "nbytes", "ndim",
+        "requires_grad", "shape",
+    )
+) | {
+    Tensor.dim, Tensor.element_size, Tensor.get_device, Tensor.is_complex, Tensor.is_contiguous,
+    Tensor.is_floating_point, Tensor.numel, Tensor.size, Tensor.stride, torch.is_floating_point,
+    torch.numel,
+}  # fmt: skip
+
+
+def _dense(value: Any) -> Any:
+    if isinstance(value, StandIn):
+        return value.composed()
+    if isinstance(value, (list, tuple)):
+        items = [_dense(item) for item in value]
+        if isinstance(value, tuple) and hasattr(value, "_fields"):
+            return type(value)(*items)
+        return type(value)(items)
+    if isinstance(value, dict):
+        return {key: _dense(item) for key, item in value.items()}
+    return value
+
+
+def _run(
+    x: Tensor,
+    weight: StandIn,
+    bias: Tensor | None,
+    plain: Plain,
+    *,
+    split: SplitMap | None,
+    kernels: Kernels,
+    positions: int = 0,
+) -> Tensor:
+    """Run a layer the cheapest way, with the norm and ReLU behind it folded in where there are."""
+    weight.used = True
+    way = "composed" if split is None else choose_way(weight.attached, positions)
+    layer = weight.attached.single
+    dtype = _compute_dtype(x, weight.base)
+    affine = affine_in(weight.next_norm, dtype)
+    if way == "composed" or layer is None or split is None:
+        if affine is None:
+            return plain(x, weight.composed(), bias)
+        outer = 0 if split is None else split.outer
+        return affine.mark(plain(x, affine.rows(weight.composed(), outer), affine.bias(bias)))
+    right, left = kernels(layer, dtype)
+    base = weight.base.t() if kernels is _columns else weight.base
+    dense = base.to(dtype) if way == "residual" else None
+    s = layer.delta() if way == "residual" else layer.values()
+    x = x.to(dtype) if x.is_floating_point() else x
+    bias = None if bias is None else bias.to(dtype)
+    rows = None
+    if affine is not None:
+        rows, bias = affine.scale, affine.bias(bias)
+    # Only where nothing is left to do between the layer and the ReLU.
+    relu = weight.next_relu if affine is not None or weight.next_norm is None else None
+    with torch.autocast(x.device.type, enabled=False):
+        y: Tensor = SplitLayer.apply(x, s, right, left, dense, bias, split, rows, relu is not None)
+    y = y if affine is None else affine.mark(y)
+    return y if relu is None else mark_rectified(y, relu)
+
+
+def _compute_dtype(x: Tensor, weight: Tensor) -> torch.dtype:
+    kind = x.device.type
+    if torch.is_autocast_enabled(kind) and weight.dtype != torch.float64:
+        return torch.get_autocast_dtype(kind)
+    return weight.dtype
+
+
+def _linear(input: Tensor, weight: Any, bias: Tensor | None = None) -> Any:  # noqa: A002
+    if not isinstance(weight, StandIn) or isinstance(input, StandIn):
+        return NotImplemented
+    count = input.numel() // max(1, input.shape[-1])
+    return _run(input, weight, bias, F.linear, split=LinearMap(), kernels=_rows, positions=count)
+
+
+def _rows(layer: AttachedLayer, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    return layer.Vh.to(dtype), layer.U.to(dtype)
+
+
+def _columns(layer: AttachedLayer, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    return layer.U.to(dtype).t(), layer.Vh.to(dtype).t()
+
+
+def _matmul(input: Tensor, other: Any) -> Any:  # noqa: A002
+    if not isinstance(other, StandIn) or isinstance(input, StandIn) or other.ndim != 2:
+        return NotImplemented
+    other.next_norm = other.next_relu = None  # its rows are no output channels
+    count = input.numel() // max(1, input.shape[-1])
+    return _run(input, other, None, _multiply, split=LinearMap(), kernels=_columns, positions=count)
+
+
+def _multiply(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    return x @ weight if bias is None else torch.addmm(bias, x, weight)
+
+
+def _addmm(input: Tensor, mat1: Tensor, mat2: Any, *, beta: float = 1, alpha: float = 1) -> Any:  # noqa: A002
+    plain = beta == 1 and alpha == 1 and input.ndim == 1
+    if not plain or not isinstance(mat2, StandIn) or isinstance(mat1, StandIn):
+        return NotImplemented
+    mat2.next_norm = mat2.next_relu = None
+    return _run(
+        mat1, mat2, input, _multiply, split=LinearMap(), kernels=_columns, positions=mat1.shape[0]
+    )
+
+
+def _embedding(
+    input: Tensor,  # noqa: A002
+    weight: Any,
+    padding_idx: int | None = None,
+    max_norm: float | None = None,
+    norm_type: float = 2.0,
+    scale_grad_by_freq: bool = False,
+    sparse: bool = False,
+) -> Any:
+    if max_norm is not None or scale_grad_by_freq or not isinstance(weight, StandIn):
+        return NotImplemented
+    if sparse:
+        return F.embedding(input, weight.composed(), padding_idx)
+
+    def plain(x: Tensor, dense: Tensor, bias: Tensor | None) -> Tensor:
+        return F.embedding(x, dense, padding_idx)
+
+    split = EmbeddingMap()
+    y = _run(input, weight, None, plain, split=split, kernels=_lookup, positions=input.numel())
+    if padding_idx is None:
+        return y
+    padding = input == padding_idx % weight.shape[0]
+    return torch.where(padding.unsqueeze(-1), y.detach(), y)
+
+
+def _lookup(layer: AttachedLayer, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    return layer.U.to(dtype), layer.Vh.to(dtype).t()
+
+
+def _conv(
+    input: Tensor,  # noqa: A002
+    weight: Any,
+    bias: Tensor | None = None,
+    stride: int | tuple[int, ...] = 1,
+    padding: str | int | tuple[int, ...] = 0,
+    dilation: int | tuple[int, ...] = 1,
+    groups: int = 1,
+) -> Any:
+    if not isinstance(weight, StandIn):
+        return NotImplemented
+    dims = weight.ndim - 2
+    x, steps, spread = input, _tuple(stride, dims), _tuple(dilation, dims)
+    if isinstance(padding, str):
+        x, padding = _pad_same(x, weight.shape[2:], spread, padding)
+    batched = x.ndim == dims + 2
+    if not batched:
+        weight.next_norm = weight.next_relu = None  # a view of the output would not carry the mark
+    x = x if batched else x.unsqueeze(0)
+    map_ = ConvMap(steps, _tuple(padding, dims), spread, groups)
+    split = map_ if groups == 1 else None
+    count = x.shape[0] * _outputs(x.shape[2:], weight.shape[2:], map_)
+    y = _run(x, weight, bias, map_.whole, split=split, kernels=_convolution, positions=count)
+    return y if batched else y.squeeze(0)
+
+
+def _tuple(value: int | tuple[int, ...], dims: int) -> tuple[int, ...]:
+    values = (value,) if isinstance(value, int) else tuple(value)
+    return values * dims if len(values) == 1 else values
+
+
+def _pad_same(
+    x: Tensor, kernel: tuple[int, ...], dilation: tuple[int, ...], padding: str
+) -> tuple[Tensor, tuple[int, ...]]:
+    totals = [
+        d * (size - 1) if padding == "same" else 0 for d, size in zip(dilation, kernel, strict=True)
+    ]
+    if all(total % 2 == 0 for total in totals):
+        return x, tuple(total // 2 for total in totals)
+    sides = [side for total in reversed(totals) for side in (total // 2, total - total // 2)]
+    return F.pad(x, sides), (0,) * len(totals)
+
+
+def _outputs(size: tuple[int, ...], kernel: tuple[int, ...], split: ConvMap) -> int:
+    count = 1
+    for extent, width, stride, pad, dilation in zip(
+        size, kernel, split.stride, split.padding, split.dilation, strict=True
+    ):
+        count *= (extent + 2 * pad - dilation * (width - 1) - 1) // stride + 1
+    return count
+
+
+def _convolution(layer: AttachedLayer, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    dims = layer.Vh.ndim - 2
+    return layer.Vh.to(dtype), _pointwise(layer.U.to(dtype), dims)
+
+
+def _conv_transpose(
+    input: Tensor,  # noqa: A002
+    weight: Any,
+    bias: Tensor | None = None,
+    stride: int | tuple[int, ...] = 1,
+    padding: int | tuple[int, ...] = 0,
+    output_padding: int | tuple[int, ...] = 0,
+    groups: int = 1,
+    dilation: int | tuple[int, ...] = 1,
+) -> Any:
+    dims = weight.ndim - 2
+    if groups != 1 or not isinstance(weight, StandIn) or input.ndim != dims + 2:
+        return NotImplemented
+    split = TransposedConvMap(
+        _tuple(stride, dims),
+        _tuple(padding, dims),
+        _tuple(output_padding, dims),
+        _tuple(dilation, dims),
+    )
+    count = input.numel() // max(1, input.shape[1])
+    return _run(input, weight, bias, split.whole, split=split, kernels=_transposed, positions=count)
+
+
+def _transposed(layer: AttachedLayer, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    dims = layer.Vh.ndim - 2
+    return _pointwise(layer.U.to(dtype).t(), dims), layer.Vh.to(dtype)
+
+
+def _pointwise(matrix: Tensor, dims: int) -> Tensor:
+    return matrix.reshape(*matrix.shape, *(1,) * dims)
+
+
+_HANDLERS: dict[Callable[..., Any], Callable[..., Any]] = {
+    F.linear: _linear,
+    F.embedding: _embedding,
+    torch.addmm: _addmm,
+    torch.matmul: _matmul,
+    torch.mm: _matmul,
+    Tensor.matmul: _matmul,
+    Tensor.mm: _matmul,
+    cast(Any, Tensor).__matmul__: _matmul,
+    F.conv1d: _conv,
+    F.conv2d: _conv,
+    F.conv3d: _conv,
+    F.conv_transpose1d: _conv_transpose,
+    F.conv_transpose2d: _conv_transpose,
+    F.conv_transpose3d: _conv_transpose,
+}

@@ -1,0 +1,304 @@
+"""Masks on disk: maps of class numbers, binary masks, and what each holds."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal, TypeVar
+
+import numpy as np
+import numpy.typing as npt
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from svftool.errors import DataError, MissingDependencyError
+from svftool.progress import SILENT, Progress
+
+IGNORE = 255
+"""Label of pixels that count neither for nor against a prediction."""
+
+Mask = npt.NDArray[np.uint8]
+
+_Item = TypeVar("_Item")
+_Result = TypeVar("_Result")
+
+
+def read_label_map(path: Path) -> Mask:
+    """Read a map of class numbers.
+
+    Parameters
+    ----------
+    path : Path
+        A grey or indexed image (VOC's palette files are indexed: their numbers are the classes), or
+        an SBD ``.mat`` file of class segmentation.
+
+    Returns
+    -------
+    (height, width) uint8 array
+        Class numbers; 0 is background, 255 is ignored.
+
+    Raises
+    ------
+    DataError
+        If the file is no mask, or has colours instead of numbers.
+    """
+    if path.suffix == ".mat":
+        return _read_sbd(path)
+    pixels, mode = _read(path)
+    if pixels.ndim != 2 or mode not in {"P", "L", "1", "I;16", "I"}:
+        raise DataError(
+            f"{path}: a colour image ({mode}), expected a map of class numbers (grey or indexed)"
+        )
+    if pixels.max(initial=0) > IGNORE:
+        raise DataError(f"{path}: class number {pixels.max()}, expected at most {IGNORE}")
+    return pixels.astype(np.uint8)
+
+
+def read_binary(path: Path) -> Mask:
+    """Read a mask of one class: 1 where any channel is at least half bright, else 0.
+
+    Returns
+    -------
+    (height, width) uint8 array
+
+    Raises
+    ------
+    DataError
+        If the file is no image.
+    """
+    pixels, mode = _read(path)
+    if mode in {"LA", "RGBA", "PA"}:
+        pixels = pixels[..., :-1]
+    least = 1 if mode in {"P", "1"} or pixels.max(initial=0) == 1 else 128
+    bright = pixels >= least
+    return np.asarray(bright.any(axis=2) if bright.ndim == 3 else bright, dtype=np.uint8)
+
+
+def mask_of(mask: Mask, label: int) -> Mask:
+    """Turn a map of class numbers into a mask of one class.
+
+    Parameters
+    ----------
+    mask : (height, width) uint8 array
+        Class numbers, 255 for ignored pixels.
+    label : int
+        The class.
+
+    Returns
+    -------
+    (height, width) uint8 array
+        1 for the class, 255 kept, 0 elsewhere.
+
+    Examples
+    --------
+    >>> mask_of(np.array([[0, 3, 7, 255]], dtype=np.uint8), 3)
+    array([[  0,   1,   0, 255]], dtype=uint8)
+    """
+    return np.where(mask == IGNORE, IGNORE, mask == label).astype(np.uint8)
+
+
+def class_areas(mask: Mask) -> dict[int, int]:
+    """Count the pixels of each class in a map, background and ignored pixels left out."""
+    counts = np.bincount(mask.ravel(), minlength=IGNORE + 1)
+    return {int(c): int(counts[c]) for c in np.flatnonzero(counts[1:IGNORE]) + 1}
+
+
+def mapped(
+    work: Callable[[_Item], _Result],
+    items: Sequence[_Item],
+    *,
+    description: str,
+    progress: Progress = SILENT,
+) -> list[_Result]:
+    """Apply `work` to every item on a few threads, in order, with progress."""
+    threads = min(4, os.cpu_count() or 1)
+    results = []
+    with (
+        ThreadPoolExecutor(threads) as pool,
+        progress.task(description, total=len(items), unit="files") as task,
+    ):
+        for result in _in_order(pool, work, items):
+            results.append(result)
+            task.advance()
+    return results
+
+
+def _in_order(
+    pool: ThreadPoolExecutor, work: Callable[[_Item], _Result], items: Sequence[_Item]
+) -> Iterable[_Result]:
+    try:
+        yield from pool.map(work, items)
+    finally:
+        pool.shutdown(wait=True, cancel_futures=True)
+
+
+def _read(path: Path) -> tuple[npt.NDArray[np.integer], str]:
+    try:
+        from PIL import Image
+    except ImportError:
+        raise MissingDependencyError("PIL", extra="vision", purpose="reading masks") from None
+    try:
+        with Image.open(path) as image:
+            return np.asarray(image), image.mode
+    except Exception as error:
+        if not path.is_file():
+            raise DataError(f"{path}: not found, expected a mask") from error
+        raise DataError(f"{path}: cannot be read as a mask ({type(error).__name__})") from error
+
+
+def _read_sbd(path: Path) -> Mask:
+    from scipy.io import loadmat
+
+    try:
+        segmentation = loadmat(str(path))["GTcls"]["Segmentation"][0, 0]
+    except Exception as error:
+        raise DataError(
+            f"{path}: no GTcls.Segmentation ({type(error).__name__}), expected an SBD class file"
+        ) from error
+    return np.asarray(segmentation, dtype=np.uint8)
+
+
+# Images on square canvases: how a picture of any size becomes an input, and the way back.
+
+
+Alignment = Literal["content", "canvas"]
+
+
+@dataclass(frozen=True)
+class Placement:
+    """Height and width, in pixels of the canvas, of the picture in its upper left corner."""
+
+    height: int
+    width: int
+
+
+def canvas_side(image_size: int) -> int:
+    """Round an image size to the nearest ``8 k + 1``, so that features of stride 8 fall on pixels.
+
+    Examples
+    --------
+    >>> [canvas_side(size) for size in (96, 128, 473, 641)]
+    [97, 129, 473, 641]
+    """
+    return max(round((image_size - 1) / 8), 1) * 8 + 1
+
+
+def place(height: int, width: int, canvas: int) -> Placement:
+    """Fit a picture of a size to a canvas.
+
+    Examples
+    --------
+    >>> place(333, 500, 473)
+    Placement(height=312, width=472)
+    >>> place(375, 250, 97)
+    Placement(height=96, width=64)
+    """
+    longer = max(height, width)
+    fitted = [canvas if side == longer else side * canvas // longer for side in (height, width)]
+    rows, columns = (max(side // 8, 1) * 8 for side in fitted)
+    return Placement(rows, columns)
+
+
+def paste_image(picture: Tensor, canvas: int) -> Tensor:
+    """Scale a picture and paste it on a black canvas.
+
+    Parameters
+    ----------
+    picture : (3, height, width) uint8 Tensor
+    canvas : int
+        Side of the canvas.
+
+    Returns
+    -------
+    (3, canvas, canvas) uint8 Tensor
+    """
+    spot = place(picture.shape[1], picture.shape[2], canvas)
+    pasted = picture.new_zeros((3, canvas, canvas))
+    pasted[:, : spot.height, : spot.width] = resize_image(picture, spot.height, spot.width)
+    return pasted
+
+
+def paste_mask(mask: Mask, canvas: int) -> Mask:
+    """Scale a mask by its nearest pixels and paste it on a canvas of ignored pixels."""
+    spot = place(mask.shape[0], mask.shape[1], canvas)
+    pasted = np.full((canvas, canvas), IGNORE, dtype=np.uint8)
+    pasted[: spot.height, : spot.width] = resize_mask(mask, spot.height, spot.width)
+    return pasted
+
+
+def resize_image(picture: Tensor, height: int, width: int) -> Tensor:
+    """Resize a (3, h, w) uint8 picture, smoothly and without aliasing."""
+    return F.interpolate(picture[None], size=(height, width), mode="bilinear", antialias=True)[0]
+
+
+def resize_mask(mask: Mask, height: int, width: int) -> Mask:
+    """Resize a mask by its nearest pixels."""
+    rows = (np.arange(height) * 2 + 1) * mask.shape[0] // (2 * height)
+    columns = (np.arange(width) * 2 + 1) * mask.shape[1] // (2 * width)
+    return np.ascontiguousarray(mask[rows[:, None], columns[None, :]])
+
+
+def predict_at(
+    logits: Tensor, size: tuple[int, int], canvas: int, *, alignment: Alignment = "content"
+) -> npt.NDArray[np.bool_]:
+    """Turn the logits of one canvas into a prediction at the picture's own size.
+
+    Parameters
+    ----------
+    logits : (2, h, w) Tensor
+        Background and foreground on a grid whose corners are the canvas' corner pixels.
+    size : (int, int)
+        Height and width of the original picture.
+    canvas : int
+        Side of the canvas.
+    alignment : {"content", "canvas"}
+        ``content`` looks up each pixel where the picture lies on the canvas. ``canvas`` is what
+        PFENet and BAM do: the canvas is stretched over a square of the picture's longer side,
+        although rounding to multiples of 8 has shrunk the picture on it.
+
+    Returns
+    -------
+    (height, width) bool array
+        True where the foreground's logit is the larger one.
+    """
+    difference = (logits[1] - logits[0]).double().cpu()
+    spot = place(*size, canvas)
+    sides = zip(size, (spot.height, spot.width), difference.shape, strict=True)
+    rows, columns = (
+        _interpolation(_positions(side, on_canvas, max(size), canvas, alignment), canvas, length)
+        for side, on_canvas, length in sides
+    )
+    return (rows @ difference @ columns.T > 0).numpy()
+
+
+def _positions(
+    side: int, on_canvas: int, longer: int, canvas: int, alignment: Alignment
+) -> npt.NDArray[np.float64]:
+    """Give the canvas pixel under each pixel of one side of the picture."""
+    pixels = np.arange(side, dtype=np.float64)
+    if alignment == "canvas":
+        return pixels * (canvas - 1) / max(longer - 1, 1)
+    return (pixels + 0.5) * on_canvas / side - 0.5
+
+
+def _interpolation(positions: npt.NDArray[np.float64], canvas: int, length: int) -> Tensor:
+    """Make the (pixels, length) matrix that interpolates a line of features at canvas positions."""
+    places = np.clip(positions * (length - 1) / (canvas - 1), 0, length - 1)
+    low = np.minimum(places.astype(np.int64), max(length - 2, 0))
+    share = places - low
+    matrix = np.zeros((len(places), length))
+    index = np.arange(len(places))
+    matrix[index, low] += 1 - share
+    matrix[index, np.minimum(low + 1, length - 1)] += share
+    return torch.from_numpy(matrix)
+
+
+def normalise(canvases: Tensor, mean: tuple[float, ...], std: tuple[float, ...]) -> Tensor:
+    """Turn (B, 3, H, W) uint8 pictures into float32 network input: [0, 1], less mean, over std."""
+    scale = 1 / (255 * torch.tensor(std, device=canvases.device))
+    shift = torch.tensor(mean, device=canvases.device) / torch.tensor(std, device=canvases.device)
+    return canvases.float() * scale.view(1, -1, 1, 1) - shift.view(1, -1, 1, 1)

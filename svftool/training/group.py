@@ -1,0 +1,147 @@
+"""The processes that train together; accelerate starts them, gives each its device and its number.
+
+Every process holds the whole model and works on its share of each batch. What they exchange are the
+gradients of the trained tensors, in flat buffers, and three numbers a step: frozen weights are
+never sent, and nothing is wrapped, so that one process runs exactly as it would alone.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import TypeVar
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from svftool.errors import MissingDependencyError
+from svftool.machine import pick_device
+from svftool.processes import PATIENCE, Processes
+from svftool.progress import SILENT, Progress
+from svftool.tasks import Draw
+from svftool.tasks.base import MeasuresTogether, Part
+
+_Tensor = TypeVar("_Tensor", bound=Tensor)
+
+BUCKET_BYTES = 64 << 20
+"""Gradients are summed in buffers of this size."""
+
+
+@dataclass(frozen=True)
+class Ranks(Processes):
+    """One process among those that train together; the first writes and reports."""
+
+    def rows(self, size: int) -> slice:
+        """Give this process's rows of a batch.
+
+        Examples
+        --------
+        >>> [Ranks(rank, 3).rows(8) for rank in range(3)]
+        [slice(0, 3, None), slice(3, 6, None), slice(6, 8, None)]
+        """
+        each, rest = divmod(size, self.count)
+        start = self.rank * each + min(self.rank, rest)
+        return slice(start, start + each + (self.rank < rest))
+
+    def sum(self, values: Sequence[float], device: torch.device) -> list[float]:
+        """Add up a few numbers over the processes, in float64."""
+        total = torch.tensor(values, dtype=torch.float64, device=device)
+        with self.told_of_a_loss():
+            dist.all_reduce(total)
+        return total.tolist()
+
+    def measure(
+        self, draw: Draw, model: nn.Module, part: Part = "query", *, progress: Progress = SILENT
+    ) -> dict[str, float]:
+        """Measure a model by a draw's metrics, a share in each process where the draw can."""
+        if isinstance(draw, MeasuresTogether):
+            return draw.measure(model, part, processes=self, progress=progress)
+        return self.once(lambda: draw.evaluate(model, part, progress=progress))
+
+    @torch.no_grad()
+    def sum_gradients(self, parameters: Sequence[nn.Parameter]) -> None:
+        """Add the gradients up over the processes, in place; one that is missing counts as zero."""
+        if self.count == 1:
+            return
+        for parameter in parameters:
+            if parameter.grad is None:
+                parameter.grad = torch.zeros_like(parameter)
+        for bucket in _buckets(parameters):
+            gradients = [one.grad for one in bucket if one.grad is not None]
+            self._exchange(gradients, lambda flat: dist.all_reduce(flat))
+
+    @torch.no_grad()
+    def copy_from_first(self, parameters: Sequence[Tensor]) -> None:
+        """Give every process the first one's values, so that all start from the same bits."""
+        if self.count == 1:
+            return
+        for bucket in _buckets(parameters):
+            self._exchange([one.data for one in bucket], lambda flat: dist.broadcast(flat, src=0))
+
+    def _exchange(self, tensors: Sequence[Tensor], send: Callable[[Tensor], object]) -> None:
+        flat = torch.cat([tensor.reshape(-1) for tensor in tensors])
+        with self.told_of_a_loss():
+            send(flat)
+        parts = torch.split(flat, [tensor.numel() for tensor in tensors])
+        for tensor, part in zip(tensors, parts, strict=True):
+            tensor.copy_(part.view_as(tensor))
+
+
+ALONE = Ranks()
+"""The only process."""
+
+
+def _buckets(parameters: Sequence[_Tensor]) -> Iterator[list[_Tensor]]:
+    """Group neighbours of one dtype up to `BUCKET_BYTES`."""
+    bucket: list[_Tensor] = []
+    size = 0
+    for parameter in parameters:
+        full = size + parameter.nbytes > BUCKET_BYTES
+        if bucket and (full or bucket[0].dtype != parameter.dtype):
+            yield bucket
+            bucket, size = [], 0
+        bucket.append(parameter)
+        size += parameter.nbytes
+    if bucket:
+        yield bucket
+
+
+@contextmanager
+def joined_ranks(device: str) -> Iterator[tuple[Ranks, torch.device]]:
+    """Join the processes that ``torchrun`` or ``accelerate launch`` started, if one did.
+
+    Parameters
+    ----------
+    device : str
+        The value of ``--device``; of several GPUs each process takes its own.
+
+    Yields
+    ------
+    Ranks
+        `ALONE` where there is no launcher; accelerate is not needed then.
+    torch.device
+        Where this process trains.
+
+    Raises
+    ------
+    MissingDependencyError
+        If there are several processes and accelerate is not installed.
+    """
+    chosen = pick_device(device)
+    if int(os.environ.get("WORLD_SIZE", "1")) == 1:
+        yield ALONE, chosen
+        return
+    try:
+        from accelerate import PartialState
+    except ImportError:
+        raise MissingDependencyError(
+            "accelerate", extra="train", purpose="training in several processes"
+        ) from None
+    state = PartialState(cpu=chosen.type == "cpu", timeout=PATIENCE)
+    try:
+        yield Ranks(state.process_index, state.num_processes), state.device
+    finally:
+        state.destroy_process_group()
