@@ -96,7 +96,7 @@ class Runner:
             folder / "pictures", image_size=case.side, output_stride=case.stride, augment="none"
         )[0]
         if regime.endswith("nothing kept"):
-            task = FewShotSegmentation(task.data, rules=task.rules, outputs=Forgetful())
+            task = FewShotSegmentation(task.data, options=task.options, outputs=Forgetful())
         self.draw = task.draw(0)
         prepared = self.draw.prepare(build(case))
         with open_factors(folder / "factors") as store:

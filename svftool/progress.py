@@ -6,7 +6,7 @@ from types import TracebackType
 from typing import Protocol, Self
 
 
-class Task(Protocol):
+class ProgressTask(Protocol):
     """One stretch of work with a known or unknown end; a context manager."""
 
     def advance(self, amount: float = 1.0, *, detail: str | None = None) -> None:
@@ -25,7 +25,7 @@ class Task(Protocol):
 class Progress(Protocol):
     """Where long work reports how far it is and what the user should be told."""
 
-    def task(self, description: str, total: float | None = None, *, unit: str = "") -> Task:
+    def task(self, description: str, total: float | None = None, *, unit: str = "") -> ProgressTask:
         """Begin a stretch of `total` units of work (None: unknown); `unit` is for display."""
 
     def note(self, message: str) -> None:
@@ -54,7 +54,7 @@ class _SilentTask:
 class Silent:
     """A progress that says nothing."""
 
-    def task(self, description: str, total: float | None = None, *, unit: str = "") -> Task:
+    def task(self, description: str, total: float | None = None, *, unit: str = "") -> ProgressTask:
         """Return a task that ignores its reports."""
         return _SilentTask()
 

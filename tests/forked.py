@@ -20,6 +20,7 @@ PRELOADED = (
     "peft",
     "svftool.cli",
     "svftool.stages.finetune",
+    "svftool.tasks.classification",
     "torch.optim.adamw",
     "torchmetrics.classification",
     "torchvision.transforms.v2",

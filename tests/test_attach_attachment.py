@@ -8,12 +8,11 @@ from pathlib import Path
 
 import pytest
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 import svftool
-from svftool.attaching import Attachment, find_attachment, products
+from svftool.attaching import Attachment, find_attachment
 from svftool.attaching.lifecycle import offload
 from svftool.errors import FactorsError, ModelError, UsageError
 from tests.attaching import MemoryStore, randomise
@@ -423,20 +422,3 @@ def test_layouts_survive_offloading() -> None:
     offload(weight)
     assert weight.is_contiguous(memory_format=torch.channels_last)
     assert torch.equal(weight, expected)
-
-
-@pytest.mark.parametrize("shape", [(70, 6), (2, 40, 6), (3, 6)])
-def test_linear_layers_as_convolutions_compute_the_same(
-    shape: tuple[int, ...], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    x, dy = torch.randn(*shape), torch.randn(*shape[:-1], 5)
-    matrix, bias = torch.randn(5, 6), torch.randn(5)
-    calls = []
-    original = F.conv2d
-    monkeypatch.setattr(F, "conv2d", lambda *a: (calls.append(1), original(*a))[1])
-    monkeypatch.setattr(products, "prefers_convolution", lambda: True)
-    torch.testing.assert_close(
-        products.times_transposed(x, matrix, bias), F.linear(x, matrix, bias)
-    )
-    torch.testing.assert_close(products.times(dy, matrix), dy @ matrix)
-    assert bool(calls) == (x.numel() >= 64 * 6)

@@ -8,7 +8,7 @@ import torch
 
 from svftool.auditing.pair import MatrixPair
 from svftool.auditing.spectral import SpectralPair
-from svftool.numerics import Pool
+from svftool.numerics import ThreadPool
 from svftool.numerics.shares import change_shares
 from svftool.numerics.subspace import principal_angles
 
@@ -73,7 +73,7 @@ def test_bases_span_the_leading_subspaces(m: int, n: int, left: bool) -> None:
 
 def test_many_blocks_and_threads_change_nothing() -> None:
     W, T = both(5000, 40, torch.float32)
-    with Pool(2) as pool:
+    with ThreadPool(2) as pool:
         spread = MatrixPair(W, T, pool=pool)
         assert spread.shares is not None
         plain = MatrixPair(W, T)

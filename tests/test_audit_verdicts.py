@@ -20,7 +20,7 @@ from svftool.auditing import (
     judge_all,
 )
 from svftool.auditing.verdicts import VERDICTS
-from svftool.numerics import Pool, one_thread
+from svftool.numerics import ThreadPool, one_thread
 from svftool.stages.audit import audit
 
 METRICS = choose_metrics(None)
@@ -90,7 +90,7 @@ def verdict(before: torch.Tensor, after: torch.Tensor) -> Verdict:
 
 
 def evidence_on(before: torch.Tensor, after: torch.Tensor) -> Evidence:
-    with Pool(0) as pool:
+    with ThreadPool(0) as pool:
         base = BaseMatrix(before, METRICS, vectors=True, pool=pool)
         evidence = base.against(Tuned(after)).evidence
     assert evidence is not None

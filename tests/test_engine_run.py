@@ -12,7 +12,7 @@ from torch import Tensor
 from svftool import machine
 from svftool.engine import Job, flow, parse_rank, run, run_svds, run_values
 from svftool.errors import NumericalError, ResourceError
-from svftool.numerics import Pool, singular_values, svd
+from svftool.numerics import ThreadPool, singular_values, svd
 
 
 def weights() -> dict[str, Tensor]:
@@ -119,7 +119,7 @@ def test_layers_in_memory_are_bounded() -> None:
             with lock:
                 held -= 1
 
-    def work(job: Job, tensor: Tensor, pool: Pool) -> Held:
+    def work(job: Job, tensor: Tensor, pool: ThreadPool) -> Held:
         return kept[job.name]
 
     kept: dict[str, Held] = {}
@@ -142,7 +142,7 @@ def test_a_layer_larger_than_the_budget_runs_alone() -> None:
     running: list[str] = []
     seen: list[tuple[str, ...]] = []
 
-    def work(job: Job, tensor: Tensor, pool: Pool) -> None:
+    def work(job: Job, tensor: Tensor, pool: ThreadPool) -> None:
         running.append(job.name)
         time.sleep(0.01)
         seen.append(tuple(running))

@@ -30,10 +30,10 @@ from svftool.few_shot.dilation import DilatedAvgPool2d, strided_modules
 from svftool.few_shot.encoder import Encoder, View
 from svftool.few_shot.network import FewShotNet
 from svftool.few_shot.pictures import ByteCache, Pictures
-from svftool.few_shot.pool import Pair
-from svftool.few_shot.task import Rules
+from svftool.few_shot.pool import ImageMaskPair
 from svftool.few_shot.trace import watch
 from svftool.models import Preprocessing
+from svftool.tasks.options import FewShotOptions
 
 torchvision = pytest.importorskip("torchvision")
 
@@ -335,8 +335,8 @@ def test_a_stride_beyond_the_backbones_is_refused(net: SmallNet):
 @pytest.mark.parametrize("stride", [0, -1, -8, 6, 12])
 def test_an_output_stride_is_a_power_of_two(stride: int):
     with pytest.raises(UsageError, match=rf"--output-stride is {stride}, expected a power of two"):
-        Rules(output_stride=stride)
-    assert [Rules(output_stride=s).output_stride for s in (None, 1, 16)] == [None, 1, 16]
+        FewShotOptions(output_stride=stride)
+    assert [FewShotOptions(output_stride=s).output_stride for s in (None, 1, 16)] == [None, 1, 16]
 
 
 def unset(make: Callable[[], nn.Module]) -> nn.Module:
@@ -437,7 +437,7 @@ def test_a_network_without_known_features_asks_for_names():
 
 
 @pytest.fixture
-def pairs(tmp_path: Path) -> list[Pair]:
+def pairs(tmp_path: Path) -> list[ImageMaskPair]:
     made = []
     for index in range(3):
         random = np.random.default_rng(index)
@@ -446,7 +446,7 @@ def pairs(tmp_path: Path) -> list[Pair]:
         half = np.zeros((40, 60), np.uint8)
         half[:, index * 10 : index * 10 + 25] = 255
         Image.fromarray(half).save(mask)
-        made.append(Pair(image, mask, (1,), (1,), 1, str(image)))
+        made.append(ImageMaskPair(image, mask, (1,), (1,), 1, str(image)))
     return made
 
 
@@ -457,7 +457,9 @@ def encoder_of(net: nn.Module, *, training: bool, capacity: int = 1 << 30) -> En
 
 
 @pytest.mark.parametrize("trained", ["none", "layer1", "layer3", "conv1"])
-def test_kept_features_are_those_of_a_whole_pass(net: SmallNet, pairs: list[Pair], trained: str):
+def test_kept_features_are_those_of_a_whole_pass(
+    net: SmallNet, pairs: list[ImageMaskPair], trained: str
+):
     net.requires_grad_(False)
     if trained != "none":
         net.get_submodule(trained).requires_grad_(True)
@@ -474,7 +476,7 @@ def test_kept_features_are_those_of_a_whole_pass(net: SmallNet, pairs: list[Pair
     torch.testing.assert_close(mirrored, encoder.images(views[:1])[0, :, :40, :64].flip(2))
 
 
-def test_frozen_stages_run_once_a_picture(net: SmallNet, pairs: list[Pair]):
+def test_frozen_stages_run_once_a_picture(net: SmallNet, pairs: list[ImageMaskPair]):
     net.requires_grad_(False)
     net.layer3.requires_grad_(True)
     calls = {"layer1": 0, "layer3": 0}
@@ -492,7 +494,7 @@ def test_frozen_stages_run_once_a_picture(net: SmallNet, pairs: list[Pair]):
 
 
 def test_high_features_through_a_mask_are_kept_where_nothing_is_trained(
-    net: SmallNet, pairs: list[Pair]
+    net: SmallNet, pairs: list[ImageMaskPair]
 ):
     net.requires_grad_(False)
     encoder = encoder_of(net, training=False)
@@ -511,7 +513,7 @@ def test_high_features_through_a_mask_are_kept_where_nothing_is_trained(
     assert encoder_of(net, training=True).shown(views, features, masks) is None
 
 
-def test_a_full_cache_drops_the_oldest_and_stays_right(net: SmallNet, pairs: list[Pair]):
+def test_a_full_cache_drops_the_oldest_and_stays_right(net: SmallNet, pairs: list[ImageMaskPair]):
     net.requires_grad_(False)
     views = [View(pair, 1) for pair in pairs]
     wanted = encoder_of(net, training=False).features(views).middle

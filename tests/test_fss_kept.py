@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from svftool.few_shot.encoder import SharedOutputs, fingerprints
 from svftool.few_shot.network import FewShotNet
-from svftool.few_shot.options import FewShotSegmentation, few_shot_tasks
+from svftool.few_shot.task import FewShotSegmentation, few_shot_tasks
 
 FROZEN = {"head": ("conv1", "layer1", "layer2", "layer3"), "svf": ("conv1", "layer1"), "full": ()}
 

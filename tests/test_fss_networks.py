@@ -18,12 +18,12 @@ from svftool.few_shot.backbones import (
     adapt_backbone,
     default_names,
 )
-from svftool.few_shot.options import few_shot_tasks
+from svftool.few_shot.task import few_shot_tasks
 from svftool.report import few_shot
 from svftool.report.finetune import document, view
 from svftool.report.published import _PERCENT, published_rows
 from svftool.stages.finetune import FinetuneResult
-from svftool.tasks.base import Metric
+from svftool.tasks.base import TaskMetric
 from svftool.training import Run, summarise
 from svftool.training.loop import Outcome
 
@@ -231,7 +231,7 @@ def result_of(runs: list[Run], **setting: object) -> FinetuneResult:
         task="few-shot-segmentation",
         metric="miou",
         runs=tuple(runs),
-        summary=tuple(summarise(runs, Metric("miou", higher_is_better=True))),
+        summary=tuple(summarise(runs, TaskMetric("miou", higher_is_better=True))),
         interrupted=None,
         setting={
             "dataset": "pascal-5i",
@@ -266,7 +266,7 @@ def runs_of_two_seeds() -> list[Run]:
 
 
 def test_summaries_give_each_fold_and_their_mean_with_the_seeds_interval():
-    summaries = summarise(runs_of_two_seeds(), Metric("miou", higher_is_better=True))
+    summaries = summarise(runs_of_two_seeds(), TaskMetric("miou", higher_is_better=True))
     assert [(s.regime, s.facts["fold"]) for s in summaries] == [
         *((regime, fold) for fold in range(4) for regime in ("head", "svf")),
         ("head", None),
@@ -284,7 +284,7 @@ def test_summaries_give_each_fold_and_their_mean_with_the_seeds_interval():
 
 def test_a_seed_that_missed_a_fold_is_left_out_of_the_mean():
     runs = [run for run in runs_of_two_seeds() if not (run.seed == 1 and run.facts["fold"] == 3)]
-    means = [s for s in summarise(runs, Metric("miou", True)) if s.facts["fold"] is None]
+    means = [s for s in summarise(runs, TaskMetric("miou", True)) if s.facts["fold"] is None]
     assert [(s.regime, s.seeds) for s in means] == [("head", 1), ("svf", 1)]
     assert means[1].mean == pytest.approx(0.655)
 

@@ -10,9 +10,9 @@ from layouts import label_map, write_image
 from PIL import Image
 
 from svftool.errors import DataError
-from svftool.few_shot.options import few_shot_tasks
 from svftool.few_shot.pool import require_shots
 from svftool.few_shot.sources import open_source
+from svftool.few_shot.task import few_shot_tasks
 
 
 def write_pairs(root: Path, counts: Mapping[str, int]) -> Path:

@@ -18,19 +18,19 @@ from svftool.few_shot.masks import (
     place,
     predict_at,
 )
-from svftool.few_shot.pool import Pair, Pool, draw_episode, fixed_episodes
+from svftool.few_shot.pool import ImageMaskPair, ImagePool, draw_episode, fixed_episodes
 from svftool.few_shot.scoring import Pooled
 
 
-def pool_of(*asked: tuple[int, ...], order: str = "images", shown: str | None = None) -> Pool:
+def pool_of(*asked: tuple[int, ...], order: str = "images", shown: str | None = None) -> ImagePool:
     """Make a pool whose n-th pair may be asked for, and support, the n-th classes."""
     names = shown or "abcdefghijklmnopqrstuvwxyz"
     pairs = tuple(
-        Pair(Path(f"{i}.jpg"), Path(f"{i}.png"), labels, labels, identity=names[i])
+        ImageMaskPair(Path(f"{i}.jpg"), Path(f"{i}.png"), labels, labels, identity=names[i])
         for i, labels in enumerate(asked)
     )
     classes = tuple(sorted({label for labels in asked for label in labels}))
-    return Pool(pairs, classes, order)  # type: ignore[arg-type]
+    return ImagePool(pairs, classes, order)  # type: ignore[arg-type]
 
 
 # Episodes
@@ -70,10 +70,10 @@ def test_drawing_by_classes_is_uniform_over_classes_of_any_size():
 
 def test_a_class_below_the_area_limit_is_asked_for_but_supports_nothing():
     pairs = tuple(
-        Pair(Path(f"{i}.jpg"), Path(f"{i}.png"), asked, given, identity=str(i))
+        ImageMaskPair(Path(f"{i}.jpg"), Path(f"{i}.png"), asked, given, identity=str(i))
         for i, (asked, given) in enumerate([((1, 2), (1,)), ((1, 2), (2,)), ((2,), (2,))])
     )
-    pool = Pool(pairs, (1, 2))
+    pool = ImagePool(pairs, (1, 2))
     assert pool.support_of == {1: (0,), 2: (1, 2)}
     asked = {
         e.label: e.support

@@ -16,12 +16,12 @@ from svftool.errors import DataError, ModelError, UsageError
 from svftool.few_shot.base_learner import BaseMaps, BaseTraining
 from svftool.few_shot.encoder import View
 from svftool.few_shot.network import FewShotNet
-from svftool.few_shot.options import FewShotSegmentation, few_shot_tasks
 from svftool.few_shot.overlays import HEIGHT, write_overlay
 from svftool.few_shot.pictures import Ranges, distort
 from svftool.few_shot.scoring import Prediction
+from svftool.few_shot.task import FewShotSegmentation, few_shot_tasks
 from svftool.progress import Silent
-from svftool.tasks import to_device
+from svftool.tasks.base import to_device
 from svftool.training.loop import training_mode
 
 
@@ -210,10 +210,10 @@ def test_weights_are_chosen_by_base_classes_unless_told_otherwise(make: MakeTask
 
 
 def test_settings_are_chosen_by_base_classes_or_not_at_all(make: MakeTask):
-    assert make(select_on="novel").draw(0).folds(2, seed=0) == []
+    assert make(select_on="novel").draw(0).subdivide(2, seed=0) == []
     for select_on in ("base", "last"):
         task = make(select_on=select_on)
-        (fold,) = task.draw(0).folds(2, seed=0)
+        (fold,) = task.draw(0).subdivide(2, seed=0)
         net = fold.prepare(SmallNet()).model
         truth, asked = task.pictures.truth, set()
         task.pictures.truth = lambda pair, label, asked=asked, truth=truth: (  # type: ignore[method-assign]

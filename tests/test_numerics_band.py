@@ -1,4 +1,4 @@
-"""The reduction of a large symmetric matrix by way of a band."""
+"""The reduction of a large symmetric matrix by way of a eigen."""
 
 from __future__ import annotations
 
@@ -7,8 +7,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from svftool.numerics import band, eigen, lapack, singular_values
-from svftool.numerics.threads import Pool
+from svftool.numerics import eigen, lapack, singular_values
+from svftool.numerics.threads import ThreadPool
 
 
 def symmetric(n: int, *, seed: int = 0) -> Tensor:
@@ -17,16 +17,16 @@ def symmetric(n: int, *, seed: int = 0) -> Tensor:
     return G + G.mT
 
 
-def values_by_band(G: Tensor, pool: Pool) -> Tensor:
+def values_by_band(G: Tensor, pool: ThreadPool) -> Tensor:
     upper = G.triu() + torch.full_like(G, torch.nan).tril(-1)
-    return lapack.tridiagonal_values(*band.banded_tridiagonal(upper, pool))
+    return lapack.tridiagonal_values(*eigen.banded_tridiagonal(upper, pool))
 
 
 @pytest.mark.parametrize("n", [1, 2, 3, 47, 48, 49, 50, 51, 97, 150, 512, 513, 700])
 def test_values_are_those_of_lapack_whatever_the_size(n: int) -> None:
     G = symmetric(n)
     expected = np.linalg.eigvalsh(G.numpy())
-    found = values_by_band(G, Pool()).numpy()
+    found = values_by_band(G, ThreadPool()).numpy()
     assert np.abs(found - expected).max() <= 1e-14 * np.sqrt(n) * np.abs(expected).max()
 
 
@@ -42,15 +42,15 @@ def test_reflectors_that_have_nothing_to_do(kind: str) -> None:
         "two blocks": torch.block_diag(G[:120, :120], G[120:, 120:]),
     }[kind]
     expected = np.linalg.eigvalsh(G.numpy())
-    found = values_by_band(G, Pool()).numpy()
+    found = values_by_band(G, ThreadPool()).numpy()
     assert np.abs(found - expected).max() <= 1e-13 * max(1.0, np.abs(expected).max())
 
 
 def test_threads_do_not_change_a_bit() -> None:
     G = symmetric(1100)
-    with Pool(3) as pool:
+    with ThreadPool(3) as pool:
         several = values_by_band(G, pool)
-    with Pool() as pool:
+    with ThreadPool() as pool:
         assert torch.equal(values_by_band(G, pool), several)
 
 

@@ -5,7 +5,7 @@ import torch
 from matrices import normal, with_spectrum
 from torch import Tensor
 
-from svftool.numerics import Pool, singular_values, svd
+from svftool.numerics import ThreadPool, singular_values, svd
 from svftool.numerics.krylov import BLOCK, VALUES_BOUND, krylov_factors
 from svftool.numerics.tall import tall
 
@@ -66,7 +66,7 @@ def test_more_equal_values_than_a_block_holds() -> None:
 
 def test_a_small_space_is_worse_and_is_refused() -> None:
     W = normal(600, 500)
-    with Pool() as pool:
+    with ThreadPool() as pool:
         assert krylov_factors(tall(W), K, pool, limit=200) is None
     result = svd(W, rank=K, method="randomized")
     assert result.method in ("krylov", "gram")
@@ -85,7 +85,7 @@ def test_seed_and_threads() -> None:
     W = with_spectrum(900, 1100, SPECTRA["root"]).float()
     results = []
     for workers, seed in ((0, 1), (2, 1), (0, 2)):
-        with Pool(workers) as pool:
+        with ThreadPool(workers) as pool:
             results.append(svd(W, rank=K, method="randomized", seed=seed, pool=pool))
     assert torch.equal(results[0].U, results[1].U)
     assert not torch.equal(results[0].U, results[2].U)

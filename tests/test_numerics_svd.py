@@ -12,8 +12,8 @@ from torch import Tensor
 
 from svftool.errors import NumericalError
 from svftool.numerics import (
-    Pool,
     Svd,
+    ThreadPool,
     decompose,
     eigen,
     fix_signs,
@@ -258,7 +258,7 @@ def test_lapack_parts_agree_with_scipy() -> None:
 def test_eigenvectors_of_a_matrix_that_is_already_tridiagonal() -> None:
     """Reflectors with tau = 0 are identities, not divisions by zero."""
     G = torch.diag(torch.arange(300.0, dtype=torch.float64) + 1)
-    with Pool(1) as pool:
+    with ThreadPool(1) as pool:
         values, rows = eigen.eigenvectors(G.clone(), ALL, pool)
     torch.testing.assert_close(values, G.diagonal().flip(0))
     torch.testing.assert_close(rows.abs(), torch.eye(300, dtype=torch.float64).flip(0))
@@ -315,7 +315,7 @@ def test_number_of_threads_does_not_change_a_bit() -> None:
     W = normal(1300, 1040)  # above 1024, so that every step has several blocks
     results = []
     for workers in (0, 3):
-        with Pool(workers) as pool:
+        with ThreadPool(workers) as pool:
             results.append(svd(W, pool=pool))
     for part in ("U", "S", "Vh"):
         assert torch.equal(*(getattr(result, part) for result in results))

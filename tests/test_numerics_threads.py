@@ -6,13 +6,13 @@ from functools import partial
 
 import pytest
 
-from svftool.numerics.threads import Closed, Pool
+from svftool.numerics.threads import Closed, ThreadPool
 
 
 @pytest.mark.parametrize("workers", [0, 1, 4])
 def test_every_block_runs_once(workers: int) -> None:
     ran: list[int] = []
-    with Pool(workers) as pool:
+    with ThreadPool(workers) as pool:
         pool.share([partial(ran.append, number) for number in range(100)])
         pool.share([])
     assert sorted(ran) == list(range(100))
@@ -26,14 +26,14 @@ def test_idle_threads_help() -> None:
         names.add(threading.current_thread().name)
         both.wait()  # passes only if two threads are here at once
 
-    with Pool(1) as pool:
+    with ThreadPool(1) as pool:
         pool.share([block, block])
     assert len(names) == 2
 
 
 def test_blocks_may_share_blocks_themselves() -> None:
     ran: list[int] = []
-    with Pool(2) as pool:
+    with ThreadPool(2) as pool:
         inner = [partial(ran.append, number) for number in range(5)]
         pool.share([partial(pool.share, inner) for _ in range(6)])
     assert sorted(ran) == sorted(list(range(5)) * 6)
@@ -44,7 +44,7 @@ def test_an_error_in_a_block_reaches_who_shared_it(workers: int) -> None:
     def fail() -> None:
         raise ArithmeticError("no luck")
 
-    with Pool(workers) as pool:
+    with ThreadPool(workers) as pool:
         with pytest.raises(ArithmeticError, match="no luck"):
             pool.share([time.time, fail, *[time.time] * 20])
         pool.share([time.time] * 3)  # the pool is still of use
@@ -54,12 +54,12 @@ def test_whole_work_runs_in_turn_and_can_share() -> None:
     done: list[int] = []
     finished = threading.Event()
 
-    def work(number: int, pool: Pool) -> None:
+    def work(number: int, pool: ThreadPool) -> None:
         pool.share([partial(done.append, number)] * 3)
         if number == 4:
             finished.set()
 
-    with Pool(1) as pool:
+    with ThreadPool(1) as pool:
         for number in range(5):
             pool.submit(partial(work, number, pool))
         assert finished.wait(20)
@@ -69,7 +69,7 @@ def test_whole_work_runs_in_turn_and_can_share() -> None:
 def test_a_pool_that_is_given_up_stops_soon() -> None:
     started, stopped = threading.Event(), threading.Event()
 
-    def work(pool: Pool) -> None:
+    def work(pool: ThreadPool) -> None:
         started.set()
         try:
             while True:
@@ -78,7 +78,7 @@ def test_a_pool_that_is_given_up_stops_soon() -> None:
             stopped.set()
 
     def give_up() -> None:
-        with Pool(2) as pool:
+        with ThreadPool(2) as pool:
             pool.submit(partial(work, pool))
             pool.submit(partial(work, pool))
             assert started.wait(20)

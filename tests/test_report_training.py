@@ -18,7 +18,7 @@ from typer.testing import CliRunner
 from svftool.cli import app
 from svftool.errors import MissingDependencyError, UsageError
 from svftool.report.training import ReportFile
-from svftool.tasks import Metric
+from svftool.tasks.base import TaskMetric
 from svftool.training import Outcome, Run, summarise
 from svftool.training.loop import Ending
 from svftool.training.results import FinetuneResult
@@ -62,7 +62,7 @@ def comparison(runs: list[Run] | None = None, metric: str = "accuracy") -> Finet
         runs = [
             run(regime, seed, values[seed]) for seed in range(3) for regime, values in AFTER.items()
         ]
-    summary = tuple(summarise(runs, Metric(metric, NAMES[metric])))
+    summary = tuple(summarise(runs, TaskMetric(metric, NAMES[metric])))
     return FinetuneResult(Path("runs"), "classification", metric, tuple(runs), summary)
 
 

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.nn.functional import cosine_similarity, cross_entropy
 
 from svftool.errors import DataError, MissingDependencyError, ModelError, UsageError
-from svftool.tasks import Predicts
+from svftool.tasks.base import Predicts
 from svftool.tasks.classification import Classification
 from svftool.tasks.heads import CosineHead
 

@@ -18,7 +18,7 @@ from typer.testing import CliRunner
 
 from svftool.cli import app
 from svftool.errors import DataError, ModelError, UsageError
-from svftool.tasks import Counts, Predicts
+from svftool.tasks.base import Counts, Predicts
 from svftool.tasks.language import Language, _enable_checkpointing
 from svftool.tasks.texts import Text, list_texts
 from svftool.tasks.tokens import by_length, collate, cut, encode, load_tokenizer
@@ -254,13 +254,13 @@ def test_folds_split_the_support_set_by_texts(folder: Path, tmp_path: Path) -> N
     draw = task.draw(0)
     support = {block.text for block in draw._support.blocks}
     assert draw.size > len(support) == 4
-    folds = draw.folds(2, seed=0)
+    folds = draw.subdivide(2, seed=0)
     left = [{block.text for block in fold._parts["query"].blocks} for fold in folds]
     assert left[0] | left[1] == support
     assert [len(one) for one in left] == [2, 2]
     for fold, texts in zip(folds, left, strict=True):
         assert {block.text for block in fold._support.blocks} == support - texts
-    assert language(folder, tmp_path, rows, shots=1).draw(0).folds(2, seed=0) == []
+    assert language(folder, tmp_path, rows, shots=1).draw(0).subdivide(2, seed=0) == []
 
 
 def test_checkpointing_changes_no_gradient(folder: Path, tmp_path: Path, model: Any) -> None:

@@ -18,7 +18,7 @@ from typer.testing import CliRunner
 
 from svftool.cli import app
 from svftool.errors import DataError, ModelError, UsageError
-from svftool.tasks import Counts, Predicts
+from svftool.tasks.base import Counts, Predicts
 from svftool.tasks.segmentation import Segmentation
 from svftool.tasks.segmentation.heads import (
     WithDenseHead,
@@ -560,7 +560,7 @@ def test_the_command_trains_a_backbone_and_merges(scenes: Path, tmp_path: Path) 
 
 def test_folds_split_the_support_set_by_images(scenes: Path) -> None:
     draw = Segmentation(scenes, shots=5, hold_out=0.2, image_size=12).draw(0)
-    folds = draw.folds(2, seed=0)
+    folds = draw.subdivide(2, seed=0)
     support = set(draw._support.indices)
     left = [set(fold._parts["query"].indices) for fold in folds]
     assert left[0] | left[1] == support
@@ -568,4 +568,4 @@ def test_folds_split_the_support_set_by_images(scenes: Path) -> None:
     for fold, images in zip(folds, left, strict=True):
         assert set(fold._support.indices) == support - images
         assert fold._parts["held_out"] is draw._parts["held_out"]
-    assert Segmentation(scenes, shots=1).draw(0).folds(2, seed=0) == []
+    assert Segmentation(scenes, shots=1).draw(0).subdivide(2, seed=0) == []

@@ -13,7 +13,7 @@ from pictures import write_pictures
 from PIL import Image
 from torch import Tensor, nn
 
-from svftool.tasks import Draw
+from svftool.tasks.base import Draw
 from svftool.tasks.classification import Classification
 from svftool.tasks.segmentation import Segmentation
 from svftool.training import Ranks, Settings

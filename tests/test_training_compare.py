@@ -20,9 +20,9 @@ from svftool.attaching import Trainable
 from svftool.factors import FactorStore, open_factors
 from svftool.progress import Silent
 from svftool.stages.decompose import decompose
-from svftool.tasks import Task
+from svftool.tasks.base import Task
 from svftool.tasks.classification import Classification
-from svftool.training import Plan, Run, Settings, compare, interval, summarise
+from svftool.training import Run, Settings, TrainingPlan, compare, interval, summarise
 
 REGIMES = ("head", "svf", "svf+bias", "bias", "norm", "full")
 
@@ -51,14 +51,14 @@ def store(tmp_path: Path) -> Iterator[FactorStore]:
 
 
 @pytest.fixture
-def plan(tmp_path: Path, store: FactorStore) -> Callable[..., Plan]:
+def plan(tmp_path: Path, store: FactorStore) -> Callable[..., TrainingPlan]:
     """Return a factory of plans for a few steps on coloured pictures."""
     data = write_pictures(tmp_path / "data", count=8)
 
-    def make(**options: Any) -> Plan:
+    def make(**options: Any) -> TrainingPlan:
         settings = {"steps": 4, "batch_size": 6} | options.pop("settings", {})
         chosen = {"regimes": ["svf"], "seeds": [0]} | options
-        return Plan(
+        return TrainingPlan(
             build=SmallNet,
             store=store,
             tasks=[Classification(data, shots=3)],
@@ -82,7 +82,7 @@ class Kept:
         return Path(run.regime)
 
 
-def test_regimes_train_what_they_say(plan: Callable[..., Plan]) -> None:
+def test_regimes_train_what_they_say(plan: Callable[..., TrainingPlan]) -> None:
     kept = Kept()
     runs, signum = compare(plan(regimes=REGIMES), kept)
     assert signum is None
@@ -106,7 +106,7 @@ def test_regimes_train_what_they_say(plan: Callable[..., Plan]) -> None:
 
 
 def test_every_run_starts_from_the_same_and_is_measured_on_the_same(
-    plan: Callable[..., Plan],
+    plan: Callable[..., TrainingPlan],
 ) -> None:
     runs, _ = compare(plan(regimes=REGIMES, seeds=[0, 1]), Kept())
     assert [(run.seed, run.regime) for run in runs] == [
@@ -119,7 +119,7 @@ def test_every_run_starts_from_the_same_and_is_measured_on_the_same(
     assert all(run.output == Path(run.regime) for run in runs)
 
 
-def test_runs_repeat_alone_and_in_company(plan: Callable[..., Plan]) -> None:
+def test_runs_repeat_alone_and_in_company(plan: Callable[..., TrainingPlan]) -> None:
     company, alone = Kept(), Kept()
     compare(plan(regimes=["full", "svf"], seeds=[0, 1]), company)
     torch.rand(7)
@@ -128,7 +128,7 @@ def test_runs_repeat_alone_and_in_company(plan: Callable[..., Plan]) -> None:
         assert torch.equal(value, company.tensors["svf", 1][name]), name
 
 
-def test_training_helps_and_globs_limit_it(plan: Callable[..., Plan]) -> None:
+def test_training_helps_and_globs_limit_it(plan: Callable[..., TrainingPlan]) -> None:
     kept = Kept()
     longer = {"steps": 25, "lr": 0.02, "head_lr": 0.05}
     runs, _ = compare(plan(settings=longer), kept)
@@ -150,7 +150,7 @@ class Loud(Silent):
 
 
 def test_a_regime_that_trains_the_head_alone_says_so_once(
-    plan: Callable[..., Plan], tmp_path: Path
+    plan: Callable[..., TrainingPlan], tmp_path: Path
 ) -> None:
     class Plain(SmallNet):
         """Has its norm folded away."""
@@ -173,7 +173,7 @@ def test_a_regime_that_trains_the_head_alone_says_so_once(
     ]
 
 
-def test_a_worse_tune_is_said_aloud(plan: Callable[..., Plan]) -> None:
+def test_a_worse_tune_is_said_aloud(plan: Callable[..., TrainingPlan]) -> None:
     class Ruin:
         """Gives every label but the right one, so that training can only harm."""
 
@@ -202,7 +202,7 @@ def test_a_worse_tune_is_said_aloud(plan: Callable[..., Plan]) -> None:
     assert all(row.worse for row in summarise(runs, chosen.tasks[0].primary))
 
 
-def test_an_interruption_keeps_what_is_done(plan: Callable[..., Plan]) -> None:
+def test_an_interruption_keeps_what_is_done(plan: Callable[..., TrainingPlan]) -> None:
     class Press(Kept):
         def __call__(self, run: Run, trainable: Trainable, task: Task) -> Path:
             os.kill(os.getpid(), signal.SIGTERM)
@@ -217,7 +217,9 @@ def test_an_interruption_keeps_what_is_done(plan: Callable[..., Plan]) -> None:
     assert signal.getsignal(signal.SIGTERM) is before
 
 
-def test_an_interruption_before_anything_is_trained_is_raised(plan: Callable[..., Plan]) -> None:
+def test_an_interruption_before_anything_is_trained_is_raised(
+    plan: Callable[..., TrainingPlan],
+) -> None:
     chosen = plan()
     draw = chosen.tasks[0].draw
 
@@ -232,7 +234,7 @@ def test_an_interruption_before_anything_is_trained_is_raised(plan: Callable[...
 
 @pytest.mark.parametrize(("given", "rate"), [(None, 1e-4), (0.01, 0.01)])
 def test_a_head_of_single_examples_has_a_small_rate_unless_one_is_given(
-    plan: Callable[..., Plan], tmp_path: Path, given: float | None, rate: float
+    plan: Callable[..., TrainingPlan], tmp_path: Path, given: float | None, rate: float
 ) -> None:
     task = Classification(tmp_path / "data", shots=1, head="new")
     chosen = replace(plan(settings={"head_lr": given}), tasks=[task])
@@ -240,7 +242,7 @@ def test_a_head_of_single_examples_has_a_small_rate_unless_one_is_given(
     assert runs[0].learning_rates == pytest.approx({"singular_values": 2e-3, "head": rate})
 
 
-def test_the_summary_is_by_regime(plan: Callable[..., Plan]) -> None:
+def test_the_summary_is_by_regime(plan: Callable[..., TrainingPlan]) -> None:
     chosen = plan(regimes=["head", "svf"], seeds=[0, 1, 2])
     runs, _ = compare(chosen, Kept())
     summary = summarise(runs, chosen.tasks[0].primary)
@@ -258,7 +260,9 @@ def test_the_interval_is_students() -> None:
     assert (low, high) == pytest.approx((2.5 - half, 2.5 + half))
 
 
-def test_singular_values_are_trained_the_way_that_was_asked_for(plan: Callable[..., Plan]) -> None:
+def test_singular_values_are_trained_the_way_that_was_asked_for(
+    plan: Callable[..., TrainingPlan],
+) -> None:
     band = plan(regimes=["svf", "bias"], attaching={"train_rank": "top:2"})
     runs, _ = compare(band, Kept())
     assert [run.trainable_parameters for run in runs] == [27 + 2, 27 + 16]

@@ -12,7 +12,7 @@ from pictures import write_pictures
 from torch import Tensor, nn
 
 from svftool.progress import SILENT
-from svftool.tasks import Draw
+from svftool.tasks.base import Draw
 from svftool.tasks.classification import Classification
 from svftool.training import Settings, StateFile, frozen, train
 from svftool.training.interrupt import Interruption

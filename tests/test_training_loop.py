@@ -15,13 +15,13 @@ from torch import Tensor, nn
 
 from svftool.errors import ResourceError, UsageError
 from svftool.progress import SILENT, Progress
-from svftool.tasks import Metric, Part, Prepared
+from svftool.tasks.base import Part, Prepared, TaskMetric
 from svftool.training import Interruption, Outcome, Settings, State, StateFile, train
 from svftool.training.batches import Sampler
-from svftool.training.loop import Curves
+from svftool.training.loop import RunCurves
 from svftool.training.optimise import Optimiser, rate_factor
 
-ERROR = Metric("error", higher_is_better=False)
+ERROR = TaskMetric("error", higher_is_better=False)
 GENERATOR = torch.Generator().manual_seed(0)
 TRUE = torch.randn(6, generator=GENERATOR)
 INPUTS = torch.randn(40, 6, generator=GENERATOR)
@@ -451,7 +451,7 @@ def test_a_state_is_written_by_the_clock_where_no_steps_are_given(
 
 
 def test_long_curves_are_thinned_and_go_on_as_they_were() -> None:
-    whole, first, second = Curves(), Curves(), Curves()
+    whole, first, second = RunCurves(), RunCurves(), RunCurves()
     for step in range(3000):
         whole.add("loss", step, float(step))
     for step in range(1700):

@@ -20,16 +20,16 @@ from svftool.progress import Silent
 from svftool.report import finetune as report
 from svftool.stages.decompose import decompose
 from svftool.stages.finetune import finetune
-from svftool.tasks import Metric, Task
+from svftool.tasks.base import Task, TaskMetric
 from svftool.tasks.classification import Classification
 from svftool.tasks.splits import left_out, others
-from svftool.training import Journal, Plan, Run, Settings, compare
+from svftool.training import Journal, Run, Settings, TrainingPlan, compare
 from svftool.training.plan import run_from_plain, run_to_plain
 from svftool.training.trials import Trial, choose
 from svftool.training.tune import FACTORS, FOLDS
 
-ACCURACY = Metric("accuracy", higher_is_better=True)
-PERPLEXITY = Metric("perplexity", higher_is_better=False)
+ACCURACY = TaskMetric("accuracy", higher_is_better=True)
+PERPLEXITY = TaskMetric("perplexity", higher_is_better=False)
 
 
 class SmallNet(nn.Module):
@@ -69,12 +69,14 @@ def store(tmp_path: Path) -> Iterator[FactorStore]:
 
 
 @pytest.fixture
-def plan(tmp_path: Path, store: FactorStore) -> Callable[..., Plan]:
+def plan(tmp_path: Path, store: FactorStore) -> Callable[..., TrainingPlan]:
     """Return a factory of plans for a few steps on coloured pictures."""
     data = write_pictures(tmp_path / "data", count=6)
 
-    def make(*, shots: int = 4, regimes: tuple[str, ...] = ("svf",), **settings: Any) -> Plan:
-        return Plan(
+    def make(
+        *, shots: int = 4, regimes: tuple[str, ...] = ("svf",), **settings: Any
+    ) -> TrainingPlan:
+        return TrainingPlan(
             build=SmallNet,
             store=store,
             tasks=[Classification(data, shots=shots, head="new", augment="none")],
@@ -110,7 +112,7 @@ def scored_by_rate(
 
 @pytest.mark.parametrize("best", [FACTORS[0], FACTORS[3]])
 def test_the_rate_with_the_best_score_trains_the_whole_support_set(
-    plan: Callable[..., Plan], monkeypatch: pytest.MonkeyPatch, best: float
+    plan: Callable[..., TrainingPlan], monkeypatch: pytest.MonkeyPatch, best: float
 ) -> None:
     wanted = Settings().learning_rate("head") * best
     seen = scored_by_rate(monkeypatch, lambda rate: -abs(rate - wanted))
@@ -129,7 +131,7 @@ def test_the_rate_with_the_best_score_trains_the_whole_support_set(
     assert seen == [(3, 6)] * (2 * len(FACTORS) * FOLDS)
 
 
-def test_trials_do_not_touch_the_query_set(plan: Callable[..., Plan]) -> None:
+def test_trials_do_not_touch_the_query_set(plan: Callable[..., TrainingPlan]) -> None:
     chosen, looked = plan(), []
     draw_of = chosen.tasks[0].draw
 
@@ -142,9 +144,9 @@ def test_trials_do_not_touch_the_query_set(plan: Callable[..., Plan]) -> None:
         def __getattr__(self, name: str) -> Any:
             return getattr(self._draw, name)
 
-        def folds(self, count: int, seed: int) -> Any:
+        def subdivide(self, count: int, seed: int) -> Any:
             support = set(self._draw._support.indices)
-            folds = self._draw.folds(count, seed)
+            folds = self._draw.subdivide(count, seed)
             for fold in folds:
                 measured = set(fold._parts["query"].indices)
                 assert set(fold._support.indices) == support - measured
@@ -165,7 +167,7 @@ def test_trials_do_not_touch_the_query_set(plan: Callable[..., Plan]) -> None:
     assert "learning rates x" in loud.notes[0]
 
 
-def test_the_choice_repeats_alone_and_in_company(plan: Callable[..., Plan]) -> None:
+def test_the_choice_repeats_alone_and_in_company(plan: Callable[..., TrainingPlan]) -> None:
     company, _ = compare(plan(regimes=("head", "svf"), steps=8), save)
     torch.rand(7)
     alone, _ = compare(plan(steps=8), save)
@@ -174,7 +176,7 @@ def test_the_choice_repeats_alone_and_in_company(plan: Callable[..., Plan]) -> N
     assert run_from_plain(run_to_plain(alone[0])) == alone[0]
 
 
-def test_one_shot_keeps_the_default_and_says_so(plan: Callable[..., Plan]) -> None:
+def test_one_shot_keeps_the_default_and_says_so(plan: Callable[..., TrainingPlan]) -> None:
     loud = Loud()
     tuned, _ = compare(plan(shots=1), save, progress=loud)
     plain, _ = compare(plan(shots=1, tune_lr=False), save)
@@ -190,7 +192,7 @@ def test_one_shot_keeps_the_default_and_says_so(plan: Callable[..., Plan]) -> No
 
 
 def test_trials_that_are_noted_are_not_repeated(
-    plan: Callable[..., Plan], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    plan: Callable[..., TrainingPlan], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     journal, whole = Journal(tmp_path / "kept"), compare(plan(), save)[0][0]
     seen = scored_by_rate(monkeypatch, lambda rate: rate)

@@ -1,4 +1,4 @@
-"""The autograd functions: a layer in factored or residual form, and a weight composed of factors.
+"""The autograd functions that run a layer in factored or residual form.
 
 Neither of the two ways through the layer forms a weight gradient; each keeps one activation, the
 input in the singular basis.
@@ -6,16 +6,13 @@ input in the singular basis.
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from svftool.attaching.maps import SplitMap
-
-if TYPE_CHECKING:
-    from svftool.attaching.weight import AttachedWeight
 
 
 def along(scale: Tensor, like: Tensor, channel: int) -> Tensor:
@@ -154,29 +151,3 @@ def sum_positions(values: Tensor, channel: int, dtype: torch.dtype) -> Tensor:
     kept = channel % values.ndim
     rest = [dim for dim in range(values.ndim) if dim != kept]
     return values.sum(rest, dtype=dtype) if rest else values.to(dtype)
-
-
-class ComposeWeight(torch.autograd.Function):
-    """``W + sum_i U_i diag(delta_i) Vh_i`` over the parts of a live weight."""
-
-    @staticmethod
-    def forward(ctx: Any, weight: AttachedWeight, base: Tensor, *deltas: Tensor) -> Tensor:
-        """Add each part's change to its region of the base's weight."""
-        ctx.weight = weight
-        composed = weight.copy_of(base)
-        for (layer, region), delta in zip(weight.layers(), deltas, strict=True):
-            region.of(composed).add_(layer.change(delta))
-        return composed
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
-        """Project the weight's gradient on each part's pairs of singular vectors."""
-        weight: AttachedWeight = ctx.weight
-        grads = [
-            layer.project(region.of(gradient)) if wanted else None
-            for (layer, region), wanted in zip(
-                weight.layers(), ctx.needs_input_grad[2:], strict=True
-            )
-        ]
-        return None, None, *grads

@@ -6,65 +6,12 @@ frozen factors in the shape that the layer's own kernels take.
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Callable
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Protocol
 
-import torch
 import torch.nn.functional as F
 from torch import Tensor
-
-# Products of activations with small matrices, by the public kernel that is fast on this processor.
-
-
-_FEWEST = 64
-"""Rows from which on the convolution's own overhead does not matter."""
-
-
-def times_transposed(x: Tensor, matrix: Tensor, bias: Tensor | None = None) -> Tensor:
-    """Return ``x matrix' + bias``: (..., n) by (m, n) gives (..., m)."""
-    if not _as_convolution(x):
-        return F.linear(x, matrix, bias)
-    return _from_pixels(F.conv2d(_as_pixels(x), matrix[:, :, None, None], bias), x)
-
-
-def times(x: Tensor, matrix: Tensor) -> Tensor:
-    """Return ``x matrix``: (..., m) by (m, n) gives (..., n)."""
-    if not _as_convolution(x):
-        return x @ matrix
-    return _from_pixels(F.conv_transpose2d(_as_pixels(x), matrix[:, :, None, None]), x)
-
-
-def _as_pixels(x: Tensor) -> Tensor:
-    rows = x.reshape(1, -1, 1, x.shape[-1])
-    return rows.permute(0, 3, 1, 2)
-
-
-def _from_pixels(y: Tensor, x: Tensor) -> Tensor:
-    return y.permute(0, 2, 3, 1).reshape(*x.shape[:-1], y.shape[1])
-
-
-def _as_convolution(x: Tensor) -> bool:
-    plain = x.dtype == torch.float32 and x.device.type == "cpu"
-    return plain and x.numel() >= _FEWEST * max(1, x.shape[-1]) and prefers_convolution()
-
-
-@functools.cache
-def prefers_convolution() -> bool:
-    """Whether this processor runs pointwise convolutions faster than linear layers.
-
-    A rule, not a timing: the same machine has to give the same bytes every time.
-    """
-    if not (torch.backends.mkldnn.is_available() and torch.backends.mkl.is_available()):  # type: ignore[no-untyped-call]
-        return False
-    try:
-        facts = Path("/proc/cpuinfo").read_text(encoding="ascii", errors="replace")
-    except OSError:
-        return False
-    return "AuthenticAMD" in facts and " avx512f" in facts
-
 
 _CONV: dict[int, Callable[..., Tensor]] = {1: F.conv1d, 2: F.conv2d, 3: F.conv3d}
 _TRANSPOSED: dict[int, Callable[..., Tensor]] = {
@@ -118,27 +65,27 @@ class LinearMap:
 
     def right(self, x: Tensor, right: Tensor) -> Tensor:
         """Return ``x right'``."""
-        return times_transposed(x, right)
+        return F.linear(x, right)
 
     def left(self, z: Tensor, left: Tensor, bias: Tensor | None) -> Tensor:
         """Return ``z left' + bias``."""
-        return times_transposed(z, left, bias)
+        return F.linear(z, left, bias)
 
     def left_adjoint(self, dy: Tensor, left: Tensor) -> Tensor:
         """Return ``dy left``."""
-        return times(dy, left)
+        return dy @ left
 
     def right_adjoint(self, g: Tensor, right: Tensor, shape: tuple[int, ...]) -> Tensor:
         """Return ``g right``."""
-        return times(g, right)
+        return g @ right
 
     def whole(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         """Return ``x weight' + bias``."""
-        return times_transposed(x, weight, bias)
+        return F.linear(x, weight, bias)
 
     def whole_adjoint(self, dy: Tensor, weight: Tensor, shape: tuple[int, ...]) -> Tensor:
         """Return ``dy weight``."""
-        return times(dy, weight)
+        return dy @ weight
 
 
 @dataclass(frozen=True)

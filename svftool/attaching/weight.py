@@ -11,8 +11,8 @@ from typing import Any, Literal, cast
 
 import torch
 from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
 
-from svftool.attaching.functions import ComposeWeight
 from svftool.attaching.layer import AttachedLayer, KeepsDtype
 from svftool.attaching.region import Region
 from svftool.factors import add_delta
@@ -145,6 +145,32 @@ class AttachedWeight(KeepsDtype):
             for x in (layer.theta, layer.offset)
         ]
         return (base.data_ptr(), base._version, base.dtype, *versions)
+
+
+class ComposeWeight(torch.autograd.Function):
+    """``W + sum_i U_i diag(delta_i) Vh_i`` over the parts of a live weight."""
+
+    @staticmethod
+    def forward(ctx: Any, weight: AttachedWeight, base: Tensor, *deltas: Tensor) -> Tensor:
+        """Add each part's change to its region of the base's weight."""
+        ctx.weight = weight
+        composed = weight.copy_of(base)
+        for (layer, region), delta in zip(weight.layers(), deltas, strict=True):
+            region.of(composed).add_(layer.change(delta))
+        return composed
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
+        """Project the weight's gradient on each part's pairs of singular vectors."""
+        weight: AttachedWeight = ctx.weight
+        grads = [
+            layer.project(region.of(gradient)) if wanted else None
+            for (layer, region), wanted in zip(
+                weight.layers(), ctx.needs_input_grad[2:], strict=True
+            )
+        ]
+        return None, None, *grads
 
 
 # Which of the three ways a layer runs: factored, composed or residual.

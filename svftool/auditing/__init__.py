@@ -4,7 +4,7 @@ from svftool.auditing.compare import BaseMatrix, Found, Tuned, compare_spectra, 
 from svftool.auditing.counterparts import Counterparts, counterparts
 from svftool.auditing.evidence import Evidence
 from svftool.auditing.gates import Gate, check_metric, parse_gate, tripped
-from svftool.auditing.matching import Matching, Pair, match_names
+from svftool.auditing.matching import Matching, NamePair, match_names
 from svftool.auditing.memory import audit_budget, audit_bytes
 from svftool.auditing.metrics import METRICS, Measured, Metric, choose_metrics
 from svftool.auditing.policy import Policy, Violation, read_policy
@@ -17,13 +17,14 @@ from svftool.auditing.results import (
     Unread,
     trajectory_of,
 )
-from svftool.auditing.sources import Source, open_source
+from svftool.auditing.sources import AuditSource, open_source
 from svftool.auditing.verdicts import VERDICTS, Verdict, judge, judge_all, judge_tensor
 
 __all__ = [
     "METRICS",
     "VERDICTS",
     "AuditResult",
+    "AuditSource",
     "BaseMatrix",
     "Comparison",
     "Counterparts",
@@ -34,10 +35,9 @@ __all__ = [
     "Matching",
     "Measured",
     "Metric",
-    "Pair",
+    "NamePair",
     "Policy",
     "Row",
-    "Source",
     "Trajectory",
     "Tuned",
     "Unread",

@@ -15,7 +15,7 @@ from svftool.adapters.peft_parameters import AdaptedParameter
 from svftool.auditing.compare import Changes, Tuned
 from svftool.auditing.matching import Matching, match_names, say_shapes
 from svftool.auditing.results import Unread
-from svftool.auditing.sources import Source
+from svftool.auditing.sources import AuditSource
 from svftool.checkpoints import TensorInfo
 from svftool.errors import CheckpointError, shortlist
 
@@ -152,12 +152,12 @@ class AdapterChanges:
     notes: tuple[str, ...]
 
 
-def adapter_changes(base: Source, lora: LoraFolder) -> AdapterChanges:
+def adapter_changes(base: AuditSource, lora: LoraFolder) -> AdapterChanges:
     """Find what an adapter changes in a base.
 
     Parameters
     ----------
-    base : Source
+    base : AuditSource
         Dense tensors.
     lora : LoraFolder
         The adapter.
@@ -202,7 +202,7 @@ def adapter_changes(base: Source, lora: LoraFolder) -> AdapterChanges:
     )
 
 
-def _matched(base: Source, lora: LoraFolder, names: Mapping[str, object]) -> Matching:
+def _matched(base: AuditSource, lora: LoraFolder, names: Mapping[str, object]) -> Matching:
     parameters = [name for module in lora.wrapped for name in module.parameters]
     wanted = dict.fromkeys((*lora.layers, *lora.biases, *lora.whole, *parameters))
     matching = match_names(_shapeless(names), _shapeless(wanted))

@@ -13,9 +13,9 @@ from svftool.auditing.evidence import Evidence, gather, join, noise_of
 from svftool.auditing.metrics import Measured, Metric, combine, measure
 from svftool.auditing.pair import Array, MatrixPair
 from svftool.auditing.results import Curves
-from svftool.auditing.spectral import Pair, SpectralPair
+from svftool.auditing.spectral import AnyPair, SpectralPair
 from svftool.errors import NumericalError
-from svftool.numerics import Pool
+from svftool.numerics import ThreadPool
 from svftool.numerics.rounding import coarser, precision_of
 from svftool.numerics.tall import largest
 
@@ -120,12 +120,12 @@ class BaseMatrix:
         What to compute.
     vectors : bool
         Whether singular vectors may be computed.
-    pool : Pool
+    pool : ThreadPool
         Threads for large products.
     """
 
     def __init__(
-        self, weight: Tensor, metrics: Sequence[Metric], *, vectors: bool, pool: Pool
+        self, weight: Tensor, metrics: Sequence[Metric], *, vectors: bool, pool: ThreadPool
     ) -> None:
         self._weights = weight.unsqueeze(0) if weight.ndim == 2 else weight
         self._metrics = metrics
@@ -291,7 +291,7 @@ def _must(change: Tensor | None) -> Tensor:
     return change.double()
 
 
-def _curves(pairs: Sequence[Pair]) -> Curves:
+def _curves(pairs: Sequence[AnyPair]) -> Curves:
     return _mean_curves(
         [Curves(pair.base, pair.tuned, pair.along if pair.paired else None) for pair in pairs]
     )

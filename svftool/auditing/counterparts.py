@@ -10,9 +10,9 @@ from torch import Tensor
 from svftool.adapters.peft import LoraFolder
 from svftool.auditing.adapters import Change, adapter_changes
 from svftool.auditing.compare import Tuned
-from svftool.auditing.matching import Matching, Pair, match_names, say_shapes
+from svftool.auditing.matching import Matching, NamePair, match_names, say_shapes
 from svftool.auditing.results import Unread
-from svftool.auditing.sources import Source
+from svftool.auditing.sources import AuditSource
 from svftool.checkpoints import TensorInfo
 from svftool.errors import CheckpointError, FactorsError, shortlist
 from svftool.factors import TunedFile
@@ -25,7 +25,7 @@ class Counterparts:
 
     Attributes
     ----------
-    source : Source
+    source : AuditSource
         The fine-tune.
     names : tuple of str
         Tensors of the base that have a counterpart, in the base's order. Tuned files and LoRA
@@ -45,7 +45,7 @@ class Counterparts:
         read.
     """
 
-    source: Source
+    source: AuditSource
     names: tuple[str, ...]
     others: Mapping[str, str]
     base_only: tuple[Unread, ...] = ()
@@ -81,12 +81,12 @@ class Counterparts:
         return Tuned(weight=self.source.read(other))
 
 
-def counterparts(base: Source, other: Source, progress: Progress) -> Counterparts:
+def counterparts(base: AuditSource, other: AuditSource, progress: Progress) -> Counterparts:
     """Find out how a fine-tune answers for each tensor of the base.
 
     Parameters
     ----------
-    base, other : Source
+    base, other : AuditSource
         Both open.
     progress : Progress
         Told of prefixes that were dropped, and of the fingerprint that tuned files need.
@@ -106,7 +106,7 @@ def counterparts(base: Source, other: Source, progress: Progress) -> Counterpart
     return found
 
 
-def _of_dense(base: Source, other: Source) -> Counterparts:
+def _of_dense(base: AuditSource, other: AuditSource) -> Counterparts:
     matching = match_names(base.infos, other.infos)
     _refuse_strangers(base, other, matching)
     misshapen = {pair: _shapes(base, other, pair) for pair in matching.misshapen}
@@ -128,7 +128,7 @@ def _of_dense(base: Source, other: Source) -> Counterparts:
     )
 
 
-def _refuse_strangers(base: Source, other: Source, matching: Matching) -> None:
+def _refuse_strangers(base: AuditSource, other: AuditSource, matching: Matching) -> None:
     if matching.pairs:
         return
     if matching.misshapen:
@@ -144,11 +144,13 @@ def _refuse_strangers(base: Source, other: Source, matching: Matching) -> None:
     )
 
 
-def _shapes(base: Source, other: Source, pair: Pair) -> str:
+def _shapes(base: AuditSource, other: AuditSource, pair: NamePair) -> str:
     return say_shapes(base.infos[pair.base].shape, other.infos[pair.tuned].shape)
 
 
-def _of_tuned(base: Source, other: Source, tuned: TunedFile, progress: Progress) -> Counterparts:
+def _of_tuned(
+    base: AuditSource, other: AuditSource, tuned: TunedFile, progress: Progress
+) -> Counterparts:
     missing = [name for name in tuned.S if name not in base.infos]
     if not missing and base.fingerprint(progress) != tuned.base_fingerprint:
         missing = ["its fingerprint is another"]
@@ -164,7 +166,7 @@ def _of_tuned(base: Source, other: Source, tuned: TunedFile, progress: Progress)
         if info is None:
             strangers.append(Unread(name, "not in the base"))
         elif info.shape != tuple(value.shape):
-            strangers.append(Unread(name, _shapes(base, other, Pair(name, name))))
+            strangers.append(Unread(name, _shapes(base, other, NamePair(name, name))))
         else:
             others[name] = name
     gone = {one.name for one in strangers if one.name in base.infos}
@@ -178,7 +180,7 @@ def _of_tuned(base: Source, other: Source, tuned: TunedFile, progress: Progress)
     )
 
 
-def _of_lora(base: Source, other: Source, lora: LoraFolder) -> Counterparts:
+def _of_lora(base: AuditSource, other: AuditSource, lora: LoraFolder) -> Counterparts:
     found = adapter_changes(base, lora)
     gone = {one.name for one in found.base_only}
     return Counterparts(

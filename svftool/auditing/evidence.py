@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from svftool.auditing.pair import norm_ratio
-from svftool.auditing.spectral import Pair
+from svftool.auditing.spectral import AnyPair
 from svftool.numerics.rounding import coarser, largest_step, precision_of, rounding_noise
 
 EDGE_MARGIN = 1.1
@@ -119,7 +119,7 @@ class Evidence:
 
 
 def gather(
-    pair: Pair,
+    pair: AnyPair,
     base: Tensor | None,
     tuned: Tensor | None,
     *,
@@ -130,7 +130,7 @@ def gather(
 
     Parameters
     ----------
-    pair : Pair
+    pair : AnyPair
         The matrices' spectra, norms and shares.
     base, tuned : (m, n) Tensor or None
         The matrices as stored; None where only factors or a change are known, which were not
@@ -184,7 +184,7 @@ def noise_of(base: Tensor, tuned: Tensor, dtype: torch.dtype, *, drift: float) -
     return Noise(dtype, expected.energy, expected.edge, steps)
 
 
-def _with_rank(found: Evidence, pair: Pair) -> Evidence:
+def _with_rank(found: Evidence, pair: AnyPair) -> Evidence:
     """Count the singular values of the change above its noise, unless they are certainly many."""
     found = replace(found, participation=pair.change_participation)
     noise = found.tuned_noise or found.noise

@@ -11,7 +11,7 @@ from collections.abc import Callable
 import numpy as np
 
 from svftool.auditing.pair import Array, norm_ratio
-from svftool.auditing.spectral import Pair
+from svftool.auditing.spectral import AnyPair
 from svftool.numerics import numerical_rank
 from svftool.numerics.power_law import fit_power_law
 from svftool.numerics.random_matrix import noise_bulk
@@ -97,20 +97,20 @@ def matrix_entropy(s: Array, m: int, n: int) -> Value:
 # Metrics of a change.
 
 
-def relative_drift(pair: Pair) -> Value:
+def relative_drift(pair: AnyPair) -> Value:
     """Return distance of the sorted spectra, relative to the base's."""
     assert pair.tuned is not None
     moved = pair.tuned - pair.base
     return norm_ratio(float(moved @ moved), float(pair.base @ pair.base))
 
 
-def delta_norm(pair: Pair) -> Value:
+def delta_norm(pair: AnyPair) -> Value:
     """Return distance of the spectra by index."""
     assert pair.index_change is not None
     return math.sqrt(float(pair.index_change @ pair.index_change))
 
 
-def log_ratios(pair: Pair) -> Array:
+def log_ratios(pair: AnyPair) -> Array:
     """Return logarithms of tuned over base, above the numerical rank of both."""
     assert pair.tuned is not None
     kept = min(numerical_rank(s, pair.m, pair.n) for s in (pair.base, pair.tuned))
@@ -118,43 +118,43 @@ def log_ratios(pair: Pair) -> Array:
     return ratios
 
 
-def max_log_ratio(pair: Pair) -> Value:
+def max_log_ratio(pair: AnyPair) -> Value:
     """Return largest absolute logarithm of a ratio."""
     ratios = log_ratios(pair)
     return float(np.abs(ratios).max()) if ratios.size else None
 
 
-def mean_log_ratio(pair: Pair) -> Value:
+def mean_log_ratio(pair: AnyPair) -> Value:
     """Return mean logarithm of the ratios, signed."""
     ratios = log_ratios(pair)
     return float(ratios.mean()) if ratios.size else None
 
 
-def nuclear_ratio(pair: Pair) -> Value:
+def nuclear_ratio(pair: AnyPair) -> Value:
     """Return ratio of the sums of singular values."""
     assert pair.tuned is not None
     before = float(pair.base.sum())
     return float(pair.tuned.sum()) / before if before > 0.0 else None
 
 
-def spectral_ratio(pair: Pair) -> Value:
+def spectral_ratio(pair: AnyPair) -> Value:
     """Return ratio of the largest singular values."""
     assert pair.tuned is not None
     before = float(pair.base[0]) if pair.base.size else 0.0
     return float(pair.tuned[0]) / before if before > 0.0 else None
 
 
-def weight_drift(pair: Pair) -> Value:
+def weight_drift(pair: AnyPair) -> Value:
     """Return norm of the change over that of the base."""
     return norm_ratio(pair.change_energy, pair.base_energy)
 
 
-def frobenius_distance(pair: Pair) -> Value:
+def frobenius_distance(pair: AnyPair) -> Value:
     """Return norm of the change."""
     return math.sqrt(pair.change_energy)
 
 
-def cosine(pair: Pair) -> Value:
+def cosine(pair: AnyPair) -> Value:
     """Return cosine of the two matrices as vectors."""
     if pair.identical:
         return 1.0 if pair.base_energy > 0.0 else None
@@ -162,7 +162,7 @@ def cosine(pair: Pair) -> Value:
     return max(-1.0, min(1.0, pair.inner / math.sqrt(product))) if product > 0.0 else None
 
 
-def spectrum_share(pair: Pair) -> Value:
+def spectrum_share(pair: AnyPair) -> Value:
     """Return part of the change that shows in the spectrum."""
     if pair.change_energy == 0.0:
         return None
@@ -171,22 +171,22 @@ def spectrum_share(pair: Pair) -> Value:
     return min(float(moved @ moved) / pair.change_energy, 1.0)
 
 
-def rotation_share(pair: Pair) -> Value:
+def rotation_share(pair: AnyPair) -> Value:
     """Return part of the change that does not show in the spectrum."""
     share = spectrum_share(pair)
     return None if share is None else 1.0 - share
 
 
-def share(attribute: str) -> Callable[[Pair], Value]:
+def share(attribute: str) -> Callable[[AnyPair], Value]:
     """Return one of the three shares."""
 
-    def value(pair: Pair) -> Value:
+    def value(pair: AnyPair) -> Value:
         return None if pair.shares is None else float(getattr(pair.shares, attribute))
 
     return value
 
 
-def off_diagonal_energy(pair: Pair) -> Value:
+def off_diagonal_energy(pair: AnyPair) -> Value:
     """``1 - ||diag(U' W' V)||^2 / ||W'||^2``, the error of the best SVF approximation, squared."""
     if pair.tuned_energy == 0.0:
         return None
@@ -198,7 +198,7 @@ def off_diagonal_energy(pair: Pair) -> Value:
     return max(0.0, 1.0 - float(kept @ kept) / pair.tuned_energy)
 
 
-def intruders(pair: Pair) -> Value:
+def intruders(pair: AnyPair) -> Value:
     """Return number of leading left vectors without a match in the base."""
     if pair.identical:
         return 0.0
@@ -206,7 +206,7 @@ def intruders(pair: Pair) -> Value:
     return None if overlaps is None else float(count_intruders(overlaps))
 
 
-def intruders_right(pair: Pair) -> Value:
+def intruders_right(pair: AnyPair) -> Value:
     """Return number of leading right vectors without a match in the base."""
     if pair.identical:
         return 0.0
@@ -214,7 +214,7 @@ def intruders_right(pair: Pair) -> Value:
     return None if overlaps is None else float(count_intruders(overlaps))
 
 
-def intruders_strict(pair: Pair) -> Value:
+def intruders_strict(pair: AnyPair) -> Value:
     """As `intruders` with the threshold 0.8: vectors that turned by more than 37 degrees."""
     if pair.identical:
         return 0.0
@@ -222,7 +222,7 @@ def intruders_strict(pair: Pair) -> Value:
     return None if overlaps is None else float(count_intruders(overlaps, below=0.8))
 
 
-def intruders_subspace(pair: Pair) -> Value:
+def intruders_subspace(pair: AnyPair) -> Value:
     """Return number of leading left vectors that lie mostly outside the base's leading subspace."""
     if pair.identical:
         return 0.0
@@ -232,16 +232,16 @@ def intruders_subspace(pair: Pair) -> Value:
     return float((captured(overlaps, top=INTRUDER_TOP) < INTRUDER_BELOW).sum())
 
 
-def weakest_match(pair: Pair) -> Value:
+def weakest_match(pair: AnyPair) -> Value:
     """Return lowest best match of the leading left vectors."""
     overlaps = pair.left_overlaps
     return None if overlaps is None or not overlaps.numel() else float(best_matches(overlaps).min())
 
 
-def similarity(*, left: bool) -> Callable[[Pair], Value]:
+def similarity(*, left: bool) -> Callable[[AnyPair], Value]:
     """Return similarity of the leading subspaces, left or right."""
 
-    def value(pair: Pair) -> Value:
+    def value(pair: AnyPair) -> Value:
         r = min(INTRUDER_TOP, len(pair.base))
         bases = pair.bases(r, left=left)
         return None if bases is None else float(subspace_similarity(*bases)[-1, -1])
@@ -249,10 +249,10 @@ def similarity(*, left: bool) -> Callable[[Pair], Value]:
     return value
 
 
-def distance(attribute: str, *, left: bool = True) -> Callable[[Pair], Value]:
+def distance(attribute: str, *, left: bool = True) -> Callable[[AnyPair], Value]:
     """Return one of the distances of the leading subspaces."""
 
-    def value(pair: Pair) -> Value:
+    def value(pair: AnyPair) -> Value:
         r = min(INTRUDER_TOP, len(pair.base))
         bases = pair.bases(r, left=left)
         return None if bases is None else float(getattr(subspace_distance(*bases), attribute))
@@ -260,10 +260,10 @@ def distance(attribute: str, *, left: bool = True) -> Callable[[Pair], Value]:
     return value
 
 
-def of_change(function: Callable[[Array, int, int], Value]) -> Callable[[Pair], Value]:
+def of_change(function: Callable[[Array, int, int], Value]) -> Callable[[AnyPair], Value]:
     """Return a number of a spectrum, taken of the change's."""
 
-    def value(pair: Pair) -> Value:
+    def value(pair: AnyPair) -> Value:
         if pair.identical or pair.change_values is None:
             return None
         return function(pair.change_values, pair.m, pair.n)
@@ -271,11 +271,11 @@ def of_change(function: Callable[[Array, int, int], Value]) -> Callable[[Pair], 
     return value
 
 
-def cka(pair: Pair) -> Value:
+def cka(pair: AnyPair) -> Value:
     """Return uncentred linear CKA."""
     return pair.cka
 
 
-def amplification(pair: Pair) -> Value:
+def amplification(pair: AnyPair) -> Value:
     """Return how much the change amplifies directions that the base does not."""
     return pair.amplification

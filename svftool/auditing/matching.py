@@ -19,7 +19,7 @@ ENOUGH = 3
 
 
 @dataclass(frozen=True)
-class Pair:
+class NamePair:
     """One tensor on both sides: its name in the base and in the fine-tune."""
 
     base: str
@@ -47,9 +47,9 @@ class Matching:
 
     Attributes
     ----------
-    pairs : tuple of Pair
+    pairs : tuple of NamePair
         Same name up to prefixes, same shape; in the base's order.
-    misshapen : tuple of Pair
+    misshapen : tuple of NamePair
         Same name, another shape.
     base_only, tuned_only : tuple of str
         Names without a counterpart.
@@ -57,8 +57,8 @@ class Matching:
         The prefixes that were dropped, those with the most tensors first.
     """
 
-    pairs: tuple[Pair, ...]
-    misshapen: tuple[Pair, ...]
+    pairs: tuple[NamePair, ...]
+    misshapen: tuple[NamePair, ...]
     base_only: tuple[str, ...]
     tuned_only: tuple[str, ...]
     renamings: tuple[Renaming, ...] = ()
@@ -145,7 +145,7 @@ def _gathered(
     found: Mapping[str, str],
     renamings: list[Renaming],
 ) -> Matching:
-    both = [Pair(name, found[name]) for name in base if name in found]
+    both = [NamePair(name, found[name]) for name in base if name in found]
     fits = [base[pair.base].shape == tuned[pair.tuned].shape for pair in both]
     taken = set(found.values())
     return Matching(

@@ -14,7 +14,7 @@ from typing import Literal, Protocol
 from svftool.auditing import formulas as f
 from svftool.auditing.formulas import Value
 from svftool.auditing.pair import Array
-from svftool.auditing.spectral import Pair
+from svftool.auditing.spectral import AnyPair
 from svftool.errors import UsageError
 from svftool.numerics import (
     effective_rank,
@@ -59,7 +59,7 @@ class Metric:
     kind: Literal["spectrum", "change"]
     what: str
     of_spectrum: Callable[[Array, int, int], Value] | None = None
-    of_pair: Callable[[Pair], Value] | None = None
+    of_pair: Callable[[AnyPair], Value] | None = None
     combine: Combine = "mean"
     vectors: bool = False
     default: bool = False
@@ -246,7 +246,7 @@ def choose_metrics(names: Sequence[str] | None, *, fast: bool = False) -> tuple[
     )
 
 
-def measure(pair: Pair, metrics: Iterable[Metric]) -> Measured:
+def measure(pair: AnyPair, metrics: Iterable[Metric]) -> Measured:
     """Compute metrics of one matrix."""
     change: dict[str, Value] = {}
     base: dict[str, Value] = {}

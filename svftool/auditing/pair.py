@@ -19,7 +19,7 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from svftool.numerics import Pool
+from svftool.numerics import ThreadPool
 from svftool.numerics.eigen import eigenvalues, eigenvectors, gram
 from svftool.numerics.shares import Shares, count_regular, divide, groups
 from svftool.numerics.subspace import INTRUDER_TOP
@@ -127,7 +127,7 @@ class MatrixPair:
         The change, where it is known better than as a difference; then `tuned` is not needed.
     vectors : bool
         Whether singular vectors may be computed. Without them the shares and overlaps are None.
-    pool : Pool, optional
+    pool : ThreadPool, optional
         Threads that share the blocks of large products.
 
     Attributes
@@ -143,11 +143,11 @@ class MatrixPair:
         *,
         change: Tensor | None = None,
         vectors: bool = True,
-        pool: Pool | None = None,
+        pool: ThreadPool | None = None,
     ) -> None:
         self.m, self.n = base.shape
         self._vectors = vectors
-        self._pool = pool or Pool(0)
+        self._pool = pool or ThreadPool(0)
         self._base = base
         self._tuned = tuned
         self._change = change

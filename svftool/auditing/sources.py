@@ -36,7 +36,7 @@ Kind = Literal["checkpoint", "factors", "tuned", "lora"]
 
 
 @dataclass(frozen=True)
-class Source:
+class AuditSource:
     """A checkpoint opened for inspection, whatever its form; a context manager.
 
     Attributes
@@ -93,7 +93,7 @@ class Source:
         self.file.__exit__(kind, error, trace)
 
 
-def open_source(path: str | os.PathLike[str]) -> Source:
+def open_source(path: str | os.PathLike[str]) -> AuditSource:
     """Open whatever can be inspected.
 
     Parameters
@@ -117,7 +117,7 @@ def open_source(path: str | os.PathLike[str]) -> Source:
     def fingerprint(progress: Progress) -> str:
         return fingerprint_checkpoint(file, progress=progress)
 
-    return Source(
+    return AuditSource(
         file.path,
         "checkpoint",
         file.infos,
@@ -129,7 +129,7 @@ def open_source(path: str | os.PathLike[str]) -> Source:
     )
 
 
-def _from_factors(store: FactorStore) -> Source:
+def _from_factors(store: FactorStore) -> AuditSource:
     def read(name: str) -> Tensor:
         layer = store.layers.get(name)
         if layer is None:
@@ -146,7 +146,7 @@ def _from_factors(store: FactorStore) -> Source:
     note = (
         f"{store.path.name}: {truncated} layers are truncated; what was cut off counts as changed"
     )
-    return Source(
+    return AuditSource(
         path=store.path,
         kind="factors",
         infos={name: store.info(name) for name in (*store.layers, *store.whole)},
@@ -159,7 +159,7 @@ def _from_factors(store: FactorStore) -> Source:
     )
 
 
-def _from_lora(lora: LoraFolder) -> Source:
+def _from_lora(lora: LoraFolder) -> AuditSource:
     infos = {name: lora.info(key) for name, key in lora.whole.items()}
 
     def fingerprint(progress: Progress) -> str:
@@ -167,7 +167,7 @@ def _from_lora(lora: LoraFolder) -> Source:
             f"{lora.path}: a LoRA folder does not record the fingerprint of its base"
         )
 
-    return Source(
+    return AuditSource(
         path=lora.path,
         kind="lora",
         infos=infos,
@@ -179,12 +179,12 @@ def _from_lora(lora: LoraFolder) -> Source:
     )
 
 
-def _from_tuned(tuned: TunedFile) -> Source:
+def _from_tuned(tuned: TunedFile) -> AuditSource:
     infos = {
         name: TensorInfo(name, value.dtype, tuple(value.shape), tuned.path.name)
         for name, value in tuned.whole.items()
     }
-    return Source(
+    return AuditSource(
         path=tuned.path,
         kind="tuned",
         infos=infos,

@@ -74,5 +74,5 @@ class SpectralPair:
         return eye[:, base[:r]], eye[:, tuned[:r]]
 
 
-Pair = MatrixPair | SpectralPair
+AnyPair = MatrixPair | SpectralPair
 """Whatever metrics and evidence are taken of."""

@@ -16,6 +16,7 @@ from typer.core import TyperGroup
 
 from svftool.cli import decompose, demo, evaluate, extract, finetune, inspect, merge
 from svftool.cli.console import stderr
+from svftool.cli.signature import expanded
 from svftool.errors import SvftoolError
 from svftool.report.text import safe
 
@@ -103,7 +104,7 @@ def svftool(
 
 
 for module in (decompose, finetune, evaluate, merge, inspect, extract, demo):
-    app.command(module.NAME, epilog=module.EXAMPLE)(module.command)
+    app.command(module.NAME, epilog=module.EXAMPLE)(expanded(module.command))
 
 
 def main() -> None:

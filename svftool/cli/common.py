@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import os
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 from rich.console import RenderableType
 
-from svftool.cli.console import stdout
+from svftool.cli.console import progress_for, stdout
+from svftool.progress import Progress
 from svftool.report.json import to_json
+from svftool.tasks.options import TaskName
 
 OutputOption = Annotated[
     Path,
@@ -26,6 +29,7 @@ ModelOption = Annotated[
         "package.module:FACTORY.",
     ),
 ]
+TaskOption = Annotated[TaskName, typer.Option(help="Kind of data, loss and metrics.")]
 MovedBaseOption = Annotated[
     Path | None,
     typer.Option("--base", help="The checkpoint that was decomposed, where it has moved."),
@@ -61,21 +65,31 @@ def is_first_process() -> bool:
     return int(os.environ.get("RANK", "0")) == 0
 
 
-def emit(document: dict[str, Any], view: RenderableType, *, as_json: bool) -> None:
-    """Print a result on stdout, once where several processes share the command.
+@dataclass(frozen=True)
+class Display:
+    """What a command shows: its result on stdout, everything else on stderr."""
 
-    Parameters
-    ----------
-    document : dict
-        The result for scripts, from a ``report`` module.
-    view : RenderableType
-        The result for people.
-    as_json : bool
-        Which of the two is printed.
-    """
-    if not is_first_process():
-        return
-    if as_json:
-        typer.echo(to_json(document))
-    else:
-        stdout().print(view)
+    json: JsonOption = False
+    quiet: QuietOption = False
+    verbose: VerboseOption = 0
+
+    def progress(self) -> Progress:
+        """Return the progress to draw on stderr, and set the level of the log."""
+        return progress_for(quiet=self.quiet, verbose=self.verbose)
+
+    def emit(self, document: dict[str, Any], view: RenderableType) -> None:
+        """Print a result on stdout, once where several processes share the command.
+
+        Parameters
+        ----------
+        document : dict
+            The result for scripts, from a ``report`` module; printed with ``--json``.
+        view : RenderableType
+            The result for people.
+        """
+        if not is_first_process():
+            return
+        if self.json:
+            typer.echo(to_json(document))
+        else:
+            stdout().print(view)

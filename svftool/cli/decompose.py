@@ -2,25 +2,68 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from svftool.cli.common import (
     DeviceOption,
+    Display,
     ExcludeOption,
     ForceOption,
     IncludeOption,
-    JsonOption,
-    QuietOption,
-    VerboseOption,
-    emit,
 )
-from svftool.cli.console import progress_for
+
+if TYPE_CHECKING:
+    from svftool.stages.decompose import DecomposeOptions
 
 NAME = "decompose"
 EXAMPLE = "Example: svftool decompose resnet50.safetensors -o factors"
+
+
+@dataclass(frozen=True, kw_only=True)
+class HowToDecompose:
+    """What is decomposed, how, and how it is stored."""
+
+    rank: Annotated[
+        str,
+        typer.Option(help="Singular values kept: full, 64, 0.25 (of the short side), energy:0.99."),
+    ] = "full"
+    method: Annotated[str, typer.Option(metavar="auto|exact|randomized", help="How.")] = "auto"
+    view: Annotated[
+        list[str] | None,
+        typer.Option(metavar="GLOB=batch", help="3-D tensors that are a batch of matrices."),
+    ] = None
+    dtype: Annotated[
+        str, typer.Option(metavar="float32|bfloat16|float16", help="Storage of U and Vh.")
+    ] = "float32"
+    max_shard_size: Annotated[str, typer.Option(help="Where a new shard begins.")] = "5GB"
+    layers_only: Annotated[
+        bool, typer.Option("--layers-only", help="Leave out tensors that are not decomposed.")
+    ] = False
+    skip_bad: Annotated[
+        bool, typer.Option("--skip-bad", help="Leave layers with NaN or infinity whole.")
+    ] = False
+    include: IncludeOption = None
+    exclude: ExcludeOption = None
+    device: DeviceOption = "auto"
+
+    def options(self) -> DecomposeOptions:
+        """Return them under the names of `svftool.decompose`."""
+        return {
+            "rank": self.rank,
+            "method": self.method,
+            "include": self.include or (),
+            "exclude": self.exclude or (),
+            "views": self.view or (),
+            "dtype": self.dtype,
+            "max_shard_size": self.max_shard_size,
+            "layers_only": self.layers_only,
+            "skip_bad": self.skip_bad,
+            "device": self.device,
+        }
 
 
 def command(
@@ -31,59 +74,25 @@ def command(
     output: Annotated[
         Path, typer.Option("--output", "-o", help="Folder for the factor checkpoint.")
     ],
-    rank: Annotated[
-        str,
-        typer.Option(help="Singular values kept: full, 64, 0.25 (of the short side), energy:0.99."),
-    ] = "full",
-    method: Annotated[str, typer.Option(metavar="auto|exact|randomized", help="How.")] = "auto",
-    view: Annotated[
-        list[str] | None,
-        typer.Option(metavar="GLOB=batch", help="3-D tensors that are a batch of matrices."),
-    ] = None,
-    dtype: Annotated[
-        str, typer.Option(metavar="float32|bfloat16|float16", help="Storage of U and Vh.")
-    ] = "float32",
-    max_shard_size: Annotated[str, typer.Option(help="Where a new shard begins.")] = "5GB",
-    layers_only: Annotated[
-        bool, typer.Option("--layers-only", help="Leave out tensors that are not decomposed.")
-    ] = False,
-    skip_bad: Annotated[
-        bool, typer.Option("--skip-bad", help="Leave layers with NaN or infinity whole.")
-    ] = False,
+    how: HowToDecompose,
     resume: Annotated[
         bool, typer.Option("--resume", help="Continue an interrupted run of the same options.")
     ] = False,
     dry_run: Annotated[
         bool, typer.Option("--dry-run", help="Show the plan with sizes; write nothing.")
     ] = False,
-    include: IncludeOption = None,
-    exclude: ExcludeOption = None,
-    device: DeviceOption = "auto",
     force: ForceOption = False,
-    json: JsonOption = False,
-    quiet: QuietOption = False,
-    verbose: VerboseOption = 0,
+    display: Display,
 ) -> None:
     """Decompose a checkpoint's layers by singular value decomposition."""
     from svftool.report import decompose as report
-    from svftool.stages.decompose import DecomposeOptions, decompose, plan
+    from svftool.stages.decompose import decompose, plan
 
-    progress = progress_for(quiet=quiet, verbose=verbose)
-    options = DecomposeOptions(
-        rank=rank,
-        method=method,
-        include=include or (),
-        exclude=exclude or (),
-        views=view or (),
-        dtype=dtype,
-        max_shard_size=max_shard_size,
-        layers_only=layers_only,
-        skip_bad=skip_bad,
-        device=device,
-    )
+    progress = display.progress()
+    options = how.options()
     if dry_run:
         planned = plan(checkpoint, progress=progress, **options)
-        emit(report.plan_document(planned), report.plan_view(planned), as_json=json)
+        display.emit(report.plan_document(planned), report.plan_view(planned))
         return
     result = decompose(checkpoint, output, resume=resume, force=force, progress=progress, **options)
-    emit(report.document(result), report.view(result), as_json=json)
+    display.emit(report.document(result), report.view(result))

@@ -7,8 +7,8 @@ from typing import Annotated, Any
 
 import typer
 
-from svftool.cli.common import ForceOption, JsonOption, QuietOption, VerboseOption
-from svftool.cli.console import progress_for, stdout
+from svftool.cli.common import Display, ForceOption
+from svftool.cli.console import stdout
 
 NAME = "demo"
 EXAMPLE = "Example: svftool demo digits"
@@ -20,9 +20,7 @@ def command(
     ),
     *,
     force: ForceOption = False,
-    json: JsonOption = False,
-    quiet: QuietOption = False,
-    verbose: VerboseOption = 0,
+    display: Display,
 ) -> None:
     """Run the whole loop on a small network and handwritten digits, offline.
 
@@ -33,9 +31,9 @@ def command(
     from svftool.stages.demo import demo
 
     done: list[dict[str, Any]] = []
-    for step in demo(folder, force=force, progress=progress_for(quiet=quiet, verbose=verbose)):
+    for step in demo(folder, force=force, progress=display.progress()):
         done.append(report.step_document(step))
-        if not json:
+        if not display.json:
             stdout().print(report.step_view(step))
-    if json:
+    if display.json:
         typer.echo(to_json(report.document(done)))

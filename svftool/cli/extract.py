@@ -8,14 +8,10 @@ from typing import Annotated
 import typer
 
 from svftool.cli.common import (
+    Display,
     ForceOption,
-    JsonOption,
     OutputOption,
-    QuietOption,
-    VerboseOption,
-    emit,
 )
-from svftool.cli.console import progress_for
 
 NAME = "extract"
 EXAMPLE = "Example: svftool extract base.safetensors tuned.safetensors -o small.svf.safetensors"
@@ -27,9 +23,7 @@ def command(
     *,
     output: OutputOption,
     force: ForceOption = False,
-    json: JsonOption = False,
-    quiet: QuietOption = False,
-    verbose: VerboseOption = 0,
+    display: Display,
 ) -> None:
     """Turn a dense fine-tune into the tuned file that approximates it best."""
     from svftool.report import extract as report
@@ -40,6 +34,6 @@ def command(
         tuned,
         output=output,
         force=force,
-        progress=progress_for(quiet=quiet, verbose=verbose),
+        progress=display.progress(),
     )
-    emit(report.document(result), report.view(result), as_json=json)
+    display.emit(report.document(result), report.view(result))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated
 
@@ -9,17 +10,53 @@ import typer
 
 from svftool.cli.common import (
     DeviceOption,
+    Display,
     ExcludeOption,
     IncludeOption,
-    JsonOption,
-    QuietOption,
-    VerboseOption,
-    emit,
 )
-from svftool.cli.console import progress_for
 
 NAME = "inspect"
 EXAMPLE = "Example: svftool inspect base.safetensors merged.safetensors --html report.html"
+
+
+@dataclass(frozen=True, kw_only=True)
+class FilesToWrite:
+    """The files that an inspection leaves."""
+
+    csv: Annotated[Path | None, typer.Option(help="Write one line a tensor to this file.")] = None
+    html: Annotated[
+        Path | None, typer.Option(help="Write a page with charts, for any browser.")
+    ] = None
+    plot: Annotated[
+        Path | None, typer.Option(help="Write a figure; the suffix says png, svg or pdf.")
+    ] = None
+    feature_maps: Annotated[
+        Path | None,
+        typer.Option(
+            help="Write a figure of what the directions of a tuned file that moved most and least "
+            "see in --image, before and after."
+        ),
+    ] = None
+    image: Annotated[Path | None, typer.Option(help="Image for --feature-maps.")] = None
+    model: Annotated[
+        str, typer.Option(metavar="SPEC", help="Model for --feature-maps, as in 'finetune'.")
+    ] = "auto"
+    force: Annotated[bool, typer.Option("--force", help="Replace existing files.")] = False
+
+
+@dataclass(frozen=True, kw_only=True)
+class Limits:
+    """What makes the command fail."""
+
+    fail_above: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="METRIC=VALUE", help="Exit with 10 if any layer exceeds it (repeatable)."
+        ),
+    ] = None
+    policy: Annotated[
+        Path | None, typer.Option(help="TOML file of allowed and denied verdicts; exit 10.")
+    ] = None
 
 
 def command(
@@ -45,40 +82,12 @@ def command(
     group: Annotated[
         bool, typer.Option("--group", help="Gather the rows of each block of the network.")
     ] = False,
-    csv: Annotated[Path | None, typer.Option(help="Write one line a tensor to this file.")] = None,
-    html: Annotated[
-        Path | None, typer.Option(help="Write a page with charts, for any browser.")
-    ] = None,
-    plot: Annotated[
-        Path | None, typer.Option(help="Write a figure; the suffix says png, svg or pdf.")
-    ] = None,
-    feature_maps: Annotated[
-        Path | None,
-        typer.Option(
-            help="Write a figure of what the directions of a tuned file that moved most and least "
-            "see in --image, before and after."
-        ),
-    ] = None,
-    image: Annotated[Path | None, typer.Option(help="Image for --feature-maps.")] = None,
-    model: Annotated[
-        str, typer.Option(metavar="SPEC", help="Model for --feature-maps, as in 'finetune'.")
-    ] = "auto",
-    fail_above: Annotated[
-        list[str] | None,
-        typer.Option(
-            metavar="METRIC=VALUE", help="Exit with 10 if any layer exceeds it (repeatable)."
-        ),
-    ] = None,
-    policy: Annotated[
-        Path | None, typer.Option(help="TOML file of allowed and denied verdicts; exit 10.")
-    ] = None,
+    asked: FilesToWrite,
+    limits: Limits,
     include: IncludeOption = None,
     exclude: ExcludeOption = None,
     device: DeviceOption = "auto",
-    force: Annotated[bool, typer.Option("--force", help="Replace existing files.")] = False,
-    json: JsonOption = False,
-    quiet: QuietOption = False,
-    verbose: VerboseOption = 0,
+    display: Display,
 ) -> None:
     """Say what fine-tunes did to a checkpoint, layer by layer."""
     from svftool.auditing.policy import Gatekeeper
@@ -86,25 +95,30 @@ def command(
     from svftool.report.inspect.files import Files, MapsFile
     from svftool.stages.audit import audit
 
-    gate = Gatekeeper.read(fail_above or (), policy)
-    files = Files(csv=csv, html=html, plot=plot, force=force, inputs=(base, *(tuned or ())))
-    maps = MapsFile(feature_maps, image, model, force=force, inputs=(base, *(tuned or ())))
+    gate = Gatekeeper.read(limits.fail_above or (), limits.policy)
+    others = tuned or []
+    inputs, force = (base, *others), asked.force
+    files = Files(asked.csv, asked.html, asked.plot, force=force, inputs=inputs)
+    maps = MapsFile(asked.feature_maps, asked.image, force=force, inputs=inputs)
     files.check(sort)
     maps.check()
-    asked = () if metrics is None else tuple(name.strip() for name in metrics.split(","))
+    beside = () if metrics is None else tuple(name.strip() for name in metrics.split(","))
     result = audit(
         base,
-        tuned or [],
-        metrics=gate.with_metrics((*asked, sort)),
+        others,
+        metrics=gate.with_metrics((*beside, sort)),
         fast=fast,
         include=include or (),
         exclude=exclude or (),
         device=device,
-        progress=progress_for(quiet=quiet, verbose=verbose),
+        progress=display.progress(),
     )
     failed = gate.violations(result)
     files.write(result, failed)
-    maps.write()
+    if asked.feature_maps is not None and asked.image is not None:
+        from svftool.stages.feature_maps import feature_maps
+
+        maps.write(feature_maps(base, others[0], asked.image, model=asked.model))
     shown = report.view(result, sort=sort, top=top, group=group, failed=failed)
-    emit(report.document(result, failed=failed), shown, as_json=json)
+    display.emit(report.document(result, failed=failed), shown)
     gate.close(failed)

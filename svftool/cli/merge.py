@@ -8,15 +8,11 @@ from typing import Annotated
 import typer
 
 from svftool.cli.common import (
+    Display,
     ForceOption,
-    JsonOption,
     MovedBaseOption,
     OutputOption,
-    QuietOption,
-    VerboseOption,
-    emit,
 )
-from svftool.cli.console import progress_for
 
 NAME = "merge"
 EXAMPLE = "Example: svftool merge factors birds.svf.safetensors@0.7 -o merged.safetensors --verify"
@@ -41,9 +37,7 @@ def command(
         bool, typer.Option("--verify", help="Read the result again and derive it anew.")
     ] = False,
     force: ForceOption = False,
-    json: JsonOption = False,
-    quiet: QuietOption = False,
-    verbose: VerboseOption = 0,
+    display: Display,
 ) -> None:
     """Fold tuned singular values back into dense weights."""
     from svftool.report import merge as report
@@ -58,6 +52,6 @@ def command(
         max_shard_size=max_shard_size,
         verify=verify,
         force=force,
-        progress=progress_for(quiet=quiet, verbose=verbose),
+        progress=display.progress(),
     )
-    emit(report.document(result), report.view(result), as_json=json)
+    display.emit(report.document(result), report.view(result))

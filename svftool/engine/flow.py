@@ -12,7 +12,7 @@ from torch import Tensor
 
 from svftool.engine.plan import AHEAD, Job
 from svftool.errors import NumericalError
-from svftool.numerics import Pool
+from svftool.numerics import ThreadPool
 
 _T = TypeVar("_T")
 _Done: TypeAlias = "queue.SimpleQueue[tuple[Job, _T | BaseException]]"
@@ -53,7 +53,7 @@ class _Room:
 def flow(
     jobs: Sequence[Job],
     read: Callable[[str], Tensor],
-    work: Callable[[Job, Tensor, Pool], _T],
+    work: Callable[[Job, Tensor, ThreadPool], _T],
     *,
     size: Callable[[Job], int],
     budget: int,
@@ -84,7 +84,7 @@ def flow(
     """
     room = _Room(budget, workers + AHEAD)
     done: _Done[_T] = queue.SimpleQueue()
-    with Pool(workers) as pool:
+    with ThreadPool(workers) as pool:
 
         def run(job: Job, tensor: Tensor) -> None:
             try:

@@ -21,7 +21,7 @@ from svftool.engine.plan import Job, budget, job_bytes, longest_first, seconds
 from svftool.engine.rank_rule import FULL, RankRule
 from svftool.errors import NumericalError, ResourceError
 from svftool.machine import available_memory
-from svftool.numerics import Method, Pool, Svd, singular_values, svd
+from svftool.numerics import Method, Svd, ThreadPool, singular_values, svd
 from svftool.progress import SILENT, Progress
 
 Skip = Callable[[str, NumericalError], None]
@@ -90,7 +90,7 @@ def run_svds(
     def fixed(job: Job) -> int | None:
         return rank.fixed(*job.matrix[-2:])
 
-    def work(job: Job, tensor: Tensor, pool: Pool) -> Svd:
+    def work(job: Job, tensor: Tensor, pool: ThreadPool) -> Svd:
         m, n = job.matrix[-2:]
         kept = fixed(job) or partial(rank.rank_of, m=m, n=n)
         result = svd(tensor, rank=kept, method=method, seed=seed, dtype=dtype, pool=pool)
@@ -131,7 +131,7 @@ def run_values(
         float64, non-increasing, on the CPU.
     """
 
-    def work(job: Job, tensor: Tensor, pool: Pool) -> Tensor:
+    def work(job: Job, tensor: Tensor, pool: ThreadPool) -> Tensor:
         return singular_values(tensor, pool=pool).cpu()
 
     return run_layers(
@@ -151,7 +151,7 @@ def run_values(
 def run_layers(
     jobs: Iterable[Job],
     read: Callable[[str], Tensor],
-    work: Callable[[Job, Tensor, Pool], _T],
+    work: Callable[[Job, Tensor, ThreadPool], _T],
     *,
     size: Callable[[Job], int],
     title: str,
@@ -213,10 +213,10 @@ def run_layers(
 
 def _on(
     device: torch.device,
-    work: Callable[[Job, Tensor, Pool], _T],
+    work: Callable[[Job, Tensor, ThreadPool], _T],
     job: Job,
     tensor: Tensor,
-    pool: Pool,
+    pool: ThreadPool,
 ) -> _T:
     """Run on a device what is large enough for it, and on the CPU what does not fit there."""
     if device.type != "cpu" and job.sides[1] >= _SMALL:

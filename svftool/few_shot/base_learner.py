@@ -17,7 +17,7 @@ from svftool.few_shot.hosts import BaseLearner
 from svftool.few_shot.hosts.parts import mask_loss
 from svftool.few_shot.masks import IGNORE, Mask, paste_mask
 from svftool.few_shot.pictures import ByteCache, Pictures, tensor_bytes
-from svftool.few_shot.pool import Pair, Pool
+from svftool.few_shot.pool import ImageMaskPair, ImagePool
 from svftool.progress import SILENT, Progress
 
 MAP_BYTES = 1 << 30
@@ -50,20 +50,20 @@ class BaseMaps:
 
     Parameters
     ----------
-    pool : Pool
+    pool : ImagePool
         Training pairs.
     pictures : Pictures
         Reads their masks.
     """
 
-    def __init__(self, pool: Pool, pictures: Pictures) -> None:
+    def __init__(self, pool: ImagePool, pictures: Pictures) -> None:
         self._pictures = pictures
-        self._pairs: dict[str, list[Pair]] = defaultdict(list)
+        self._pairs: dict[str, list[ImageMaskPair]] = defaultdict(list)
         for pair in pool.pairs:
             self._pairs[pair.identity].append(pair)
         self._places = {label: place for place, label in enumerate(pool.classes, start=1)}
 
-    def map(self, pair: Pair) -> Mask:
+    def map(self, pair: ImageMaskPair) -> Mask:
         """Give the map of a picture, from all the masks that the pool has of it.
 
         Returns
@@ -92,7 +92,7 @@ class BaseMaps:
 def train_base_learner(
     encoder: Encoder,
     channels: int,
-    pool: Pool,
+    pool: ImagePool,
     pictures: Pictures,
     settings: BaseTraining,
     *,
@@ -106,7 +106,7 @@ def train_base_learner(
         Gives features that will not change.
     channels : int
         Of the high features.
-    pool : Pool
+    pool : ImagePool
         Training pairs.
     pictures : Pictures
         Their images and masks.
@@ -147,7 +147,7 @@ def train_base_learner(
     return learner.requires_grad_(False).eval()
 
 
-def published_learner(learner: BaseLearner, pool: Pool) -> BaseLearner:
+def published_learner(learner: BaseLearner, pool: ImagePool) -> BaseLearner:
     """Give a frozen copy of a checkpoint's own base learner.
 
     Raises
@@ -198,7 +198,7 @@ class BaseProbabilities:
         return maps
 
 
-def _draw(pool: Pool, count: int, generator: torch.Generator) -> list[View]:
+def _draw(pool: ImagePool, count: int, generator: torch.Generator) -> list[View]:
     places = torch.randint(len(pool.pairs), (count,), generator=generator).tolist()
     turned = torch.rand(count, generator=generator) < 0.5
     pairs = [pool.pairs[place] for place in places]

@@ -7,7 +7,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import torch
@@ -25,6 +25,7 @@ from svftool.few_shot.base_learner import (
     train_base_learner,
 )
 from svftool.few_shot.encoder import Encoder, View
+from svftool.few_shot.experiment import Experiment
 from svftool.few_shot.hosts import BaseLearner, HostOutput, Nearest, make_host
 from svftool.few_shot.masks import IGNORE
 from svftool.few_shot.network import FewShotNet, by_query
@@ -37,18 +38,15 @@ from svftool.processes import ALONE, Processes
 from svftool.progress import SILENT, Progress
 from svftool.tasks.base import Part, Prepared
 
-if TYPE_CHECKING:
-    from svftool.few_shot.task import FewShotSegmentation
-
 
 class FewShotDraw:
     """One fold's data with the episodes of one seed; see `svftool.tasks.base.Draw`."""
 
-    def __init__(self, task: FewShotSegmentation, seed: int) -> None:
+    def __init__(self, task: Experiment, seed: int) -> None:
         self._task = task
         self._seed = seed
         self._pool = task.data.train
-        self._scorer = Scorer(task.pictures, task.rules.alignment, task.data.split.base)
+        self._scorer = Scorer(task.pictures, task.options.alignment, task.data.split.base)
         self._encoder: Encoder | None = None
         self._untrained: list[Tensor] = []
         self._base: BaseProbabilities | None = None
@@ -61,23 +59,23 @@ class FewShotDraw:
     @property
     def held_out(self) -> int:
         """Episodes that weights are chosen by."""
-        return 0 if self._task.rules.select_on == "last" else self._task.rules.select_episodes
+        return 0 if self._task.options.select_on == "last" else self._task.options.select_episodes
 
     def prepare(self, model: nn.Module, *, start: bool = True) -> Prepared:
         """Set the backbone's resolution and put a new host on it."""
-        task, rules = self._task, self._task.rules
+        task, options = self._task, self._task.options
         task.meet(model)
-        names = parse_names(rules.features) if rules.features else default_names(model)
-        plan = adapt_backbone(model, names, rules.output_stride)
+        names = parse_names(options.features) if options.features else default_names(model)
+        plan = adapt_backbone(model, names, options.output_stride)
         device = next(model.parameters()).device
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(self._seed)
             host = make_host(
-                rules.host,
+                options.host,
                 plan.middle_channels,
-                width=rules.width,
+                width=options.width,
                 shots=task.shots,
-                start=rules.start,
+                start=options.start or "nearest",
             )
         net = FewShotNet(model, plan, host.to(device))
         task.outputs.learn(net)
@@ -85,18 +83,18 @@ class FewShotDraw:
         self._untrained = [one.detach().clone() for one in host.parameters()]
         layers = tuple(f"*{stage}.*" for stage in plan.trained)
         prepared = Prepared(net, "host", new_head=True, layers=layers)
-        if rules.host != "bam":
+        if options.host != "bam":
             return prepared
         self._base, learner = self._base_probabilities(net)
         return replace(prepared, beside=(learner,))
 
-    def folds(self, count: int, seed: int) -> list[FewShotDraw]:
+    def subdivide(self, count: int, seed: int) -> list[FewShotDraw]:
         """Give one fold, measured on held-out images of the base classes, where there are any.
 
         Weights that novel classes choose would let the test set choose the settings too.
         """
         task = self._task
-        if task.rules.select_on == "novel" or not task.held_out(task.shots).pairs:
+        if task.options.select_on == "novel" or not task.held_out(task.shots).pairs:
             return []
         return [_BaseClassDraw(task, self._seed)]
 
@@ -119,13 +117,13 @@ class FewShotDraw:
         chosen = [(e.query, e.label) for e in episodes]
         chosen += [(index, e.label) for e in episodes for index in e.support]
         flips = random.random(len(chosen)) < 0.5
-        turned = flips if task.rules.augment == "light" else np.zeros_like(flips)
+        turned = flips if task.options.augment == "light" else np.zeros_like(flips)
         views = [
             View(pool.pairs[index], label, bool(flip))
             for (index, label), flip in zip(chosen, turned, strict=True)
         ]
         batch: dict[str, Any] = {"views": views}
-        if task.rules.augment == "strong":
+        if task.options.augment == "strong":
             ranges = COCO_RANGES if task.data.dataset == "coco-20i" else PAPER_RANGES
             asked = [(view.pair, view.label) for view in views]
             batch["images"], masks = task.pictures.all_distorted(asked, random, ranges)
@@ -171,23 +169,23 @@ class FewShotDraw:
         self, model: nn.Module, part: Part, *, processes: Processes, progress: Progress = SILENT
     ) -> dict[str, float]:
         """Measure as `evaluate` does, in several processes that take a share of the episodes."""
-        net, rules, task = _net_of(model), self._task.rules, self._task
+        net, options, task = _net_of(model), self._task.options, self._task
         net.eval()
         encoder = self._encode(net, training=False)
         score = partial(self._score, encoder, processes=processes, progress=progress)
         if part == "held_out":
             return score(self._asked(part))
         metrics: dict[str, float] = {}
-        for shots in dict.fromkeys((task.shots, *rules.test_shots)):
+        for shots in dict.fromkeys((task.shots, *options.test_shots)):
             suffix = "" if shots == task.shots else f"_{shots}shot"
             parts = (("", task.data.test, 0), ("base_", task.held_out(shots), 2))
             for prefix, pool, purpose in parts:
                 if pool.pairs:
-                    asked = Asked(pool, rules.test_episodes, shots, purpose)
+                    asked = Asked(pool, options.test_episodes, shots, purpose)
                     found = score(asked)
                     metrics |= {f"{prefix}{name}{suffix}": v for name, v in found.items()}
-        if rules.swap_supports and len(task.data.test.classes) > 1:
-            asked = Asked(task.data.test, rules.test_episodes, task.shots, 0, swapped=True)
+        if options.swap_supports and len(task.data.test.classes) > 1:
+            asked = Asked(task.data.test, options.test_episodes, task.shots, 0, swapped=True)
             metrics["swapped_miou"] = score(asked)["miou"]
         if metrics["miou"] == 0:
             progress.warn(
@@ -241,12 +239,12 @@ class FewShotDraw:
 
     def _asked(self, part: Part) -> Asked:
         """Say which episodes of the task's own shots a part of the data is."""
-        task, rules = self._task, self._task.rules
+        task, options = self._task, self._task.options
         if part == "query":
-            return Asked(task.data.test, rules.test_episodes, task.shots, purpose=0)
-        novel = rules.select_on == "novel"
+            return Asked(task.data.test, options.test_episodes, task.shots, purpose=0)
+        novel = options.select_on == "novel"
         pool = task.data.test if novel else task.held_out(task.shots)
-        return Asked(pool, rules.select_episodes, task.shots, purpose=1)
+        return Asked(pool, options.select_episodes, task.shots, purpose=1)
 
     def _scoring(self) -> Scorer:
         return replace(self._scorer, base_maps=self._base)
@@ -324,7 +322,7 @@ class FewShotDraw:
                 net.plan.channels[net.plan.names.high],
                 self._pool,
                 task.pictures,
-                replace(task.rules.base_learner, seed=self._seed),
+                replace(task.base_training, seed=self._seed),
                 progress=task.progress,
             )
         learner = task.learners[self._seed]

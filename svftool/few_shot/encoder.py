@@ -15,7 +15,7 @@ from svftool.few_shot.backbones import Features, State, frozen_stages, run_stage
 from svftool.few_shot.masks import normalise
 from svftool.few_shot.network import FewShotNet
 from svftool.few_shot.pictures import ByteCache, Pictures, tensor_bytes
-from svftool.few_shot.pool import Pair
+from svftool.few_shot.pool import ImageMaskPair
 from svftool.models import Preprocessing
 
 # Outputs of stages that do not change: kept by picture, and shared by networks that agree in them.
@@ -32,7 +32,7 @@ _Value = TypeVar("_Value")
 class View:
     """A picture as it goes into the network: itself or its mirror image, and the class shown."""
 
-    pair: Pair
+    pair: ImageMaskPair
     label: int
     flipped: bool = False
 

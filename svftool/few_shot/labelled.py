@@ -25,13 +25,13 @@ from svftool.few_shot.list_files import (
     read_pair_list,
     scan,
 )
-from svftool.few_shot.pool import MINIMUM_AREA, FoldData, Pair, Pool, allow
+from svftool.few_shot.pool import MINIMUM_AREA, FoldData, ImageMaskPair, ImagePool, allow
 from svftool.progress import SILENT, Progress
 
 Areas = dict[int, int]
 
 
-def stand_for(file: Listed, areas: Areas, classes: Iterable[int]) -> Pair | None:
+def stand_for(file: Listed, areas: Areas, classes: Iterable[int]) -> ImageMaskPair | None:
     """Decide which classes an image stands for.
 
     Parameters
@@ -45,7 +45,7 @@ def stand_for(file: Listed, areas: Areas, classes: Iterable[int]) -> Pair | None
 
     Returns
     -------
-    Pair or None
+    ImageMaskPair or None
         Supports the classes that fill `MINIMUM_AREA` pixels or more, and may be queried for all of
         the classes in it, as PFENet and BAM have it; None where no class fills the area.
     """
@@ -53,7 +53,7 @@ def stand_for(file: Listed, areas: Areas, classes: Iterable[int]) -> Pair | None
     large = tuple(label for label in present if areas[label] >= MINIMUM_AREA)
     if not large:
         return None
-    return Pair(file.image, file.mask, tuple(present), large, identity=str(file.image))
+    return ImageMaskPair(file.image, file.mask, tuple(present), large, identity=str(file.image))
 
 
 class LabelledSource:
@@ -127,9 +127,9 @@ class LabelledSource:
         return FoldData(
             dataset=self.dataset,
             split=split,
-            train=Pool(tuple(train), split.base, order),
-            held_out=Pool(tuple(self._held_out(split, progress)), split.base, order),
-            test=Pool(tuple(self._test(split, progress)), split.novel, order),
+            train=ImagePool(tuple(train), split.base, order),
+            held_out=ImagePool(tuple(self._held_out(split, progress)), split.base, order),
+            test=ImagePool(tuple(self._test(split, progress)), split.novel, order),
             novel_images=len({pair.image for pair in novel}),
             removed=remove_novel,
         )
@@ -137,13 +137,13 @@ class LabelledSource:
     _order: Literal["images", "classes"] = "images"
 
     @abstractmethod
-    def _train(self, split: ClassSplit, progress: Progress) -> list[Pair]: ...
+    def _train(self, split: ClassSplit, progress: Progress) -> list[ImageMaskPair]: ...
 
     @abstractmethod
-    def _held_out(self, split: ClassSplit, progress: Progress) -> list[Pair]: ...
+    def _held_out(self, split: ClassSplit, progress: Progress) -> list[ImageMaskPair]: ...
 
     @abstractmethod
-    def _test(self, split: ClassSplit, progress: Progress) -> list[Pair]: ...
+    def _test(self, split: ClassSplit, progress: Progress) -> list[ImageMaskPair]: ...
 
     def _areas(self, files: Sequence[Listed], progress: Progress) -> list[Areas]:
         new = [file for file in dict.fromkeys(files) if file not in self._scanned]
@@ -153,8 +153,8 @@ class LabelledSource:
         return [self._scanned[file] for file in files]
 
     def _holding(
-        self, pairs: Sequence[Pair], classes: Sequence[int], progress: Progress
-    ) -> set[Pair]:
+        self, pairs: Sequence[ImageMaskPair], classes: Sequence[int], progress: Progress
+    ) -> set[ImageMaskPair]:
         areas = self._areas([Listed(pair.image, pair.mask) for pair in pairs], progress)
         return {
             pair
@@ -187,18 +187,18 @@ class ScannedSource(LabelledSource):
         self._train_files = tuple(train)
         self._test_files = tuple(test)
 
-    def _train(self, split: ClassSplit, progress: Progress) -> list[Pair]:
+    def _train(self, split: ClassSplit, progress: Progress) -> list[ImageMaskPair]:
         return self._standing(self._train_files, split.base, progress)
 
-    def _held_out(self, split: ClassSplit, progress: Progress) -> list[Pair]:
+    def _held_out(self, split: ClassSplit, progress: Progress) -> list[ImageMaskPair]:
         return self._standing(self._test_files, split.base, progress)
 
-    def _test(self, split: ClassSplit, progress: Progress) -> list[Pair]:
+    def _test(self, split: ClassSplit, progress: Progress) -> list[ImageMaskPair]:
         return self._standing(self._test_files, split.novel, progress)
 
     def _standing(
         self, files: Sequence[Listed], classes: Sequence[int], progress: Progress
-    ) -> list[Pair]:
+    ) -> list[ImageMaskPair]:
         areas = self._areas(files, progress)
         pairs = (stand_for(f, a, classes) for f, a in zip(files, areas, strict=True))
         return [pair for pair in pairs if pair is not None]
@@ -233,19 +233,21 @@ class BamSource(LabelledSource):
         self._folder = folder
         self._relocator = relocator
 
-    def _train(self, split: ClassSplit, progress: Progress) -> list[Pair]:
+    def _train(self, split: ClassSplit, progress: Progress) -> list[ImageMaskPair]:
         return self._read("train", split.tested, split.base, progress)
 
-    def _held_out(self, split: ClassSplit, progress: Progress) -> list[Pair]:
+    def _held_out(self, split: ClassSplit, progress: Progress) -> list[ImageMaskPair]:
         others = [fold for fold in range(FOLDS) if fold != split.tested]
         return _merge(
             pair for fold in others for pair in self._read("val", fold, split.base, progress)
         )
 
-    def _test(self, split: ClassSplit, progress: Progress) -> list[Pair]:
+    def _test(self, split: ClassSplit, progress: Progress) -> list[ImageMaskPair]:
         return self._read("val", split.tested, split.novel, progress)
 
-    def _read(self, part: str, fold: int, classes: Sequence[int], progress: Progress) -> list[Pair]:
+    def _read(
+        self, part: str, fold: int, classes: Sequence[int], progress: Progress
+    ) -> list[ImageMaskPair]:
         images = self._folder / part / f"data_list_{fold}.txt"
         by_class = self._folder / part / f"sub_class_file_list_{fold}.txt"
         names = read_pair_list(images)
@@ -255,7 +257,7 @@ class BamSource(LabelledSource):
         given = [supports.get(name, ()) for name in names]
         _require_classes(by_class, files, areas, given)
         pairs = [
-            Pair(file.image, file.mask, tuple(found), labels, identity=str(file.image))
+            ImageMaskPair(file.image, file.mask, tuple(found), labels, identity=str(file.image))
             for file, found, labels in zip(files, areas, given, strict=True)
         ]
         return allow(pairs, query=classes, support=classes)
@@ -333,26 +335,26 @@ class HsnetSource(LabelledSource):
     def _order(self) -> Literal["images", "classes"]:  # type: ignore[override]
         return "classes" if self._pickled else "images"
 
-    def _train(self, split: ClassSplit, progress: Progress) -> list[Pair]:
+    def _train(self, split: ClassSplit, progress: Progress) -> list[ImageMaskPair]:
         if self._pickled:
             pairs = self._read("trn", split.tested, progress)
             return allow(pairs, query=split.base, support=split.base)
         return self._others("trn", split, progress)
 
-    def _held_out(self, split: ClassSplit, progress: Progress) -> list[Pair]:
+    def _held_out(self, split: ClassSplit, progress: Progress) -> list[ImageMaskPair]:
         return self._others("val", split, progress)
 
-    def _test(self, split: ClassSplit, progress: Progress) -> list[Pair]:
+    def _test(self, split: ClassSplit, progress: Progress) -> list[ImageMaskPair]:
         pairs = self._read("val", split.tested, progress)
         return allow(pairs, query=split.novel, support=split.novel)
 
-    def _others(self, part: str, split: ClassSplit, progress: Progress) -> list[Pair]:
+    def _others(self, part: str, split: ClassSplit, progress: Progress) -> list[ImageMaskPair]:
         others = [fold for fold in range(FOLDS) if fold != split.tested]
         pairs = [pair for fold in others for pair in self._read(part, fold, progress)]
         merged = _merge(pairs) if self._pickled else pairs
         return allow(merged, query=split.base, support=split.base)
 
-    def _read(self, part: str, fold: int, progress: Progress) -> list[Pair]:
+    def _read(self, part: str, fold: int, progress: Progress) -> list[ImageMaskPair]:
         suffix = "pkl" if self._pickled else "txt"
         path = self._folder / part / f"fold{fold}.{suffix}"
         if self._pickled:
@@ -365,15 +367,15 @@ class HsnetSource(LabelledSource):
         labels = [(label,) for _, label in entries]
         _require_classes(path, files, self._areas(files, progress), labels)
         pairs = [
-            Pair(file.image, file.mask, (label,), (label,), identity=str(file.image))
+            ImageMaskPair(file.image, file.mask, (label,), (label,), identity=str(file.image))
             for file, (_, label) in zip(files, entries, strict=True)
         ]
         return _merge(pairs) if self._pickled else pairs
 
 
-def _merge(pairs: Iterable[Pair]) -> list[Pair]:
+def _merge(pairs: Iterable[ImageMaskPair]) -> list[ImageMaskPair]:
     """Join the entries of one image, with the classes of all of them."""
-    joined: dict[Path, Pair] = {}
+    joined: dict[Path, ImageMaskPair] = {}
     for pair in pairs:
         known = joined.get(pair.image)
         if known is None:
@@ -381,5 +383,7 @@ def _merge(pairs: Iterable[Pair]) -> list[Pair]:
             continue
         query = tuple(sorted({*known.query, *pair.query}))
         support = tuple(sorted({*known.support, *pair.support}))
-        joined[pair.image] = Pair(pair.image, pair.mask, query, support, identity=pair.identity)
+        joined[pair.image] = ImageMaskPair(
+            pair.image, pair.mask, query, support, identity=pair.identity
+        )
     return list(joined.values())

@@ -169,7 +169,7 @@ Alignment = Literal["content", "canvas"]
 
 
 @dataclass(frozen=True)
-class Placement:
+class CanvasPlacement:
     """Height and width, in pixels of the canvas, of the picture in its upper left corner."""
 
     height: int
@@ -187,20 +187,20 @@ def canvas_side(image_size: int) -> int:
     return max(round((image_size - 1) / 8), 1) * 8 + 1
 
 
-def place(height: int, width: int, canvas: int) -> Placement:
+def place(height: int, width: int, canvas: int) -> CanvasPlacement:
     """Fit a picture of a size to a canvas.
 
     Examples
     --------
     >>> place(333, 500, 473)
-    Placement(height=312, width=472)
+    CanvasPlacement(height=312, width=472)
     >>> place(375, 250, 97)
-    Placement(height=96, width=64)
+    CanvasPlacement(height=96, width=64)
     """
     longer = max(height, width)
     fitted = [canvas if side == longer else side * canvas // longer for side in (height, width)]
     rows, columns = (max(side // 8, 1) * 8 for side in fitted)
-    return Placement(rows, columns)
+    return CanvasPlacement(rows, columns)
 
 
 def paste_image(picture: Tensor, canvas: int) -> Tensor:

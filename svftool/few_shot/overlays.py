@@ -16,7 +16,7 @@ from svftool.errors import UsageError
 from svftool.few_shot.folds import ClassSplit
 from svftool.few_shot.masks import IGNORE, Mask
 from svftool.few_shot.pictures import Pictures
-from svftool.few_shot.pool import Pool
+from svftool.few_shot.pool import ImagePool
 from svftool.few_shot.scoring import Prediction
 from svftool.tasks.images import open_image
 
@@ -53,7 +53,7 @@ class Overlays:
         self,
         name: str,
         predictions: Iterable[Prediction],
-        pool: Pool,
+        pool: ImagePool,
         pictures: Pictures,
         split: ClassSplit,
     ) -> None:
@@ -73,7 +73,12 @@ class Overlays:
 
 
 def write_overlay(
-    folder: Path, number: int, prediction: Prediction, pool: Pool, pictures: Pictures, name: str
+    folder: Path,
+    number: int,
+    prediction: Prediction,
+    pool: ImagePool,
+    pictures: Pictures,
+    name: str,
 ) -> Path:
     """Write one episode as a PNG: each support with its mask, the truth, the prediction.
 
@@ -85,7 +90,7 @@ def write_overlay(
         Place of the episode, for the file's name.
     prediction : Prediction
         What was predicted.
-    pool : Pool
+    pool : ImagePool
         What the episode indexes.
     pictures : Pictures
         Reads the supports' masks.

@@ -24,7 +24,7 @@ from svftool.few_shot.folds import (
 )
 from svftool.few_shot.list_files import sizes_differ
 from svftool.few_shot.masks import mapped, read_binary
-from svftool.few_shot.pool import FoldData, Pair, Pool, allow
+from svftool.few_shot.pool import FoldData, ImageMaskPair, ImagePool, allow
 from svftool.progress import SILENT, Progress
 from svftool.tasks.images import image_size
 
@@ -65,7 +65,7 @@ class PairsSource:
         else:
             self.dataset = "pascal-5i pairs" if ordered else "pairs"
         self._folders = folders
-        self._pairs: list[Pair] | None = None
+        self._pairs: list[ImageMaskPair] | None = None
 
     @property
     def folds(self) -> int:
@@ -127,9 +127,11 @@ class PairsSource:
         return FoldData(
             dataset=self.dataset,
             split=split,
-            train=Pool(tuple(train), split.base),
-            held_out=Pool(_interleaved(chosen), split.base if chosen_by is None else chosen_by),
-            test=Pool(_interleaved(test), split.novel),
+            train=ImagePool(tuple(train), split.base),
+            held_out=ImagePool(
+                _interleaved(chosen), split.base if chosen_by is None else chosen_by
+            ),
+            test=ImagePool(_interleaved(test), split.novel),
             novel_images=len(novel),
             removed=remove_novel,
         )
@@ -147,7 +149,7 @@ class PairsSource:
         )
         return ClassSplit(self.names, train, test, 0), val
 
-    def _read(self, progress: Progress) -> list[Pair]:
+    def _read(self, progress: Progress) -> list[ImageMaskPair]:
         if self._pairs is None:
             self._pairs = _read_pairs(self._folders, self.names, progress)
         return self._pairs
@@ -215,7 +217,7 @@ def _read_classes(path: Path, names: Sequence[str]) -> list[str]:
 
 def _read_pairs(
     folders: Mapping[str, Sequence[Path]], names: Sequence[str], progress: Progress
-) -> list[Pair]:
+) -> list[ImageMaskPair]:
     files = [(image, label) for label, name in enumerate(names, 1) for image in folders[name]]
 
     def look(file: tuple[Path, int]) -> tuple[bool, bool]:
@@ -234,7 +236,9 @@ def _read_pairs(
         )
     identities = _identities([image for image, _ in files])
     return [
-        Pair(image, image.with_suffix(".png"), (label,), (label,), label, identities[image])
+        ImageMaskPair(
+            image, image.with_suffix(".png"), (label,), (label,), label, identities[image]
+        )
         for image, label in files
     ]
 
@@ -253,7 +257,7 @@ def _identities(images: Iterable[Path]) -> dict[Path, str]:
     return identities
 
 
-def _held_out(pairs: Sequence[Pair], least: int, removed: Set[str]) -> set[str]:
+def _held_out(pairs: Sequence[ImageMaskPair], least: int, removed: Set[str]) -> set[str]:
     """Choose pictures of every class to keep from training: always the same ones.
 
     No class is left with fewer than `least` pictures to train on, `removed` ones left out.
@@ -279,9 +283,9 @@ def _held_out(pairs: Sequence[Pair], least: int, removed: Set[str]) -> set[str]:
     return held
 
 
-def _interleaved(pairs: Sequence[Pair]) -> tuple[Pair, ...]:
+def _interleaved(pairs: Sequence[ImageMaskPair]) -> tuple[ImageMaskPair, ...]:
     """Deal the pairs out class by class, so that any stretch of the order holds all classes."""
-    by_class: dict[int, list[Pair]] = defaultdict(list)
+    by_class: dict[int, list[ImageMaskPair]] = defaultdict(list)
     for pair in pairs:
         by_class[pair.query[0]].append(pair)
     rounds = zip_longest(*by_class.values())

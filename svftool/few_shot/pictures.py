@@ -23,7 +23,7 @@ from svftool.few_shot.masks import (
     read_binary,
     read_label_map,
 )
-from svftool.few_shot.pool import Pair
+from svftool.few_shot.pool import ImageMaskPair
 from svftool.tasks.images import open_image, to_tensor
 
 # The papers' training augmentation: scale, rotate, blur, flip, crop.
@@ -231,13 +231,13 @@ class Pictures:
         self._images: ByteCache[Tensor] = ByteCache(memory, tensor_bytes)
         self._masks: ByteCache[Mask] = ByteCache(memory, tensor_bytes)
 
-    def images(self, pairs: Sequence[Pair], flipped: Sequence[bool]) -> Tensor:
+    def images(self, pairs: Sequence[ImageMaskPair], flipped: Sequence[bool]) -> Tensor:
         """Give pictures on their canvases, some mirrored: (N, 3, canvas, canvas) uint8."""
         wanted = list(zip(pairs, flipped, strict=True))
         with ThreadPoolExecutor(THREADS) as threads:
             return torch.stack(list(threads.map(lambda each: self.image(*each), wanted)))
 
-    def image(self, pair: Pair, flipped: bool = False) -> Tensor:
+    def image(self, pair: ImageMaskPair, flipped: bool = False) -> Tensor:
         """Give one picture on its canvas: (3, canvas, canvas) uint8."""
 
         def make() -> Tensor:
@@ -246,13 +246,13 @@ class Pictures:
 
         return self._images.get((pair.image, flipped), make)
 
-    def mask(self, pair: Pair, label: int, *, flipped: bool = False) -> Tensor:
+    def mask(self, pair: ImageMaskPair, label: int, *, flipped: bool = False) -> Tensor:
         """Give the mask of a class on its canvas: (canvas, canvas) uint8 of 0, 1 and 255."""
         mask = self.truth(pair, label)
         turned = np.ascontiguousarray(mask[:, ::-1]) if flipped else mask
         return torch.from_numpy(paste_mask(turned, self.canvas))
 
-    def truth(self, pair: Pair, label: int) -> Mask:
+    def truth(self, pair: ImageMaskPair, label: int) -> Mask:
         """Give the mask of a class at the picture's own size: 0, 1 and 255."""
         labels = self.labels(pair)
         if pair.label is None:
@@ -261,13 +261,17 @@ class Pictures:
             raise ValueError(f"{pair.mask} is a mask of class {pair.label}, not of {label}")
         return labels
 
-    def labels(self, pair: Pair) -> Mask:
+    def labels(self, pair: ImageMaskPair) -> Mask:
         """Give what the mask's file holds: class numbers, or 0 and 1 in a binary mask."""
         reader = read_label_map if pair.label is None else read_binary
         return self._masks.get(pair.mask, lambda: reader(pair.mask))
 
     def distorted(
-        self, pair: Pair, label: int, random: np.random.Generator, ranges: Ranges = PAPER_RANGES
+        self,
+        pair: ImageMaskPair,
+        label: int,
+        random: np.random.Generator,
+        ranges: Ranges = PAPER_RANGES,
     ) -> tuple[Tensor, Tensor]:
         """Give the picture and the mask of a class, scaled, rotated, blurred, flipped and cropped.
 
@@ -280,7 +284,7 @@ class Pictures:
 
     def all_distorted(
         self,
-        asked: Sequence[tuple[Pair, int]],
+        asked: Sequence[tuple[ImageMaskPair, int]],
         random: np.random.Generator,
         ranges: Ranges = PAPER_RANGES,
     ) -> tuple[Tensor, Tensor]:

@@ -18,7 +18,7 @@ MINIMUM_AREA = 2 * 32 * 32
 
 
 @dataclass(frozen=True)
-class Pair:
+class ImageMaskPair:
     """An image with its mask.
 
     Attributes
@@ -44,12 +44,12 @@ class Pair:
 
 
 @dataclass(frozen=True)
-class Pool:
+class ImagePool:
     """Pairs that episodes are drawn from.
 
     Attributes
     ----------
-    pairs : tuple of Pair
+    pairs : tuple of ImageMaskPair
         In the order that test episodes go through them.
     classes : tuple of int
         The classes that episodes ask for.
@@ -58,7 +58,7 @@ class Pool:
         its query one of its images.
     """
 
-    pairs: tuple[Pair, ...]
+    pairs: tuple[ImageMaskPair, ...]
     classes: tuple[int, ...]
     order: Literal["images", "classes"] = "images"
 
@@ -91,11 +91,11 @@ class Pool:
         """Give the classes that have fewer than `shots` + 1 different pictures, and how many."""
         return {label: count for label, count in self.pictures.items() if count < shots + 1}
 
-    def only(self, classes: Iterable[int]) -> Pool:
+    def only(self, classes: Iterable[int]) -> ImagePool:
         """Restrict the pool to some of its classes."""
         kept = tuple(label for label in self.classes if label in set(classes))
         pairs = tuple(allow(self.pairs, query=kept, support=kept))
-        return Pool(pairs, kept, self.order)
+        return ImagePool(pairs, kept, self.order)
 
 
 @dataclass(frozen=True)
@@ -108,11 +108,11 @@ class FoldData:
         ``pascal-5i``, ``coco-20i``, ``fss-1000`` or ``pairs``.
     split : ClassSplit
         The base and novel classes.
-    train : Pool
+    train : ImagePool
         Training images, asked for base classes.
-    held_out : Pool
+    held_out : ImagePool
         Images that are not in `train`, asked for base classes: what models are chosen by.
-    test : Pool
+    test : ImagePool
         Images asked for novel classes.
     novel_images : int
         Training images that hold novel classes.
@@ -124,20 +124,22 @@ class FoldData:
 
     dataset: str
     split: ClassSplit
-    train: Pool
-    held_out: Pool
-    test: Pool
+    train: ImagePool
+    held_out: ImagePool
+    test: ImagePool
     novel_images: int
     removed: bool = False
     notes: tuple[str, ...] = field(default=())
 
 
-def allow(pairs: Iterable[Pair], *, query: Iterable[int], support: Iterable[int]) -> list[Pair]:
+def allow(
+    pairs: Iterable[ImageMaskPair], *, query: Iterable[int], support: Iterable[int]
+) -> list[ImageMaskPair]:
     """Keep the pairs that have one of the classes, with those classes alone."""
     asked, given = set(query), set(support)
     kept = []
     for pair in pairs:
-        new = Pair(
+        new = ImageMaskPair(
             pair.image,
             pair.mask,
             tuple(label for label in pair.query if label in asked),
@@ -237,12 +239,12 @@ class Episode:
         return self.label if self.other is None else self.other
 
 
-def draw_episode(pool: Pool, query: int, shots: int, random: np.random.Generator) -> Episode:
+def draw_episode(pool: ImagePool, query: int, shots: int, random: np.random.Generator) -> Episode:
     """Make an episode of a query image.
 
     Parameters
     ----------
-    pool : Pool
+    pool : ImagePool
         Where to draw from; every class must have `shots` + 1 pictures (`require_shots`).
     query : int
         Index of the query; ignored where the pool's order is by classes.
@@ -269,13 +271,13 @@ def draw_episode(pool: Pool, query: int, shots: int, random: np.random.Generator
 
 
 def fixed_episodes(
-    pool: Pool, count: int, shots: int, seed: int, *, swapped: bool = False
+    pool: ImagePool, count: int, shots: int, seed: int, *, swapped: bool = False
 ) -> Iterator[Episode]:
     """Give the episodes of a test: the pool's images in order, again and again.
 
     Parameters
     ----------
-    pool : Pool
+    pool : ImagePool
         The test images.
     count : int
         How many episodes.
@@ -298,7 +300,7 @@ def fixed_episodes(
         yield _swapped(pool, episode, random) if swapped else episode
 
 
-def _swapped(pool: Pool, episode: Episode, random: np.random.Generator) -> Episode:
+def _swapped(pool: ImagePool, episode: Episode, random: np.random.Generator) -> Episode:
     others = [label for label in pool.classes if label != episode.label]
     other = others[random.integers(len(others))]
     support = _draw_support(pool, other, episode.query, len(episode.support), random)
@@ -306,7 +308,7 @@ def _swapped(pool: Pool, episode: Episode, random: np.random.Generator) -> Episo
 
 
 def _draw_support(
-    pool: Pool, label: int, query: int, shots: int, random: np.random.Generator
+    pool: ImagePool, label: int, query: int, shots: int, random: np.random.Generator
 ) -> tuple[int, ...]:
     candidates = pool.support_of[label]
     used = {pool.pairs[query].identity}
@@ -326,7 +328,7 @@ def _draw_support(
 class Asked:
     """Episodes to score: which pool, how many, of how many shots; a purpose has its own seeds."""
 
-    pool: Pool
+    pool: ImagePool
     count: int
     shots: int
     purpose: int

@@ -14,7 +14,7 @@ from svftool.few_shot.encoder import Encoder, View
 from svftool.few_shot.masks import IGNORE, Alignment, Mask, predict_at
 from svftool.few_shot.network import by_query
 from svftool.few_shot.pictures import Pictures
-from svftool.few_shot.pool import Episode, Pool
+from svftool.few_shot.pool import Episode, ImagePool
 from svftool.processes import ALONE, Processes
 from svftool.progress import SILENT, Progress
 
@@ -143,7 +143,7 @@ class Scorer:
         self,
         host: nn.Module,
         encoder: Encoder,
-        pool: Pool,
+        pool: ImagePool,
         episodes: Sequence[Episode],
         *,
         processes: Processes = ALONE,
@@ -160,7 +160,7 @@ class Scorer:
             In evaluation mode.
         encoder : Encoder
             Gives the features that it takes.
-        pool : Pool
+        pool : ImagePool
             What the episodes index.
         episodes : sequence of Episode
             All of the same number of shots.
@@ -180,7 +180,7 @@ class Scorer:
         self,
         host: nn.Module,
         encoder: Encoder,
-        pool: Pool,
+        pool: ImagePool,
         episodes: Sequence[Episode],
         progress: Progress,
     ) -> Pooled:
@@ -193,7 +193,7 @@ class Scorer:
 
     @torch.no_grad()
     def predict(
-        self, host: nn.Module, encoder: Encoder, pool: Pool, episodes: Sequence[Episode]
+        self, host: nn.Module, encoder: Encoder, pool: ImagePool, episodes: Sequence[Episode]
     ) -> Iterator[Prediction]:
         """Predict the episodes one after the other."""
         for start in range(0, len(episodes), EPISODES_AT_ONCE):
@@ -208,7 +208,7 @@ class Scorer:
                 yield Prediction(episode, predicted, truth)
 
     def _logits(
-        self, host: nn.Module, encoder: Encoder, pool: Pool, episodes: Sequence[Episode]
+        self, host: nn.Module, encoder: Encoder, pool: ImagePool, episodes: Sequence[Episode]
     ) -> Tensor:
         queries = [View(pool.pairs[e.query], e.label) for e in episodes]
         supports = [View(pool.pairs[i], e.shown) for e in episodes for i in e.support]

@@ -14,13 +14,13 @@ from svftool.few_shot.pairs import PairsSource, class_folders
 from svftool.few_shot.pool import FoldData
 from svftool.progress import SILENT, Progress
 
-__all__ = ["Source", "open_source"]
+__all__ = ["DataSource", "open_source"]
 
 _TRAIN_LISTS = ("voc_sbd_merge_noduplicate.txt", "train.txt", "train_data.txt")
 _TEST_LISTS = ("val.txt", "val_fixed.txt", "val_data.txt")
 
 
-class Source(Protocol):
+class DataSource(Protocol):
     """A data set that gives its folds."""
 
     dataset: str
@@ -42,7 +42,7 @@ class Source(Protocol):
         """Give the data of one fold."""
 
 
-def open_source(root: Path, *, lists: Path | None = None) -> Source:
+def open_source(root: Path, *, lists: Path | None = None) -> DataSource:
     """Recognise the data set in a folder.
 
     Parameters

@@ -14,13 +14,13 @@ from svftool.numerics.spectrum import (
     stable_rank,
 )
 from svftool.numerics.tall import Rank
-from svftool.numerics.threads import Pool, one_thread
+from svftool.numerics.threads import ThreadPool, one_thread
 
 __all__ = [
     "Method",
-    "Pool",
     "Rank",
     "Svd",
+    "ThreadPool",
     "effective_rank",
     "energy",
     "energy_rank",

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from svftool.numerics.tall import Tall, Thin, cuts
-from svftool.numerics.threads import Pool
+from svftool.numerics.threads import ThreadPool
 
 PROBES = 8
 _SEED = 0x5BD
@@ -35,7 +35,7 @@ def probes(rows: int, *, device: torch.device) -> Tensor:
     return _drawn(1 << (rows - 1).bit_length())[:rows].to(device)
 
 
-def measure(A: Tall, factors: Thin, pool: Pool) -> tuple[float, float]:
+def measure(A: Tall, factors: Thin, pool: ThreadPool) -> tuple[float, float]:
     """Measure the errors of thin factors.
 
     Returns
@@ -72,7 +72,7 @@ def measure(A: Tall, factors: Thin, pool: Pool) -> tuple[float, float]:
     return reconstruction, max(of_u, of_v)
 
 
-def _departure(basis: Tensor, probed: Tensor, pool: Pool) -> float:
+def _departure(basis: Tensor, probed: Tensor, pool: ThreadPool) -> float:
     """Bound the largest entry of ``|basis' basis - I|``, of which `probed` is the probed image."""
     if basis.shape[1] <= _SUSPECTS:
         products = basis.mT @ basis

@@ -33,14 +33,14 @@ from svftool.numerics.krylov import krylov_factors
 from svftool.numerics.lapack import NotConverged
 from svftool.numerics.results import Svd, signs
 from svftool.numerics.tall import Choose, Rank, Tall, Thin, tall
-from svftool.numerics.threads import Pool
+from svftool.numerics.threads import ThreadPool
 
 Method = Literal["auto", "exact", "randomized"]
 
 RECONSTRUCTION_BOUND = 1e-6
 ORTHOGONALITY_BOUND = 1e-5
 
-_Rung = tuple[str, Callable[[Tall, Choose, Pool], Thin]]
+_Rung = tuple[str, Callable[[Tall, Choose, ThreadPool], Thin]]
 _CAUTION = 0.6
 _LARGE = 768
 _SPARSE = 16
@@ -55,7 +55,7 @@ def svd(
     method: Method = "auto",
     seed: int = 0,
     dtype: torch.dtype = torch.float32,
-    pool: Pool | None = None,
+    pool: ThreadPool | None = None,
 ) -> Svd:
     """Decompose a matrix; every factor that is handed out has been measured.
 
@@ -74,7 +74,7 @@ def svd(
         Of the randomized method.
     dtype : torch.dtype
         float32 or float64, of the factors; those in float64 come from LAPACK.
-    pool : Pool, optional
+    pool : ThreadPool, optional
         Threads to use; by default as many as torch has. Their number does not change the result.
 
     Returns
@@ -101,14 +101,14 @@ def svd(
     return replace(result, seconds=time.perf_counter() - start)
 
 
-def singular_values(matrix: Tensor, *, pool: Pool | None = None) -> Tensor:
+def singular_values(matrix: Tensor, *, pool: ThreadPool | None = None) -> Tensor:
     """Compute singular values alone, to 1e-6 of the largest or better.
 
     Parameters
     ----------
     matrix : (m, n) or (E, m, n) Tensor
         Any floating dtype, on any device; not changed.
-    pool : Pool, optional
+    pool : ThreadPool, optional
         Threads to use; by default as many as torch has. Their number does not change the result.
 
     Returns
@@ -133,17 +133,17 @@ def singular_values(matrix: Tensor, *, pool: Pool | None = None) -> Tensor:
         return values
 
 
-def _threads(matrix: Tensor, pool: Pool | None) -> AbstractContextManager[Pool]:
+def _threads(matrix: Tensor, pool: ThreadPool | None) -> AbstractContextManager[ThreadPool]:
     if matrix.ndim not in (2, 3):
         shape = tuple(matrix.shape)
         raise ValueError(f"matrix has shape {shape}, expected two or three dimensions")
     if pool is not None:
         return nullcontext(pool)
     large = matrix.numel() * min(matrix.shape[-2:]) > _SPREAD and matrix.device.type == "cpu"
-    return Pool(torch.get_num_threads() - 1 if large else 0)
+    return ThreadPool(torch.get_num_threads() - 1 if large else 0)
 
 
-def _values(matrix: Tensor, pool: Pool) -> Tensor:
+def _values(matrix: Tensor, pool: ThreadPool) -> Tensor:
     A = tall(matrix)
     if min(A.matrix.shape) == 0:
         return torch.zeros(0, dtype=torch.float64)
@@ -155,7 +155,12 @@ def _values(matrix: Tensor, pool: Pool) -> Tensor:
 
 
 def _one(
-    matrix: Tensor, rank: Rank | None, method: Method, seed: int, dtype: torch.dtype, pool: Pool
+    matrix: Tensor,
+    rank: Rank | None,
+    method: Method,
+    seed: int,
+    dtype: torch.dtype,
+    pool: ThreadPool,
 ) -> Svd:
     A = tall(matrix)
     choose = Choose(rank)
@@ -228,7 +233,12 @@ def _zero(matrix: Tensor, k: int, dtype: torch.dtype) -> Svd:
 
 
 def _batch(
-    matrix: Tensor, rank: Rank | None, method: Method, seed: int, dtype: torch.dtype, pool: Pool
+    matrix: Tensor,
+    rank: Rank | None,
+    method: Method,
+    seed: int,
+    dtype: torch.dtype,
+    pool: ThreadPool,
 ) -> Svd:
     experts, m, n = matrix.shape
     if callable(rank):
@@ -258,7 +268,7 @@ def _batch(
     )
 
 
-def _lapack64(A: Tall, choose: Choose, pool: Pool) -> Thin:
+def _lapack64(A: Tall, choose: Choose, pool: ThreadPool) -> Thin:
     try:
         U, S, Vh = torch.linalg.svd(A.double(slice(None)).cpu(), full_matrices=False)
     except LinAlgError as exc:

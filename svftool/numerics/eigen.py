@@ -10,7 +10,7 @@ from torch.linalg import LinAlgError  # type: ignore[attr-defined]
 
 from svftool.numerics import lapack
 from svftool.numerics.tall import Choose, Tall, cuts
-from svftool.numerics.threads import Pool
+from svftool.numerics.threads import ThreadPool
 
 # Products of Householder reflectors as one large product, ``H1 H2 ... = I - Y T Y'``.
 
@@ -51,14 +51,14 @@ WIDTH = 48
 _BAND_TILE = 512
 
 
-def banded_tridiagonal(G: Tensor, pool: Pool) -> tuple[Tensor, Tensor]:
+def banded_tridiagonal(G: Tensor, pool: ThreadPool) -> tuple[Tensor, Tensor]:
     """Reduce a symmetric matrix to tridiagonal form, without the rotation that leads to it.
 
     Parameters
     ----------
     G : (n, n) Tensor
         float64, upper triangle; overwritten.
-    pool : Pool
+    pool : ThreadPool
 
     Returns
     -------
@@ -81,7 +81,7 @@ def banded_tridiagonal(G: Tensor, pool: Pool) -> tuple[Tensor, Tensor]:
     return lapack.band_to_tridiagonal(_band(G))
 
 
-def _reduce(G: Tensor, start: int, pool: Pool) -> None:
+def _reduce(G: Tensor, start: int, pool: ThreadPool) -> None:
     """Make the block row that ends before `start` end with the band, by a similarity.
 
     The tiles keep their places in G, and those on the diagonal are whole.
@@ -136,7 +136,7 @@ _GRAM_ROWS = 512
 _BLOCK_ENTRIES = 2**19
 
 
-def gram(A: Tall, pool: Pool) -> Tensor:
+def gram(A: Tall, pool: ThreadPool) -> Tensor:
     """Multiply ``A' A`` in float64.
 
     Returns
@@ -162,7 +162,7 @@ def gram(A: Tall, pool: Pool) -> Tensor:
     return G
 
 
-def eigenvectors(G: Tensor, choose: Choose, pool: Pool) -> tuple[Tensor, Tensor]:
+def eigenvectors(G: Tensor, choose: Choose, pool: ThreadPool) -> tuple[Tensor, Tensor]:
     """Decompose a symmetric matrix of which the upper triangle is given; it is overwritten.
 
     Small ones go to LAPACK whole. A larger one it only reduces to ``Q T Q'``, and finds
@@ -220,7 +220,7 @@ def _flipped(rows: Tensor) -> Tensor:
     return result
 
 
-def eigenvalues(G: Tensor, pool: Pool) -> Tensor:
+def eigenvalues(G: Tensor, pool: ThreadPool) -> Tensor:
     """Return the eigenvalues, non-increasing, of a matrix of which the upper triangle is given.
 
     It is overwritten.

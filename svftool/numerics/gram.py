@@ -21,14 +21,14 @@ from torch import Tensor
 
 from svftool.numerics.eigen import eigenvectors, gram
 from svftool.numerics.tall import ALL, Choose, Tall, Thin, tall
-from svftool.numerics.threads import Pool
+from svftool.numerics.threads import ThreadPool
 
 SINGLE = 0.03
 _DEEP = 1e-4
 _NULL = 1e-13
 
 
-def gram_factors(A: Tall, choose: Choose, pool: Pool, *, single: float = SINGLE) -> Thin:
+def gram_factors(A: Tall, choose: Choose, pool: ThreadPool, *, single: float = SINGLE) -> Thin:
     """Find the largest singular values and their vectors through the Gram matrix, unchecked.
 
     Parameters
@@ -37,7 +37,7 @@ def gram_factors(A: Tall, choose: Choose, pool: Pool, *, single: float = SINGLE)
         Not zero.
     choose : Choose
         How many of them.
-    pool : Pool
+    pool : ThreadPool
     single : float
         Singular values below this share of their root mean square get their left vectors in
         float64; with infinity all of them do.
@@ -60,7 +60,7 @@ def gram_factors(A: Tall, choose: Choose, pool: Pool, *, single: float = SINGLE)
 
 
 def _multiply(
-    A: Tall, S: Tensor, V: Tensor, head: int, deep: int, pool: Pool
+    A: Tall, S: Tensor, V: Tensor, head: int, deep: int, pool: ThreadPool
 ) -> tuple[Tensor, Tensor]:
     """Return ``A V' / S`` with its columns up to `deep` filled in, and ``A V'`` from there on."""
     slices = A.slices()
@@ -90,7 +90,7 @@ def _multiply(
 
 
 def _orthogonalise(
-    A: Tall, U: Tensor, S: Tensor, V: Tensor, rest: Tensor, done: int, pool: Pool
+    A: Tall, U: Tensor, S: Tensor, V: Tensor, rest: Tensor, done: int, pool: ThreadPool
 ) -> None:
     """Fill in what belongs to the columns from `done` on, given ``rest = A V[done:]'``."""
     floor = _NULL * float(S[0])

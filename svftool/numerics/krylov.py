@@ -28,7 +28,7 @@ from torch import Tensor
 
 from svftool.numerics.eigen import eigenvectors
 from svftool.numerics.tall import Choose, Tall, Thin, cuts
-from svftool.numerics.threads import Pool
+from svftool.numerics.threads import ThreadPool
 
 VALUES_BOUND = 1e-6
 """Error of the singular values that is promised, relative to the largest."""
@@ -63,7 +63,7 @@ class Krylov:
 
 
 def krylov_factors(
-    A: Tall, k: int, pool: Pool, *, seed: int = 0, limit: int | None = None
+    A: Tall, k: int, pool: ThreadPool, *, seed: int = 0, limit: int | None = None
 ) -> Krylov | None:
     """Find the k largest singular values and their vectors.
 
@@ -73,7 +73,7 @@ def krylov_factors(
         Not zero.
     k : int
         Less than n.
-    pool : Pool
+    pool : ThreadPool
     seed : int
         Of the random blocks.
     limit : int, optional
@@ -125,7 +125,7 @@ class _Ritz:
 class _Space:
     """An orthonormal basis, as rows, and ``H = basis A'A basis'``, whose upper triangle is kept."""
 
-    def __init__(self, A: Tall, pool: Pool, seed: int, limit: int) -> None:
+    def __init__(self, A: Tall, pool: ThreadPool, seed: int, limit: int) -> None:
         device = A.matrix.device
         self._A = A.single(slice(None))
         self._pool = pool
@@ -230,14 +230,14 @@ def _values_error(off: Tensor, S: Tensor, values: Tensor) -> float:
     return float(torch.minimum(off, off.square() * S / (2.0 * gap)).max() / S[0])
 
 
-def _spread(pool: Pool, total: int, work: Callable[[slice], object]) -> None:
+def _spread(pool: ThreadPool, total: int, work: Callable[[slice], object]) -> None:
     def one(part: slice) -> None:
         work(part)
 
     pool.share([partial(one, part) for part in cuts(total, _CUT)])
 
 
-def _rotated(A: Tall, vectors: Tensor, pool: Pool) -> Thin:
+def _rotated(A: Tall, vectors: Tensor, pool: ThreadPool) -> Thin:
     """Return the exact factors of A within the span of the rows given."""
     basis = torch.linalg.qr(vectors.double().mT).Q
     slices = A.slices(_ROWS if A.on_cpu else None)

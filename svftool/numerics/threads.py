@@ -114,7 +114,7 @@ class Closed(RuntimeError):
     """The pool was closed while it still had work, because the run was given up."""
 
 
-class Pool:
+class ThreadPool:
     """Threads that help with the blocks of large matrices, and else take whole matrices in turn.
 
     Parameters

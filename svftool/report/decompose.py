@@ -12,7 +12,7 @@ from svftool.factors import LayerRecord
 from svftool.report import json
 from svftool.report.tables import by_reason, plain_table
 from svftool.report.text import display_names, safe, seconds, shape, size
-from svftool.stages.decompose import DecomposeResult, Plan
+from svftool.stages.decompose import DecomposeResult, DecompositionPlan
 from svftool.stages.factorise import LayerPlan
 
 MOST_ROWS = 12
@@ -90,7 +90,7 @@ def _summary(result: DecomposeResult) -> Text:
     return text
 
 
-def plan_document(plan: Plan) -> dict[str, Any]:
+def plan_document(plan: DecompositionPlan) -> dict[str, Any]:
     """Return a plan for scripts; ranks that the spectrum decides are null."""
     layers = [
         {
@@ -113,7 +113,7 @@ def plan_document(plan: Plan) -> dict[str, Any]:
     )
 
 
-def plan_view(plan: Plan) -> RenderableType:
+def plan_view(plan: DecompositionPlan) -> RenderableType:
     """Return a plan for people: the largest layers, what stays whole, and the sizes in all."""
     layers = sorted(plan.layers, key=lambda one: -one.factor_bytes)
     table = plain_table()

@@ -11,7 +11,7 @@ from rich.text import Text
 from svftool.report import json
 from svftool.report.tables import plain_table
 from svftool.report.text import safe
-from svftool.stages.evaluate import EvaluateResult, result_fields
+from svftool.stages.evaluate_result import EvaluateResult, result_fields
 
 
 def document(result: EvaluateResult) -> dict[str, Any]:

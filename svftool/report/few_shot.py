@@ -22,6 +22,11 @@ CHOSEN_BY = {
 }
 
 
+def has_folds(result: FinetuneResult) -> bool:
+    """Whether the runs are told apart by the fold of classes that they were tested on."""
+    return any("fold" in run.facts for run in result.runs)
+
+
 def tables(result: FinetuneResult) -> RenderableType:
     """Return one table for each number of shots, and the rules that all runs share."""
     shots = dict.fromkeys(run.shots for run in result.runs)

@@ -27,8 +27,8 @@ def document(result: FinetuneResult) -> dict[str, Any]:
 
 def view(result: FinetuneResult) -> RenderableType:
     """Return the result for people: one row a regime, and what is to be said about it."""
-    few = result.task == "few-shot-segmentation"
-    parts: list[RenderableType] = [few_shot.tables(result) if few else _table(result), ""]
+    by_fold = few_shot.has_folds(result)
+    parts: list[RenderableType] = [few_shot.tables(result) if by_fold else _table(result), ""]
     if result.interrupted is not None:
         parts.append(
             Text(

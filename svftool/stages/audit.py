@@ -9,10 +9,12 @@ from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from functools import partial
 
+import torch
 from torch import Tensor
 
 from svftool.auditing import (
     AuditResult,
+    AuditSource,
     BaseMatrix,
     Comparison,
     Counterparts,
@@ -21,7 +23,6 @@ from svftool.auditing import (
     Measured,
     Metric,
     Row,
-    Source,
     Unread,
     Verdict,
     audit_budget,
@@ -42,7 +43,7 @@ from svftool.checkpoints.dtypes import FLOAT8
 from svftool.engine import Job, run_layers, share
 from svftool.errors import CheckpointError, FactorsError
 from svftool.machine import pick_device
-from svftool.numerics import Pool
+from svftool.numerics import ThreadPool
 from svftool.processes import joined_processes
 from svftool.progress import SILENT, Progress
 
@@ -128,7 +129,7 @@ class _Layers:
         return matrix_shape(info.shape, self.views[info.name])
 
 
-def _layers(base: Source, include: Sequence[str], exclude: Sequence[str]) -> _Layers:
+def _layers(base: AuditSource, include: Sequence[str], exclude: Sequence[str]) -> _Layers:
     if base.tuned is not None:
         return _Layers({}, {})
     selection = Selection(include=tuple(include) or EVERYTHING, exclude=tuple(exclude))
@@ -147,14 +148,14 @@ def _layers(base: Source, include: Sequence[str], exclude: Sequence[str]) -> _La
 class _Auditor:
     """Compares one opened base with all fine-tunes, a layer of all of them at a time."""
 
-    base: Source
+    base: AuditSource
     layers: _Layers
     metrics: tuple[Metric, ...]
     fast: bool
     device: torch.device
     progress: Progress
 
-    def compare(self, others: Sequence[Source]) -> tuple[Comparison, ...]:
+    def compare(self, others: Sequence[AuditSource]) -> tuple[Comparison, ...]:
         """Compare with each fine-tune, or summarise the base where there is none."""
         sides = [counterparts(self.base, other, self.progress) for other in others]
         found = self._matrices(sides)
@@ -174,7 +175,7 @@ class _Auditor:
             if not sides or any(side.holds(info.name) for side in sides)
         ]
 
-        def work(job: Job, weight: Tensor, pool: Pool) -> list[Found | None]:
+        def work(job: Job, weight: Tensor, pool: ThreadPool) -> list[Found | None]:
             if not sides:
                 return [self._spectrum(job, weight, pool)]
             base = BaseMatrix(weight, self.metrics, vectors=not self.fast, pool=pool)
@@ -202,7 +203,7 @@ class _Auditor:
             )
             return {name: one for part in processes.gather(done) for name, one in part.items()}
 
-    def _spectrum(self, job: Job, weight: Tensor, pool: Pool) -> Found:
+    def _spectrum(self, job: Job, weight: Tensor, pool: ThreadPool) -> Found:
         S = None if self.base.spectra is None else self.base.spectra(job.name)
         if S is None:
             return BaseMatrix(weight, self.metrics, vectors=False, pool=pool).alone()
@@ -309,7 +310,7 @@ def _whole(rows: Sequence[Row]) -> Verdict:
     )
 
 
-def _tuned_pair(base: Source, other: Source, metrics: Sequence[Metric]) -> Comparison:
+def _tuned_pair(base: AuditSource, other: AuditSource, metrics: Sequence[Metric]) -> Comparison:
     """Compare two tuned files of one base, or one with the singular values it started from."""
     first, second = base.tuned, other.tuned
     assert first is not None

@@ -11,13 +11,9 @@ from torch import nn
 
 from svftool.checkpoints import Checkpoint
 from svftool.errors import UsageError
-from svftool.few_shot.options import few_shot_tasks
 from svftool.models import DEFAULT_PREPROCESSING, Preprocessing, find_preprocessing
 from svftool.progress import SILENT, Progress
 from svftool.tasks.base import Task
-from svftool.tasks.classification import Classification
-from svftool.tasks.language import Language
-from svftool.tasks.segmentation import Segmentation
 
 
 @dataclass(frozen=True)
@@ -56,83 +52,46 @@ class ModelFacts:
 
 def _classification(
     data: Path, facts: ModelFacts, _progress: Progress, **options: Any
-) -> list[Task]:
+) -> Sequence[Task]:
+    from svftool.tasks.classification import Classification
+
     return [Classification(data, preprocessing=facts.preprocessing, **options)]
 
 
 def _few_shot(data: Path, facts: ModelFacts, progress: Progress, **options: Any) -> Sequence[Task]:
+    from svftool.few_shot.task import few_shot_tasks
+
     return few_shot_tasks(data, preprocessing=facts.preprocessing, progress=progress, **options)
 
 
-def _language(data: Path, facts: ModelFacts, _progress: Progress, **options: Any) -> list[Task]:
+def _language(data: Path, facts: ModelFacts, _progress: Progress, **options: Any) -> Sequence[Task]:
+    from svftool.tasks.language import Language
+
     return [
         Language(
             data,
-            **{"tokenizer": facts.folder, **options},
             config=facts.config,
             trust_remote_code=facts.trust_remote_code,
+            **{"tokenizer": facts.folder, **options},
         )
     ]
 
 
-def _segmentation(data: Path, facts: ModelFacts, _progress: Progress, **options: Any) -> list[Task]:
+def _segmentation(
+    data: Path, facts: ModelFacts, _progress: Progress, **options: Any
+) -> Sequence[Task]:
+    from svftool.tasks.segmentation import Segmentation
+
     return [Segmentation(data, preprocessing=facts.preprocessing, config=facts.config, **options)]
 
 
-TASKS: dict[str, Callable[..., Sequence[Task]]] = {
+_MAKERS: dict[str, Callable[..., Sequence[Task]]] = {
     "classification": _classification,
     "segmentation": _segmentation,
     "language": _language,
     "few-shot-segmentation": _few_shot,
 }
-"""Makers of tasks by name, from data, facts of the model, progress and the task's options."""
-
-SPLIT = frozenset({"classification", "segmentation", "language"})
-"""Tasks that measure with what shots left over, or with ``evaluation``."""
-
-PICTURED = frozenset({"segmentation", "few-shot-segmentation"})
-"""Tasks whose predictions are pictures."""
-
-_RECORDED = {
-    "classification": ("mean", "std", "head_type"),
-    "segmentation": ("mean", "std", "head_type", "features", "ignore_index"),
-    "language": ("sequence_length",),
-    "few-shot-segmentation": (
-        "host", "start", "width", "features", "output_stride", "image_size", "mean", "std",
-        "test_episodes", "alignment", "base_steps",
-    ),
-}  # fmt: skip
-"""Options by which the same weights give the same metrics, under the names of `Task.describe`."""
-
-
-def recorded(name: str, described: Mapping[str, Any]) -> dict[str, Any]:
-    """Give the options that a task was trained with, as far as its metrics depend on them.
-
-    Parameters
-    ----------
-    name : str
-        One of `TASKS`.
-    described : mapping
-        What `Task.describe` said then.
-
-    Examples
-    --------
-    >>> recorded("classification", {"shots": 5, "mean": [0.5], "head_type": "cosine"})
-    {'mean': (0.5,), 'head_type': 'cosine'}
-    """
-    found = {
-        key: tuple(described[key]) if isinstance(described[key], list) else described[key]
-        for key in _RECORDED.get(name, ())
-        if described.get(key) is not None
-    }
-    if name == "few-shot-segmentation":
-        several = {"folds": "fold", "shots": "shots"}
-        found |= {option: [described[key]] for option, key in several.items() if key in described}
-        if described.get("inner_fold") is not None:
-            found["inner"] = described["inner_fold"]
-        if described.get("removed_images_with_novel_classes"):
-            found["remove_novel"] = True
-    return found
+"""Makers of tasks by name; each imports its task, and no other, when it is called."""
 
 
 def make_tasks(
@@ -148,7 +107,7 @@ def make_tasks(
     Parameters
     ----------
     name : str
-        One of `TASKS`.
+        A value of ``--task``.
     data : Path
         What to train on.
     facts : ModelFacts
@@ -165,6 +124,6 @@ def make_tasks(
     DataError
         If the data does not hold what was asked for.
     """
-    if name not in TASKS:
-        raise UsageError(f"task {name!r}, expected one of {', '.join(TASKS)}")
-    return TASKS[name](data, facts, progress, **options)
+    if name not in _MAKERS:
+        raise UsageError(f"task {name!r}, expected one of {', '.join(_MAKERS)}")
+    return _MAKERS[name](data, facts, progress, **options)

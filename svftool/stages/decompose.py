@@ -31,7 +31,7 @@ from svftool.machine import peak_memory_bytes, pick_device
 from svftool.numerics import Method
 from svftool.processes import Processes, joined_processes
 from svftool.progress import SILENT, Progress
-from svftool.stages.factorise import Factorisation, LayerPlan, Settings
+from svftool.stages.factorise import Factorisation, FactoriseSettings, LayerPlan
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 METHODS = ("auto", "exact", "randomized")
@@ -53,7 +53,7 @@ class DecomposeOptions(TypedDict, total=False):
 
 
 @dataclass(frozen=True)
-class Plan:
+class DecompositionPlan:
     """What `decompose` would do.
 
     Attributes
@@ -107,7 +107,7 @@ def plan(
     *,
     progress: Progress = SILENT,
     **options: Unpack[DecomposeOptions],
-) -> Plan:
+) -> DecompositionPlan:
     """Say what `decompose` would do; reads no tensor.
 
     Parameters are those of `decompose`.
@@ -228,11 +228,11 @@ def _shared_output(
             raise
 
 
-def _parse(options: DecomposeOptions) -> Settings:
+def _parse(options: DecomposeOptions) -> FactoriseSettings:
     method, dtype = options.get("method", "auto"), options.get("dtype", "float32")
     _check_choice("--method", method, METHODS)
     _check_choice("--dtype", dtype, tuple(DTYPES))
-    return Settings(
+    return FactoriseSettings(
         rank=parse_rank(options.get("rank", "full")),
         method=cast(Method, method),
         selection=Selection(
@@ -260,7 +260,7 @@ def _parse_view(text: str) -> tuple[str, Any]:
     return glob, view
 
 
-def _plan(source: Checkpoint, settings: Settings) -> Plan:
+def _plan(source: Checkpoint, settings: FactoriseSettings) -> DecompositionPlan:
     chosen, left = select(source.infos, settings.selection, config=source.config)
     layers = []
     for choice in chosen:
@@ -268,7 +268,7 @@ def _plan(source: Checkpoint, settings: Settings) -> Plan:
         matrix = matrix_shape(info.shape, choice.view)
         layers.append(LayerPlan(info, choice, matrix, settings.rank.fixed(*matrix[-2:])))
     whole = 0 if settings.layers_only else sum(source.infos[one.name].nbytes for one in left)
-    return Plan(
+    return DecompositionPlan(
         checkpoint=source.path,
         layers=tuple(layers),
         left_whole={one.name: one.reason for one in left},

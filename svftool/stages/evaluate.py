@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import math
 import os
 import time
 from collections.abc import Collection, Iterator, Mapping, Sequence
@@ -29,172 +28,10 @@ from svftool.factors import (
 from svftool.machine import explain_out_of_memory, pick_device
 from svftool.models import build_model
 from svftool.progress import SILENT, Progress
-from svftool.stages.catalogue import PICTURED, SPLIT, TASKS, ModelFacts, make_tasks, recorded
-from svftool.tasks import Draw, Predicts, Prepared, Task
-
-# Predictions as a file of JSON lines, with a folder of the pictures that belong to them.
-
-
-@dataclass(frozen=True)
-class Output:
-    """Where predictions go; nowhere without a target.
-
-    Attributes
-    ----------
-    target, partial : Path
-        The file, and where it is written until all is measured.
-    pictures, partial_pictures : Path or None
-        The folder of the pictures that belong to it, likewise; None for tasks without.
-    """
-
-    target: Path | None = None
-    partial: Path = field(default_factory=Path)
-    pictures: Path | None = None
-    partial_pictures: Path | None = None
-
-    @classmethod
-    def claim(
-        cls,
-        stack: ExitStack,
-        predictions: str | os.PathLike[str] | None,
-        task: str,
-        *,
-        force: bool,
-        inputs: Sequence[Path],
-    ) -> Output:
-        """Take hold of the file and the folder until a stack ends.
-
-        Raises
-        ------
-        UsageError
-            If one of them exists and may not be replaced, or lies in an input.
-        """
-        if predictions is None:
-            return cls()
-        target = Path(predictions)
-        partial = stack.enter_context(replace_output(target, force=force, inputs=inputs))
-        if task not in PICTURED:
-            return cls(target, partial)
-        pictures = target.with_name(f"{target.stem}-pictures")
-        folder = stack.enter_context(replace_output(pictures, force=force, inputs=inputs))
-        folder.mkdir()
-        return cls(target, partial, pictures, folder)
-
-    def write(self, task: Task, draw: Draw, model: nn.Module) -> None:
-        """Add the rows of one task.
-
-        Raises
-        ------
-        UsageError
-            If the task has no predictions.
-        """
-        if self.target is None:
-            return
-        if not isinstance(draw, Predicts):
-            raise UsageError(f"--predictions: --task {task.name} gives none, expected no file")
-        root = self.partial_pictures or self.partial.parent
-        folder = root / "-".join(f"{name}{value}" for name, value in task.facts.items())
-        if self.partial_pictures is not None:
-            folder.mkdir(exist_ok=True)
-        with self.partial.open("a", encoding="utf-8") as file:
-            for row in _rows(draw, model, folder, root):
-                file.write(json.dumps({**task.facts, **row}, ensure_ascii=False) + "\n")
-
-
-def _rows(draw: Predicts, model: nn.Module, folder: Path, root: Path) -> Iterator[dict[str, Any]]:
-    """Give the predictions, with the paths of pictures as they are seen from their folder."""
-    for row in draw.predictions(model, "query", folder):
-        yield {
-            name: str(Path(value).relative_to(root))
-            if isinstance(value, str) and value.startswith(f"{root}{os.sep}")
-            else value
-            for name, value in row.items()
-        }
-
-
-# What ``evaluate`` found, as dataclasses and as plain values for scripts.
-
-
-@dataclass(frozen=True)
-class Measured:
-    """One evaluation.
-
-    Attributes
-    ----------
-    seed : int
-        What chose the examples that were left out, or the episodes.
-    shots : int or None
-        Examples a class that were left out; supports of an episode in few-shot segmentation.
-    facts : mapping of str to int
-        What tells it from the others, such as its fold.
-    metrics : mapping of str to float
-        By name.
-    seconds : float
-        Wall time, from building the model to measuring it.
-    """
-
-    seed: int
-    shots: int | None
-    facts: Mapping[str, int]
-    metrics: Mapping[str, float]
-    seconds: float
-
-
-@dataclass(frozen=True)
-class EvaluateResult:
-    """What `evaluate` found.
-
-    Attributes
-    ----------
-    checkpoint : Path
-        The dense checkpoint or the factors.
-    tuned : Path or None
-        The tuned file.
-    task, metric : str
-        The task and its primary metric.
-    runs : tuple of Measured
-        One, or one a fold.
-    setting : mapping
-        What the first task says of its data and its rules.
-    predictions, pictures : Path or None
-        Where predictions were written, and the pictures that belong to them.
-    """
-
-    checkpoint: Path
-    tuned: Path | None
-    task: str
-    metric: str
-    runs: tuple[Measured, ...]
-    setting: Mapping[str, Any] = field(default_factory=dict)
-    predictions: Path | None = None
-    pictures: Path | None = None
-
-
-def result_fields(result: EvaluateResult) -> dict[str, Any]:
-    """Give a result as plain values for scripts; no NaN or infinity."""
-    return {
-        "task": result.task,
-        "checkpoint": str(result.checkpoint),
-        "tuned": None if result.tuned is None else str(result.tuned),
-        "metric": result.metric,
-        "setting": dict(result.setting),
-        "runs": [
-            {
-                "seed": run.seed,
-                "shots": run.shots,
-                **run.facts,
-                "metrics": {
-                    name: value if math.isfinite(value) else None
-                    for name, value in run.metrics.items()
-                },
-                "seconds": run.seconds,
-            }
-            for run in result.runs
-        ],
-        "predictions": None if result.predictions is None else str(result.predictions),
-        "pictures": None if result.pictures is None else str(result.pictures),
-    }
-
+from svftool.stages.catalogue import ModelFacts, make_tasks
+from svftool.stages.evaluate_result import EvaluateResult, Evaluation
+from svftool.tasks.base import Draw, Predicts, Prepared, Task
+from svftool.tasks.options import TASKS, options_in, recorded
 
 SIZES = ("image_size", "crop", "short_side")
 """What a task says of the size of its images."""
@@ -251,7 +88,7 @@ def evaluate(
         The tuned file to put on the factors' base; the base itself is measured without one. What
         it says of its classes, its normalisation and its head stands in for options not given.
     task : str
-        One of `svftool.stages.catalogue.TASKS`.
+        One of `svftool.tasks.options.TASKS`.
     model : str
         See `svftool.models.build_model`.
     base : path-like, optional
@@ -317,7 +154,7 @@ def evaluate(
                 live = _fit(source, one, draw, (fresh.pop() if fresh else build()).to(place))
                 metrics = draw.evaluate(live, progress=progress)
                 seconds = time.perf_counter() - begun
-                runs.append(Measured(seed, one.shots, dict(one.facts), metrics, seconds))
+                runs.append(Evaluation(seed, one.shots, dict(one.facts), metrics, seconds))
                 output.write(one, draw, live)
         return EvaluateResult(
             checkpoint=source.path,
@@ -362,13 +199,15 @@ def _options(task: str, data: Path, source: _Source, given: Mapping[str, Any]) -
                 f"{tuned.path}: was trained for --task {tuned.task}, expected --task {task}"
             )
         options = {**recorded(task, tuned.training.get("data") or {}), **options}
-    if task == "few-shot-segmentation":
-        options.setdefault("select_on", "last")  # nothing is chosen: no images need be held out
-    if task in SPLIT and options.get("shots") is None:
+    own = dict(options_in(TASKS[task])) if task in TASKS else {}
+    for name, about in own.items():
+        if about.evaluate_as is not None:
+            options.setdefault(name, about.evaluate_as)
+    if "evaluation" in own and options.get("shots") is None:
         options["shots"] = None
         options["evaluation"] = options.get("evaluation") or data
     names = _class_names(source)
-    if names and task in ("classification", "segmentation"):
+    if names and "classes" in own:
         options.setdefault("classes", names)
     return options
 
@@ -520,3 +359,83 @@ def _tune(prepared: Prepared, tuned: TunedFile, store: FactorStore) -> list[str]
         load_tuned(model, tuned.path)
         detach(model, merge=False)
     return [live for name in tuned.whole for live in names.live_names(name)]
+
+
+# Predictions as a file of JSON lines, with a folder of the pictures that belong to them.
+
+
+@dataclass(frozen=True)
+class Output:
+    """Where predictions go; nowhere without a target.
+
+    Attributes
+    ----------
+    target, partial : Path
+        The file, and where it is written until all is measured.
+    pictures, partial_pictures : Path or None
+        The folder of the pictures that belong to it, likewise; None for tasks without.
+    """
+
+    target: Path | None = None
+    partial: Path = field(default_factory=Path)
+    pictures: Path | None = None
+    partial_pictures: Path | None = None
+
+    @classmethod
+    def claim(
+        cls,
+        stack: ExitStack,
+        predictions: str | os.PathLike[str] | None,
+        task: str,
+        *,
+        force: bool,
+        inputs: Sequence[Path],
+    ) -> Output:
+        """Take hold of the file and the folder until a stack ends.
+
+        Raises
+        ------
+        UsageError
+            If one of them exists and may not be replaced, or lies in an input.
+        """
+        if predictions is None:
+            return cls()
+        target = Path(predictions)
+        partial = stack.enter_context(replace_output(target, force=force, inputs=inputs))
+        if not TASKS[task].pictured:
+            return cls(target, partial)
+        pictures = target.with_name(f"{target.stem}-pictures")
+        folder = stack.enter_context(replace_output(pictures, force=force, inputs=inputs))
+        folder.mkdir()
+        return cls(target, partial, pictures, folder)
+
+    def write(self, task: Task, draw: Draw, model: nn.Module) -> None:
+        """Add the rows of one task.
+
+        Raises
+        ------
+        UsageError
+            If the task has no predictions.
+        """
+        if self.target is None:
+            return
+        if not isinstance(draw, Predicts):
+            raise UsageError(f"--predictions: --task {task.name} gives none, expected no file")
+        root = self.partial_pictures or self.partial.parent
+        folder = root / "-".join(f"{name}{value}" for name, value in task.facts.items())
+        if self.partial_pictures is not None:
+            folder.mkdir(exist_ok=True)
+        with self.partial.open("a", encoding="utf-8") as file:
+            for row in _rows(draw, model, folder, root):
+                file.write(json.dumps({**task.facts, **row}, ensure_ascii=False) + "\n")
+
+
+def _rows(draw: Predicts, model: nn.Module, folder: Path, root: Path) -> Iterator[dict[str, Any]]:
+    """Give the predictions, with the paths of pictures as they are seen from their folder."""
+    for row in draw.predictions(model, "query", folder):
+        yield {
+            name: str(Path(value).relative_to(root))
+            if isinstance(value, str) and value.startswith(f"{root}{os.sep}")
+            else value
+            for name, value in row.items()
+        }

@@ -13,7 +13,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from svftool.auditing import Counterparts, Source, counterparts, open_source
+from svftool.auditing import AuditSource, Counterparts, counterparts, open_source
 from svftool.checkpoints import replace_output, to_matrix
 from svftool.errors import CheckpointError, FactorsError, UsageError
 from svftool.factors import (
@@ -136,7 +136,7 @@ def _factors(base: str | os.PathLike[str], progress: Progress) -> Iterator[Facto
             yield store
 
 
-def _weights(base: str | os.PathLike[str], store: FactorStore, progress: Progress) -> Source:
+def _weights(base: str | os.PathLike[str], store: FactorStore, progress: Progress) -> AuditSource:
     """Open the base's own weights; where they are gone, the factors make them up to rounding."""
     if not is_factors(base):
         return open_source(base)
@@ -151,8 +151,8 @@ def _weights(base: str | os.PathLike[str], store: FactorStore, progress: Progres
 
 def _extract(
     store: FactorStore,
-    before: Source,
-    after: Source,
+    before: AuditSource,
+    after: AuditSource,
     partial: Path,
     target: Path,
     progress: Progress,
@@ -185,7 +185,7 @@ def _extract(
     )
 
 
-def _change(before: Source, side: Counterparts, name: str) -> Tensor:
+def _change(before: AuditSource, side: Counterparts, name: str) -> Tensor:
     weight = before.read(name)
     found = side.read(name, weight)
     if found is None:
@@ -218,7 +218,9 @@ def _best(
     return S + delta, row, (total, rest)
 
 
-def _changed_whole(store: FactorStore, before: Source, side: Counterparts) -> dict[str, Tensor]:
+def _changed_whole(
+    store: FactorStore, before: AuditSource, side: Counterparts
+) -> dict[str, Tensor]:
     """Take along what changed and is no layer, what has another shape, and what is new."""
     whole = {name: side.source.read(other) for name, other in side.misshapen.items()}
     for name in side.names:

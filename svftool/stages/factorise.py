@@ -85,7 +85,7 @@ class LayerPlan:
 
 
 @dataclass(frozen=True)
-class Settings:
+class FactoriseSettings:
     """Options of a decomposition, parsed and checked."""
 
     rank: RankRule
@@ -110,7 +110,7 @@ class Factorisation:
         The selected layers in file order.
     left_whole : dict of str to str
         Every other tensor with the reason.
-    settings : Settings
+    settings : FactoriseSettings
         Options.
     target, partial : Path
         Where the folder will be, and where it is being made.
@@ -123,7 +123,7 @@ class Factorisation:
     source: Checkpoint
     layers: Sequence[LayerPlan]
     left_whole: Mapping[str, str]
-    settings: Settings
+    settings: FactoriseSettings
     target: Path
     partial: Path
     processes: Processes

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
-from dataclasses import asdict
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +19,15 @@ from svftool.factors import open_factors
 from svftool.models import build_model
 from svftool.progress import SILENT, Progress
 from svftool.stages.catalogue import ModelFacts, make_tasks
-from svftool.training import Plan, Ranks, Settings, Trackers, compare, joined_ranks, summarise
+from svftool.training import (
+    Ranks,
+    Settings,
+    Trackers,
+    TrainingPlan,
+    compare,
+    joined_ranks,
+    summarise,
+)
 from svftool.training.results import (
     RESULTS_FILE,
     FinetuneResult,
@@ -28,6 +36,43 @@ from svftool.training.results import (
 )
 from svftool.training.run_output import TUNED_SUFFIX, RunWriter, is_run_itself
 from svftool.training.workspace import Workspace, describe_files, open_workspace
+
+
+@dataclass(frozen=True)
+class RunOptions:
+    """What `finetune` takes beside the options of the task.
+
+    Attributes
+    ----------
+    include, exclude : sequence of str
+        Globs of tensor names that limit ``svf`` and ``lora`` to some layers.
+    parametrisation, train_rank, nonnegative
+        How ``svf`` trains singular values; see `svftool.attach`.
+    log_with : sequence of str
+        Trackers that follow loss, learning rates and metrics of every run, by accelerate's names:
+        ``tensorboard``, ``wandb`` ...
+    log_dir : path-like, optional
+        Where trackers that write files put them, by default ``OUTPUT-logs``; TensorBoard's, where
+        no tracker is named.
+    save_every : int, optional
+        Steps between two writings of a run's state; by default it is written every 30 seconds, and
+        less often where that would take more than a twentieth of the time.
+    """
+
+    include: Sequence[str] = ()
+    exclude: Sequence[str] = ()
+    parametrisation: Parametrisation = "scale"
+    train_rank: str | int | None = None
+    nonnegative: bool = False
+    log_with: Sequence[str] = ()
+    log_dir: str | os.PathLike[str] | None = None
+    save_every: int | None = None
+
+    @classmethod
+    def take(cls, options: dict[str, Any]) -> RunOptions:
+        """Take its fields out of `options`; those of the task stay."""
+        names = [one.name for one in fields(cls) if one.name in options]
+        return cls(**{name: options.pop(name) for name in names})
 
 
 def finetune(
@@ -41,18 +86,10 @@ def finetune(
     regimes: Sequence[str] = ("svf",),
     seeds: int | Sequence[int] = 1,
     settings: Settings | None = None,
-    include: Sequence[str] = (),
-    exclude: Sequence[str] = (),
-    parametrisation: Parametrisation = "scale",
-    train_rank: str | int | None = None,
-    nonnegative: bool = False,
     device: str = "auto",
-    log_with: Sequence[str] = (),
-    log_dir: str | os.PathLike[str] | None = None,
     trust_remote_code: bool = False,
     force: bool = False,
     resume: bool = False,
-    save_every: int | None = None,
     progress: Progress = SILENT,
     **options: Any,
 ) -> FinetuneResult:
@@ -72,7 +109,7 @@ def finetune(
         and ``lora:r`` a PEFT folder. Several runs, or a name without a suffix, write a folder of
         these with a ``results.json``.
     task : str
-        One of `svftool.stages.catalogue.TASKS`: ``classification``, ``language`` ...
+        One of `svftool.tasks.options.TASKS`: ``classification``, ``language`` ...
     model : str
         See `svftool.models.build_model`.
     base : path-like, optional
@@ -84,18 +121,8 @@ def finetune(
         How many seeds, from 0, or which.
     settings : Settings, optional
         Budget, optimiser, schedule and precision.
-    include, exclude : sequence of str
-        Globs of tensor names that limit ``svf`` and ``lora`` to some layers.
-    parametrisation, train_rank, nonnegative
-        How ``svf`` trains singular values; see `svftool.attach`.
     device : str
         ``auto``, ``cpu``, ``cuda`` or ``cuda:INDEX``.
-    log_with : sequence of str
-        Trackers that follow loss, learning rates and metrics of every run, by accelerate's names:
-        ``tensorboard``, ``wandb`` ...
-    log_dir : path-like, optional
-        Where trackers that write files put them, by default ``OUTPUT-logs``; TensorBoard's, where
-        no tracker is named.
     trust_remote_code : bool
         Whether code that lies beside the checkpoint may run.
     force : bool
@@ -103,15 +130,11 @@ def finetune(
     resume : bool
         Go on where an interrupted call with the same arguments stopped; the result is that of an
         uninterrupted one, bit for bit.
-    save_every : int, optional
-        Steps between two writings of a run's state; by default it is written every 30 seconds, and
-        less often where that would take more than a twentieth of the time.
     progress : Progress
         Told how far the work is, and of runs that end worse than the base.
     options
-        The task's own, such as ``shots`` and ``evaluation``; see
-        `svftool.tasks.classification.Classification`, `svftool.tasks.language.Language` and
-        `svftool.few_shot.options.few_shot_tasks`.
+        Fields of `RunOptions`, and those of the task's dataclass in `svftool.tasks.options`, such
+        as ``shots`` and ``evaluation``.
 
     Returns
     -------
@@ -131,12 +154,13 @@ def finetune(
         If memory or disk space runs out.
     """
     settings = Settings() if settings is None else settings
+    of_run = RunOptions.take(options)
     chosen = _parse_regimes(regimes)
     numbers = list(range(seeds)) if isinstance(seeds, int) else list(seeds)
     target = Path(output)
     with ExitStack() as stack:
         ranks, place = stack.enter_context(joined_ranks(device))
-        trackers = ranks.together(lambda: _trackers(log_with, log_dir, target))
+        trackers = ranks.together(lambda: _trackers(of_run.log_with, of_run.log_dir, target))
         store = ranks.together(lambda: stack.enter_context(open_factors(factors)))
         checkpoint = ranks.together(
             lambda: stack.enter_context(store.open_base(base, progress=progress))
@@ -148,7 +172,7 @@ def finetune(
             force=force,
             resume=resume,
             inputs=[store.path, checkpoint.path, Path(data)],
-            every=save_every,
+            every=of_run.save_every,
         )
         models = ranks.together(
             lambda: _Models(model, checkpoint, trust_remote_code=trust_remote_code)
@@ -158,7 +182,7 @@ def finetune(
             lambda: make_tasks(task, Path(data), facts, options, progress=progress)
         )
         itself = is_run_itself(target, chosen, len(chosen) * len(numbers) * len(tasks))
-        plan = Plan(
+        plan = TrainingPlan(
             build=models.build,
             store=store,
             tasks=tasks,
@@ -166,12 +190,12 @@ def finetune(
             seeds=numbers,
             settings=settings,
             device=place,
-            include=include,
-            exclude=exclude,
+            include=of_run.include,
+            exclude=of_run.exclude,
             attaching={
-                "parametrisation": parametrisation,
-                "train_rank": train_rank,
-                "nonnegative": nonnegative,
+                "parametrisation": of_run.parametrisation,
+                "train_rank": of_run.train_rank,
+                "nonnegative": of_run.nonnegative,
             },
             trackers=trackers,
         )
@@ -227,7 +251,13 @@ def _claim(stack: ExitStack, ranks: Ranks, target: Path, **options: Any) -> Work
 
 
 def _request(
-    plan: Plan, ranks: Ranks, *, task: str, model: str, data: Path, options: Mapping[str, Any]
+    plan: TrainingPlan,
+    ranks: Ranks,
+    *,
+    task: str,
+    model: str,
+    data: Path,
+    options: Mapping[str, Any],
 ) -> dict[str, Any]:
     """Say what is asked for, as far as the bits of the result depend on it."""
     code = Path(model.rpartition(":")[0])

@@ -1,15 +1,4 @@
-"""Kinds of data behind one small protocol: what is trained on, its loss and its metrics."""
+"""Kinds of data behind one small protocol: what is trained on, its loss and its metrics.
 
-from svftool.tasks.base import (
-    Counts,
-    Draw,
-    Folds,
-    Metric,
-    Part,
-    Predicts,
-    Prepared,
-    Task,
-    to_device,
-)
-
-__all__ = ["Counts", "Draw", "Folds", "Metric", "Part", "Predicts", "Prepared", "Task", "to_device"]
+The protocol is `svftool.tasks.base`; the options of every task are in `svftool.tasks.options`.
+"""

@@ -15,7 +15,6 @@ from typing import Any, Literal, Protocol, runtime_checkable
 import torch
 from torch import Tensor, nn
 
-from svftool.errors import UsageError
 from svftool.processes import Processes
 from svftool.progress import SILENT, Progress
 
@@ -23,7 +22,7 @@ Part = Literal["query", "held_out"]
 
 
 @dataclass(frozen=True)
-class Metric:
+class TaskMetric:
     """A number that `Draw.evaluate` gives.
 
     Attributes
@@ -106,10 +105,10 @@ class Draw(Protocol):
 
 
 @runtime_checkable
-class Folds(Protocol):
+class Subdivides(Protocol):
     """What a `Draw` offers besides, whose support set can be split to choose settings by."""
 
-    def folds(self, count: int, seed: int) -> Sequence[Draw]:
+    def subdivide(self, count: int, seed: int) -> Sequence[Draw]:
         """Give draws within the support set: each trains on a part and measures with the rest.
 
         The query set of this draw is in none of them. Empty where there is nothing to split.
@@ -138,7 +137,7 @@ class Counts(Protocol):
 
 
 @runtime_checkable
-class Shares(Protocol):
+class SharesBatches(Protocol):
     """What a `Draw` offers besides, whose batches are no plain stacks of examples.
 
     Of other batches each of several processes takes the rows of every tensor.
@@ -182,18 +181,6 @@ def device_of(model: nn.Module) -> torch.device:
     return next(model.parameters()).device
 
 
-def require_one_of(option: str, value: str, choices: Sequence[str], task: str) -> None:
-    """Refuse a value that an option does not have for a task.
-
-    Raises
-    ------
-    UsageError
-        Names those it has.
-    """
-    if value not in choices:
-        raise UsageError(f"{option} {value!r}, expected {', '.join(choices)} for --task {task}")
-
-
 class Task(Protocol):
     """One kind of data with its loss and metrics."""
 
@@ -202,7 +189,7 @@ class Task(Protocol):
         """The value of ``--task``."""
 
     @property
-    def primary(self) -> Metric:
+    def primary(self) -> TaskMetric:
         """The metric that summaries, and selection on a held-out part, go by."""
 
     @property

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from types import MappingProxyType
-from typing import Any, Literal, get_args
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -16,10 +15,9 @@ from torch.nn.functional import cross_entropy
 from svftool.errors import DataError, ModelError, shortlist
 from svftool.models import DEFAULT_PREPROCESSING, Preprocessing, find_head
 from svftool.progress import SILENT, Progress
-from svftool.tasks.base import Metric, Part, Prepared, device_of, require_one_of
+from svftool.tasks.base import Part, Prepared, TaskMetric, device_of
 from svftool.tasks.class_names import check_labels, class_names
 from svftool.tasks.heads import (
-    ClassifierType,
     head_inputs,
     logits_of,
     new_head,
@@ -29,6 +27,7 @@ from svftool.tasks.heads import (
 )
 from svftool.tasks.images import list_images, short_name
 from svftool.tasks.metrics import ClassificationCount
+from svftool.tasks.options import ClassificationOptions, StrPath
 from svftool.tasks.splits import (
     balanced_order,
     draw_shots,
@@ -37,11 +36,7 @@ from svftool.tasks.splits import (
     others,
     require_query,
 )
-from svftool.tasks.views import Augment, ImageSet, Transform, choose_view
-
-StrPath = str | os.PathLike[str]
-HeadChoice = Literal["auto", "keep", "new"]
-Sampling = Literal["uniform", "balanced"]
+from svftool.tasks.views import ImageSet, choose_view
 
 SINGLE_EXAMPLE_RATE = 0.1
 """Share of the head's learning rate where each class has one example, which is its class mean."""
@@ -87,32 +82,10 @@ class Classification:
     ----------
     data : path-like
         Images to draw the support set from; see `svftool.tasks.images.list_images`.
-    evaluation : path-like or None
-        Images to measure with; None takes what the shots left over.
-    shots : int or None
-        Images a class in the support set; None takes all, which needs `evaluation`.
-    classes : path-like or sequence of str or None
-        Class names in the order of the head's outputs, or a text file with one a line; None sorts
-        the names that `data` has.
-    head : {"auto", "keep", "new"}
-        ``auto`` keeps the checkpoint's head when it has as many outputs as there are classes.
-    head_name : str or None
-        Module that is the head, where it is not found by itself.
-    head_type : {"linear", "cosine"}
-        Kind of a new head.
-    sampling : {"uniform", "balanced"}
-        ``balanced`` shows every class equally often, however many images it has: an epoch is as
-        long as ever, with images of small classes repeated and some of large ones left for later.
-    image_size : int or None
-        Overrides the checkpoint's; see `svftool.tasks.views.choose_view`.
-    augment : {"none", "light", "strong"} or callable
-        Augmentation of training images; see `svftool.tasks.views.ImageView.augmented`.
-    hold_out : float
-        Share of the support set that chooses the best weights instead of being trained on.
     preprocessing : Preprocessing
         Normalisation and size that the checkpoint was trained with.
-    mean, std : tuple of float or None
-        Override those of `preprocessing`.
+    options
+        Fields of `svftool.tasks.options.ClassificationOptions`.
 
     Raises
     ------
@@ -121,48 +94,29 @@ class Classification:
     """
 
     name = "classification"
-    primary = Metric("accuracy", higher_is_better=True)
+    primary = TaskMetric("accuracy", higher_is_better=True)
     facts: Mapping[str, int] = MappingProxyType({})
 
     def __init__(
         self,
         data: StrPath,
         *,
-        evaluation: StrPath | None = None,
-        shots: int | None = None,
-        classes: StrPath | Sequence[str] | None = None,
-        head: HeadChoice = "auto",
-        head_name: str | None = None,
-        head_type: ClassifierType = "linear",
-        sampling: Sampling = "uniform",
-        image_size: int | None = None,
-        augment: Augment | Transform = "light",
-        hold_out: float = 0.0,
         preprocessing: Preprocessing = DEFAULT_PREPROCESSING,
-        mean: tuple[float, ...] | None = None,
-        std: tuple[float, ...] | None = None,
+        **options: Any,
     ) -> None:
-        require_one_of("--head-type", head_type, get_args(ClassifierType), self.name)
-        require_one_of("--sampling", sampling, get_args(Sampling), self.name)
+        self.options = chosen = ClassificationOptions(**options)
         images = list_images(Path(data))
-        queries = list_images(Path(evaluation)) if evaluation is not None else []
-        self.shots = shots
-        self.classes = class_names(images, classes)
-        self.head = head
-        self.head_name = head_name
-        self.head_type = head_type
-        self.sampling = sampling
-        self.augment = augment
-        self.hold_out = hold_out
+        queries = [] if chosen.evaluation is None else list_images(Path(chosen.evaluation))
+        self.shots = chosen.shots
+        self.classes = class_names(images, chosen.classes)
         check_labels(images, self.classes, data)
-        check_labels(queries, self.classes, evaluation or data)
-        require_query(shots, evaluation, "images")
-        draw_shots([image.label for image in images], shots=shots)
-        preprocessing = replace(
-            preprocessing, mean=mean or preprocessing.mean, std=std or preprocessing.std
-        )
+        check_labels(queries, self.classes, chosen.evaluation or data)
+        require_query(chosen.shots, chosen.evaluation, "images")
+        draw_shots([image.label for image in images], shots=chosen.shots)
+        mean, std = chosen.mean or preprocessing.mean, chosen.std or preprocessing.std
+        preprocessing = replace(preprocessing, mean=mean, std=std)
         every = [image.path for image in (*images, *queries)]
-        self.view = choose_view(every, preprocessing, size=image_size)
+        self.view = choose_view(every, preprocessing, size=chosen.image_size)
         self._names = [image.label for image in images]
         self._images = ImageSet([image.path for image in images], self.view)
         self._queries = self._examples(
@@ -173,16 +127,16 @@ class Classification:
 
     def describe(self) -> dict[str, Any]:
         """Shots, image size, normalisation and augmentation."""
-        augment = self.augment if isinstance(self.augment, str) else "custom"
+        augment = self.options.augment
         return {
             "shots": self.shots,
             "image_size": list(self.view.size),
             "mean": list(self.view.mean),
             "std": list(self.view.std),
-            "augment": augment,
-            "hold_out": self.hold_out,
-            "sampling": self.sampling,
-            "head_type": self.head_type,
+            "augment": augment if isinstance(augment, str) else "custom",
+            "hold_out": self.options.hold_out,
+            "sampling": self.options.sampling,
+            "head_type": self.options.head_type,
         }
 
     def draw(self, seed: int) -> ClassificationDraw:
@@ -193,7 +147,7 @@ class Classification:
         DataError
             If nothing is left to evaluate on.
         """
-        split = draw_shots(self._names, shots=self.shots, hold_out=self.hold_out, seed=seed)
+        split = draw_shots(self._names, shots=self.shots, hold_out=self.options.hold_out, seed=seed)
         query = self._queries
         if not len(query):
             query = self._examples(self._images, split.rest, self._names)
@@ -239,16 +193,16 @@ class ClassificationDraw:
         ModelError
             If the model does not take the images, or ``keep`` meets another number of classes.
         """
-        task, head = self._task, _head_of(model, self._task.head_name)
+        task, head = self._task, _head_of(model, self._task.options.head_name)
         outputs = self._outputs(model)
-        if head is not None and outputs == len(task.classes) and task.head != "new":
+        if head is not None and outputs == len(task.classes) and task.options.head != "new":
             return Prepared(model, head)
-        if task.head == "keep":
+        if task.options.head == "keep":
             raise ModelError(
                 f"the checkpoint's head has {outputs} outputs, the data {len(task.classes)} "
                 "classes. Use --head new, or give the head's class names in order with --classes"
             )
-        model, head = new_head(model, head, len(task.classes), outputs, kind=task.head_type)
+        model, head = new_head(model, head, len(task.classes), outputs, kind=task.options.head_type)
         if start:
             self._start_from_means(model, head)
         single = int(torch.bincount(self._support.labels).max()) == 1
@@ -280,8 +234,8 @@ class ClassificationDraw:
             inputs = head_inputs(model, head, (batch for batch, _ in self._support.batches(device)))
         start_head(model.get_submodule(head), inputs.clone(), labels.to(device), len(classes))
 
-    def folds(self, count: int, seed: int) -> list[ClassificationDraw]:
-        """Split the support set, every class alike; see `svftool.tasks.base.Folds`."""
+    def subdivide(self, count: int, seed: int) -> list[ClassificationDraw]:
+        """Split the support set, every class alike; see `svftool.tasks.base.Subdivides`."""
         support, held_out = self._support, self._parts["held_out"]
         return [
             ClassificationDraw(
@@ -292,7 +246,7 @@ class ClassificationDraw:
 
     def order(self, generator: torch.Generator) -> Tensor:
         """Shuffle the support set; with balanced sampling draw as many of each class."""
-        if self._task.sampling == "balanced":
+        if self._task.options.sampling == "balanced":
             return balanced_order(self._support.labels, generator)
         return torch.randperm(self.size, generator=generator)
 
@@ -303,13 +257,13 @@ class ClassificationDraw:
     @property
     def steady(self) -> bool:
         """Whether images look the same in every epoch."""
-        return self._task.augment == "none"
+        return self._task.options.augment == "none"
 
     def batch(self, indices: Tensor, generator: torch.Generator) -> tuple[Tensor, Tensor]:
         """Load and augment: (N, 3, height, width) float32 images and (N,) labels."""
         images = self._support.take(indices.tolist())
-        view = self._task.view
-        return view.augmented(images, self._task.augment, generator), self._support.labels[indices]
+        augmented = self._task.view.augmented(images, self._task.options.augment, generator)
+        return augmented, self._support.labels[indices]
 
     def loss(self, model: nn.Module, batch: tuple[Tensor, Tensor]) -> Tensor:
         """Mean cross-entropy of a batch."""

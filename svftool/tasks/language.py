@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import logging
 import math
-import os
 import sys
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -18,8 +17,9 @@ from torch.nn.functional import cross_entropy
 
 from svftool.errors import DataError, ModelError, UsageError
 from svftool.progress import SILENT, Progress
-from svftool.tasks.base import Metric, Part, Prepared, device_of, to_device
+from svftool.tasks.base import Part, Prepared, TaskMetric, device_of, to_device
 from svftool.tasks.heads import logits_of, require_module
+from svftool.tasks.options import LanguageOptions, StrPath
 from svftool.tasks.splits import draw_examples, left_out, nothing_left, others, require_query
 from svftool.tasks.texts import Text, list_texts
 from svftool.tasks.tokens import (
@@ -34,8 +34,6 @@ from svftool.tasks.tokens import (
 )
 
 logger = logging.getLogger(__name__)
-
-StrPath = str | os.PathLike[str]
 
 LOGITS_AT_ONCE = 1 << 26
 """Numbers that evaluation has a model put out in one batch, at most."""
@@ -63,25 +61,12 @@ class Language:
     ----------
     data : path-like
         Texts to draw the support set from; see `svftool.tasks.texts.list_texts`.
-    tokenizer : path-like or None
-        Folder with the model's tokenizer.
-    evaluation : path-like or None
-        Texts to measure with; None takes what the shots left over.
-    shots : int or None
-        Texts in the support set; None takes all, which needs `evaluation`.
-    sequence_length : int or None
-        Longest stretch that the model sees at once, in tokens; see `svftool.tasks.tokens.cut`.
-        None takes the model's own limit, 1024 at most.
-    hold_out : float
-        Share of the support set that chooses the best weights instead of being trained on.
-    gradient_checkpointing : bool
-        Compute activations twice instead of keeping them: less memory, a slower step.
-    head_name : str or None
-        Module that is trained whole in every regime, such as ``lm_head``; none by default.
     config : mapping
         The checkpoint's ``config.json``.
     trust_remote_code : bool
         Whether code that lies beside the tokenizer may run.
+    options
+        Fields of `svftool.tasks.options.LanguageOptions`.
 
     Raises
     ------
@@ -92,7 +77,7 @@ class Language:
     """
 
     name = "language"
-    primary = Metric("perplexity", higher_is_better=False)
+    primary = TaskMetric("perplexity", higher_is_better=False)
     facts: Mapping[str, int] = MappingProxyType({})
     classes = None
 
@@ -100,26 +85,18 @@ class Language:
         self,
         data: StrPath,
         *,
-        tokenizer: StrPath | None,
-        evaluation: StrPath | None = None,
-        shots: int | None = None,
-        sequence_length: int | None = None,
-        hold_out: float = 0.0,
-        gradient_checkpointing: bool = False,
-        head_name: str | None = None,
         config: Mapping[str, Any] = MappingProxyType({}),
         trust_remote_code: bool = False,
+        **options: Any,
     ) -> None:
+        self.options = chosen = LanguageOptions(**options)
         texts = list_texts(Path(data))
-        queries = list_texts(Path(evaluation)) if evaluation is not None else []
-        require_query(shots, evaluation, "texts")
-        draw_examples(len(texts), unit="texts", shots=shots)
-        self.tokenizer = load_tokenizer(tokenizer, trust_remote_code=trust_remote_code)
-        self.shots = shots
-        self.hold_out = hold_out
-        self.gradient_checkpointing = gradient_checkpointing
-        self.head_name = head_name
-        self.length = _length(sequence_length, length_limit(config, self.tokenizer))
+        queries = list_texts(Path(chosen.evaluation)) if chosen.evaluation is not None else []
+        require_query(chosen.shots, chosen.evaluation, "texts")
+        draw_examples(len(texts), unit="texts", shots=chosen.shots)
+        self.tokenizer = load_tokenizer(chosen.tokenizer, trust_remote_code=trust_remote_code)
+        self.shots = chosen.shots
+        self.length = _length(chosen.sequence_length, length_limit(config, self.tokenizer))
         self.support = self._corpus(texts)
         self.queries = self._corpus(queries)
         pad, end = self.tokenizer.pad_token_id, self.tokenizer.eos_token_id
@@ -132,9 +109,9 @@ class Language:
             "sequence_length": self.length,
             "texts": len(self.support.texts),
             "blocks": len(self.support.blocks),
-            "hold_out": self.hold_out,
-            "gradient_checkpointing": self.gradient_checkpointing,
-            "head": self.head_name,
+            "hold_out": self.options.hold_out,
+            "gradient_checkpointing": self.options.gradient_checkpointing,
+            "head": self.options.head_name,
         }
 
     def draw(self, seed: int) -> LanguageDraw:
@@ -149,7 +126,7 @@ class Language:
             len(self.support.texts),
             unit="texts",
             shots=self.shots,
-            hold_out=self.hold_out,
+            hold_out=self.options.hold_out,
             seed=seed,
         )
         query = self.queries
@@ -226,11 +203,11 @@ class LanguageDraw:
                 f"the model returns {tuple(logits.shape)} for 1 text of {len(short.ids)} tokens, "
                 "expected logits for each token. Name a causal language model with --model"
             )
-        if self._task.gradient_checkpointing:
+        if self._task.options.gradient_checkpointing:
             _enable_checkpointing(model)
-        if self._task.head_name is not None:
-            require_module(model, self._task.head_name)
-        return Prepared(model, self._task.head_name)
+        if self._task.options.head_name is not None:
+            require_module(model, self._task.options.head_name)
+        return Prepared(model, self._task.options.head_name)
 
     def _check_vocabulary(self, model: nn.Module) -> None:
         known = _vocabulary(model)
@@ -248,8 +225,8 @@ class LanguageDraw:
                         f"has embeddings for {known}. Name its own tokenizer with --tokenizer"
                     )
 
-    def folds(self, count: int, seed: int) -> list[LanguageDraw]:
-        """Split the support set by texts; see `svftool.tasks.base.Folds`."""
+    def subdivide(self, count: int, seed: int) -> list[LanguageDraw]:
+        """Split the support set by texts; see `svftool.tasks.base.Subdivides`."""
         support, held_out = self._support, self._parts["held_out"]
         known = sorted({block.text for block in support.blocks})
         return [

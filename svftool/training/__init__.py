@@ -5,7 +5,7 @@ from svftool.training.group import ALONE, Ranks, joined_ranks
 from svftool.training.interrupt import Interruption
 from svftool.training.journal import Journal
 from svftool.training.loop import Ending, Log, Outcome, train
-from svftool.training.plan import Plan, Run, file_stem
+from svftool.training.plan import Run, TrainingPlan, file_stem
 from svftool.training.settings import Settings
 from svftool.training.state import State, StateFile
 from svftool.training.summary import Summary, interval, summarise
@@ -19,7 +19,6 @@ __all__ = [
     "Journal",
     "Log",
     "Outcome",
-    "Plan",
     "Ranks",
     "Run",
     "Settings",
@@ -27,6 +26,7 @@ __all__ = [
     "StateFile",
     "Summary",
     "Trackers",
+    "TrainingPlan",
     "Trial",
     "Tuning",
     "compare",

@@ -11,8 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from svftool.tasks import Counts, Draw, to_device
-from svftool.tasks.base import Shares, Steady
+from svftool.tasks.base import Counts, Draw, SharesBatches, Steady, to_device
 from svftool.training.frozen import FrozenOutputs
 from svftool.training.group import Ranks
 from svftool.training.settings import Settings
@@ -190,7 +189,7 @@ class Batches:
         return loss * (terms / max(1.0, terms_of_all)), mean, stops > 0
 
     def _share(self, batch: Any, rows: slice, size: int) -> Any:
-        if isinstance(self._draw, Shares):
+        if isinstance(self._draw, SharesBatches):
             return self._draw.share(batch, rows)
         return take_rows(batch, rows, size)
 

@@ -14,14 +14,13 @@ from torch import nn
 from svftool.attaching import Trainable, apply_regime
 from svftool.machine import explain_out_of_memory, peak_memory, reset_peak_memory
 from svftool.progress import SILENT, Progress
-from svftool.tasks import Draw, Metric, Prepared, Task
-from svftool.tasks.base import Illustrated
+from svftool.tasks.base import Draw, Illustrated, Prepared, Task, TaskMetric
 from svftool.training.batches import derived_seed, repeatable
 from svftool.training.group import ALONE, Ranks
 from svftool.training.interrupt import Interruption
 from svftool.training.journal import Journal
 from svftool.training.loop import Outcome, train
-from svftool.training.plan import Plan, Run, file_stem
+from svftool.training.plan import Run, TrainingPlan, file_stem
 from svftool.training.trackers import Logbook, Trackers
 from svftool.training.trials import Tuning
 from svftool.training.tune import Tuner
@@ -30,7 +29,7 @@ Save = Callable[[Run, Trainable, Task], Path]
 
 
 def compare(
-    plan: Plan,
+    plan: TrainingPlan,
     save: Save,
     *,
     journal: Journal | None = None,
@@ -44,7 +43,7 @@ def compare(
 
     Parameters
     ----------
-    plan : Plan
+    plan : TrainingPlan
         What to run.
     save : callable
         Writes what a run trained, and says where; called once a run, in the first process.
@@ -79,7 +78,7 @@ class _Comparison:
 
     def __init__(
         self,
-        plan: Plan,
+        plan: TrainingPlan,
         save: Save,
         journal: Journal | None,
         ranks: Ranks,
@@ -283,7 +282,7 @@ class _Comparison:
             self._journal.finish(run)
         return run
 
-    def _warn(self, run: Run, label: str, metric: Metric) -> None:
+    def _warn(self, run: Run, label: str, metric: TaskMetric) -> None:
         if run.outcome.ending == "diverged":
             self._progress.warn(
                 f"{label}: the loss diverged after {run.outcome.steps} steps; the weights of step "

@@ -21,8 +21,7 @@ from svftool.errors import MissingDependencyError
 from svftool.machine import pick_device
 from svftool.processes import PATIENCE, Processes
 from svftool.progress import SILENT, Progress
-from svftool.tasks import Draw
-from svftool.tasks.base import MeasuresTogether, Part
+from svftool.tasks.base import Draw, MeasuresTogether, Part
 
 _Tensor = TypeVar("_Tensor", bound=Tensor)
 

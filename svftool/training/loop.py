@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from svftool.machine import explain_out_of_memory
 from svftool.progress import SILENT, Progress
-from svftool.tasks import Draw, Metric
+from svftool.tasks.base import Draw, TaskMetric
 from svftool.training.batches import Batches, repeatable
 from svftool.training.group import ALONE, Ranks
 from svftool.training.interrupt import Interruption
@@ -22,7 +22,7 @@ from svftool.training.optimise import Optimiser
 from svftool.training.settings import Settings
 from svftool.training.state import State, StateFile
 
-# Curves of a run: values at steps, thinned so that a long run is no longer than a short one.
+# RunCurves of a run: values at steps, thinned so that a long run is no longer than a short one.
 
 
 Curve = tuple[tuple[int, float], ...]
@@ -31,7 +31,7 @@ Curve = tuple[tuple[int, float], ...]
 LONGEST = 512
 
 
-class Curves:
+class RunCurves:
     """Named curves that are written while a run goes on."""
 
     def __init__(self) -> None:
@@ -43,7 +43,7 @@ class Curves:
 
         Examples
         --------
-        >>> curves = Curves()
+        >>> curves = RunCurves()
         >>> for step in range(2000):
         ...     curves.add("loss", step, 0.5)
         >>> len(curves.result()["loss"]) <= LONGEST, curves.result()["loss"][1]
@@ -183,7 +183,7 @@ def train(
     settings: Settings,
     *,
     seed: int,
-    metric: Metric,
+    metric: TaskMetric,
     label: str = "training",
     interruption: Interruption | None = None,
     log: Log | None = None,
@@ -209,7 +209,7 @@ def train(
         Budget, optimiser, schedule and precision.
     seed : int
         Chooses the order of the examples, augmentation and dropout.
-    metric : Metric
+    metric : TaskMetric
         Decides on held-out examples.
     label : str
         What progress is shown under.
@@ -270,7 +270,7 @@ class _Run:
         settings: Settings,
         *,
         seed: int,
-        metric: Metric,
+        metric: TaskMetric,
         ranks: Ranks,
     ) -> None:
         self.steps = settings.step_count(draw.size)
@@ -284,7 +284,7 @@ class _Run:
         self._first: float | None = None
         self._smooth: float | None = None
         self._stop = False
-        self._curves = Curves()
+        self._curves = RunCurves()
         self._times: list[float] = []
         self._before = 0.0
         self._started = time.perf_counter()

@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 from svftool.factors import FactorStore
-from svftool.tasks import Task
+from svftool.tasks.base import Task
 from svftool.training.loop import Outcome, read_curves
 from svftool.training.settings import Settings
 from svftool.training.trackers import Trackers
@@ -19,7 +19,7 @@ from svftool.training.trials import Tuning, tuning_from_plain
 
 
 @dataclass(frozen=True)
-class Plan:
+class TrainingPlan:
     """What a comparison runs.
 
     Attributes

@@ -15,7 +15,7 @@ from svftool.factors import FactorStore, TunedFile, write_tuned
 from svftool.factors.dense import write_dense
 from svftool.factors.mixture import Expert, Mixture
 from svftool.progress import SILENT
-from svftool.tasks import Task
+from svftool.tasks.base import Task
 from svftool.training import Run, Settings, file_stem
 
 TUNED_SUFFIX = ".svf.safetensors"

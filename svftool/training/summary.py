@@ -10,7 +10,7 @@ from typing import Any
 
 from scipy.special import stdtrit
 
-from svftool.tasks import Metric
+from svftool.tasks.base import TaskMetric
 from svftool.training.plan import Run
 
 CONFIDENCE = 0.95
@@ -58,7 +58,7 @@ class Summary:
     values: tuple[float, ...] = ()
 
 
-def summarise(runs: Sequence[Run], metric: Metric) -> list[Summary]:
+def summarise(runs: Sequence[Run], metric: TaskMetric) -> list[Summary]:
     """Sum up the runs of each task and regime, in the order in which they came.
 
     Where there are several tasks of the same shots, such as folds, the mean over them follows: its
@@ -80,7 +80,7 @@ def summarise(runs: Sequence[Run], metric: Metric) -> list[Summary]:
     return summaries
 
 
-def _summary(whole: Sequence[Run], metric: Metric, facts: Mapping[str, int | None]) -> Summary:
+def _summary(whole: Sequence[Run], metric: TaskMetric, facts: Mapping[str, int | None]) -> Summary:
     by_seed: dict[int, list[float]] = {}
     for run in whole:
         by_seed.setdefault(run.seed, []).append(run.after[metric.name])

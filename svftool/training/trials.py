@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from svftool.tasks import Metric
+from svftool.tasks.base import TaskMetric
 
 
 @dataclass(frozen=True)
@@ -19,7 +19,7 @@ class Trial:
     factor : float
         What the default rates were multiplied by.
     scores : tuple of float or None
-        Metric on what each fold left out; None where training diverged.
+        TaskMetric on what each fold left out; None where training diverged.
     """
 
     factor: float
@@ -57,7 +57,7 @@ class Tuning:
     kept: str | None = None
 
 
-def choose(trials: Sequence[Trial], metric: Metric) -> float | None:
+def choose(trials: Sequence[Trial], metric: TaskMetric) -> float | None:
     """Give the factor with the best score; of equal ones that nearest to the default, then lower.
 
     Returns
@@ -68,7 +68,7 @@ def choose(trials: Sequence[Trial], metric: Metric) -> float | None:
     Examples
     --------
     >>> trials = [Trial(0.1, (0.5, 0.7)), Trial(1.0, (0.6, 0.6)), Trial(10.0, (0.9, None))]
-    >>> choose(trials, Metric("accuracy", higher_is_better=True))
+    >>> choose(trials, TaskMetric("accuracy", higher_is_better=True))
     1.0
     """
     sign = -1.0 if metric.higher_is_better else 1.0

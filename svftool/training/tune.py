@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 
 from svftool.attaching import Trainable
 from svftool.progress import SILENT, Progress
-from svftool.tasks import Draw, Folds, Metric
+from svftool.tasks.base import Draw, Subdivides, TaskMetric
 from svftool.training.group import ALONE, Ranks
 from svftool.training.interrupt import Interruption
 from svftool.training.journal import Journal
@@ -31,7 +31,7 @@ class Tuner:
     ----------
     settings : Settings
         Those of the comparison.
-    metric : Metric
+    metric : TaskMetric
         Decides.
     journal : Journal or None
         Where scores are kept, so that they are not measured again.
@@ -44,7 +44,7 @@ class Tuner:
     """
 
     settings: Settings
-    metric: Metric
+    metric: TaskMetric
     journal: Journal | None = None
     ranks: Ranks = ALONE
     interruption: Interruption | None = None
@@ -84,7 +84,7 @@ class Tuner:
         """
         steps = self.settings.step_count(draw.size)
         folds = self.ranks.together(
-            lambda: draw.folds(FOLDS, seed) if isinstance(draw, Folds) else ()
+            lambda: draw.subdivide(FOLDS, seed) if isinstance(draw, Subdivides) else ()
         )
         if not folds:
             return self._default(steps, label)

@@ -5,12 +5,16 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from svftool.auditing import AuditResult, check_metric
 from svftool.auditing.policy import Violation
 from svftool.checkpoints import replace_output
 from svftool.errors import UsageError
 from svftool.report.inspect.document import csv_text
+
+if TYPE_CHECKING:
+    from svftool.stages.feature_maps import FeatureMaps
 
 FIGURES = (".png", ".svg", ".pdf")
 
@@ -82,8 +86,6 @@ class MapsFile:
         Where it goes; None for none.
     image : Path or None
         What is looked at.
-    model : str
-        The network's spec.
     force : bool
         Replace an existing file.
     inputs : tuple of str
@@ -92,7 +94,6 @@ class MapsFile:
 
     path: Path | None
     image: Path | None
-    model: str
     force: bool
     inputs: tuple[str, ...]
 
@@ -117,16 +118,13 @@ class MapsFile:
         _check_figure(self.path)
         _check_new(self.path, self.force)
 
-    def write(self) -> None:
-        """Write the figure, if there is to be one."""
+    def write(self, result: FeatureMaps) -> None:
+        """Write the figure that was asked for."""
         if self.path is None or self.image is None:
             return
         from svftool.report.inspect.feature_maps import save_feature_maps
-        from svftool.stages.feature_maps import feature_maps
 
-        factors, tuned = self.inputs
-        result = feature_maps(factors, tuned, self.image, model=self.model)
-        inputs = [Path(factors), Path(tuned), self.image]
+        inputs = [*map(Path, self.inputs), self.image]
         with replace_output(self.path, force=self.force, inputs=inputs) as partial:
             save_feature_maps(result, partial, kind=self.path.suffix.lower().lstrip("."))
 

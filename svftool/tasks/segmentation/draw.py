@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -15,6 +15,7 @@ from svftool.errors import MissingDependencyError, ModelError
 from svftool.progress import SILENT, Progress
 from svftool.tasks.base import Part, Prepared, device_of
 from svftool.tasks.heads import require_module
+from svftool.tasks.options import SegmentationOptions
 from svftool.tasks.segmentation.heads import (
     WithDenseHead,
     common_module,
@@ -27,71 +28,32 @@ from svftool.tasks.segmentation.heads import (
     replace_heads,
     start_from_means,
 )
-from svftool.tasks.segmentation.pairs import Pair
+from svftool.tasks.segmentation.pairs import Chosen
+from svftool.tasks.segmentation.views import DenseView
 from svftool.tasks.splits import left_out, others
-from svftool.tasks.views import Decoded
-
-if TYPE_CHECKING:
-    from svftool.tasks.segmentation.task import Segmentation
-
-LOGITS_AT_ONCE = 1 << 26
-"""Numbers that evaluation enlarges at once, at most."""
 
 
 @dataclass(frozen=True)
-class Pairs:
-    """Pairs of images and label maps, and what is kept of them in memory."""
+class Setting:
+    """What all draws of one task share."""
 
-    pairs: Sequence[Pair]
-    images: Decoded
-    maps: Decoded
+    options: SegmentationOptions
+    classes: tuple[str, ...]
+    view: DenseView
 
-
-@dataclass(frozen=True)
-class Chosen:
-    """Some of the pairs."""
-
-    source: Pairs
-    indices: tuple[int, ...]
-
-    def __len__(self) -> int:
-        return len(self.indices)
-
-    def at(self, positions: Sequence[int]) -> Chosen:
-        """Give those at positions of `indices`."""
-        return Chosen(self.source, tuple(self.indices[position] for position in positions))
-
-    def take(self, positions: Sequence[int]) -> tuple[list[Tensor], list[Tensor]]:
-        """Images and label maps at positions of `indices`, as they are kept."""
-        indices = [self.indices[position] for position in positions]
-        return self.source.images.load(indices), self.source.maps.load(indices)
-
-    def batches(self, classes: int) -> Iterator[tuple[list[int], list[Tensor], list[Tensor]]]:
-        """Every pair in order, in batches of one size: positions, images, label maps."""
-        positions: list[int] = []
-        images: list[Tensor] = []
-        maps: list[Tensor] = []
-        for position in range(len(self)):
-            (image,), (labels,) = self.take([position])
-            room = LOGITS_AT_ONCE // max(1, classes * labels.numel())
-            other = bool(images) and (image.shape, labels.shape) != (images[0].shape, maps[0].shape)
-            if images and (other or len(images) >= max(1, room)):
-                yield positions, images, maps
-                positions, images, maps = [], [], []
-            positions.append(position)
-            images.append(image)
-            maps.append(labels)
-        if images:
-            yield positions, images, maps
+    @property
+    def ignore(self) -> int:
+        """Label of pixels without a class."""
+        return self.options.ignore_index
 
 
 class SegmentationDraw:
     """Support, held-out and query pairs of one seed."""
 
     def __init__(
-        self, task: Segmentation, support: Chosen, held_out: Chosen, query: Chosen, *, seed: int
+        self, setting: Setting, support: Chosen, held_out: Chosen, query: Chosen, *, seed: int
     ) -> None:
-        self._task = task
+        self._setting = setting
         self._seed = seed
         self._support = support
         self._parts = {"held_out": held_out, "query": query}
@@ -117,12 +79,12 @@ class SegmentationDraw:
         ModelError
             If the model does not take the images, or ``keep`` meets another number of classes.
         """
-        task, classes = self._task, len(self._task.classes)
+        setting, classes = self._setting, len(self._setting.classes)
         images = next(self._views(model))[0]
         outputs, heads = self._heads(model.eval(), images)
-        if heads and outputs == classes and task.head != "new":
+        if heads and outputs == classes and setting.options.head != "new":
             return Prepared(model, common_module(heads))
-        if task.head == "keep":
+        if setting.options.head == "keep":
             raise ModelError(
                 f"the checkpoint's head has {outputs or 'no'} outputs for pixels, the data "
                 f"{classes} classes. Use --head new, or give the head's classes with --classes"
@@ -137,19 +99,19 @@ class SegmentationDraw:
         model.eval()
         if start and len(heads) < 2:
             layer = last_layer(model.get_submodule(name))
-            start_from_means(model, layer, self._views(model), ignore=task.ignore)
+            start_from_means(model, layer, self._views(model), ignore=setting.ignore)
         return Prepared(model, name, new_head=True)
 
     def _views(self, model: nn.Module) -> Iterator[tuple[Tensor, Tensor]]:
         """Every support image as training without augmentation sees it."""
         for position in range(self.size):
             images, maps = self._support.take([position])
-            batch, labels = self._task.view.training(images, maps, "none", torch.Generator())
+            batch, labels = self._setting.view.training(images, maps, "none", torch.Generator())
             yield batch.to(device_of(model)), labels.to(device_of(model))
 
     def _heads(self, model: nn.Module, images: Tensor) -> tuple[int | None, list[str]]:
         """Channels of the model's logits and the modules that give them; none for a backbone."""
-        task = self._task
+        setting = self._setting
         try:
             with torch.inference_mode():
                 output = model(images)
@@ -164,27 +126,27 @@ class SegmentationDraw:
             outputs = dense_logits(output).shape[1]
         except ModelError:
             return None, []
-        if task.head_name is not None:
-            require_module(model, task.head_name)
-            return outputs, [task.head_name]
+        if setting.options.head_name is not None:
+            require_module(model, setting.options.head_name)
+            return outputs, [setting.options.head_name]
         return outputs, dense_heads(model, outputs)
 
     def _with_head(self, model: nn.Module, images: Tensor) -> nn.Module:
-        task = self._task
-        if task.features is not None:
-            require_module(model, task.features, option="--features")
+        setting = self._setting
+        if setting.options.features is not None:
+            require_module(model, setting.options.features, option="--features")
         with torch.inference_mode():
-            name, channels = find_features(model, images, only=task.features)
+            name, channels = find_features(model, images, only=setting.options.features)
         like = next(model.parameters())
-        head = make_head(task.head_type, channels, len(task.classes), like)
+        head = make_head(setting.options.head_type, channels, len(setting.classes), like)
         return WithDenseHead(model, name, head)
 
-    def folds(self, count: int, seed: int) -> list[SegmentationDraw]:
-        """Split the support set by images; see `svftool.tasks.base.Folds`."""
+    def subdivide(self, count: int, seed: int) -> list[SegmentationDraw]:
+        """Split the support set by images; see `svftool.tasks.base.Subdivides`."""
         support, held_out = self._support, self._parts["held_out"]
         return [
             SegmentationDraw(
-                self._task,
+                self._setting,
                 support.at(others(fold, self.size)),
                 held_out,
                 support.at(fold),
@@ -200,23 +162,23 @@ class SegmentationDraw:
     @property
     def steady(self) -> bool:
         """Whether images look the same in every epoch."""
-        return self._task.augment == "none"
+        return self._setting.options.augment == "none"
 
     def batch(self, indices: Tensor, generator: torch.Generator) -> tuple[Tensor, Tensor]:
         """Load and augment: (N, 3, h, w) float32 images and (N, h, w) int64 labels."""
         images, maps = self._support.take(indices.tolist())
-        return self._task.view.training(images, maps, self._task.augment, generator)
+        return self._setting.view.training(images, maps, self._setting.options.augment, generator)
 
     def terms(self, batch: tuple[Tensor, Tensor]) -> int:
         """Pixels that a batch's loss is the mean over."""
-        return int((batch[1] != self._task.ignore).sum())
+        return int((batch[1] != self._setting.ignore).sum())
 
     def loss(self, model: nn.Module, batch: tuple[Tensor, Tensor]) -> Tensor:
         """Mean cross-entropy of the pixels that are not ignored; 0 if there are none."""
         images, labels = batch
         logits = enlarge(dense_logits(model(images)), (labels.shape[1], labels.shape[2]))
-        total = cross_entropy(logits, labels, ignore_index=self._task.ignore, reduction="sum")
-        return total / (labels != self._task.ignore).sum().clamp(min=1)
+        total = cross_entropy(logits, labels, ignore_index=self._setting.ignore, reduction="sum")
+        return total / (labels != self._setting.ignore).sum().clamp(min=1)
 
     @torch.inference_mode()
     def evaluate(
@@ -226,8 +188,8 @@ class SegmentationDraw:
 
         Classes that are neither in the maps nor predicted do not count.
         """
-        chosen, ignore = self._parts[part], self._task.ignore
-        metrics = _metrics(len(self._task.classes), ignore)
+        chosen, ignore = self._parts[part], self._setting.ignore
+        metrics = _metrics(len(self._setting.classes), ignore)
         loss, pixels = 0.0, 0
         with progress.task("evaluate", total=len(chosen), unit="images") as bar:
             for positions, logits, labels in self._logits(model, part):
@@ -243,7 +205,7 @@ class SegmentationDraw:
         self, model: nn.Module, part: Part = "query", folder: Path | None = None
     ) -> Iterator[dict[str, Any]]:
         """Give each image's name, its share of right pixels, and its map as a picture."""
-        chosen, ignore = self._parts[part], self._task.ignore
+        chosen, ignore = self._parts[part], self._setting.ignore
         for positions, logits, labels in self._logits(model, part):
             for position, found, wanted in zip(positions, logits.argmax(1), labels, strict=True):
                 pair = chosen.source.pairs[chosen.indices[position]]
@@ -259,8 +221,8 @@ class SegmentationDraw:
         """Logits at the maps' own size and labels, batch by batch."""
         model.eval()
         device = device_of(model)
-        for positions, images, maps in self._parts[part].batches(len(self._task.classes)):
-            batch = self._task.view.normalised(images).to(device)
+        for positions, images, maps in self._parts[part].batches(len(self._setting.classes)):
+            batch = self._setting.view.normalised(images).to(device)
             labels = torch.stack(maps).to(device, torch.int64)
             logits = enlarge(dense_logits(model(batch)), (labels.shape[1], labels.shape[2]))
             yield positions, logits, labels

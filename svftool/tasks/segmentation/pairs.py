@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -10,9 +10,14 @@ from types import MappingProxyType
 
 import numpy as np
 import numpy.typing as npt
+from torch import Tensor
 
 from svftool.errors import DataError, shortlist
 from svftool.tasks.images import SUFFIXES, image_size, open_raw
+from svftool.tasks.views import Decoded
+
+LOGITS_AT_ONCE = 1 << 26
+"""Numbers that evaluation enlarges at once, at most."""
 
 # Classes of a segmentation data set: their names, and their colours where maps are coloured.
 
@@ -140,7 +145,7 @@ Labels = npt.NDArray[np.uint8]
 
 
 @dataclass(frozen=True)
-class Pair:
+class ImagePair:
     """An image, its label map, and the name that both share.
 
     Attributes
@@ -157,7 +162,7 @@ class Pair:
 
 def list_pairs(
     data: Path, *, images: str = "images", masks: str = "masks", mask_suffix: str = ""
-) -> list[Pair]:
+) -> list[ImagePair]:
     """Pair the images of one folder with the label maps of another, by their names.
 
     Parameters
@@ -184,7 +189,7 @@ def list_pairs(
             f"({', '.join(sorted(MAP_SUFFIXES))}). Add the maps or remove the images; where the "
             "maps' names end differently give --mask-suffix"
         )
-    return [Pair(name, image, maps[name + mask_suffix]) for name, image in pictures.items()]
+    return [ImagePair(name, image, maps[name + mask_suffix]) for name, image in pictures.items()]
 
 
 def _files(data: Path, name: str, suffixes: frozenset[str], option: str) -> dict[str, Path]:
@@ -243,12 +248,12 @@ def read_labels(path: Path, table: ClassTable | None, ignore: int) -> Labels:
     return values.astype(np.uint8)
 
 
-def survey(pairs: Sequence[Pair], read: Callable[[Path], Labels]) -> npt.NDArray[np.int64]:
+def survey(pairs: Sequence[ImagePair], read: Callable[[Path], Labels]) -> npt.NDArray[np.int64]:
     """Count the labels of every map, and hold its size against its image's.
 
     Parameters
     ----------
-    pairs : sequence of Pair
+    pairs : sequence of ImagePair
     read : callable
         Reads a label map.
 
@@ -263,7 +268,7 @@ def survey(pairs: Sequence[Pair], read: Callable[[Path], Labels]) -> npt.NDArray
         If sizes differ, or a file cannot be read.
     """
 
-    def look(pair: Pair) -> tuple[npt.NDArray[np.int64], str | None]:
+    def look(pair: ImagePair) -> tuple[npt.NDArray[np.int64], str | None]:
         labels, size = read(pair.mask), image_size(pair.image)
         counts = np.bincount(labels.ravel(), minlength=LABELS).astype(np.int64)
         if labels.shape == size:
@@ -282,7 +287,7 @@ def survey(pairs: Sequence[Pair], read: Callable[[Path], Labels]) -> npt.NDArray
 
 
 def check_labels(
-    pairs: Sequence[Pair], counts: npt.NDArray[np.int64], *, classes: int, ignore: int
+    pairs: Sequence[ImagePair], counts: npt.NDArray[np.int64], *, classes: int, ignore: int
 ) -> None:
     """Refuse labels outside the classes, and maps in which every pixel is ignored.
 
@@ -314,3 +319,50 @@ def check_labels(
 
 def _size(shape: tuple[int, ...]) -> str:
     return " x ".join(map(str, shape))
+
+
+@dataclass(frozen=True)
+class Pairs:
+    """Pairs of images and label maps, and what is kept of them in memory."""
+
+    pairs: Sequence[ImagePair]
+    images: Decoded
+    maps: Decoded
+
+
+@dataclass(frozen=True)
+class Chosen:
+    """Some of the pairs."""
+
+    source: Pairs
+    indices: tuple[int, ...]
+
+    def __len__(self) -> int:
+        return len(self.indices)
+
+    def at(self, positions: Sequence[int]) -> Chosen:
+        """Give those at positions of `indices`."""
+        return Chosen(self.source, tuple(self.indices[position] for position in positions))
+
+    def take(self, positions: Sequence[int]) -> tuple[list[Tensor], list[Tensor]]:
+        """Images and label maps at positions of `indices`, as they are kept."""
+        indices = [self.indices[position] for position in positions]
+        return self.source.images.load(indices), self.source.maps.load(indices)
+
+    def batches(self, classes: int) -> Iterator[tuple[list[int], list[Tensor], list[Tensor]]]:
+        """Every pair in order, in batches of one size: positions, images, label maps."""
+        positions: list[int] = []
+        images: list[Tensor] = []
+        maps: list[Tensor] = []
+        for position in range(len(self)):
+            (image,), (labels,) = self.take([position])
+            room = LOGITS_AT_ONCE // max(1, classes * labels.numel())
+            other = bool(images) and (image.shape, labels.shape) != (images[0].shape, maps[0].shape)
+            if images and (other or len(images) >= max(1, room)):
+                yield positions, images, maps
+                positions, images, maps = [], [], []
+            positions.append(position)
+            images.append(image)
+            maps.append(labels)
+        if images:
+            yield positions, images, maps

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 import svftool
-from svftool.attaching import folding, standin
+from svftool.attaching import fusion, proxy
 from tests.attaching import MemoryStore, randomise
 
 M = TypeVar("M", bound=nn.Module)
@@ -60,13 +60,13 @@ def make(**options: bool) -> Block:
 def folded(monkeypatch: pytest.MonkeyPatch) -> list[nn.Module]:
     """Collect the norms that were folded into a layer, in order."""
     seen: list[nn.Module] = []
-    original = folding.Affine.mark
+    original = fusion.Affine.mark
 
-    def mark(self: folding.Affine, output: Tensor) -> Tensor:
+    def mark(self: fusion.Affine, output: Tensor) -> Tensor:
         seen.append(self.norm)
         return original(self, output)
 
-    monkeypatch.setattr(folding.Affine, "mark", mark)
+    monkeypatch.setattr(fusion.Affine, "mark", mark)
     return seen
 
 
@@ -136,13 +136,13 @@ class Decoder(nn.Module):
 def rectified(monkeypatch: pytest.MonkeyPatch) -> list[nn.Module]:
     """Collect the ReLUs that were folded into a layer, in order."""
     seen: list[nn.Module] = []
-    original = standin.mark_rectified
+    original = proxy.mark_rectified
 
     def mark(output: Tensor, relu: nn.Module) -> Tensor:
         seen.append(relu)
         return original(output, relu)
 
-    monkeypatch.setattr(standin, "mark_rectified", mark)
+    monkeypatch.setattr(proxy, "mark_rectified", mark)
     return seen
 
 
