@@ -32,6 +32,7 @@ from svftool.errors import (
     SvftoolError,
     UsageError,
 )
+from svftool.version import __version__
 
 if TYPE_CHECKING:
     from svftool.attaching import Attachment, attach, detach, load_tuned, save_tuned
@@ -43,8 +44,6 @@ if TYPE_CHECKING:
     from svftool.stages.extract import extract
     from svftool.stages.finetune import finetune
     from svftool.stages.merge import merge
-
-__version__ = "0.1.0"
 
 __all__ = [
     "Attachment",

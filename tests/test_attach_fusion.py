@@ -57,8 +57,8 @@ def make(**options: bool) -> Block:
 
 
 @pytest.fixture
-def folded(monkeypatch: pytest.MonkeyPatch) -> list[nn.Module]:
-    """Collect the norms that were folded into a layer, in order."""
+def fused(monkeypatch: pytest.MonkeyPatch) -> list[nn.Module]:
+    """Collect the norms that were fused into a layer, in order."""
     seen: list[nn.Module] = []
     original = fusion.Affine.mark
 
@@ -92,8 +92,8 @@ def assert_same(a: tuple[Tensor, list[Tensor]], b: tuple[Tensor, list[Tensor]]) 
         torch.testing.assert_close(found, expected, rtol=1e-9, atol=1e-9)
 
 
-def without_folding(model: nn.Module, x: Tensor) -> tuple[Tensor, list[Tensor]]:
-    """Run the blocks' layers without the root's forward, which is what folds."""
+def without_fusion(model: nn.Module, x: Tensor) -> tuple[Tensor, list[Tensor]]:
+    """Run the blocks' layers without the root's forward, which is what fuses."""
     twin = copy.deepcopy(model)
     inner = lambda images: type(model).forward(twin, images)  # noqa: E731
     twin.zero_grad()
@@ -107,12 +107,12 @@ X = torch.randn(2, 4, 6, 5, dtype=torch.float64, generator=torch.Generator().man
 
 
 @pytest.mark.parametrize("mode", ["factored", "composed", "residual"])
-def test_folding_changes_no_result(mode: str, folded: list[nn.Module]) -> None:
+def test_fusion_changes_no_result(mode: str, fused: list[nn.Module]) -> None:
     model = attach(make(), mode)
-    expected = without_folding(model, X)
-    assert not folded
+    expected = without_fusion(model, X)
+    assert not fused
     assert_same(run(model, X), expected)
-    assert folded == [model.bn1, model.bn2, model.bn3]
+    assert fused == [model.bn1, model.bn2, model.bn3]
 
 
 class Decoder(nn.Module):
@@ -134,7 +134,7 @@ class Decoder(nn.Module):
 
 @pytest.fixture
 def rectified(monkeypatch: pytest.MonkeyPatch) -> list[nn.Module]:
-    """Collect the ReLUs that were folded into a layer, in order."""
+    """Collect the ReLUs that were fused into a layer, in order."""
     seen: list[nn.Module] = []
     original = proxy.mark_rectified
 
@@ -160,7 +160,7 @@ def test_a_relu_behind_a_layer_changes_no_result(
     mode: str, inplace: bool, rectified: list[nn.Module]
 ) -> None:
     model = attach(make_decoder(inplace=inplace), mode)
-    expected = without_folding(model, X)
+    expected = without_fusion(model, X)
     assert not rectified
     assert_same(run(model, X), expected)
     inside = [model.act, model.stem[1], model.fc[1]]
@@ -183,10 +183,10 @@ def test_a_relu_keeps_a_byte_a_value() -> None:
     model = attach(make_decoder(), "factored")
     twin = copy.deepcopy(model)
     x = torch.randn(8, 4, 16, 16, dtype=torch.float64)
-    folded, plain = kept_bytes(lambda: model(x)), kept_bytes(lambda: Decoder.forward(twin, x))
+    fused, plain = kept_bytes(lambda: model(x)), kept_bytes(lambda: Decoder.forward(twin, x))
     values = 8 * (6 * 32 * 32 + 5 * 30 * 30)
     # Beside the norm's input, kept by the plain pass alone, 8 bytes a value against one.
-    assert plain - folded > 7 * values
+    assert plain - fused > 7 * values
 
 
 @pytest.mark.parametrize(
@@ -205,7 +205,7 @@ def test_a_relu_that_is_watched_is_left(
 ) -> None:
     model = attach(make_decoder())
     watch(model)
-    assert_same(run(model, X), without_folding(model, X))
+    assert_same(run(model, X), without_fusion(model, X))
     assert rectified == [model.stem[1], model.fc[1]]
 
 
@@ -235,27 +235,27 @@ def test_a_hook_on_what_contains_a_layer_sees_what_it_saw(
     assert all(bool((output < 0).any()) for output in seen)
 
 
-def test_what_else_uses_the_output_prevents_it(folded: list[nn.Module]) -> None:
+def test_what_else_uses_the_output_prevents_it(fused: list[nn.Module]) -> None:
     model = attach(make(tap=True))
-    assert_same(run(model, X), without_folding(model, X))
-    assert folded == [model.bn2, model.bn3]
+    assert_same(run(model, X), without_fusion(model, X))
+    assert fused == [model.bn2, model.bn3]
 
 
-def test_a_norm_that_is_called_twice_prevents_it(folded: list[nn.Module]) -> None:
+def test_a_norm_that_is_called_twice_prevents_it(fused: list[nn.Module]) -> None:
     model = make()
     model.twice = True
     model.bn1 = nn.BatchNorm2d(6).double().eval()
     model = attach(model)
-    assert_same(run(model, X), without_folding(model, X))
-    assert folded == [model.bn2, model.bn3]
+    assert_same(run(model, X), without_fusion(model, X))
+    assert fused == [model.bn2, model.bn3]
 
 
-def test_other_arguments_than_traced_prevent_it(folded: list[nn.Module]) -> None:
+def test_other_arguments_than_traced_prevent_it(fused: list[nn.Module]) -> None:
     model = attach(make())
     doubled, _ = run(model, X, scale=2.0)
-    assert not folded
+    assert not fused
     torch.testing.assert_close(doubled, 2.0 * run(model, X)[0])
-    assert folded
+    assert fused
 
 
 @pytest.mark.parametrize(
@@ -269,23 +269,23 @@ def test_other_arguments_than_traced_prevent_it(folded: list[nn.Module]) -> None
     ids=["training", "trained", "hooked layer", "hooked norm"],
 )
 def test_a_norm_that_is_not_frozen_or_watched_is_left(
-    change: Callable[[Block], object], folded: list[nn.Module]
+    change: Callable[[Block], object], fused: list[nn.Module]
 ) -> None:
     model = attach(make())
     change(model)
     model(X)
-    assert folded == [model.bn2, model.bn3]
+    assert fused == [model.bn2, model.bn3]
 
 
-def test_training_mode_is_traced_anew(folded: list[nn.Module]) -> None:
+def test_training_mode_is_traced_anew(fused: list[nn.Module]) -> None:
     model = attach(make())
     model(X)
     model.train()
     for norm in (model.bn1, model.bn2, model.bn3):
         norm.eval()
-    folded.clear()
+    fused.clear()
     model(X)
-    assert folded == [model.bn1, model.bn2, model.bn3]
+    assert fused == [model.bn1, model.bn2, model.bn3]
 
 
 class Undecided(Block):
@@ -295,21 +295,21 @@ class Undecided(Block):
         return super().forward(x if x.sum() > 0 else -x)
 
 
-def test_models_that_cannot_be_traced_run_as_they_are(folded: list[nn.Module]) -> None:
+def test_models_that_cannot_be_traced_run_as_they_are(fused: list[nn.Module]) -> None:
     model = make()
     model.__class__ = Undecided
     attach(model)
     model(X).sum().backward()
-    assert not folded
+    assert not fused
 
 
-def test_copies_and_pickles_fold_their_own_norms(folded: list[nn.Module]) -> None:
+def test_copies_and_pickles_fold_their_own_norms(fused: list[nn.Module]) -> None:
     model = attach(make())
     expected = run(model, X)
     for twin in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
-        folded.clear()
+        fused.clear()
         assert_same(run(twin, X), expected)
-        assert folded == [twin.bn1, twin.bn2, twin.bn3]
+        assert fused == [twin.bn1, twin.bn2, twin.bn3]
 
 
 def test_detaching_gives_norms_their_forward_back() -> None:

@@ -154,3 +154,17 @@ def test_a_rank_deficient_base_agrees_with_its_factors(m: int, n: int) -> None:
     assert pair.shares is not None
     for name, value in vars(expected).items():
         assert getattr(pair.shares, name) == pytest.approx(value, abs=1e-9)
+
+
+@pytest.mark.parametrize("shape", [(96, 256), (256, 96), (7, 5), (300, 300)])
+@pytest.mark.parametrize("vectors", [True, False])
+def test_a_weight_of_zeros_has_no_energy_in_whatever_order_is_summed(
+    shape: tuple[int, int], vectors: bool
+) -> None:
+    W = torch.randn(*shape, generator=torch.Generator().manual_seed(3))
+    zeroed = MatrixPair(W, torch.zeros_like(W), vectors=vectors)
+    assert zeroed.tuned_energy == 0.0
+    tiny = MatrixPair(W, W * 1e-6, vectors=vectors)
+    assert tiny.tuned_energy == pytest.approx(1e-12 * tiny.base_energy, rel=1e-6)
+    cancelled = MatrixPair(W, change=-W.double(), vectors=vectors)
+    assert cancelled.tuned_energy == 0.0

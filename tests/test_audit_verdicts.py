@@ -20,7 +20,7 @@ from svftool.auditing import (
     judge_all,
 )
 from svftool.auditing.verdicts import VERDICTS
-from svftool.numerics import ThreadPool, one_thread
+from svftool.numerics.threads import ThreadPool, one_thread
 from svftool.stages.audit import audit
 
 METRICS = choose_metrics(None)

@@ -3,13 +3,11 @@ from __future__ import annotations
 import math
 import threading
 import time
-from pathlib import Path
 
 import pytest
 import torch
 from torch import Tensor
 
-from svftool import machine
 from svftool.engine import Job, flow, parse_rank, run, run_svds, run_values
 from svftool.errors import NumericalError, ResourceError
 from svftool.numerics import ThreadPool, singular_values, svd
@@ -197,12 +195,6 @@ def test_other_errors_of_a_layer_stay_what_they_are(monkeypatch: pytest.MonkeyPa
         list(run_svds([Job("w", (3, 4))], lambda _: torch.ones(3, 4)))
 
 
-def test_available_memory_is_told() -> None:
-    free = machine.available_memory()
-    assert free is None or 0 < free < 1 << 50
-    assert (free is not None) == Path("/proc/meminfo").exists()
-
-
 def test_another_device_runs_the_same_code_and_falls_back(monkeypatch: pytest.MonkeyPatch) -> None:
     tensors = {"w": torch.randn(300, 400), "tiny": torch.randn(5, 4)}
     moved: list[str] = []
@@ -228,17 +220,3 @@ def test_on_a_gpu(shape: tuple[int, ...]) -> None:
     torch.testing.assert_close(found.S.double(), singular_values(W), rtol=0, atol=1e-4)
     rebuilt = (found.U * found.S.unsqueeze(-2)) @ found.Vh
     assert float((rebuilt - W).norm() / W.norm()) <= 1e-6
-
-
-@pytest.mark.parametrize(("rank", "expected"), [(None, "cuda:0"), ("1", "cuda:1"), ("5", "cuda:1")])
-def test_processes_of_a_host_take_a_gpu_each(
-    monkeypatch: pytest.MonkeyPatch, rank: str | None, expected: str
-) -> None:
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
-    monkeypatch.delenv("LOCAL_RANK", raising=False)
-    if rank is not None:
-        monkeypatch.setenv("LOCAL_RANK", rank)
-    assert str(run._device("auto")) == expected
-    assert str(run._device("cuda:0")) == "cuda:0"
-    assert str(run._device("cpu")) == "cpu"

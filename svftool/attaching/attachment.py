@@ -87,10 +87,6 @@ class Attachment:
         """Return the present singular values by tensor name, on the CPU."""
         return {name: layer.values().cpu() for name, layer in self.layers.items()}
 
-    def base_singular_values(self) -> dict[str, Tensor]:
-        """Return the base's singular values by tensor name, on the CPU."""
-        return {name: layer.S_base.detach().cpu() for name, layer in self.layers.items()}
-
     def set_singular_values(self, values: Mapping[str, Tensor]) -> None:
         """Set the singular values of some layers; the others keep theirs.
 

@@ -1,8 +1,8 @@
 """Find, by a symbolic trace, what follows each layer and nothing else sees in between.
 
-A norm or a ReLU may be folded into the layer before it where the layer's output has one user,
+A norm or a ReLU may be fused into the layer before it where the layer's output has one user,
 which is the norm or the ReLU, and no hook looks at what lies between. Where a model cannot be
-traced, or is called in another way than it was traced, nothing is folded.
+traced, or is called in another way than it was traced, nothing is fused.
 """
 
 from __future__ import annotations
@@ -20,11 +20,11 @@ from torch import Tensor, fx, nn
 from svftool.attaching.functions import Rectify
 from svftool.attaching.region import PREFIX
 
-# Fold a frozen batch norm and a ReLU into the layer before them.
+# Fuse a frozen batch norm and a ReLU with the layer before them.
 
 
 NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)
-_DONE, _RECTIFIED, _KEPT = "_svf_folded", "_svf_rectified", "_svf_affine"
+_DONE, _RECTIFIED, _KEPT = "_svf_fused", "_svf_rectified", "_svf_affine"
 
 
 @dataclass(frozen=True)
@@ -36,7 +36,7 @@ class Affine:
     shift: Tensor
 
     def bias(self, bias: Tensor | None) -> Tensor:
-        """Return the bias of the layer with the norm folded in."""
+        """Return the bias of the layer with the norm fused in."""
         return self.shift if bias is None else torch.addcmul(self.shift, self.scale, bias)
 
     def rows(self, kernel: Tensor, dim: int = 0) -> Tensor:
@@ -46,7 +46,7 @@ class Affine:
         return kernel * self.scale.view(shape)
 
     def mark(self, output: Tensor) -> Tensor:
-        """Mark an output in which the norm is folded already."""
+        """Mark an output in which the norm is fused already."""
         output.__dict__[_DONE] = self.norm
         return output
 
@@ -86,8 +86,8 @@ def _affine(
     return Affine(norm, scale.to(dtype), shift.to(dtype))
 
 
-class PassFolded:
-    """The forward of a batch norm that lets through what it was folded into."""
+class PassFused:
+    """The forward of a batch norm that lets through what it was fused into."""
 
     def __init__(self, norm: nn.Module) -> None:
         self.norm = norm
@@ -101,7 +101,7 @@ class PassFolded:
 
 
 class PassRectified:
-    """The forward of a ReLU that lets through what it was folded into.
+    """The forward of a ReLU that lets through what it was fused into.
 
     Otherwise it computes the same, and keeps less of it for the backward pass.
     """
@@ -121,18 +121,18 @@ class PassRectified:
 
 
 def install_passes(modules: Iterable[nn.Module]) -> None:
-    """Let norms and ReLUs know an output that they are folded into."""
+    """Let norms and ReLUs know an output that they are fused into."""
     for module in modules:
         if "forward" not in module.__dict__:
-            kind = PassRectified if type(module) is nn.ReLU else PassFolded
+            kind = PassRectified if type(module) is nn.ReLU else PassFused
             module.__dict__["forward"] = kind(module)
 
 
-def unfold(model: nn.Module) -> None:
+def unfuse(model: nn.Module) -> None:
     """Give every norm and ReLU its own forward back."""
     for module in model.modules():
         module.__dict__.pop(_KEPT, None)
-        if isinstance(module.__dict__.get("forward"), (PassFolded, PassRectified)):
+        if isinstance(module.__dict__.get("forward"), (PassFused, PassRectified)):
             del module.__dict__["forward"]
 
 
@@ -152,7 +152,7 @@ class Chain:
     layer : str
         Path of the layer.
     norm, relu : str or None
-        Paths of what may be folded into it, in this order.
+        Paths of what may be fused into it, in this order.
     to_norm, to_relu : tuple of (str, bool)
         Modules that would see what lies between: path, and whether they see it leave (or enter).
     """
@@ -165,16 +165,16 @@ class Chain:
 
 
 @dataclass(frozen=True)
-class Fold:
-    """What is folded into a layer in one call of the model."""
+class Fusion:
+    """What is fused into a layer in one call of the model."""
 
     layer: nn.Module
     norm: nn.Module | None
     relu: nn.Module | None
 
 
-class FoldPlan:
-    """What is folded into each layer of a model, for each way the model is called.
+class FusionPlan:
+    """What is fused into each layer of a model, for each way the model is called.
 
     Parameters
     ----------
@@ -186,10 +186,10 @@ class FoldPlan:
         self.candidates = tuple(candidates)
         self._traced: dict[bool, list[Chain]] = {}
 
-    def folds(
+    def fusions(
         self, root: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
-    ) -> Iterator[Fold]:
-        """Yield what may be folded into each layer in this call of `root`.
+    ) -> Iterator[Fusion]:
+        """Yield what may be fused into each layer in this call of `root`.
 
         Parameters
         ----------
@@ -207,7 +207,7 @@ class FoldPlan:
             whole = norm == chain.norm and chain.relu is not None
             relu = chain.relu if whole and _unseen(root, chain.to_relu) else None
             if norm is not None or relu is not None:
-                yield Fold(
+                yield Fusion(
                     root.get_submodule(chain.layer),
                     None if norm is None else root.get_submodule(norm),
                     None if relu is None else root.get_submodule(relu),
@@ -269,7 +269,7 @@ def _trace_chains(root: nn.Module, candidates: set[str]) -> list[Chain]:
     try:
         graph = _Tracer().trace(root, concrete_args=optional)
     except Exception as error:  # noqa: BLE001 (a traced model may raise anything)
-        logger.debug("nothing is folded, tracing failed: %s", error)
+        logger.debug("nothing is fused, tracing failed: %s", error)
         return []
     calls = [node for node in graph.nodes if node.op == "call_module"]
     counts = Counter(id(modules[node.target]) for node in calls)

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from svftool.attaching.fusion import FoldPlan, OwnHook
+from svftool.attaching.fusion import FusionPlan, OwnHook
 from svftool.attaching.proxy import StandIn
 from svftool.attaching.region import PREFIX
 from svftool.attaching.weight import AttachedWeight
@@ -70,22 +70,22 @@ class Enter(Places):
 
 
 class EnterRoot(Enter):
-    """The same for the whole model, which alone may fold what follows: it runs as it was traced."""
+    """The same for the whole model, which alone may fuse what follows: it runs as it was traced."""
 
-    def __init__(self, places: Sequence[tuple[str, str]], folds: FoldPlan) -> None:
+    def __init__(self, places: Sequence[tuple[str, str]], plan: FusionPlan) -> None:
         super().__init__(places)
-        self.folds = folds
+        self.plan = plan
 
     def __call__(  # type: ignore[override]
         self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> None:
         """Place what the pass is to use, and tell stand-ins what follows them."""
-        folds = list(self.folds.folds(module, args, kwargs)) if torch.is_grad_enabled() else []
+        fusions = list(self.plan.fusions(module, args, kwargs)) if torch.is_grad_enabled() else []
         self._place(module)
-        for fold in folds:
-            weight = fold.layer.__dict__.get("weight")
+        for fusion in fusions:
+            weight = fusion.layer.__dict__.get("weight")
             if isinstance(weight, StandIn):
-                weight.next_norm, weight.next_relu = fold.norm, fold.relu
+                weight.next_norm, weight.next_relu = fusion.norm, fusion.relu
 
 
 class Leave(OwnHook):

@@ -15,7 +15,7 @@ from torch import nn
 
 from svftool.attaching.attachment import KEY, Attachment, find_attachment, require_attachment
 from svftool.attaching.build import BuildOptions, build_weight
-from svftool.attaching.fusion import FoldPlan, unfold
+from svftool.attaching.fusion import FusionPlan, unfuse
 from svftool.attaching.hooks import Enter, EnterRoot, Leave, LeaveRoot, LoadMerged, SaveMerged
 from svftool.attaching.layer import Parametrisation, check_parametrisation, parse_band
 from svftool.attaching.matching import match_by_value
@@ -101,9 +101,9 @@ def install(model: nn.Module, weights: Mapping[nn.Parameter, AttachedWeight]) ->
         own = [attribute for place, attribute in places.get(path, []) if not place]
         for attribute in own:
             owner.add_module(PREFIX + attribute, weights[_parameter(owner, attribute)])
-    folds = FoldPlan(_alone(model))
+    plan = FusionPlan(_alone(model))
     for path, inside in places.items():
-        _hook(model.get_submodule(path), inside, folds if not path else None)
+        _hook(model.get_submodule(path), inside, plan if not path else None)
 
 
 def _parameter(owner: nn.Module, attribute: str) -> nn.Parameter:
@@ -123,12 +123,12 @@ def _alone(model: nn.Module) -> list[str]:
     return [paths[0] for paths in owners.values() if len(paths) == 1]
 
 
-def _hook(module: nn.Module, places: list[tuple[str, str]], folds: FoldPlan | None) -> None:
+def _hook(module: nn.Module, places: list[tuple[str, str]], plan: FusionPlan | None) -> None:
     own = [place for place in places if not place[0]]
-    enter = Enter(places) if folds is None else EnterRoot(places, folds)
+    enter = Enter(places) if plan is None else EnterRoot(places, plan)
     handles = [
-        module.register_forward_pre_hook(enter, with_kwargs=folds is not None),
-        module.register_forward_hook(Leave() if folds is None else LeaveRoot(), always_call=True),
+        module.register_forward_pre_hook(enter, with_kwargs=plan is not None),
+        module.register_forward_hook(Leave() if plan is None else LeaveRoot(), always_call=True),
     ]
     if own:
         handles += [
@@ -140,7 +140,7 @@ def _hook(module: nn.Module, places: list[tuple[str, str]], folds: FoldPlan | No
 
 def uninstall(model: nn.Module) -> None:
     """Remove everything that `install` put on the model."""
-    unfold(model)
+    unfuse(model)
     for module in list(model.modules()):
         for handle in module.__dict__.pop(_HANDLES, ()):
             handle.remove()

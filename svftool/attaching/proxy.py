@@ -27,7 +27,7 @@ Plain = Callable[[Tensor, Tensor, Tensor | None], Tensor]
 class StandIn(Tensor):
     """A live weight whose singular values are trained.
 
-    `next_norm` and `next_relu` are what follows the layer and is to be folded in, `used` whether an
+    `next_norm` and `next_relu` are what follows the layer and is to be fused in, `used` whether an
     operation has met the stand-in.
 
     Metadata (shape, dtype, device) is the base weight's. Created for one forward pass, so that the
@@ -114,7 +114,7 @@ def _run(
     kernels: Kernels,
     positions: int = 0,
 ) -> Tensor:
-    """Run a layer the cheapest way, with the norm and ReLU behind it folded in where there are."""
+    """Run a layer the cheapest way, with the norm and ReLU behind it fused in where there are."""
     weight.used = True
     way = "composed" if split is None else choose_way(weight.attached, positions)
     layer = weight.attached.single

@@ -82,7 +82,7 @@ app = typer.Typer(
 
 def _print_version(value: bool) -> None:
     if value:
-        from svftool import __version__
+        from svftool.version import __version__
 
         typer.echo(f"svftool {__version__}")
         raise typer.Exit

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -63,6 +63,19 @@ VerboseOption = Annotated[
 def is_first_process() -> bool:
     """Whether this process speaks for all that share the command."""
     return int(os.environ.get("RANK", "0")) == 0
+
+
+@dataclass(frozen=True)
+class ModelFlags:
+    """Which network the weights are for, and where they are."""
+
+    model: ModelOption = "auto"
+    base: MovedBaseOption = None
+    trust_remote_code: TrustOption = False
+
+    def named(self) -> dict[str, Any]:
+        """Return them under the names of the library."""
+        return asdict(self)
 
 
 @dataclass(frozen=True)

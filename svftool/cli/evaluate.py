@@ -11,10 +11,8 @@ from svftool.cli.common import (
     DeviceOption,
     Display,
     ForceOption,
-    ModelOption,
-    MovedBaseOption,
+    ModelFlags,
     TaskOption,
-    TrustOption,
 )
 from svftool.cli.signature import TaskFlags, options_of
 
@@ -42,8 +40,7 @@ def command(
         ),
     ] = None,
     task: TaskOption = "classification",
-    model: ModelOption = "auto",
-    base: MovedBaseOption = None,
+    network: ModelFlags,
     seed: Annotated[
         int | None,
         typer.Option(
@@ -60,7 +57,6 @@ def command(
         ),
     ] = None,
     options: Annotated[dict[str, Any], TaskFlags(evaluate=True)],
-    trust_remote_code: TrustOption = False,
     device: DeviceOption = "auto",
     force: ForceOption = False,
     display: Display,
@@ -74,12 +70,10 @@ def command(
         data=data,
         tuned=tuned,
         task=task,
-        model=model,
-        base=base,
+        **network.named(),
         seed=seed,
         device=device,
         predictions=predictions,
-        trust_remote_code=trust_remote_code,
         force=force,
         progress=display.progress(),
         **options_of(task, options),

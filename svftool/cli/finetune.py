@@ -13,11 +13,9 @@ from svftool.cli.common import (
     Display,
     ExcludeOption,
     ForceOption,
-    ModelOption,
-    MovedBaseOption,
+    ModelFlags,
     OutputOption,
     TaskOption,
-    TrustOption,
     is_first_process,
 )
 from svftool.cli.signature import TaskFlags, options_of
@@ -33,6 +31,20 @@ EXAMPLE = (
 SIGNAL_EXIT = 128
 
 TRAINING = "Training"
+
+
+@dataclass(frozen=True, kw_only=True)
+class RepeatFlags:
+    """What is compared, and how often each of it is trained."""
+
+    regime: Annotated[
+        str,
+        typer.Option(
+            help="Comma-separated: head, svf, bias, norm, svf+bias, svf+norm, lora:8, full."
+        ),
+    ] = "svf"
+    seeds: Annotated[int, typer.Option(min=1, help="How many seeds; each draws anew.")] = 1
+    seed: Annotated[int, typer.Option(min=0, help="The first seed.")] = 0
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -202,21 +214,12 @@ def command(
         ),
     ],
     task: TaskOption = "classification",
-    model: ModelOption = "auto",
-    base: MovedBaseOption = None,
-    regime: Annotated[
-        str,
-        typer.Option(
-            help="Comma-separated: head, svf, bias, norm, svf+bias, svf+norm, lora:8, full."
-        ),
-    ] = "svf",
-    seeds: Annotated[int, typer.Option(min=1, help="How many seeds; each draws anew.")] = 1,
-    seed: Annotated[int, typer.Option(min=0, help="The first seed.")] = 0,
+    network: ModelFlags,
+    repeats: RepeatFlags,
     training: TrainingFlags,
     svf: SvfFlags,
     logs: LogFlags,
     options: Annotated[dict[str, Any], TaskFlags()],
-    trust_remote_code: TrustOption = False,
     device: DeviceOption = "auto",
     resume: Annotated[
         bool, typer.Option("--resume", help="Go on where the same command was interrupted.")
@@ -237,10 +240,9 @@ def command(
         data=data,
         output=output,
         task=task,
-        model=model,
-        base=base,
-        regimes=regime.split(","),
-        seeds=range(seed, seed + seeds),
+        **network.named(),
+        regimes=repeats.regime.split(","),
+        seeds=range(repeats.seed, repeats.seed + repeats.seeds),
         settings=training.settings(),
         include=svf.train_layers or (),
         exclude=svf.exclude or (),
@@ -251,7 +253,6 @@ def command(
         log_with=logs.log_with.split(",") if logs.log_with else (),
         log_dir=logs.log_dir,
         save_every=logs.save_every,
-        trust_remote_code=trust_remote_code,
         force=force,
         resume=resume,
         progress=display.progress(),

@@ -100,8 +100,6 @@ class FactorConfig:
         Storage dtype of ``U`` and ``Vh``.
     layers_only : bool
         Whether tensors that are not decomposed were left out.
-    plan : mapping
-        What made the arithmetic reproducible, such as threads a matrix.
     layers : mapping of str to LayerRecord
         The decomposed tensors in file order.
     left_whole : mapping of str to str
@@ -115,7 +113,6 @@ class FactorConfig:
     method: str
     dtype: str
     layers_only: bool
-    plan: Mapping[str, Any]
     layers: Mapping[str, LayerRecord]
     left_whole: Mapping[str, str] = field(default_factory=dict)
 
@@ -132,7 +129,7 @@ def config_to_json(config: FactorConfig, *, version: str) -> str:
         "method": config.method,
         "dtype": config.dtype,
         "layers_only": config.layers_only,
-        "plan": dict(config.plan),
+        "plan": {},  # a key of schema 1 that nothing reads
         "layers": [asdict(layer) for layer in config.layers.values()],
         "left_whole": [{"name": k, "reason": v} for k, v in config.left_whole.items()],
     }
@@ -186,7 +183,6 @@ def _config_from(document: Mapping[str, Any]) -> FactorConfig:
         method=str(document["method"]),
         dtype=str(document["dtype"]),
         layers_only=bool(document["layers_only"]),
-        plan=dict(document["plan"]),
         layers={item["name"]: layer_from_json(item) for item in document["layers"]},
         left_whole={item["name"]: item["reason"] for item in document["left_whole"]},
     )

@@ -9,7 +9,6 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-import svftool
 from svftool.checkpoints import (
     SafetensorsWriter,
     TensorInfo,
@@ -20,6 +19,7 @@ from svftool.checkpoints import (
 )
 from svftool.factors.schema import CONFIG_FILE, FactorConfig, LayerRecord, config_to_json
 from svftool.factors.store import STEM
+from svftool.version import __version__
 
 
 @dataclass(frozen=True)
@@ -121,4 +121,4 @@ def finish_factors(folder: Path, shards: Sequence[FactorShard], config: FactorCo
         write_index(folder / f"{STEM}.safetensors.index.json", weight_map, total_size=size)
     path = folder / CONFIG_FILE
     with write_errors(path):
-        path.write_text(config_to_json(config, version=svftool.__version__), encoding="utf-8")
+        path.write_text(config_to_json(config, version=__version__), encoding="utf-8")

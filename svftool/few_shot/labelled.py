@@ -78,11 +78,6 @@ class LabelledSource:
         self._scanned: dict[Listed, Areas] = {}
         self._made: dict[tuple[int, int | None, bool], FoldData] = {}
 
-    @property
-    def folds(self) -> int:
-        """How many folds there are."""
-        return FOLDS
-
     def fold(
         self,
         index: int,

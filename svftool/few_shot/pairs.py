@@ -17,7 +17,6 @@ import numpy as np
 
 from svftool.errors import DataError, shortlist
 from svftool.few_shot.folds import (
-    FOLDS,
     ClassSplit,
     in_voc_order,
     split_classes,
@@ -66,11 +65,6 @@ class PairsSource:
             self.dataset = "pascal-5i pairs" if ordered else "pairs"
         self._folders = folders
         self._pairs: list[ImageMaskPair] | None = None
-
-    @property
-    def folds(self) -> int:
-        """How many folds there are: 4, or 1 where lists give the parts."""
-        return FOLDS if self._parts is None else 1
 
     def fold(
         self,

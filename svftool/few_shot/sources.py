@@ -26,10 +26,6 @@ class DataSource(Protocol):
     dataset: str
     names: tuple[str, ...]
 
-    @property
-    def folds(self) -> int:
-        """How many folds there are."""
-
     def fold(
         self,
         index: int,

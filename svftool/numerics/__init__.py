@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from svftool.numerics.decompose import Method, singular_values, svd
-from svftool.numerics.results import Svd, fix_signs, reconstruct, truncate
+from svftool.numerics.results import Svd, fix_signs, reconstruct
 from svftool.numerics.spectrum import (
     effective_rank,
     energy,
@@ -14,7 +14,7 @@ from svftool.numerics.spectrum import (
     stable_rank,
 )
 from svftool.numerics.tall import Rank
-from svftool.numerics.threads import ThreadPool, one_thread
+from svftool.numerics.threads import ThreadPool
 
 __all__ = [
     "Method",
@@ -27,11 +27,9 @@ __all__ = [
     "fix_signs",
     "nuclear_rank",
     "numerical_rank",
-    "one_thread",
     "participation_ratio",
     "reconstruct",
     "singular_values",
     "stable_rank",
     "svd",
-    "truncate",
 ]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -103,33 +103,3 @@ def reconstruct(U: Tensor, S: Tensor, Vh: Tensor) -> Tensor:
     """
     dtype = torch.promote_types(torch.promote_types(U.dtype, S.dtype), Vh.dtype)
     return (U.to(dtype) * S.to(dtype).unsqueeze(-2)) @ Vh.to(dtype)
-
-
-def truncate(result: Svd, rank: int) -> Svd:
-    """Keep the `rank` largest singular values; the errors follow from what is cut off.
-
-    Parameters
-    ----------
-    result : Svd
-        Factors of one matrix or a batch, with k singular values.
-    rank : int
-        Between 1 and k.
-
-    Returns
-    -------
-    Svd
-        With its own storage, so that the full factors can be freed.
-    """
-    if rank >= result.rank:
-        return result
-    squares = result.S.double().square()
-    total, kept = squares.sum().item(), squares[..., :rank].sum().item()
-    cut = max(total - kept, 0.0) / total if total > 0 else 0.0
-    return replace(
-        result,
-        U=result.U[..., :rank].contiguous(),
-        S=result.S[..., :rank].contiguous(),
-        Vh=result.Vh[..., :rank, :].contiguous(),
-        reconstruction_error=(result.reconstruction_error**2 + result.energy * cut) ** 0.5,
-        energy=result.energy * (1.0 - cut),
-    )

@@ -287,7 +287,6 @@ class Factorisation:
             method=settings.method,
             dtype=dtype_name(settings.dtype),
             layers_only=settings.layers_only,
-            plan={},
             layers={one.info.name: finished[one.info.name].record for one in self.layers},
             left_whole=self.left_whole,
         )

@@ -53,7 +53,7 @@ def page(result: AuditResult, *, failed: Sequence[Violation] = ()) -> str:
     MissingDependencyError
         If jinja2 is not installed.
     """
-    from svftool import __version__
+    from svftool.version import __version__
 
     jinja2 = require_jinja()
     markup = jinja2.Environment(autoescape=True, undefined=jinja2.StrictUndefined)

@@ -36,7 +36,7 @@ def page(result: FinetuneResult) -> str:
     MissingDependencyError
         If jinja2 or matplotlib is not installed.
     """
-    from svftool import __version__
+    from svftool.version import __version__
 
     markup = require_jinja().Environment(autoescape=True)
     style = resources.files("svftool.report.inspect").joinpath("assets/page.css")
