@@ -29,7 +29,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from svftool.training.summary import interval
+from svftool.training.results import interval
 
 FOLDS = ("0,1", "2,3")
 """Halves of the folds, for two processes."""

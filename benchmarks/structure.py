@@ -37,7 +37,7 @@ def importing(frame):
 
 def profile(frame, event, _):
     name = frame.f_code.co_filename
-    if event == "call" and name.startswith(package) and name not in executed:
+    if event == "call" and package and name.startswith(package) and name not in executed:
         if not importing(frame):
             executed.add(name)
 

@@ -39,7 +39,7 @@ from torch.utils.flop_counter import FlopCounterMode
 import svftool
 from svftool.attaching import AttachedLayer, AttachedWeight, apply_regime
 from svftool.attaching.lifecycle import install
-from svftool.attaching.region import WHOLE
+from svftool.attaching.names import WHOLE
 from svftool.attaching.weight import choose_way, count_operations
 from svftool.factors import LayerFactors, open_factors
 from svftool.models import find_head

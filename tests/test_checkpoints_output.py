@@ -17,9 +17,8 @@ import pytest
 import torch
 
 from svftool.checkpoints import SafetensorsWriter, open_checkpoint, replace_output
-from svftool.checkpoints.failures import write_errors
 from svftool.checkpoints.output import overlap
-from svftool.errors import ResourceError, UsageError
+from svftool.errors import ResourceError, UsageError, write_errors
 
 OLD, NEW = torch.zeros(5), torch.ones(5)
 LAYOUT = {"w": (torch.float32, (5,))}

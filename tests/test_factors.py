@@ -11,7 +11,7 @@ import torch
 
 from svftool import FactorsError, decompose, open_factors, read_tuned
 from svftool.factors import LayerFactors, add_delta, check_tuned, is_tuned, rebuild, write_tuned
-from svftool.factors.probe import probe
+from svftool.factors.tuned import probe
 
 
 @pytest.fixture

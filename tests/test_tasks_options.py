@@ -14,14 +14,12 @@ from typer.testing import CliRunner
 from svftool.cli.signature import TaskFlags, expanded, options_of
 from svftool.errors import UsageError
 from svftool.tasks import options
+from svftool.tasks.option import choices_of, option, options_in, read_numbers
 from svftool.tasks.options import (
     TASKS,
     ClassificationOptions,
     FewShotOptions,
     SegmentationOptions,
-    option,
-    options_in,
-    read_numbers,
     recorded,
 )
 
@@ -134,7 +132,7 @@ def test_flags_that_tasks_share_are_the_same_flag():
 
 def test_a_choice_on_the_command_line_is_that_of_any_task():
     parameters = {one.name: one for one in TaskFlags().parameters()}
-    choices = options.choices_of(parameters["head_type"].annotation)
+    choices = choices_of(parameters["head_type"].annotation)
     assert choices == ("linear", "cosine", "fcn", "deeplab")
     with pytest.raises(UsageError, match=r"^--head-type 'fcn', expected linear, cosine for"):
         ClassificationOptions(head_type="fcn")  # type: ignore[arg-type]

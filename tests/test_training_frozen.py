@@ -15,7 +15,7 @@ from svftool.progress import SILENT
 from svftool.tasks.base import Draw
 from svftool.tasks.classification import Classification
 from svftool.training import Settings, StateFile, frozen, train
-from svftool.training.interrupt import Interruption
+from svftool.training.group import Interruption
 
 
 class Counted(nn.Conv2d):

@@ -10,9 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from svftool.attaching.layer import AttachedLayer
+from svftool.attaching.layer import AttachedLayer, is_own
 from svftool.attaching.names import NameMap
-from svftool.attaching.region import is_own
 from svftool.attaching.weight import AttachedWeight
 from svftool.checkpoints import replace_output
 from svftool.errors import FactorsError, ModelError, shortlist

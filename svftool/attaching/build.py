@@ -8,8 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from svftool.attaching.layer import AttachedLayer, Band, Parametrisation
-from svftool.attaching.region import Region
+from svftool.attaching.layer import AttachedLayer, Band, Parametrisation, Region
 from svftool.attaching.weight import AttachedWeight, Mode
 from svftool.factors import FactorStore, LayerFactors, LayerRecord
 

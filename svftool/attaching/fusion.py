@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, fx, nn
 
 from svftool.attaching.functions import Rectify
-from svftool.attaching.region import PREFIX
+from svftool.attaching.layer import PREFIX
 
 # Fuse a frozen batch norm and a ReLU with the layer before them.
 

@@ -10,8 +10,8 @@ import torch
 from torch import Tensor, nn
 
 from svftool.attaching.fusion import FusionPlan, OwnHook
+from svftool.attaching.layer import PREFIX
 from svftool.attaching.proxy import StandIn
-from svftool.attaching.region import PREFIX
 from svftool.attaching.weight import AttachedWeight
 from svftool.errors import shortlist
 

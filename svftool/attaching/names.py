@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from torch import nn
 
-from svftool.attaching.region import WHOLE, Region, is_own
+from svftool.attaching.layer import WHOLE, Region, is_own
 from svftool.attaching.transformers_names import transformers_regions
 
 _WRAPPERS = ("", "module.", "model.", "backbone.", "_orig_mod.")

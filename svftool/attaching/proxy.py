@@ -14,10 +14,16 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from svftool.attaching.functions import SplitLayer
+from svftool.attaching.functions import (
+    ConvMap,
+    EmbeddingMap,
+    LinearMap,
+    SplitLayer,
+    SplitMap,
+    TransposedConvMap,
+)
 from svftool.attaching.fusion import affine_in, mark_rectified
 from svftool.attaching.layer import AttachedLayer
-from svftool.attaching.maps import ConvMap, EmbeddingMap, LinearMap, SplitMap, TransposedConvMap
 from svftool.attaching.weight import AttachedWeight, choose_way
 
 Kernels = Callable[[AttachedLayer, torch.dtype], tuple[Tensor, Tensor]]

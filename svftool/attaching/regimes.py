@@ -12,9 +12,9 @@ from typing import Any
 from torch import Tensor, nn
 
 from svftool.attaching.attachment import Attachment
+from svftool.attaching.layer import is_own
 from svftool.attaching.lifecycle import attach, choose_layers
 from svftool.attaching.names import NameMap, map_names
-from svftool.attaching.region import is_own
 from svftool.errors import MissingDependencyError, ModelError, UsageError
 from svftool.factors import FactorStore
 

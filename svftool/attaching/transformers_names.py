@@ -15,7 +15,7 @@ from typing import cast
 import torch
 from torch import Tensor, nn
 
-from svftool.attaching.region import WHOLE, Region, is_own
+from svftool.attaching.layer import WHOLE, Region, is_own
 
 Revert = Callable[[nn.Module, dict[str, Tensor]], dict[str, Tensor]]
 

@@ -13,8 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
-from svftool.attaching.layer import AttachedLayer, KeepsDtype
-from svftool.attaching.region import Region
+from svftool.attaching.layer import AttachedLayer, KeepsDtype, Region
 from svftool.factors import add_delta
 
 Mode = Literal["auto", "factored", "composed", "residual"]

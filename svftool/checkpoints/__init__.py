@@ -2,7 +2,6 @@
 
 from svftool.checkpoints.base import Checkpoint, Shard, TensorInfo, wrapper_prefix
 from svftool.checkpoints.dtypes import dtype_name, dtype_named
-from svftool.checkpoints.failures import write_errors
 from svftool.checkpoints.fingerprint import (
     Fingerprint,
     fingerprint,
@@ -13,18 +12,21 @@ from svftool.checkpoints.folder import PICKLE_SUFFIXES, WEIGHT_SUFFIXES, side_fi
 from svftool.checkpoints.opening import open_checkpoint
 from svftool.checkpoints.output import PARTIAL, replace_output
 from svftool.checkpoints.pickle_writer import save_pickled
-from svftool.checkpoints.roles import is_expert_stack, output_heads, table_role
 from svftool.checkpoints.selection import (
     Choice,
     LeftWhole,
     Selection,
     check_patterns,
+    is_expert_stack,
     matches,
+    output_heads,
     select,
+    table_role,
 )
 from svftool.checkpoints.sharding import parse_size, plan_shards, shard_names, write_index
 from svftool.checkpoints.views import View, from_matrix, matrix_shape, to_matrix
 from svftool.checkpoints.writer import CheckpointWriter, SafetensorsWriter
+from svftool.errors import write_errors
 
 __all__ = [
     "PARTIAL",

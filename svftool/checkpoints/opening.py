@@ -53,7 +53,7 @@ def open_checkpoint(path: str | os.PathLike[str], *, stem: str | None = None) ->
     text = os.fspath(path)
     place = Path(text)
     try:
-        if looks_like_hub_id(text) and not os.path.lexists(place) and not place.parent.exists():
+        if not os.path.lexists(place) and not place.parent.exists() and looks_like_hub_id(text):
             return _open_folder(fetch(text), stem, hub_id=text)
         if place.is_dir():
             return _open_folder(place, stem)

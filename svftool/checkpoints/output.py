@@ -12,8 +12,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
-from svftool.checkpoints.failures import write_errors
-from svftool.errors import UsageError
+from svftool.errors import UsageError, write_errors
 
 logger = logging.getLogger(__name__)
 

@@ -12,8 +12,8 @@ import torch
 from torch import Tensor, nn
 
 from svftool.checkpoints.base import Checkpoint
-from svftool.checkpoints.failures import write_errors
 from svftool.checkpoints.pickle_file import PickleFile
+from svftool.errors import write_errors
 
 
 def save_pickled(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
@@ -10,14 +11,196 @@ from typing import Any
 
 from svftool.checkpoints.base import TensorInfo
 from svftool.checkpoints.dtypes import DECOMPOSABLE, FLOAT8
-from svftool.checkpoints.roles import (
-    QUANTISATION,
-    is_expert_stack,
-    output_heads,
-    table_role,
-)
 from svftool.checkpoints.views import View, matrix_shape
 from svftool.errors import UsageError
+
+# What a tensor is for, judged by its name: embedding, output head, table, scale, experts.
+
+
+QUANTISATION = "quantisation scale or packed integers"
+_TOKENS = "token embedding"
+_MASK = "attention mask"
+
+# The first rule that matches the whole of a tensor's owner counts.
+_RULES: tuple[tuple[str, re.Pattern[str]], ...] = (
+    (
+        QUANTISATION,
+        re.compile(
+            r"(.+_)?scale(_inv|_2)|(weight|input|output|activation|act|k|v|q)_scale|SCB"
+            r"|(.+_)?scales|scales?_and_zeros?|q?zeros|(.+_)?zero_points?|g_idx"
+            r"|qweight|weight_(packed|shape)|.+_blocks|(nested_)?(absmax|quant_map)"
+        ),
+    ),
+    (
+        "relative position table",
+        re.compile(
+            r"rel(ative)?_pos(ition)?s?(_bias|_embedding)?(_table|_index|_embeddings?|_[hwdtkv])?"
+            r"|relative_attention_bias|rel_embeddings|(height|width)_rel"
+        ),
+    ),
+    (
+        "attention bias table",
+        re.compile(r"(attention|attn)_bias(es)?|pos_bias_[uv]|r_[wrs]_bias"),
+    ),
+    (_MASK, re.compile(r"(.+_)?mask")),
+    ("bias of several dimensions", re.compile(r"(.+_)?bias")),
+    (
+        "position embedding",
+        re.compile(
+            r"(.+_)?pos(ition(al)?)?_?(emb|embed|embeds|embeddings?|encodings?|enc)(_.+)?"
+            r"|wpe|pe|embed_positions?|(cos|sin)_cached|(time|temporal)_(embed|embeddings?)"
+        ),
+    ),
+    (
+        _TOKENS,
+        re.compile(
+            r"(?!patch|input|frame|audio|image|visual|pixel)(.+_)?(emb|embed|embeds|embeddings?)"
+            r"|wte|(.+_)?embed_tokens(_.+)?|embed_in|shared"
+            r"|(cls|dist|mask|reg|register|query|storage|latent)_tokens?"
+        ),
+    ),
+)
+
+# Modules around a whole network, which say nothing about the place of a layer in it.
+_WRAPPERS = frozenset({"module", "_orig_mod", "model", "net", "network", "backbone"})
+
+_HEAD_ANYWHERE = re.compile(
+    r"(.+_)?lm_head|lm_loss|embed_out|output_projection|qa_outputs|seq_relationship|logits"
+    r"|(?!pre_)(.+_)?classifier|last_linear|conv_seg|class_embed"
+    r"|cls_score|cls_logits|bbox_(pred|reg)|mask_fcn_logits"
+)
+_HEAD_AT_TOP = re.compile(
+    r"heads?|head_dist|fc|score|(aux_)?classifier|last_linear|(classification|segmentation)_head"
+)
+_HEAD_IF_NO_OTHER = ("linear", "output", "proj_out")
+_FINAL = re.compile(r"heads?|fc|linear|l|out_proj|out|decoder|last_layer|logits|score|classifier")
+
+# Not experts.0.w1: an expert with a module of its own has matrices like any layer.
+_EXPERTS = re.compile(r"(^|[._])experts?(?!\.\d)([._]|$)")
+_MIXTURE = re.compile(r"moe|expert", re.IGNORECASE)
+_EXPERT_COUNTS = ("num_local_experts", "num_experts", "n_routed_experts", "moe_num_experts")
+
+
+def owner(name: str) -> str:
+    """Return the module of a weight, or a tensor's own name where it is no module's weight.
+
+    Examples
+    --------
+    >>> owner("transformer.wte.weight"), owner("blocks.0.attn.relative_position_bias_table")
+    ('wte', 'relative_position_bias_table')
+    """
+    parts = name.split(".")
+    return parts[-2] if len(parts) > 1 and parts[-1] == "weight" else parts[-1]
+
+
+def table_role(info: TensorInfo) -> str | None:
+    """Return what a tensor is if it is a table rather than a weight that maps, else None.
+
+    Examples
+    --------
+    >>> import torch
+    >>> info = TensorInfo("transformer.wpe.weight", torch.float32, (1024, 768), "model.safetensors")
+    >>> table_role(info)
+    'position embedding'
+    """
+    who = owner(info.name)
+    role = next((role for role, pattern in _RULES if pattern.fullmatch(who)), None)
+    return None if role is not None and _is_layer(info, who, role) else role
+
+
+def _is_layer(info: TensorInfo, who: str, role: str) -> bool:
+    """Tell a layer that maps from a table that has the same name."""
+    if role == _MASK:
+        return info.name.endswith(".weight")
+    if role == _TOKENS:
+        return len(info.shape) > 3 or (who == "shared" and info.name.count(".") > 2)
+    return False
+
+
+def output_heads(infos: Iterable[TensorInfo]) -> frozenset[str]:
+    """Return the names of the weights that are the network's output heads.
+
+    Parameters
+    ----------
+    infos : iterable of TensorInfo
+        All tensors of the checkpoint: whether a layer is the head depends on what else there is.
+    """
+    paths = {
+        info.name: _module_path(info.name)
+        for info in infos
+        if len(info.shape) > 1 and re.search(r"\.weight(_\w+)?$", info.name)
+    }
+    heads = {name for name, path in paths.items() if _is_head(path)}
+    heads |= _last_at_top(paths, heads)
+    if not heads:
+        heads = {
+            name for name, path in paths.items() if len(path) == 1 and path[0] in _HEAD_IF_NO_OTHER
+        }
+    return frozenset(heads)
+
+
+def _module_path(name: str) -> tuple[str, ...]:
+    """Return the modules that lead to a tensor, without wrappers at the front."""
+    parts = name.split(".")[:-1]
+    while len(parts) > 1 and parts[0] in _WRAPPERS:
+        parts = parts[1:]
+    return tuple(parts)
+
+
+def _is_head(path: tuple[str, ...]) -> bool:
+    """Recognise a head by its own name, or a plain name inside a head."""
+    inner, outer = path[-1], path[-2] if len(path) > 1 else ""
+    if inner == "decoder":
+        return outer in ("predictions", "lm_head")
+    if inner == "out_proj":
+        return outer == "classifier" or outer.endswith("classification_head")
+    return bool(_HEAD_ANYWHERE.fullmatch(inner))
+
+
+def _last_at_top(paths: Mapping[str, tuple[str, ...]], known: set[str]) -> set[str]:
+    """Return the last layer of each block at the top that is a head by the block's name.
+
+    Blocks that hold one of the `known` heads are left out.
+    """
+    blocks: dict[str, list[str]] = {}
+    for name, path in paths.items():
+        if _HEAD_AT_TOP.fullmatch(path[0]):
+            blocks.setdefault(path[0], []).append(name)
+    found = set()
+    for names in blocks.values():
+        if known.isdisjoint(names):
+            final = [name for name in names if _FINAL.fullmatch(paths[name][-1])] or names
+            depth = min(len(paths[name]) for name in final)
+            shallow = [name for name in final if len(paths[name]) == depth]
+            found.add(max(shallow, key=lambda name: _natural(paths[name])))
+    return found
+
+
+def _natural(path: tuple[str, ...]) -> list[tuple[int, str]]:
+    """Return a key that sorts numbered modules by their number."""
+    return [(int(part), "") if part.isdecimal() else (-1, part) for part in path]
+
+
+def is_expert_stack(info: TensorInfo, config: Mapping[str, Any] | None = None) -> bool:
+    """Tell whether a 3-D tensor is one matrix for each expert of a mixture.
+
+    Parameters
+    ----------
+    info : TensorInfo
+    config : mapping, optional
+        ``config.json``: the number of experts tells where the name does not say ``experts``.
+    """
+    if len(info.shape) != 3:
+        return False
+    if _EXPERTS.search(info.name):
+        return True
+    return bool(_MIXTURE.search(info.name)) and info.shape[0] in _expert_counts(config or {})
+
+
+def _expert_counts(config: Mapping[str, Any]) -> set[int]:
+    nested = [value for value in config.values() if isinstance(value, Mapping)]
+    counts = [one.get(key) for one in (config, *nested) for key in _EXPERT_COUNTS]
+    return {count for count in counts if isinstance(count, int)}
 
 
 @dataclass(frozen=True)

@@ -9,8 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from svftool.checkpoints.base import TensorInfo
-from svftool.checkpoints.failures import write_errors
-from svftool.errors import UsageError
+from svftool.errors import UsageError, write_errors
 
 
 def write_index(

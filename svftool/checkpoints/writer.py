@@ -15,10 +15,9 @@ from torch import Tensor
 
 from svftool.checkpoints.base import TensorInfo
 from svftool.checkpoints.dtypes import byte_size
-from svftool.checkpoints.failures import write_errors
 from svftool.checkpoints.header import format_header
 from svftool.checkpoints.sharding import shard_names, write_index
-from svftool.errors import ResourceError, shortlist
+from svftool.errors import ResourceError, shortlist, write_errors
 
 Layout = Mapping[str, tuple[torch.dtype, tuple[int, ...]]]
 

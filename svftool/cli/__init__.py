@@ -15,7 +15,7 @@ import typer
 from typer.core import TyperGroup
 
 from svftool.cli import decompose, demo, evaluate, extract, finetune, inspect, merge
-from svftool.cli.console import stderr
+from svftool.cli.common import stderr
 from svftool.cli.signature import expanded
 from svftool.errors import SvftoolError
 from svftool.report.text import safe

@@ -7,8 +7,7 @@ from typing import Annotated, Any
 
 import typer
 
-from svftool.cli.common import Display, ForceOption
-from svftool.cli.console import stdout
+from svftool.cli.common import Display, ForceOption, stdout
 
 NAME = "demo"
 EXAMPLE = "Example: svftool demo digits"

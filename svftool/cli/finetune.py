@@ -233,8 +233,11 @@ def command(
     from svftool.stages.finetune import finetune
 
     # The same command has drawn what --resume goes on from.
-    drawing = ReportFile(logs.report, force=force or resume, apart=(factors, data, output))
-    drawing.check()
+    apart = (factors, data, output)
+    drawing = None
+    if logs.report is not None:
+        drawing = ReportFile(logs.report, force=force or resume, apart=apart)
+        drawing.check()
     result = finetune(
         factors,
         data=data,
@@ -259,7 +262,7 @@ def command(
         **options_of(task, options),
     )
     display.emit(document(result), view(result))
-    if is_first_process():
+    if drawing is not None and is_first_process():
         drawing.write(result)
     if result.interrupted is not None:
         raise typer.Exit(SIGNAL_EXIT + result.interrupted)

@@ -15,7 +15,8 @@ from typing import Annotated, Any, Literal, Union, get_args, get_origin, get_typ
 import typer
 
 from svftool.errors import UsageError
-from svftool.tasks.options import TASKS, Option, choices_of, flag_of, options_in
+from svftool.tasks.option import Option, choices_of, flag_of, options_in
+from svftool.tasks.options import TASKS
 
 
 @dataclass(frozen=True)

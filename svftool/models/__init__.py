@@ -1,7 +1,6 @@
 """A model spec and a checkpoint -> a live model with exactly the checkpoint's weights."""
 
-from svftool.models.build import build_model
-from svftool.models.heads import find_head
+from svftool.models.build import build_model, find_head
 from svftool.models.load import load_weights
 from svftool.models.preprocessing import (
     DEFAULT_PREPROCESSING,

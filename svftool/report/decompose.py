@@ -10,8 +10,7 @@ from rich.text import Text
 
 from svftool.factors import LayerRecord
 from svftool.report import json
-from svftool.report.tables import by_reason, plain_table
-from svftool.report.text import display_names, safe, seconds, shape, size
+from svftool.report.text import by_reason, display_names, plain_table, safe, seconds, shape, size
 from svftool.stages.decompose import DecomposeResult, DecompositionPlan
 from svftool.stages.factorise import LayerPlan
 

@@ -9,8 +9,7 @@ from rich.table import Table
 from rich.text import Text
 
 from svftool.report import json
-from svftool.report.tables import plain_table
-from svftool.report.text import safe
+from svftool.report.text import plain_table, safe
 from svftool.stages.evaluate_result import EvaluateResult, result_fields
 
 

@@ -11,7 +11,7 @@ from rich.table import Table
 from rich.text import Text
 
 from svftool.report.published import PublishedRow, published_rows
-from svftool.report.tables import plain_table
+from svftool.report.text import plain_table
 from svftool.training import Run, Summary
 from svftool.training.results import FinetuneResult
 
@@ -20,11 +20,6 @@ CHOSEN_BY = {
     "novel": "weights chosen on NOVEL classes, as the papers' code does",
     "last": "last weights taken",
 }
-
-
-def has_folds(result: FinetuneResult) -> bool:
-    """Whether the runs are told apart by the fold of classes that they were tested on."""
-    return any("fold" in run.facts for run in result.runs)
 
 
 def tables(result: FinetuneResult) -> RenderableType:

@@ -9,9 +9,8 @@ from rich.console import Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
-from svftool.report import few_shot, json
-from svftool.report.tables import plain_table
-from svftool.report.text import safe
+from svftool.report import json
+from svftool.report.text import plain_table, safe
 from svftool.report.text import seconds as duration
 from svftool.training import Run, Summary
 from svftool.training.results import FinetuneResult, result_fields
@@ -27,8 +26,7 @@ def document(result: FinetuneResult) -> dict[str, Any]:
 
 def view(result: FinetuneResult) -> RenderableType:
     """Return the result for people: one row a regime, and what is to be said about it."""
-    by_fold = few_shot.has_folds(result)
-    parts: list[RenderableType] = [few_shot.tables(result) if by_fold else _table(result), ""]
+    parts: list[RenderableType] = [_tables(result), ""]
     if result.interrupted is not None:
         parts.append(
             Text(
@@ -38,6 +36,14 @@ def view(result: FinetuneResult) -> RenderableType:
     parts += [Text(_verdict(one), "bold red") for one in result.summary if one.worse]
     parts += [Text(line) for line in _rates(result.runs)]
     return Group(*parts, Text("tuned: ").append(safe(str(result.output)), "bold"))
+
+
+def _tables(result: FinetuneResult) -> RenderableType:
+    if not result.has_folds:
+        return _table(result)
+    from svftool.report import few_shot
+
+    return few_shot.tables(result)
 
 
 def _table(result: FinetuneResult) -> Table:

@@ -9,8 +9,7 @@ from rich.text import Text
 
 from svftool.errors import shortlist
 from svftool.report import json
-from svftool.report.tables import plain_table
-from svftool.report.text import display_names, safe
+from svftool.report.text import display_names, plain_table, safe
 from svftool.stages.merge import MergeResult
 
 MOST_ROWS = 12

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
+
+from rich.table import Table
+from rich.text import Text
 
 _CONTROL = re.compile(r"[\x00-\x1f\x7f-\x9f\u200e\u200f\u202a-\u202e\u2066-\u2069]")
 
@@ -104,3 +107,27 @@ def display_names(names: Iterable[str], width: int) -> dict[str, str]:
     head = "".join(f"{part}." for part in first[:shared])
     tail = ".weight" if all(name.endswith(".weight") for name in listed) else ""
     return {name: short(safe(name.removeprefix(head).removesuffix(tail)), width) for name in listed}
+
+
+# Pieces of rich tables that several reports share.
+
+
+def plain_table() -> Table:
+    """Return a table without outer lines, as all reports draw it."""
+    return Table(
+        box=None, pad_edge=False, padding=(0, 2, 0, 0), header_style="bold", title_justify="left"
+    )
+
+
+def by_reason(left_whole: Mapping[str, str], limit: int = 3) -> Table:
+    """Group names by the reason they share, the most frequent first."""
+    groups: dict[str, list[str]] = {}
+    for name, reason in left_whole.items():
+        groups.setdefault(reason, []).append(safe(name))
+    table = plain_table()
+    table.add_column("left whole", justify="right")
+    table.add_column("why")
+    table.add_column("such as", style="dim", overflow="ellipsis", no_wrap=True)
+    for reason, names in sorted(groups.items(), key=lambda item: -len(item[1])):
+        table.add_row(str(len(names)), Text(safe(reason)), Text(short(names[0], 30)))
+    return table

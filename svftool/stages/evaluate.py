@@ -31,7 +31,8 @@ from svftool.progress import SILENT, Progress
 from svftool.stages.catalogue import ModelFacts, make_tasks
 from svftool.stages.evaluate_result import EvaluateResult, Evaluation
 from svftool.tasks.base import Draw, Predicts, Prepared, Task
-from svftool.tasks.options import TASKS, options_in, recorded
+from svftool.tasks.option import options_in
+from svftool.tasks.options import TASKS, recorded
 
 SIZES = ("image_size", "crop", "short_side")
 """What a task says of the size of its images."""

@@ -12,11 +12,10 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
-from svftool.errors import DataError, ModelError, shortlist
+from svftool.errors import DataError, MissingDependencyError, ModelError, shortlist
 from svftool.models import DEFAULT_PREPROCESSING, Preprocessing, find_head
 from svftool.progress import SILENT, Progress
 from svftool.tasks.base import Part, Prepared, TaskMetric, device_of
-from svftool.tasks.class_names import check_labels, class_names
 from svftool.tasks.heads import (
     head_inputs,
     logits_of,
@@ -25,8 +24,7 @@ from svftool.tasks.heads import (
     require_module,
     start_head,
 )
-from svftool.tasks.images import list_images, short_name
-from svftool.tasks.metrics import ClassificationCount
+from svftool.tasks.images import check_labels, class_names, list_images, short_name
 from svftool.tasks.options import ClassificationOptions, StrPath
 from svftool.tasks.splits import (
     balanced_order,
@@ -37,6 +35,68 @@ from svftool.tasks.splits import (
     require_query,
 )
 from svftool.tasks.views import ImageSet, choose_view
+
+# Metrics of classification, counted over batches.
+
+
+class ClassificationCount:
+    """Running confusion matrix and mean cross-entropy.
+
+    Parameters
+    ----------
+    classes : int
+        Number of classes.
+
+    Examples
+    --------
+    >>> import torch
+    >>> count = ClassificationCount(2)
+    >>> count.add(torch.tensor([[2.0, 0.0], [2.0, 0.0], [2.0, 0.0]]), torch.tensor([0, 0, 1]))
+    >>> result = count.result()
+    >>> round(result["accuracy"], 3), result["class_accuracy"]
+    (0.667, 0.5)
+    """
+
+    def __init__(self, classes: int) -> None:
+        self._classes = classes
+        self._confusion: Any = None
+        self._loss = 0.0
+
+    def add(self, logits: Tensor, labels: Tensor) -> None:
+        """Count one batch.
+
+        Parameters
+        ----------
+        logits : (N, C) Tensor
+        labels : (N,) int64 Tensor
+        """
+        if self._confusion is None:
+            self._confusion = _confusion_matrix(self._classes).to(labels.device)
+        logits = logits.float()
+        self._confusion.update(logits.argmax(1), labels)
+        self._loss += float(cross_entropy(logits, labels, reduction="sum"))
+
+    def result(self) -> dict[str, float]:
+        """Accuracy, its mean over the classes that occur, and the mean loss in nats."""
+        counts = self._confusion.compute().double()
+        of_class, right = counts.sum(1), counts.diagonal()
+        occurs = of_class > 0
+        return {
+            "accuracy": float(right.sum() / of_class.sum()),
+            "class_accuracy": float((right[occurs] / of_class[occurs]).mean()),
+            "loss": self._loss / float(of_class.sum()),
+        }
+
+
+def _confusion_matrix(classes: int) -> Any:
+    try:
+        from torchmetrics.classification import MulticlassConfusionMatrix
+    except ImportError:
+        purpose = "measuring accuracy"
+        raise MissingDependencyError("torchmetrics", extra="vision", purpose=purpose) from None
+    # One process measures while the others wait: torchmetrics would wait for them in turn.
+    return MulticlassConfusionMatrix(classes, sync_on_compute=False)
+
 
 SINGLE_EXAMPLE_RATE = 0.1
 """Share of the head's learning rate where each class has one example, which is its class mean."""

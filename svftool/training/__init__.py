@@ -1,16 +1,15 @@
 """The training loop, its optimisers, and the comparison of regimes over seeds."""
 
 from svftool.training.compare import compare
-from svftool.training.group import ALONE, Ranks, joined_ranks
-from svftool.training.interrupt import Interruption
-from svftool.training.journal import Journal
+from svftool.training.group import ALONE, Interruption, Ranks, joined_ranks
 from svftool.training.loop import Ending, Log, Outcome, train
 from svftool.training.plan import Run, TrainingPlan, file_stem
+from svftool.training.results import Summary, interval, summarise
 from svftool.training.settings import Settings
 from svftool.training.state import State, StateFile
-from svftool.training.summary import Summary, interval, summarise
 from svftool.training.trackers import Trackers
 from svftool.training.trials import Trial, Tuning, tuning_to_plain
+from svftool.training.workspace import Journal
 
 __all__ = [
     "ALONE",

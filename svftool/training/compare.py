@@ -16,14 +16,13 @@ from svftool.machine import explain_out_of_memory, peak_memory, reset_peak_memor
 from svftool.progress import SILENT, Progress
 from svftool.tasks.base import Draw, Illustrated, Prepared, Task, TaskMetric
 from svftool.training.batches import derived_seed, repeatable
-from svftool.training.group import ALONE, Ranks
-from svftool.training.interrupt import Interruption
-from svftool.training.journal import Journal
+from svftool.training.group import ALONE, Interruption, Ranks
 from svftool.training.loop import Outcome, train
 from svftool.training.plan import Run, TrainingPlan, file_stem
 from svftool.training.trackers import Logbook, Trackers
 from svftool.training.trials import Tuning
 from svftool.training.tune import Tuner
+from svftool.training.workspace import Journal
 
 Save = Callable[[Run, Trainable, Task], Path]
 

@@ -16,8 +16,7 @@ from svftool.machine import explain_out_of_memory
 from svftool.progress import SILENT, Progress
 from svftool.tasks.base import Draw, TaskMetric
 from svftool.training.batches import Batches, repeatable
-from svftool.training.group import ALONE, Ranks
-from svftool.training.interrupt import Interruption
+from svftool.training.group import ALONE, Interruption, Ranks
 from svftool.training.optimise import Optimiser
 from svftool.training.settings import Settings
 from svftool.training.state import State, StateFile

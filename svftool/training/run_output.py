@@ -16,7 +16,8 @@ from svftool.factors.dense import write_dense
 from svftool.factors.mixture import Expert, Mixture
 from svftool.progress import SILENT
 from svftool.tasks.base import Task
-from svftool.training import Run, Settings, file_stem
+from svftool.training.plan import Run, file_stem
+from svftool.training.settings import Settings
 
 TUNED_SUFFIX = ".svf.safetensors"
 

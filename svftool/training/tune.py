@@ -9,12 +9,11 @@ from dataclasses import dataclass, replace
 from svftool.attaching import Trainable
 from svftool.progress import SILENT, Progress
 from svftool.tasks.base import Draw, Subdivides, TaskMetric
-from svftool.training.group import ALONE, Ranks
-from svftool.training.interrupt import Interruption
-from svftool.training.journal import Journal
+from svftool.training.group import ALONE, Interruption, Ranks
 from svftool.training.loop import train
 from svftool.training.settings import Settings
 from svftool.training.trials import Trial, Tuning, choose
+from svftool.training.workspace import Journal
 
 FACTORS = (1 / 9, 1 / 3, 1.0, 3.0, 9.0)
 """What the rates of every kind of parameter are multiplied by together."""

@@ -13,8 +13,7 @@ from svftool.auditing import VERDICTS, AuditResult, Comparison, Row, Trajectory,
 from svftool.auditing.policy import Violation
 from svftool.report.inspect.marks import COLOURS, bar, block_of, number, sparkline
 from svftool.report.inspect.unread import unread
-from svftool.report.tables import plain_table
-from svftool.report.text import display_names, safe, shape, short
+from svftool.report.text import display_names, plain_table, safe, shape, short
 
 MOST_ROWS = 20
 NAME_WIDTH = 24

@@ -20,15 +20,15 @@ class ReportFile:
 
     Attributes
     ----------
-    path : Path or None
-        The file, whose suffix says what it is; None for none.
+    path : Path
+        The file, whose suffix says what it is.
     force : bool
         Replace an existing file.
     apart : sequence of Path
         Inputs and output of the training, which the report may not touch.
     """
 
-    path: Path | None
+    path: Path
     force: bool
     apart: Sequence[Path]
 
@@ -42,8 +42,6 @@ class ReportFile:
         MissingDependencyError
             If a package that draws is not installed.
         """
-        if self.path is None:
-            return
         if self.path.suffix.lower() not in SUFFIXES:
             raise UsageError(
                 f"{self.path}: suffix {self.path.suffix!r}, expected {', '.join(SUFFIXES)}"
@@ -70,7 +68,7 @@ class ReportFile:
 
     @property
     def _kind(self) -> str:
-        return "" if self.path is None else self.path.suffix.lower().lstrip(".")
+        return self.path.suffix.lower().lstrip(".")
 
     def write(self, result: FinetuneResult) -> None:
         """Write what was asked for, complete or not at all.
@@ -80,8 +78,6 @@ class ReportFile:
         ResourceError
             If the disk refuses it.
         """
-        if self.path is None:
-            return
         from svftool.report.training.figure import save_figure
         from svftool.report.training.page import page
 

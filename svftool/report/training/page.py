@@ -47,7 +47,7 @@ def page(result: FinetuneResult) -> str:
         version=__version__,
         title=safe(result.output.name),
         lead=_lead(result),
-        rules=safe(few_shot.rules(result)) if few_shot.has_folds(result) else "",
+        rules=safe(few_shot.rules(result)) if result.has_folds else "",
         interrupted=result.interrupted is not None,
         figure=_adapted(figure.svg(result)),
         unit=" %" if result.metric in FRACTIONS else "",
