@@ -8,7 +8,7 @@ shift 2
 
 svftool decompose "$data/checkpoints/stories260K" -o "$output/factors"
 
-# Rates of language models this small are above the default; docs/results.md tells how 0.03 was found.
+# Rates of language models this small are above the default; docs/experiments/shakespeare.md tells how 0.03 was found.
 svftool finetune "$output/factors" -o "$output/play.svf.safetensors" --task language \
     --data "$data/text/shakespeare_train.jsonl" --eval "$data/text/shakespeare_eval.jsonl" \
     --sequence-length 128 --batch-size 8 --lr 0.03 "$@"
