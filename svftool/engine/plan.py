@@ -11,12 +11,19 @@ import torch
 
 from svftool.engine.rank_rule import FULL, RankRule
 
+# Seconds an operation on one core of the machine in docs/performance.md, which does 42 GFLOP/s in
+# float64 and 89 in float32. The Gram matrix (m n^2 operations, half of a product) and the product
+# for the left vectors (2 m n k in float32) run at nine tenths of that. The eigenproblem and the
+# checks are as timed there; docs/scale.md says how far off the whole is.
 _LAYER = 1e-3
 _GRAM = 2.6e-11
 _PRODUCT = 2.5e-11
 _VECTORS = 1.8e-10
 _VALUES = 1.0e-10
 _CHECK = 6e-9
+
+# Bytes a column of the short side: a tile of 1024 rows in float64, with its single-precision copy
+# and the work space of LAPACK.
 _SCRATCH = 1024 * 20
 
 AHEAD = 2

@@ -17,11 +17,15 @@ from torch import Tensor
 from svftool.numerics.tall import Tall, Thin, cuts
 from svftool.numerics.threads import ThreadPool
 
+# The estimate of an error of rank 8 or more has a standard deviation of a quarter with this many.
 PROBES = 8
 _SEED = 0x5BD
+
+# A column whose probed image is this short has no entry near the bound of 1e-5; the others are
+# looked at entry by entry, so many at a time that the products stay in cache.
 _CLEAR = 2e-6
-_ROWS = 256
 _SUSPECTS = 128
+_ROWS = 256
 
 
 @cache

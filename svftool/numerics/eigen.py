@@ -47,6 +47,8 @@ def block_reflector(rows: Tensor, tau: Tensor) -> tuple[Tensor, Tensor]:
 # A large symmetric matrix is brought to a band, and the band to tridiagonal form.
 
 
+# Diagonals of the band: a wider one makes the products of the first reduction larger, and the
+# second reduction, which one core does alone, longer.
 WIDTH = 48
 _BAND_TILE = 512
 
@@ -127,13 +129,22 @@ def _band(G: Tensor) -> Tensor:
     return band
 
 
+# Tiles and blocks are sized to the caches: 2**19 entries are 4 MiB in float64.
 _TILE = 1024
 _PANEL = 48
-_FEW = 3
-_SMALL, _LARGE = 160, 2560
 _ROWS = 384
 _GRAM_ROWS = 512
 _BLOCK_ENTRIES = 2**19
+
+# Up to a third of the eigenvectors come from inverse iteration, more from divide and conquer. Timed
+# on an Intel core at n = 768 and 1536: a third takes 1.5 and 1.8 times as long as all by divide and
+# conquer, an eighth 0.6 times. The audit asks for ten.
+_FEW = 3
+
+# Up to the first side torch's own eigh is taken: on an Intel core with MKL it takes 0.5 times as
+# long there, and 0.8 times at 384; the processor of docs/performance.md set the number. From the
+# second on the way by a band is faster for values (VGG-16 there).
+_SMALL, _LARGE = 160, 2560
 
 
 def gram(A: Tall, pool: ThreadPool) -> Tensor:

@@ -23,8 +23,16 @@ from svftool.numerics.eigen import eigenvectors, gram
 from svftool.numerics.tall import ALL, Choose, Tall, Thin, tall
 from svftool.numerics.threads import ThreadPool
 
+# Left vectors are divided by the singular value, which magnifies rounding: above this share of the
+# root mean square single precision keeps columns orthogonal to 6e-8 / 0.03, a fifth of the bound.
 SINGLE = 0.03
+
+# The Gram matrix squares the condition number: below 1e-4 of the largest value, float64 keeps fewer
+# than 8 of its 16 digits, and the values from there on are found again in what the others leave.
 _DEEP = 1e-4
+
+# Below this share of the largest value there is rounding alone: float64 has 2.2e-16, and a sum of a
+# few hundred thousand products loses less than three digits.
 _NULL = 1e-13
 
 

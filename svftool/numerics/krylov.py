@@ -33,12 +33,28 @@ from svftool.numerics.threads import ThreadPool
 VALUES_BOUND = 1e-6
 """Error of the singular values that is promised, relative to the largest."""
 
+# Vectors a step: enough for products at full speed, few enough for many powers of A'A.
 BLOCK = 32
+
+# Held to less than the bound, because a residual is measured in single precision.
 _AIM = 8e-7
+
+# A flat spectrum does not converge before the space is everything. With this share of the steps
+# done and an error still this large, four digits would have to come in the rest.
 _HALFWAY, _HOPELESS = 0.6, 5e-3
+
+# Steps after which a second look must find the same values: one look may miss a direction that the
+# random start hardly holds, and four steps of 32 multiply it by many powers.
 _CONFIRM = 4
+
+# The foreseen residual leaves rounding out, so it may be off by this factor before one is measured.
 _FORESEEN = 2.0
+
+# The next look comes when the space has grown by this factor, the larger one while the error is
+# far.
 _GROWTH, _LEAP, _FAR = 1.125, 1.375, 1e-4
+
+# Rows and columns of a block, which stay in a core's cache.
 _CUT = 1024
 _ROWS = 128
 

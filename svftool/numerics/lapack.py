@@ -21,6 +21,9 @@ LARGEST = 40_000
 
 _ROUTINES = ("dsyrk", "dsytrd", "dsbtrd", "dsterf", "dstedc", "dstemr")
 _BLOCK = 64
+
+# Rows whose length is a multiple of 128 numbers fall on the same few sets of a cache: a gap of one
+# cache line moves them apart.
 _EVEN, _GAP = 128, 8
 
 

@@ -14,6 +14,8 @@ from svftool.errors import NumericalError
 Rank = int | Callable[[Tensor], int]
 
 _ROWS, _ROWS_OF_A_DEVICE = 1024, 16384
+
+# Matrices whose largest entry is within 2**-24 and 2**24 square without loss: they are not scaled.
 _MODEST = 24
 _WIDE = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 

@@ -18,6 +18,7 @@ from typing import Any, Self
 
 import torch
 
+# Seconds to wait for a thread when the work has failed: it may be in a long call of LAPACK.
 _PATIENCE = 1.0
 
 
