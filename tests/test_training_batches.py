@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from svftool.tasks.base import Draw
 from svftool.tasks.classification import Classification
 from svftool.tasks.segmentation import Segmentation
-from svftool.training import Ranks, Settings
+from svftool.training import Group, Settings
 from svftool.training.batches import Batches
 
 Made = tuple[Draw, nn.Module]
@@ -37,7 +37,7 @@ class Pixels(nn.Module):
 
 
 @dataclass(frozen=True)
-class Simulated(Ranks):
+class Simulated(Group):
     """A process whose companions are simulated: what they will say is known, or only listened to.
 
     Attributes
@@ -90,10 +90,10 @@ def language(folder: Path) -> Made:
     return task.draw(0), AutoModelForCausalLM.from_pretrained(folder / "model")
 
 
-def gradients(draw: Draw, model: nn.Module, batch_size: int, ranks: Ranks) -> list[Tensor]:
+def gradients(draw: Draw, model: nn.Module, batch_size: int, group: Group) -> list[Tensor]:
     parameters = list(model.parameters())
     settings = Settings(batch_size=batch_size, steps=4)
-    batches = Batches(model, parameters, draw, settings, seed=0, ranks=ranks)
+    batches = Batches(model, parameters, draw, settings, seed=0, group=group)
     loss, _, _ = batches.loss(1, stop=False)
     return list(torch.autograd.grad(loss, parameters, allow_unused=True, materialize_grads=True))
 
@@ -105,7 +105,7 @@ def test_shares_sum_up_to_the_gradient_of_the_whole(
 ) -> None:
     draw, model = make(tmp_path)
     model.eval()
-    expected = gradients(draw, model, batch_size, Ranks())
+    expected = gradients(draw, model, batch_size, Group())
     assert any(float(value.abs().max()) > 1e-4 for value in expected)
     heard: list[float] = []
     for rank in range(count):

@@ -20,12 +20,12 @@ from svftool.models import build_model
 from svftool.progress import SILENT, Progress
 from svftool.stages.catalogue import ModelFacts, make_tasks
 from svftool.training import (
-    Ranks,
+    Group,
     Settings,
     Trackers,
     TrainingPlan,
     compare,
-    joined_ranks,
+    joined_group,
     summarise,
 )
 from svftool.training.results import (
@@ -159,26 +159,26 @@ def finetune(
     numbers = list(range(seeds)) if isinstance(seeds, int) else list(seeds)
     target = Path(output)
     with ExitStack() as stack:
-        ranks, place = stack.enter_context(joined_ranks(device))
-        trackers = ranks.together(lambda: _trackers(of_run.log_with, of_run.log_dir, target))
-        store = ranks.together(lambda: stack.enter_context(open_factors(factors)))
-        checkpoint = ranks.together(
+        group, place = stack.enter_context(joined_group(device))
+        trackers = group.together(lambda: _trackers(of_run.log_with, of_run.log_dir, target))
+        store = group.together(lambda: stack.enter_context(open_factors(factors)))
+        checkpoint = group.together(
             lambda: stack.enter_context(store.open_base(base, progress=progress))
         )
         work = _claim(
             stack,
-            ranks,
+            group,
             target,
             force=force,
             resume=resume,
             inputs=[store.path, checkpoint.path, Path(data)],
             every=of_run.save_every,
         )
-        models = ranks.together(
+        models = group.together(
             lambda: _Models(model, checkpoint, trust_remote_code=trust_remote_code)
         )
         facts = ModelFacts.of(checkpoint, models.first, trust_remote_code=trust_remote_code)
-        tasks = ranks.together(
+        tasks = group.together(
             lambda: make_tasks(task, Path(data), facts, options, progress=progress)
         )
         itself = is_run_itself(target, chosen, len(chosen) * len(numbers) * len(tasks))
@@ -199,10 +199,10 @@ def finetune(
             },
             trackers=trackers,
         )
-        request = _request(plan, ranks, task=task, model=model, data=Path(data), options=options)
-        ranks.once(lambda: work.begin(request, resume=resume))
+        request = _request(plan, group, task=task, model=model, data=Path(data), options=options)
+        group.once(lambda: work.begin(request, resume=resume))
         writer = RunWriter(target, work.outputs, itself, store, checkpoint, settings)
-        runs, signum = compare(plan, writer, journal=work.journal, ranks=ranks, progress=progress)
+        runs, signum = compare(plan, writer, journal=work.journal, group=group, progress=progress)
         result = FinetuneResult(
             output=target,
             task=task,
@@ -213,7 +213,7 @@ def finetune(
             setting=common_setting([run.setting for run in runs]),
         )
         work.finished = signum is None
-        if ranks.first and work.outputs.is_dir():
+        if group.first and work.outputs.is_dir():
             write_results(result, work.outputs / RESULTS_FILE)
     return result
 
@@ -239,20 +239,20 @@ def _trackers(
     return trackers
 
 
-def _claim(stack: ExitStack, ranks: Ranks, target: Path, **options: Any) -> Workspace:
+def _claim(stack: ExitStack, group: Group, target: Path, **options: Any) -> Workspace:
     """Claim the output in the first process; the others know where it is, and leave it alone."""
 
     def claim() -> None:
         claimed.append(stack.enter_context(open_workspace(target, **options)))
 
     claimed: list[Workspace] = []
-    ranks.once(claim)
+    group.once(claim)
     return claimed[0] if claimed else Workspace(target)
 
 
 def _request(
     plan: TrainingPlan,
-    ranks: Ranks,
+    group: Group,
     *,
     task: str,
     model: str,
@@ -275,7 +275,7 @@ def _request(
         **plan.attaching,
         **asdict(plan.settings),
         "device": plan.device.type,
-        "processes": ranks.count,
+        "processes": group.count,
     }
 
 

@@ -1,7 +1,7 @@
 """The training loop, its optimisers, and the comparison of regimes over seeds."""
 
 from svftool.training.compare import compare
-from svftool.training.group import ALONE, Interruption, Ranks, joined_ranks
+from svftool.training.group import ALONE, Group, Interruption, joined_group
 from svftool.training.loop import Ending, Log, Outcome, train
 from svftool.training.plan import Run, TrainingPlan, file_stem
 from svftool.training.results import Summary, interval, summarise
@@ -14,11 +14,11 @@ from svftool.training.workspace import Journal
 __all__ = [
     "ALONE",
     "Ending",
+    "Group",
     "Interruption",
     "Journal",
     "Log",
     "Outcome",
-    "Ranks",
     "Run",
     "Settings",
     "State",
@@ -31,7 +31,7 @@ __all__ = [
     "compare",
     "file_stem",
     "interval",
-    "joined_ranks",
+    "joined_group",
     "summarise",
     "train",
     "tuning_to_plain",

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from svftool.tasks.base import Counts, Draw, SharesBatches, Steady, to_device
 from svftool.training.frozen import FrozenOutputs
-from svftool.training.group import Ranks
+from svftool.training.group import Group
 from svftool.training.settings import Settings
 
 # Seeds derived from a run's seed, so that any step can be repeated without those before it.
@@ -102,7 +102,7 @@ class Batches:
         Batch size and precision.
     seed : int
         Seed of the run.
-    ranks : Ranks
+    group : Group
         The processes.
     """
 
@@ -114,10 +114,10 @@ class Batches:
         settings: Settings,
         *,
         seed: int,
-        ranks: Ranks,
+        group: Group,
     ) -> None:
         self._model, self._parameters, self._draw = model, parameters, draw
-        self._seed, self._ranks = seed, ranks
+        self._seed, self._ranks = seed, group
         self._device = parameters[0].device
         self._sampler = Sampler(draw, settings.batch_size, seed)
         self._autocast = _AUTOCAST.get(settings.precision)

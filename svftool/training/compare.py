@@ -16,7 +16,7 @@ from svftool.machine import explain_out_of_memory, peak_memory, reset_peak_memor
 from svftool.progress import SILENT, Progress
 from svftool.tasks.base import Draw, Illustrated, Prepared, Task, TaskMetric
 from svftool.training.batches import derived_seed, repeatable
-from svftool.training.group import ALONE, Interruption, Ranks
+from svftool.training.group import ALONE, Group, Interruption
 from svftool.training.loop import Outcome, train
 from svftool.training.plan import Run, TrainingPlan, file_stem
 from svftool.training.trackers import Logbook, Trackers
@@ -32,7 +32,7 @@ def compare(
     save: Save,
     *,
     journal: Journal | None = None,
-    ranks: Ranks = ALONE,
+    group: Group = ALONE,
     progress: Progress = SILENT,
 ) -> tuple[list[Run], signal.Signals | None]:
     """Train every regime with every seed.
@@ -48,7 +48,7 @@ def compare(
         Writes what a run trained, and says where; called once a run, in the first process.
     journal : Journal or None
         Where the comparison goes on, if it was cut short, and where it is kept.
-    ranks : Ranks
+    group : Group
         The processes that train together.
     progress : Progress
         Told how far each run is, and of runs that went wrong.
@@ -59,8 +59,8 @@ def compare(
         The runs, and the signal that cut them short. Interrupted before its first step ends,
         nothing is worth keeping and the signal is raised instead.
     """
-    with Interruption(patient=ranks.count > 1) as interruption:
-        comparison = _Comparison(plan, save, journal, ranks, interruption, progress)
+    with Interruption(patient=group.count > 1) as interruption:
+        comparison = _Comparison(plan, save, journal, group, interruption, progress)
         for seed in plan.seeds:
             for task in plan.tasks:
                 comparison.run_seed(task, seed)
@@ -80,7 +80,7 @@ class _Comparison:
         plan: TrainingPlan,
         save: Save,
         journal: Journal | None,
-        ranks: Ranks,
+        group: Group,
         interruption: Interruption,
         progress: Progress,
     ) -> None:
@@ -90,7 +90,7 @@ class _Comparison:
         self._plan = plan
         self._save = save
         self._journal = journal
-        self._ranks = ranks
+        self._ranks = group
         self._interruption = interruption
         self._progress = progress
 
@@ -177,7 +177,7 @@ class _Comparison:
                 interruption=self._interruption,
                 log=log,
                 saved=None if self._journal is None else self._journal.state_of(stem),
-                ranks=self._ranks,
+                group=self._ranks,
                 progress=self._progress,
             )
             if self._gave_up(outcome):

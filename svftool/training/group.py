@@ -33,7 +33,7 @@ BUCKET_BYTES = 64 << 20
 
 
 @dataclass(frozen=True)
-class Ranks(Processes):
+class Group(Processes):
     """One process among those that train together; the first writes and reports."""
 
     def rows(self, size: int) -> slice:
@@ -41,7 +41,7 @@ class Ranks(Processes):
 
         Examples
         --------
-        >>> [Ranks(rank, 3).rows(8) for rank in range(3)]
+        >>> [Group(rank, 3).rows(8) for rank in range(3)]
         [slice(0, 3, None), slice(3, 6, None), slice(6, 8, None)]
         """
         each, rest = divmod(size, self.count)
@@ -92,7 +92,7 @@ class Ranks(Processes):
             tensor.copy_(part.view_as(tensor))
 
 
-ALONE = Ranks()
+ALONE = Group()
 """The only process."""
 
 
@@ -112,7 +112,7 @@ def _buckets(parameters: Sequence[_Tensor]) -> Iterator[list[_Tensor]]:
 
 
 @contextmanager
-def joined_ranks(device: str) -> Iterator[tuple[Ranks, torch.device]]:
+def joined_group(device: str) -> Iterator[tuple[Group, torch.device]]:
     """Join the processes that ``torchrun`` or ``accelerate launch`` started, if one did.
 
     Parameters
@@ -122,7 +122,7 @@ def joined_ranks(device: str) -> Iterator[tuple[Ranks, torch.device]]:
 
     Yields
     ------
-    Ranks
+    Group
         `ALONE` where there is no launcher; accelerate is not needed then.
     torch.device
         Where this process trains.
@@ -144,7 +144,7 @@ def joined_ranks(device: str) -> Iterator[tuple[Ranks, torch.device]]:
         ) from None
     state = PartialState(cpu=chosen.type == "cpu", timeout=PATIENCE)
     try:
-        yield Ranks(state.process_index, state.num_processes), state.device
+        yield Group(state.process_index, state.num_processes), state.device
     finally:
         state.destroy_process_group()
 

@@ -16,7 +16,7 @@ from svftool.machine import explain_out_of_memory
 from svftool.progress import SILENT, Progress
 from svftool.tasks.base import Draw, TaskMetric
 from svftool.training.batches import Batches, repeatable
-from svftool.training.group import ALONE, Interruption, Ranks
+from svftool.training.group import ALONE, Group, Interruption
 from svftool.training.optimise import Optimiser
 from svftool.training.settings import Settings
 from svftool.training.state import State, StateFile
@@ -187,7 +187,7 @@ def train(
     interruption: Interruption | None = None,
     log: Log | None = None,
     saved: StateFile | None = None,
-    ranks: Ranks = ALONE,
+    group: Group = ALONE,
     progress: Progress = SILENT,
 ) -> Outcome:
     """Train the groups of parameters on the support set; the model is left with the kept weights.
@@ -218,7 +218,7 @@ def train(
         Told of the loss and the learning rates of every step, and of what was measured after it.
     saved : StateFile or None
         Where the run goes on, if it was cut short there, and where its state is kept.
-    ranks : Ranks
+    group : Group
         The processes that share each batch.
 
     Raises
@@ -226,7 +226,7 @@ def train(
     ResourceError
         If memory runs out; says what to lower.
     """
-    run = _Run(model, groups, draw, settings, seed=seed, metric=metric, ranks=ranks)
+    run = _Run(model, groups, draw, settings, seed=seed, metric=metric, group=group)
     device = run.optimiser.parameters[0].device
     with (
         explain_out_of_memory(settings.batch_size),
@@ -270,15 +270,15 @@ class _Run:
         *,
         seed: int,
         metric: TaskMetric,
-        ranks: Ranks,
+        group: Group,
     ) -> None:
         self.steps = settings.step_count(draw.size)
         self.optimiser = Optimiser(groups, settings, steps=self.steps)
         self.done = 0
         self.measured: dict[str, float] = {}
-        self._model, self._draw, self._metric, self._ranks = model, draw, metric, ranks
+        self._model, self._draw, self._metric, self._ranks = model, draw, metric, group
         self._parameters = self.optimiser.parameters
-        self._batches = Batches(model, self._parameters, draw, settings, seed=seed, ranks=ranks)
+        self._batches = Batches(model, self._parameters, draw, settings, seed=seed, group=group)
         self._interval = max(1, self.steps // CHECKS)
         self._first: float | None = None
         self._smooth: float | None = None
@@ -287,7 +287,7 @@ class _Run:
         self._times: list[float] = []
         self._before = 0.0
         self._started = time.perf_counter()
-        ranks.copy_from_first(self._parameters)
+        group.copy_from_first(self._parameters)
         self._best = Best(self._parameters)
         self._buffers: dict[str, Tensor] = {}
 

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from svftool.errors import UsageError
-from svftool.training.group import ALONE, Ranks
+from svftool.training.group import ALONE, Group
 from svftool.training.settings import Settings
 from svftool.training.state import State
 
@@ -85,7 +85,7 @@ class Optimiser:
         """Learning rates of the last step, as ``lr/KIND``."""
         return {f"lr/{group['kind']}": group["lr"] for group in self._inner.param_groups}
 
-    def step(self, loss: Tensor, step: int, ranks: Ranks = ALONE) -> None:
+    def step(self, loss: Tensor, step: int, group: Group = ALONE) -> None:
         """Update every parameter by the gradient of `loss`, at the rate of this step.
 
         Parameters
@@ -94,14 +94,14 @@ class Optimiser:
             Of several processes, each one's part of a sum.
         step : int
             From 0.
-        ranks : Ranks
+        group : Group
             The processes that the gradient is summed over.
         """
-        for group in self._inner.param_groups:
-            group["lr"] = group["peak"] * self.factor(step, group["kind"])
+        for each in self._inner.param_groups:
+            each["lr"] = each["peak"] * self.factor(step, each["kind"])
         alone = step < self._alone
         torch.autograd.backward(self._scaler.scale(loss), inputs=self._head if alone else None)
-        ranks.sum_gradients(self._head if alone else self.parameters)
+        group.sum_gradients(self._head if alone else self.parameters)
         if self._settings.clip is not None:
             self._scaler.unscale_(self._inner)
             nn.utils.clip_grad_norm_(self.parameters, self._settings.clip)

@@ -9,7 +9,7 @@ from dataclasses import dataclass, replace
 from svftool.attaching import Trainable
 from svftool.progress import SILENT, Progress
 from svftool.tasks.base import Draw, Subdivides, TaskMetric
-from svftool.training.group import ALONE, Interruption, Ranks
+from svftool.training.group import ALONE, Group, Interruption
 from svftool.training.loop import train
 from svftool.training.settings import Settings
 from svftool.training.trials import Trial, Tuning, choose
@@ -34,7 +34,7 @@ class Tuner:
         Decides.
     journal : Journal or None
         Where scores are kept, so that they are not measured again.
-    ranks : Ranks
+    group : Group
         The processes that train together; the first one measures.
     interruption : Interruption or None
         Asked before each step whether to stop.
@@ -45,7 +45,7 @@ class Tuner:
     settings: Settings
     metric: TaskMetric
     journal: Journal | None = None
-    ranks: Ranks = ALONE
+    group: Group = ALONE
     interruption: Interruption | None = None
     progress: Progress = SILENT
 
@@ -82,13 +82,13 @@ class Tuner:
             None where it was interrupted.
         """
         steps = self.settings.step_count(draw.size)
-        folds = self.ranks.together(
+        folds = self.group.together(
             lambda: draw.subdivide(FOLDS, seed) if isinstance(draw, Subdivides) else ()
         )
         if not folds:
             return self._default(steps, label)
         record = f"{name}-rates"
-        scores: dict[str, float | None] = dict(self.ranks.once(lambda: self._noted(record)))
+        scores: dict[str, float | None] = dict(self.group.once(lambda: self._noted(record)))
         trials = []
         for factor in FACTORS:
             for number, fold in enumerate(folds):
@@ -99,7 +99,7 @@ class Tuner:
                     if outcome.interrupted:
                         return None
                     scores[key] = outcome.score
-                    self.ranks.once(lambda: self._note(record, scores))
+                    self.group.once(lambda: self._note(record, scores))
             found = tuple(scores[f"{number}: {factor:.3g}"] for number in range(len(folds)))
             trials.append(Trial(factor, found))
         return self._chosen(tuple(trials), steps, label)
@@ -132,7 +132,7 @@ class Tuner:
             metric=self.metric,
             label=label,
             interruption=self.interruption,
-            ranks=self.ranks,
+            group=self.group,
             progress=self.progress,
         )
         if outcome.ending == "interrupted":
@@ -140,7 +140,7 @@ class Tuner:
         if outcome.ending == "diverged":
             return _Tried()
         name = self.metric.name
-        score = self.ranks.measure(fold, trainable.model)[name]
+        score = self.group.measure(fold, trainable.model)[name]
         return _Tried(score if math.isfinite(score) else None)
 
     def _default(self, steps: int, label: str) -> Tuning:
@@ -163,7 +163,7 @@ class Tuner:
         return Tuning(factor, self.metric.name, steps, trials)
 
     def _say(self, message: str) -> None:
-        if self.ranks.first:
+        if self.group.first:
             self.progress.note(message)
 
 
