@@ -80,7 +80,7 @@ class Command:
         return f"{self.experiment}/{self.name}-seed{self.seed}"
 
     def arguments(self, data: Path, work: Path) -> list[str]:
-        """Give the words after ``svftool``."""
+        """Return the words after ``svftool``."""
         where = f"--model {data}/models.py:{self.backbone} --data {data}/images/voc20_pairs"
         words = shlex.split(f"{where} {COMMON} {self.options} --seed {self.seed}")
         factors = work / f"factors-{self.backbone}"
@@ -103,7 +103,7 @@ REGIMES = {
 def by_folds(
     experiment: str, rows: Mapping[str, str], seed: int, common: str, backbone: str = RESNET
 ) -> list[Command]:
-    """Give a command for each row and half of the folds."""
+    """Return a command for each row and half of the folds."""
     return [
         Command(
             experiment,
@@ -200,7 +200,7 @@ def setting_commands() -> list[Command]:
 
 
 def all_commands(seeds: int) -> list[Command]:
-    """Give every command, in an order in which small tables are complete early."""
+    """Return every command, in an order in which small tables are complete early."""
     common = f"{CHOSEN} {TESTED}"
     return [
         *setting_commands(),

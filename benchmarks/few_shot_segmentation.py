@@ -141,7 +141,7 @@ def prepare(case: Case, folder: Path) -> Path:
 
 
 def measure_memory(case: Case, folder: Path, regime: str) -> float:
-    """Give the highest resident size in MB while training, above what is resident before."""
+    """Return the highest resident size in MB while training, above what is resident before."""
     words = [sys.executable, __file__, "--one", regime, "--folder", str(folder)]
     words += ["--case", json.dumps(vars(case))]
     done = subprocess.run(words, check=True, capture_output=True, text=True, env=dict(os.environ))

@@ -187,7 +187,7 @@ def time_steps(case: Case, folder: Path, regimes: list[str], rounds: int) -> lis
 
 
 def product_rate(size: int = 2048) -> float:
-    """Give the operations a second of a large matrix product."""
+    """Return the operations a second of a large matrix product."""
     a = torch.randn(size, size)
     begun = time.perf_counter()
     a @ a
@@ -201,7 +201,7 @@ def resident(field: str) -> int:
 
 
 def measure_memory(case: Case, folder: Path, regime: str, layout: str) -> int:
-    """Give the highest resident size of two steps above that of the libraries."""
+    """Return the highest resident size of two steps above that of the libraries."""
     import peft
     import timm
     import transformers

@@ -43,7 +43,7 @@ class SmallNet(nn.Module):
 
 @pytest.fixture
 def store(tmp_path: Path) -> Iterator[FactorStore]:
-    """Give the factors of a `SmallNet`."""
+    """Yield the factors of a `SmallNet`."""
     save_file(SmallNet().state_dict(), tmp_path / "base.safetensors", metadata={"format": "pt"})
     decompose(tmp_path / "base.safetensors", tmp_path / "factors")
     with open_factors(tmp_path / "factors") as opened:

@@ -61,7 +61,7 @@ def save(run: Run, trainable: Trainable, task: Task) -> Path:
 
 @pytest.fixture
 def store(tmp_path: Path) -> Iterator[FactorStore]:
-    """Give the factors of a `SmallNet`."""
+    """Yield the factors of a `SmallNet`."""
     save_file(SmallNet().state_dict(), tmp_path / "base.safetensors", metadata={"format": "pt"})
     decompose(tmp_path / "base.safetensors", tmp_path / "factors")
     with open_factors(tmp_path / "factors") as opened:

@@ -1,4 +1,4 @@
-"""Hooks that place stand-ins for a forward pass and keep state dictionaries as they were."""
+"""Hooks that place proxies for a forward pass and keep state dictionaries as they were."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from svftool.attaching.fusion import FusionPlan, OwnHook
 from svftool.attaching.layer import PREFIX
-from svftool.attaching.proxy import StandIn
+from svftool.attaching.proxy import Proxy
 from svftool.attaching.weight import AttachedWeight
 from svftool.errors import shortlist
 
@@ -48,7 +48,7 @@ class Enter(Places):
     """Forward pre-hook: shadow each parameter by what this pass is to use."""
 
     def __call__(self, module: nn.Module, args: Any) -> None:
-        """Place a stand-in, or the dense weight where no gradient is asked for."""
+        """Place a proxy, or the dense weight where no gradient is asked for."""
         self._place(module)
 
     def _place(self, module: nn.Module) -> None:
@@ -79,12 +79,12 @@ class EnterRoot(Enter):
     def __call__(  # type: ignore[override]
         self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> None:
-        """Place what the pass is to use, and tell stand-ins what follows them."""
+        """Place what the pass is to use, and tell proxies what follows them."""
         fusions = list(self.plan.fusions(module, args, kwargs)) if torch.is_grad_enabled() else []
         self._place(module)
         for fusion in fusions:
             weight = fusion.layer.__dict__.get("weight")
-            if isinstance(weight, StandIn):
+            if isinstance(weight, Proxy):
                 weight.next_norm, weight.next_relu = fusion.norm, fusion.relu
 
 
@@ -109,8 +109,8 @@ class LeaveRoot(Leave):
     def __call__(self, module: nn.Module, args: Any, output: Any) -> None:
         """Look at what was placed, then take it away."""
         stack = module.__dict__.get(_STACK)
-        standins = [owner.__dict__.get(name) for owner, name, _ in (stack[-1] if stack else ())]
-        recorded = [standin for standin in standins if isinstance(standin, StandIn)]
+        proxies = [owner.__dict__.get(name) for owner, name, _ in (stack[-1] if stack else ())]
+        recorded = [proxy for proxy in proxies if isinstance(proxy, Proxy)]
         if recorded and output is not None and not self._said:
             self._said = True
             idle = [layer.name for s in recorded if not s.used for layer, _ in s.attached.layers()]
@@ -129,7 +129,7 @@ def _present(base: Tensor | None, attached: AttachedWeight) -> Tensor:
         raise RuntimeError("the parameter of an attached layer was removed")
     if torch.is_grad_enabled() and attached.trains:
         attached.forget()
-        return StandIn.of(attached, base)
+        return Proxy.of(attached, base)
     return attached.dense(base)
 
 

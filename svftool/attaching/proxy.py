@@ -1,7 +1,7 @@
 """What stands in for a parameter while its module runs: a tensor that the layer's operation meets.
 
 A module keeps its class, its forward and its frozen parameter. For the time of a forward pass its
-attribute is shadowed by a `StandIn`. When an operation receives it, ``F.linear`` and its like run
+attribute is shadowed by a `Proxy`. When an operation receives it, ``F.linear`` and its like run
 in factored or residual form; every other operation gets the composed weight.
 """
 
@@ -30,11 +30,11 @@ Kernels = Callable[[AttachedLayer, torch.dtype], tuple[Tensor, Tensor]]
 Plain = Callable[[Tensor, Tensor, Tensor | None], Tensor]
 
 
-class StandIn(Tensor):
+class Proxy(Tensor):
     """A live weight whose singular values are trained.
 
     `next_norm` and `next_relu` are what follows the layer and is to be fused in, `used` whether an
-    operation has met the stand-in.
+    operation has met the proxy.
 
     Metadata (shape, dtype, device) is the base weight's. Created for one forward pass, so that the
     composed weight is formed at most once in it.
@@ -48,9 +48,9 @@ class StandIn(Tensor):
     _composed: Tensor | None
 
     @staticmethod
-    def of(attached: AttachedWeight, base: Tensor) -> StandIn:
-        """Make the stand-in of `base`, a frozen parameter."""
-        self = base.detach().as_subclass(StandIn)
+    def of(attached: AttachedWeight, base: Tensor) -> Proxy:
+        """Make the proxy of `base`, a frozen parameter."""
+        self = base.detach().as_subclass(Proxy)
         self.attached, self.base = attached, base.detach()
         self.next_norm = self.next_relu = self._composed = None
         self.used = False
@@ -98,7 +98,7 @@ _METADATA = frozenset(
 
 
 def _dense(value: Any) -> Any:
-    if isinstance(value, StandIn):
+    if isinstance(value, Proxy):
         return value.composed()
     if isinstance(value, (list, tuple)):
         items = [_dense(item) for item in value]
@@ -112,7 +112,7 @@ def _dense(value: Any) -> Any:
 
 def _run(
     x: Tensor,
-    weight: StandIn,
+    weight: Proxy,
     bias: Tensor | None,
     plain: Plain,
     *,
@@ -156,7 +156,7 @@ def _compute_dtype(x: Tensor, weight: Tensor) -> torch.dtype:
 
 
 def _linear(input: Tensor, weight: Any, bias: Tensor | None = None) -> Any:  # noqa: A002
-    if not isinstance(weight, StandIn) or isinstance(input, StandIn):
+    if not isinstance(weight, Proxy) or isinstance(input, Proxy):
         return NotImplemented
     count = input.numel() // max(1, input.shape[-1])
     return _run(input, weight, bias, F.linear, split=LinearMap(), kernels=_rows, positions=count)
@@ -171,7 +171,7 @@ def _columns(layer: AttachedLayer, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
 
 
 def _matmul(input: Tensor, other: Any) -> Any:  # noqa: A002
-    if not isinstance(other, StandIn) or isinstance(input, StandIn) or other.ndim != 2:
+    if not isinstance(other, Proxy) or isinstance(input, Proxy) or other.ndim != 2:
         return NotImplemented
     other.next_norm = other.next_relu = None  # its rows are no output channels
     count = input.numel() // max(1, input.shape[-1])
@@ -184,7 +184,7 @@ def _multiply(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
 
 def _addmm(input: Tensor, mat1: Tensor, mat2: Any, *, beta: float = 1, alpha: float = 1) -> Any:  # noqa: A002
     plain = beta == 1 and alpha == 1 and input.ndim == 1
-    if not plain or not isinstance(mat2, StandIn) or isinstance(mat1, StandIn):
+    if not plain or not isinstance(mat2, Proxy) or isinstance(mat1, Proxy):
         return NotImplemented
     mat2.next_norm = mat2.next_relu = None
     return _run(
@@ -201,7 +201,7 @@ def _embedding(
     scale_grad_by_freq: bool = False,
     sparse: bool = False,
 ) -> Any:
-    if max_norm is not None or scale_grad_by_freq or not isinstance(weight, StandIn):
+    if max_norm is not None or scale_grad_by_freq or not isinstance(weight, Proxy):
         return NotImplemented
     if sparse:
         return F.embedding(input, weight.composed(), padding_idx)
@@ -230,7 +230,7 @@ def _conv(
     dilation: int | tuple[int, ...] = 1,
     groups: int = 1,
 ) -> Any:
-    if not isinstance(weight, StandIn):
+    if not isinstance(weight, Proxy):
         return NotImplemented
     dims = weight.ndim - 2
     x, steps, spread = input, _tuple(stride, dims), _tuple(dilation, dims)
@@ -289,7 +289,7 @@ def _conv_transpose(
     dilation: int | tuple[int, ...] = 1,
 ) -> Any:
     dims = weight.ndim - 2
-    if groups != 1 or not isinstance(weight, StandIn) or input.ndim != dims + 2:
+    if groups != 1 or not isinstance(weight, Proxy) or input.ndim != dims + 2:
         return NotImplemented
     split = TransposedConvMap(
         _tuple(stride, dims),

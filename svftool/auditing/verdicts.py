@@ -92,7 +92,7 @@ class Verdict:
 
 
 def judge(found: Evidence) -> Verdict:
-    """Give the verdict on one matrix or batch of matrices.
+    """Return the verdict on one matrix or batch of matrices.
 
     Parameters
     ----------
@@ -116,7 +116,7 @@ def judge(found: Evidence) -> Verdict:
 
 
 def judge_tensor(found: Evidence) -> Verdict:
-    """Give the verdict on a tensor that is no matrix: a norm, a bias, a counter."""
+    """Return the verdict on a tensor that is no matrix: a norm, a bias, a counter."""
     if found.broken:
         return Verdict(BROKEN, "high", found.broken)
     if found.identical:
@@ -251,7 +251,7 @@ def _full(found: Evidence) -> Verdict:
 def judge_all(
     matrices: Sequence[tuple[Verdict, Evidence | None]], others: Sequence[Verdict]
 ) -> Verdict:
-    """Give the verdict on a whole comparison.
+    """Return the verdict on a whole comparison.
 
     Parameters
     ----------
@@ -285,7 +285,7 @@ def judge_all(
 
 
 def broken_verdict(count: int) -> Verdict:
-    """Give the verdict on a checkpoint with broken tensors."""
+    """Return the verdict on a checkpoint with broken tensors."""
     return Verdict(BROKEN, "high", f"{count} {'tensor is' if count == 1 else 'tensors are'} broken")
 
 

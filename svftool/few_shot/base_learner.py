@@ -64,7 +64,7 @@ class BaseMaps:
         self._places = {label: place for place, label in enumerate(pool.classes, start=1)}
 
     def map(self, pair: ImageMaskPair) -> Mask:
-        """Give the map of a picture, from all the masks that the pool has of it.
+        """Return the map of a picture, from all the masks that the pool has of it.
 
         Returns
         -------
@@ -83,7 +83,7 @@ class BaseMaps:
         return result
 
     def target(self, view: View) -> Tensor:
-        """Give the map on its canvas: (canvas, canvas) uint8."""
+        """Return the map on its canvas: (canvas, canvas) uint8."""
         mask = self.map(view.pair)
         turned = np.ascontiguousarray(mask[:, ::-1]) if view.flipped else mask
         return torch.from_numpy(paste_mask(turned, self._pictures.canvas))
@@ -148,7 +148,7 @@ def train_base_learner(
 
 
 def published_learner(learner: BaseLearner, pool: ImagePool) -> BaseLearner:
-    """Give a frozen copy of a checkpoint's own base learner.
+    """Return a frozen copy of a checkpoint's own base learner.
 
     Raises
     ------
@@ -182,7 +182,7 @@ class BaseProbabilities:
 
     @torch.no_grad()
     def __call__(self, views: Sequence[View]) -> Tensor:
-        """Give (N, classes + 1, h, w) probabilities."""
+        """Return (N, classes + 1, h, w) probabilities."""
         known, missing = recall(self._maps, views)
         if missing:
             maps = self._learner(self._encoder.features(missing).high).softmax(1)
@@ -193,7 +193,7 @@ class BaseProbabilities:
 
     @torch.no_grad()
     def of(self, images: Tensor) -> Tensor:
-        """Give the probabilities of (N, 3, H, W) uint8 canvases that are not worth keeping."""
+        """Return the probabilities of (N, 3, H, W) uint8 canvases that are not worth keeping."""
         maps: Tensor = self._learner(self._encoder.features_of(images).high).softmax(1)
         return maps
 

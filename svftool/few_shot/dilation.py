@@ -44,7 +44,7 @@ def strided_modules(model: nn.Module, stage: str, trace: Trace) -> list[str]:
 
 
 def _parts(module: nn.Module, name: str, trace: Trace) -> Iterator[str]:
-    """Give the next modules inside one that ran themselves; a list of modules does not."""
+    """Yield the next modules inside one that ran themselves; a list of modules does not."""
     for child, inner in module.named_children():
         part = f"{name}.{child}"
         if part in trace.outputs:
@@ -99,7 +99,7 @@ class DilatedAvgPool2d(nn.Module):
         return sums / self._sums(F.pad(ones, _sides(before, after)), maps.shape[-2:])
 
     def extra_repr(self) -> str:
-        """Give windows, dilation and padding as the layers of torch do."""
+        """Return windows, dilation and padding as the layers of torch do."""
         return f"{self.kernel_size}, dilation={self.dilation}, padding={self.padding}"
 
     def _margins(self) -> tuple[tuple[int, int], tuple[int, int]]:
@@ -128,7 +128,7 @@ def _pair(size: int | tuple[int, int]) -> tuple[int, int]:
 
 
 def _sides(before: tuple[int, int], after: tuple[int, int]) -> tuple[int, int, int, int]:
-    """Give the margins in the order of `torch.nn.functional.pad`: the last dimension first."""
+    """Return the margins in the order of `torch.nn.functional.pad`: the last dimension first."""
     return before[1], after[1], before[0], after[0]
 
 

@@ -89,7 +89,7 @@ class FewShotDraw:
         return replace(prepared, beside=(learner,))
 
     def subdivide(self, count: int, seed: int) -> list[FewShotDraw]:
-        """Give one fold, measured on held-out images of the base classes, where there are any.
+        """Return one fold, measured on held-out images of the base classes, where there are any.
 
         Weights that novel classes choose would let the test set choose the settings too.
         """
@@ -158,7 +158,7 @@ class FewShotDraw:
     def evaluate(
         self, model: nn.Module, part: Part = "query", *, progress: Progress = SILENT
     ) -> dict[str, float]:
-        """Give mIoU and FB-IoU of the novel classes, and of held-out images of the base classes.
+        """Return mIoU and FB-IoU of the novel classes, and of held-out images of the base classes.
 
         A host that has not been trained yet says nothing; in its place stands `Nearest`, which
         tells what the backbone can do by itself.
@@ -203,7 +203,7 @@ class FewShotDraw:
         overlays.write(name, predictions, task.data.test, task.pictures, task.data.split)
 
     def predictions(self, model: nn.Module, part: Part, folder: Path) -> Iterator[dict[str, Any]]:
-        """Give a row for each episode, with a picture of the first ones.
+        """Yield a row for each episode, with a picture of the first ones.
 
         Yields
         ------
@@ -335,7 +335,7 @@ class _BaseClassDraw(FewShotDraw):
     def measure(
         self, model: nn.Module, part: Part, *, processes: Processes, progress: Progress = SILENT
     ) -> dict[str, float]:
-        """Give mIoU and FB-IoU of the base classes, whatever part is asked for."""
+        """Return mIoU and FB-IoU of the base classes, whatever part is asked for."""
         return super().measure(model, "held_out", processes=processes, progress=progress)
 
 

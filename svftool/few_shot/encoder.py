@@ -46,7 +46,7 @@ class Cache(Protocol[_Value]):
     """Where values are kept."""
 
     def find(self, key: Hashable) -> _Value | None:
-        """Give the value of a key, or None where it is not kept."""
+        """Return the value of a key, or None where it is not kept."""
 
     def put(self, key: Hashable, value: _Value) -> None:
         """Keep a value for a while."""
@@ -60,7 +60,7 @@ class Section(Generic[_Value]):
         self._name = name
 
     def find(self, key: Hashable) -> _Value | None:
-        """Give the value of a key, or None where it is not kept."""
+        """Return the value of a key, or None where it is not kept."""
         return self._cache.find((self._name, key))
 
     def put(self, key: Hashable, value: _Value) -> None:
@@ -86,7 +86,7 @@ class SharedOutputs:
         self._known.update(fingerprints(net))
 
     def agreeing(self, net: FewShotNet) -> list[str]:
-        """Give the fingerprints of a network's leading stages that are a base's."""
+        """Return the fingerprints of a network's leading stages that are a base's."""
         found = []
         for fingerprint in fingerprints(net):
             if fingerprint not in self._known:
@@ -95,12 +95,12 @@ class SharedOutputs:
         return found
 
     def section(self, name: Hashable) -> Section[State]:
-        """Give the outputs of certain stages for certain inputs."""
+        """Return the outputs of certain stages for certain inputs."""
         return Section(self._outputs, name)
 
 
 def fingerprints(net: FewShotNet) -> Iterator[str]:
-    """Give a fingerprint of each leading stretch of a network's stages, the shortest one first.
+    """Yield a fingerprint of each leading stretch of a network's stages, the shortest one first.
 
     Equal ones stand for equal modules, weights and strides, so for equal outputs of one input.
     """
@@ -159,7 +159,7 @@ class Kept:
         self._below = below
 
     def states(self, views: Sequence[View]) -> list[State]:
-        """Give what the stages make of each picture, from what is kept or anew."""
+        """Return what the stages make of each picture, from what is kept or anew."""
         known, missing = recall(self._cache, views)
         for start in range(0, len(missing), BATCH):
             part = missing[start : start + BATCH]
@@ -262,13 +262,13 @@ class Encoder:
         return self._pictures.canvas, source.mean, source.std, self.device, autocast
 
     def features(self, views: Sequence[View]) -> Features:
-        """Give the features of pictures, in order; gradients reach the trained stages."""
+        """Return the features of pictures, in order; gradients reach the trained stages."""
         if self._kept is None:
             return self._finish(self.images(views), 0)
         return self._finish(stacked(self._kept.states(views)), self.stages)
 
     def features_of(self, images: Tensor) -> Features:
-        """Give the features of (N, 3, H, W) uint8 canvases that are not worth keeping."""
+        """Return the features of (N, 3, H, W) uint8 canvases that are not worth keeping."""
         images = self._normalised(images)
         if self.stages == 0:
             return self._finish(images, 0)
@@ -277,7 +277,7 @@ class Encoder:
         return self._finish(state, self.stages)
 
     def shown(self, views: Sequence[View], features: Features, masks: Tensor) -> Tensor | None:
-        """Give the supports' high features seen through their masks, where they can be kept.
+        """Return the supports' high features seen through their masks, where they can be kept.
 
         Parameters
         ----------

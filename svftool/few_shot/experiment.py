@@ -87,7 +87,7 @@ class Experiment:
         self.base_network_fold: int | None = None
 
     def held_out(self, shots: int) -> ImagePool:
-        """Give the held-out images of the base classes that have enough for so many shots."""
+        """Return the held-out images of the base classes that have enough for so many shots."""
         pool = self.data.held_out
         return pool.only(set(pool.classes) - set(pool.too_small(shots)))
 

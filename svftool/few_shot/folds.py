@@ -72,7 +72,7 @@ class ClassSplit:
         return self.fold if self.inner is None else self.inner
 
     def name(self, label: int) -> str:
-        """Give the name of a class."""
+        """Return the name of a class."""
         return self.names[label - 1]
 
 

@@ -87,7 +87,7 @@ class LabelledSource:
         remove_novel: bool = False,
         progress: Progress = SILENT,
     ) -> FoldData:
-        """Give the data of one fold.
+        """Return the data of one fold.
 
         Parameters
         ----------

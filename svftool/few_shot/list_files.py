@@ -41,7 +41,7 @@ class Relocator:
         self._known: list[tuple[Path, int]] = []
 
     def find(self, listed: str) -> Path | None:
-        """Give the file that `listed` means, or None where there is none."""
+        """Return the file that `listed` means, or None where there is none."""
         parts = tuple(part for part in PurePosixPath(listed).parts if part not in {"/", "."})
         if ".." in parts or not parts:
             return None

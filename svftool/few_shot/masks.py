@@ -278,7 +278,7 @@ def predict_at(
 def _positions(
     side: int, on_canvas: int, longer: int, canvas: int, alignment: Alignment
 ) -> npt.NDArray[np.float64]:
-    """Give the canvas pixel under each pixel of one side of the picture."""
+    """Return the canvas pixel under each pixel of one side of the picture."""
     pixels = np.arange(side, dtype=np.float64)
     if alignment == "canvas":
         return pixels * (canvas - 1) / max(longer - 1, 1)

@@ -63,7 +63,7 @@ class FewShotNet(nn.Module):
         return features_of(state, self.plan)
 
     def shown_through(self, deep: Tensor, masks: Tensor) -> Tensor:
-        """Give the high features of supports with everything but the class blacked out.
+        """Return the high features of supports with everything but the class blacked out.
 
         Parameters
         ----------

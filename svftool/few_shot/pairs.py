@@ -75,7 +75,7 @@ class PairsSource:
         remove_novel: bool = False,
         progress: Progress = SILENT,
     ) -> FoldData:
-        """Give the data of one fold.
+        """Return the data of one fold.
 
         Pictures that stand in the folders of several classes are one picture: they are held out
         together, and a training pair whose picture also stands under a novel class holds that

@@ -179,7 +179,7 @@ class ByteCache(Generic[_Value]):
         return len(self._held)
 
     def find(self, key: Hashable) -> _Value | None:
-        """Give the value of a key, or None where it is not kept."""
+        """Return the value of a key, or None where it is not kept."""
         with self._lock:
             if key not in self._held:
                 return None
@@ -187,7 +187,7 @@ class ByteCache(Generic[_Value]):
             return self._held[key]
 
     def get(self, key: Hashable, make: Callable[[], _Value]) -> _Value:
-        """Give the value of a key, made and kept where there is none."""
+        """Return the value of a key, made and kept where there is none."""
         found = self.find(key)
         if found is None:
             found = make()
@@ -232,13 +232,13 @@ class Pictures:
         self._masks: ByteCache[Mask] = ByteCache(memory, tensor_bytes)
 
     def images(self, pairs: Sequence[ImageMaskPair], flipped: Sequence[bool]) -> Tensor:
-        """Give pictures on their canvases, some mirrored: (N, 3, canvas, canvas) uint8."""
+        """Return pictures on their canvases, some mirrored: (N, 3, canvas, canvas) uint8."""
         wanted = list(zip(pairs, flipped, strict=True))
         with ThreadPoolExecutor(THREADS) as threads:
             return torch.stack(list(threads.map(lambda each: self.image(*each), wanted)))
 
     def image(self, pair: ImageMaskPair, flipped: bool = False) -> Tensor:
-        """Give one picture on its canvas: (3, canvas, canvas) uint8."""
+        """Return one picture on its canvas: (3, canvas, canvas) uint8."""
 
         def make() -> Tensor:
             picture = to_tensor(open_image(pair.image))
@@ -247,13 +247,13 @@ class Pictures:
         return self._images.get((pair.image, flipped), make)
 
     def mask(self, pair: ImageMaskPair, label: int, *, flipped: bool = False) -> Tensor:
-        """Give the mask of a class on its canvas: (canvas, canvas) uint8 of 0, 1 and 255."""
+        """Return the mask of a class on its canvas: (canvas, canvas) uint8 of 0, 1 and 255."""
         mask = self.truth(pair, label)
         turned = np.ascontiguousarray(mask[:, ::-1]) if flipped else mask
         return torch.from_numpy(paste_mask(turned, self.canvas))
 
     def truth(self, pair: ImageMaskPair, label: int) -> Mask:
-        """Give the mask of a class at the picture's own size: 0, 1 and 255."""
+        """Return the mask of a class at the picture's own size: 0, 1 and 255."""
         labels = self.labels(pair)
         if pair.label is None:
             return mask_of(labels, label)
@@ -262,7 +262,7 @@ class Pictures:
         return labels
 
     def labels(self, pair: ImageMaskPair) -> Mask:
-        """Give what the mask's file holds: class numbers, or 0 and 1 in a binary mask."""
+        """Return what the mask's file holds: class numbers, or 0 and 1 in a binary mask."""
         reader = read_label_map if pair.label is None else read_binary
         return self._masks.get(pair.mask, lambda: reader(pair.mask))
 
@@ -273,7 +273,7 @@ class Pictures:
         random: np.random.Generator,
         ranges: Ranges = PAPER_RANGES,
     ) -> tuple[Tensor, Tensor]:
-        """Give the picture and the mask of a class, scaled, rotated, blurred, flipped and cropped.
+        """Return a class's picture and mask, scaled, rotated, blurred, flipped and cropped.
 
         Returns
         -------
@@ -288,7 +288,7 @@ class Pictures:
         random: np.random.Generator,
         ranges: Ranges = PAPER_RANGES,
     ) -> tuple[Tensor, Tensor]:
-        """Give pictures with the masks of their classes, each distorted in a way of its own.
+        """Return pictures with the masks of their classes, each distorted in a way of its own.
 
         Returns
         -------

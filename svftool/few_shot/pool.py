@@ -88,7 +88,7 @@ class ImagePool:
         }
 
     def too_small(self, shots: int) -> dict[int, int]:
-        """Give the classes that have fewer than `shots` + 1 different pictures, and how many."""
+        """Return the classes that have fewer than `shots` + 1 different pictures, and how many."""
         return {label: count for label, count in self.pictures.items() if count < shots + 1}
 
     def only(self, classes: Iterable[int]) -> ImagePool:
@@ -273,7 +273,7 @@ def draw_episode(pool: ImagePool, query: int, shots: int, random: np.random.Gene
 def fixed_episodes(
     pool: ImagePool, count: int, shots: int, seed: int, *, swapped: bool = False
 ) -> Iterator[Episode]:
-    """Give the episodes of a test: the pool's images in order, again and again.
+    """Yield the episodes of a test: the pool's images in order, again and again.
 
     Parameters
     ----------

@@ -83,7 +83,7 @@ class Pooled:
         self._episodes += other._episodes
 
     def scores(self) -> Scores:
-        """Give the scores of everything counted; NaN where nothing was."""
+        """Return the scores of everything counted; NaN where nothing was."""
         ratios = {label: _ratio(sums) for label, sums in sorted(self._classes.items())}
         present = [ratio for ratio in ratios.values() if not np.isnan(ratio)]
         foreground = sum(self._classes.values(), np.zeros(2, dtype=np.int64))
@@ -230,7 +230,7 @@ class Scorer:
         return logits
 
     def place_of(self, label: int) -> int:
-        """Give the place of a class among the base classes, -1 for a novel one."""
+        """Return the place of a class among the base classes, -1 for a novel one."""
         return self.base_classes.index(label) if label in self.base_classes else -1
 
 

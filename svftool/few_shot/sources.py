@@ -35,7 +35,7 @@ class DataSource(Protocol):
         remove_novel: bool = False,
         progress: Progress = SILENT,
     ) -> FoldData:
-        """Give the data of one fold."""
+        """Return the data of one fold."""
 
 
 def open_source(root: Path, *, lists: Path | None = None) -> DataSource:

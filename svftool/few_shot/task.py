@@ -65,7 +65,7 @@ class FewShotSegmentation(Experiment):
         }
 
     def draw(self, seed: int) -> FewShotDraw:
-        """Give the fold's data with the episodes of a seed."""
+        """Return the fold's data with the episodes of a seed."""
         return FewShotDraw(self, seed)
 
 

@@ -29,12 +29,12 @@ class Trace:
         return _stride_of(self.outputs[name])
 
     def stride_before(self, name: str) -> int | None:
-        """Give the stride of a module's only input; None if it did not run or that is no map."""
+        """Return the stride of a module's only input; None if it did not run or that is no map."""
         value = self.inputs.get(name)
         return _stride_of(value) if _is_map(value) else None
 
     def stride_after(self, name: str) -> int | None:
-        """Give the stride of a module's output; None if it did not run or that is no map."""
+        """Return the stride of a module's output; None if it did not run or that is no map."""
         value = self.outputs.get(name)
         return _stride_of(value) if _is_map(value) else None
 

@@ -267,7 +267,7 @@ def _warn_of_seen(task: Task, source: _Source, progress: Progress) -> None:
 
 
 def _fit(source: _Source, task: Task, draw: Draw, model: nn.Module) -> nn.Module:
-    """Give a freshly built model its head, and what was tuned."""
+    """Return a freshly built model its head, and what was tuned."""
     known = set(model.state_dict())
     prepared = draw.prepare(model, start=False)
     if source.store is None:
@@ -432,7 +432,7 @@ class Output:
 
 
 def _rows(draw: Predicts, model: nn.Module, folder: Path, root: Path) -> Iterator[dict[str, Any]]:
-    """Give the predictions, with the paths of pictures as they are seen from their folder."""
+    """Yield the predictions, with the paths of pictures as they are seen from their folder."""
     for row in draw.predictions(model, "query", folder):
         yield {
             name: str(Path(value).relative_to(root))

@@ -90,7 +90,7 @@ class Draw(Protocol):
         """
 
     def order(self, generator: torch.Generator) -> Tensor:
-        """Give the order in which one epoch goes through the examples: (size,) integers."""
+        """Return the order in which one epoch goes through the examples: (size,) integers."""
 
     def batch(self, indices: Tensor, generator: torch.Generator) -> Any:
         """Load the examples at `indices`; all randomness comes from `generator`."""
@@ -109,7 +109,7 @@ class Subdivides(Protocol):
     """What a `Draw` offers besides, whose support set can be split to choose settings by."""
 
     def subdivide(self, count: int, seed: int) -> Sequence[Draw]:
-        """Give draws within the support set: each trains on a part and measures with the rest.
+        """Return draws within the support set: each trains on a part and measures with the rest.
 
         The query set of this draw is in none of them. Empty where there is nothing to split.
         """
@@ -165,7 +165,7 @@ class Predicts(Protocol):
     """What a `Draw` offers besides, that can say what the model makes of each example."""
 
     def predictions(self, model: nn.Module, part: Part, folder: Path) -> Iterator[dict[str, Any]]:
-        """Give one row of plain values an example; pictures are written to `folder`."""
+        """Return one row of plain values an example; pictures are written to `folder`."""
 
 
 @runtime_checkable

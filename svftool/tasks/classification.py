@@ -117,7 +117,7 @@ class Examples:
         return len(self.indices)
 
     def at(self, positions: Sequence[int]) -> Examples:
-        """Give the images at positions of `indices` as examples of their own."""
+        """Return the images at positions of `indices` as examples of their own."""
         indices = tuple(self.indices[position] for position in positions)
         return Examples(self.images, indices, self.labels[list(positions)])
 
@@ -346,7 +346,7 @@ class ClassificationDraw:
     def predictions(
         self, model: nn.Module, part: Part = "query", folder: Path | None = None
     ) -> Iterator[dict[str, Any]]:
-        """Give each image's class, the one that the model finds, and how sure it is of it."""
+        """Yield each image's class, the one that the model finds, and how sure it is of it."""
         names, examples = self._task.classes, self._parts[part]
         position = 0
         for logits, labels in self._logits(model, part):

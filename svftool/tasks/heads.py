@@ -218,7 +218,7 @@ def class_means(features: Tensor, labels: Tensor, classes: int) -> Tensor:
 
 
 def mean_directions(features: Tensor, labels: Tensor, classes: int) -> tuple[Tensor, float]:
-    """Give unit directions of the classes' means, (classes, F), and a scale; see `class_means`."""
+    """Return unit directions of class means, (classes, F), and a scale; see `class_means`."""
     directions = normalize(features, dim=1)
     sums = directions.new_zeros(classes, features.shape[1]).index_add_(0, labels, directions)
     weights = normalize(sums, dim=1)

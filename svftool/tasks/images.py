@@ -218,7 +218,7 @@ def _unreadable(path: ImagePath, error: Exception) -> DataError:
 def class_names(
     images: Sequence[LabelledImage], given: str | os.PathLike[str] | Sequence[str] | None
 ) -> tuple[str, ...]:
-    """Give the classes in the order of the head's outputs: given, those of a file, or sorted.
+    """Return the classes in the order of the head's outputs: given, those of a file, or sorted.
 
     Raises
     ------

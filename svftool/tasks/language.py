@@ -49,7 +49,7 @@ class Corpus:
     blocks: Sequence[Block]
 
     def take(self, texts: Sequence[int]) -> list[Block]:
-        """Give the blocks of the texts at these positions."""
+        """Return the blocks of the texts at these positions."""
         chosen = set(texts)
         return [block for block in self.blocks if block.text in chosen]
 
@@ -278,7 +278,7 @@ class LanguageDraw:
     def predictions(
         self, model: nn.Module, part: Part = "query", folder: Path | None = None
     ) -> Iterator[dict[str, Any]]:
-        """Give each text's line, its mean loss, how many tokens were predicted, and how well."""
+        """Yield each text's line, its mean loss, how many tokens were predicted, and how well."""
         sums: dict[int, Score] = {}
         for score in self._scores(model, part):
             sums[score.text] = score + sums.get(score.text, Score(score.text))

@@ -70,7 +70,7 @@ class StoredImage:
         return f"{self.folder}: row {self.row + 1}"
 
     def open(self) -> BytesIO | Path:
-        """Give the encoded image, or its file where the data set holds only the name."""
+        """Return the encoded image, or its file where the data set holds only the name."""
         cell = self.dataset[self.row][self.column] or {}
         content, path = cell.get("bytes"), cell.get("path")
         if content is not None:

@@ -147,7 +147,7 @@ def left_out(labels: Sequence[Hashable], count: int, *, seed: int) -> list[tuple
 
 
 def others(positions: Collection[int], size: int) -> tuple[int, ...]:
-    """Give the positions below `size` that are not among these."""
+    """Return the positions below `size` that are not among these."""
     chosen = set(positions)
     return tuple(position for position in range(size) if position not in chosen)
 

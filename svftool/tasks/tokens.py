@@ -82,7 +82,7 @@ def length_limit(config: Mapping[str, Any], tokenizer: Any) -> int | None:
 
 
 def encode(text: Text, tokenizer: Any) -> tuple[list[int], list[bool]]:
-    """Give a text's tokens, and whether each belongs to what is learned.
+    """Return a text's tokens, and whether each belongs to what is learned.
 
     Prompt and completion are tokenised as one string, as a model that writes the completion would
     see them; a token that reaches into the completion belongs to it. A completion ends with the

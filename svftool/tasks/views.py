@@ -176,7 +176,7 @@ class Decoded:
         return len(self.paths)
 
     def load(self, indices: Sequence[int]) -> list[Tensor]:
-        """Give the tensors of the files at `indices`.
+        """Return the tensors of the files at `indices`.
 
         Raises
         ------

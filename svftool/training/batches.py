@@ -125,7 +125,7 @@ class Batches:
         self._tried = False
 
     def loss(self, step: int, stop: bool) -> tuple[Tensor, float, bool]:
-        """Give the loss to go backward from, its value over the whole batch, and whether to stop.
+        """Return the loss to go backward from, its value over the whole batch, and whether to stop.
 
         Parameters
         ----------

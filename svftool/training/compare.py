@@ -117,7 +117,7 @@ class _Comparison:
                 self._run(task, draw, prepared, regime, seed, before, tuning)
 
     def _finished(self, task: Task, seed: int) -> dict[str, Run]:
-        """Give the runs of a task's seed that an interrupted process finished, by regime."""
+        """Return the runs of a task's seed that an interrupted process finished, by regime."""
         if self._journal is None:
             return {}
         found = {

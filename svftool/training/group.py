@@ -37,7 +37,7 @@ class Group(Processes):
     """One process among those that train together; the first writes and reports."""
 
     def rows(self, size: int) -> slice:
-        """Give this process's rows of a batch.
+        """Return this process's rows of a batch.
 
         Examples
         --------

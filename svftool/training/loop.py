@@ -58,11 +58,11 @@ class RunCurves:
             points[:] = [point for point in points if point[0] % (2 * stride) == 0]
 
     def result(self) -> dict[str, Curve]:
-        """Give the curves by name."""
+        """Return the curves by name."""
         return {name: tuple(points) for name, points in self._points.items()}
 
     def state(self) -> dict[str, Any]:
-        """Give what `restore` needs, as plain values."""
+        """Return what `restore` needs, as plain values."""
         return {name: [self._stride[name], points] for name, points in self._points.items()}
 
     def restore(self, state: Mapping[str, Any]) -> None:
@@ -107,7 +107,7 @@ class Best:
         return self._step
 
     def state(self) -> State:
-        """Give what `restore` needs."""
+        """Return what `restore` needs."""
         tensors = {str(index): value for index, value in enumerate(self._values)}
         return State(tensors, {"step": self._step, "score": self._score})
 

@@ -111,7 +111,7 @@ class Optimiser:
         self._inner.zero_grad(set_to_none=True)
 
     def state(self) -> State:
-        """Give what `restore` needs: moments and counters of the optimiser, the loss's scale."""
+        """Return what `restore` needs: moments and counters of the optimiser, the loss's scale."""
         tensors = {f"start.{index}": value for index, value in enumerate(self._start)}
         for index, moments in self._inner.state_dict()["state"].items():
             for name, value in moments.items():

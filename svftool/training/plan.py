@@ -116,7 +116,7 @@ class Run:
 
 
 def run_to_plain(run: Run) -> dict[str, Any]:
-    """Give a run as values that JSON holds; floats keep every bit."""
+    """Return a run as values that JSON holds; floats keep every bit."""
     return {**asdict(run), "output": None if run.output is None else str(run.output)}
 
 

@@ -56,7 +56,7 @@ class FinetuneResult:
 
 
 def result_fields(result: FinetuneResult) -> dict[str, Any]:
-    """Give a result as plain values, for ``results.json`` and ``--json``; no NaN or infinity."""
+    """Return a result as plain values, for ``results.json`` and ``--json``; no NaN or infinity."""
     return {
         "task": result.task,
         "output": str(result.output),
@@ -105,7 +105,7 @@ def _summary_fields(summary: Summary) -> dict[str, Any]:
 
 
 def common_setting(settings: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
-    """Give what all runs say alike of their data and rules."""
+    """Return what all runs say alike of their data and rules."""
     first, *others = settings
     return {
         name: value

@@ -128,5 +128,5 @@ class Settings:
         return self.decay if group != "head" or self.head_decay is None else self.head_decay
 
     def scaled(self, factor: float) -> Settings:
-        """Give the same settings with every learning rate multiplied."""
+        """Return the same settings with every learning rate multiplied."""
         return replace(self, lr_scale=self.lr_scale * factor)

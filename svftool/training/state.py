@@ -41,7 +41,7 @@ class State:
     facts: Mapping[str, Any]
 
     def part(self, prefix: str) -> dict[str, Tensor]:
-        """Give the tensors whose names begin with ``prefix.``, without it."""
+        """Return the tensors whose names begin with ``prefix.``, without it."""
         start = f"{prefix}."
         return {
             name.removeprefix(start): value
@@ -92,7 +92,7 @@ class StateFile:
         self._cost = self._last - begun
 
     def read(self) -> State | None:
-        """Give the last state; None where there is none."""
+        """Return the last state; None where there is none."""
         if not self.path.exists():
             return None
         with safe_open(self.path, framework="pt") as file:

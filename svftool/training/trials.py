@@ -58,7 +58,7 @@ class Tuning:
 
 
 def choose(trials: Sequence[Trial], metric: TaskMetric) -> float | None:
-    """Give the factor with the best score; of equal ones that nearest to the default, then lower.
+    """Return the factor with the best score; of equal ones that nearest to the default, then lower.
 
     Returns
     -------
@@ -81,7 +81,7 @@ def choose(trials: Sequence[Trial], metric: TaskMetric) -> float | None:
 
 
 def tuning_to_plain(tuning: Tuning) -> dict[str, Any]:
-    """Give a tuning as values that JSON holds, with each trial's mean."""
+    """Return a tuning as values that JSON holds, with each trial's mean."""
     trials = [{**asdict(trial), "score": trial.score} for trial in tuning.trials]
     return {**asdict(tuning), "trials": trials}
 

@@ -243,7 +243,7 @@ class Journal:
         return any((self.folder / name).is_dir() for name in (STATES, RECORDS))
 
     def state_of(self, stem: str) -> StateFile:
-        """Give the file of a run's state."""
+        """Return the file of a run's state."""
         return StateFile(self.folder / STATES / f"{stem}.safetensors", every=self._every)
 
     def finish(self, run: Run) -> None:
@@ -252,7 +252,7 @@ class Journal:
         self.state_of(run.stem).remove()
 
     def finished(self, stem: str) -> Run | None:
-        """Give a finished run; None if it is not."""
+        """Return a finished run; None if it is not."""
         value = self.noted(stem)
         return None if value is None else run_from_plain(value)
 
@@ -272,7 +272,7 @@ class Journal:
             replace_safely(fresh, path)
 
     def noted(self, name: str) -> dict[str, Any] | None:
-        """Give the values kept under a name; None if there are none."""
+        """Return the values kept under a name; None if there are none."""
         path = self.folder / RECORDS / f"{name}.json"
         if not path.exists():
             return None

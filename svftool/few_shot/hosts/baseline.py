@@ -99,7 +99,7 @@ class Baseline(nn.Module):
         )
 
     def prototypes(self, episodes: EpisodeFeatures) -> Tensor:
-        """Give one prototype a support: (B, K, width)."""
+        """Return one prototype a support: (B, K, width)."""
         return masked_mean(self.down_support(episodes.middle), episodes.masks)
 
     def compare(self, episodes: EpisodeFeatures, prototype: Tensor, prior: Tensor) -> Tensor:

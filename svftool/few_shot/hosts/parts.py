@@ -126,7 +126,7 @@ def prior_masks(query: Tensor, supports: Tensor, masks: Tensor) -> Tensor:
 
 
 def prior_of(episodes: EpisodeFeatures) -> Tensor:
-    """Give the prior of each support at the resolution of the middle features: (B, K, h, w)."""
+    """Return the prior of each support at the resolution of the middle features: (B, K, h, w)."""
     masks = resized(episodes.masks, episodes.high.shape[-2:])
     prior = prior_masks(episodes.query.high, episodes.high, masks)
     return resized(prior, episodes.query.middle.shape[-2:])

@@ -14,7 +14,7 @@ import numpy.typing as npt
 from svftool.report.drawing import PLAIN_AXES, plain, require_matplotlib, save
 from svftool.report.finetune import FRACTIONS, value
 from svftool.report.text import seconds as duration
-from svftool.report.training.rows import Group, grouped
+from svftool.report.training.rows import RunGroup, grouped
 from svftool.training import Run, Summary
 from svftool.training.results import FinetuneResult
 
@@ -102,7 +102,7 @@ def svg(result: FinetuneResult) -> str:
 
 
 def _looks(runs: Sequence[Run]) -> dict[str, dict[str, Any]]:
-    """Give each regime its colour, in the order in which they were asked for."""
+    """Return each regime its colour, in the order in which they were asked for."""
     names = dict.fromkeys(run.regime for run in runs)
     return {
         name: {
@@ -202,7 +202,7 @@ def peak_rate(run: Run) -> float:
 def _regimes(
     axes: Any,
     result: FinetuneResult,
-    groups: Sequence[Group],
+    groups: Sequence[RunGroup],
     looks: dict[str, dict[str, Any]],
 ) -> None:
     """Draw a row a regime: its mean and interval, every seed, and the value before training."""

@@ -10,7 +10,7 @@ from svftool.training.results import FinetuneResult
 
 
 @dataclass(frozen=True)
-class Group:
+class RunGroup:
     """Regimes of one task.
 
     Attributes
@@ -25,7 +25,7 @@ class Group:
     summaries: tuple[Summary, ...]
 
 
-def grouped(result: FinetuneResult) -> list[Group]:
+def grouped(result: FinetuneResult) -> list[RunGroup]:
     """Gather the regimes of each task; where there is a mean over folds, it stands for them."""
     over_all = {
         (one.shots, one.regime) for one in result.summary if one.facts and _is_mean(one.facts)
@@ -34,7 +34,7 @@ def grouped(result: FinetuneResult) -> list[Group]:
     for one in result.summary:
         if (one.shots, one.regime) not in over_all or _is_mean(one.facts):
             groups.setdefault(task_title(one), []).append(one)
-    return [Group(title, tuple(found)) for title, found in groups.items()]
+    return [RunGroup(title, tuple(found)) for title, found in groups.items()]
 
 
 def _is_mean(facts: Mapping[str, int | None]) -> bool:

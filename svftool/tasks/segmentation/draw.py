@@ -204,7 +204,7 @@ class SegmentationDraw:
     def predictions(
         self, model: nn.Module, part: Part = "query", folder: Path | None = None
     ) -> Iterator[dict[str, Any]]:
-        """Give each image's name, its share of right pixels, and its map as a picture."""
+        """Yield each image's name, its share of right pixels, and its map as a picture."""
         chosen, ignore = self._parts[part], self._setting.ignore
         for positions, logits, labels in self._logits(model, part):
             for position, found, wanted in zip(positions, logits.argmax(1), labels, strict=True):

@@ -341,7 +341,7 @@ class Chosen:
         return len(self.indices)
 
     def at(self, positions: Sequence[int]) -> Chosen:
-        """Give those at positions of `indices`."""
+        """Return those at positions of `indices`."""
         return Chosen(self.source, tuple(self.indices[position] for position in positions))
 
     def take(self, positions: Sequence[int]) -> tuple[list[Tensor], list[Tensor]]:
