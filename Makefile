@@ -2,8 +2,8 @@
 # make test    set up with everything and run the tests
 # make check   formatting, lint, types, import layers, doctests
 #
-# Dependencies live in a cache folder keyed by pyproject.toml's dependency lists, shared by all
-# clones on this machine; `.venv` in the clone is a thin environment on top that holds svftool itself.
+# The dependencies are in one environment a machine. A target adds to it what is missing and what it
+# needs. `.venv` in the clone is a thin environment on top of it that holds svftool itself.
 
 PYTHON ?= python3
 PYTEST_ARGS ?= -n 2
@@ -15,7 +15,7 @@ help:
 	@sed -n 's/^# //p' Makefile | head -3
 
 demo:
-	@$(PYTHON) .ci/environment.py demo
+	@PYTHON="$(PYTHON)" .ci/environment --extra demo
 	.venv/bin/svftool demo demo --force
 
 test: .environment-all
@@ -40,7 +40,7 @@ benchmark-quick: .environment-all
 
 .PHONY: .environment-all
 .environment-all:
-	@$(PYTHON) .ci/environment.py all dev
+	@PYTHON="$(PYTHON)" .ci/environment --all-extras
 
 clean:
 	rm -rf .venv .pytest_cache .mypy_cache .ruff_cache demo build dist
