@@ -1,4 +1,4 @@
-"""The autograd functions that run a layer in factored or residual form.
+"""A layer's map split at its singular values, and the autograd functions that run it.
 
 Neither of the two ways through the layer forms a weight gradient; each keeps one activation, the
 input in the singular basis.

@@ -31,7 +31,7 @@ from svftool.checkpoints import matches, write_errors
 from svftool.errors import FactorsError, ModelError, ResourceError, UsageError, shortlist
 from svftool.factors import FactorStore, open_factors
 
-# Keep frozen weights in a file instead of in memory: nothing reads them while factors stand in.
+# Frozen weights wait in a file instead of in memory: nothing reads them while factors do the work.
 
 
 @torch.no_grad()

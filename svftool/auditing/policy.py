@@ -1,4 +1,4 @@
-"""A policy file: which verdicts and how much drift each part of a model may have.
+"""What lets a pipeline fail: a policy file of allowed verdicts and drift, and thresholds.
 
 ::
 

@@ -1,4 +1,4 @@
-"""Trading strides for dilation."""
+"""Strides of a backbone: where they are, and how they become dilation."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Masks on disk: maps of class numbers, binary masks, and what each holds."""
+"""Masks on disk and on square canvases: maps of class numbers, binary masks, what each holds."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Build the model that a spec names and load a checkpoint into it, strictly."""
+"""Build the model that a spec names, load a checkpoint into it, strictly, and find its head."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Numbers, names and paths as people read them in a terminal."""
+"""Numbers, names, paths and tables as people read them in a terminal."""
 
 from __future__ import annotations
 

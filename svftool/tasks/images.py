@@ -1,4 +1,4 @@
-"""Labelled images on disk: how they are listed, and how one is decoded."""
+"""Labelled images on disk: how they and their classes are listed, and how one is decoded."""
 
 from __future__ import annotations
 

@@ -21,7 +21,7 @@ from svftool.training.optimise import Optimiser
 from svftool.training.settings import Settings
 from svftool.training.state import State, StateFile
 
-# RunCurves of a run: values at steps, thinned so that a long run is no longer than a short one.
+# Curves of a run: values at steps, thinned so that a long run is no longer than a short one.
 
 
 Curve = tuple[tuple[int, float], ...]

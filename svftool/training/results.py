@@ -1,4 +1,4 @@
-"""What ``finetune`` found, as dataclasses and as plain values for scripts."""
+"""What ``finetune`` found: regimes over their seeds, as dataclasses and as plain values."""
 
 from __future__ import annotations
 
