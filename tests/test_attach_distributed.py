@@ -58,4 +58,4 @@ def test_two_processes_are_one(tmp_path: Path) -> None:
         assert not [name for name in buffers if "svf" in name]
         for name, values in found.items():
             torch.testing.assert_close(values, expected[name], rtol=1e-5, atol=1e-6)
-            assert not torch.equal(values, attached.base_singular_values()[name])
+            assert not torch.equal(values, attached.layers[name].S_base.detach())

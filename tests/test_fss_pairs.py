@@ -158,7 +158,9 @@ def test_fss_1000_is_split_by_its_lists(tmp_path: Path):
         (lists / f"{part}.txt").write_text(name + "\n")
     source = open_source(root, lists=lists)
     data = source.fold(0)
-    assert (source.folds, data.dataset) == (1, "fss-1000")
+    assert data.dataset == "fss-1000"
+    with pytest.raises(DataError, match="fold 1"):
+        source.fold(1)
     parts = (data.train, data.held_out, data.test)
     assert [{pair.image.parent.name for pair in part.pairs} for part in parts] == [
         {"abacus"}, {"apple"}, {"ab_wheel"},
