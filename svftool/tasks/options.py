@@ -69,7 +69,10 @@ HEAD_TYPE = Option(
 
 @dataclass(frozen=True, kw_only=True)
 class SplitOptions(TaskOptions):
-    """Options of tasks that measure with what the shots left over, or with data of its own."""
+    """Options of tasks that measure with what the shots left over, or with data of its own.
+
+    Without `shots` every example is trained on, which needs `evaluation`.
+    """
 
     shots: int | None = option(None, SHOTS, read=read_count)
     evaluation: StrPath | None = option(
@@ -93,7 +96,12 @@ class SplitOptions(TaskOptions):
 
 @dataclass(frozen=True, kw_only=True)
 class ImageOptions(TaskOptions):
-    """Options of tasks on images."""
+    """Options of tasks on images.
+
+    `image_size`, `mean` and `std` override the checkpoint's own; see
+    `svftool.tasks.views.choose_view`, `svftool.tasks.segmentation.views.choose_dense_view`.
+    `augment` may be a function, too; see `svftool.tasks.views.ImageView.augmented`.
+    """
 
     image_size: int | None = option(None, IMAGE_SIZE)
     mean: tuple[float, ...] | None = option(
@@ -124,7 +132,12 @@ class ImageOptions(TaskOptions):
 
 @dataclass(frozen=True, kw_only=True)
 class ClassesOptions(TaskOptions):
-    """Options of tasks whose head has one output a class."""
+    """Options of tasks whose head has one output a class.
+
+    `classes` may be the names themselves. Classification sorts those of the data by default.
+    Segmentation looks for ``classes.txt`` beside the images, then at the checkpoint's
+    ``config.json``, and else counts the labels; see `svftool.tasks.segmentation.pairs.read_classes`.
+    """
 
     classes: StrPath | Sequence[str] | None = option(
         None,
@@ -231,7 +244,13 @@ class LanguageOptions(SplitOptions):
 
 @dataclass(frozen=True, kw_only=True)
 class FewShotOptions(ImageOptions):
-    """Options of few-shot segmentation: the data, the host, the episodes, how models are chosen."""
+    """Options of few-shot segmentation: the data, the host, the episodes, how models are chosen.
+
+    `image_size` is the side of the canvases, rounded to ``8 k + 1``: 473 by default, 641 on
+    COCO-20i. With `inner`, a fold whose classes stand in for the novel ones, those of `folds` take
+    no part. ``augment="strong"`` scales, rotates, blurs, mirrors and crops as the papers do, so
+    that nothing is kept between epochs.
+    """
 
     task = "few-shot-segmentation"
     pictured = True
