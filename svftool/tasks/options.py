@@ -136,7 +136,7 @@ class ClassesOptions(TaskOptions):
 
     `classes` may be the names themselves. Classification sorts those of the data by default.
     Segmentation looks for ``classes.txt`` beside the images, then at the checkpoint's
-    ``config.json``, and else counts the labels; see `svftool.tasks.segmentation.pairs.read_classes`.
+    ``config.json``, and else counts the labels (`svftool.tasks.segmentation.pairs.read_classes`).
     """
 
     classes: StrPath | Sequence[str] | None = option(
