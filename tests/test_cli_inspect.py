@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from typer.testing import CliRunner
 
 from svftool import audit, decompose, extract, merge
@@ -171,7 +171,8 @@ def test_prefixes_are_found_and_said(tmp_path: Path, before: str, after: str) ->
     )
     result = run(base, tuned, "--json")
     one = json.loads(result.stdout)["comparisons"][0]
-    assert one["verdict"] == "untouched"
+    assert one["verdict"] == "undecided"
+    assert [row["verdict"] for row in one["layers"]] == ["untouched"] * 4
     assert [row["tuned_name"] for row in one["layers"]] == [after + name for name in tensors]
     assert [item["name"] for item in one["unmatched"]["tuned"]] == ["head.weight"]
     assert "4 tensors matched" in result.stderr
@@ -369,8 +370,11 @@ def test_a_missing_package_names_its_extra(
         ("weight_drift=nan", 2),
     ],
 )
-def test_thresholds(pair: tuple[Path, Path], gate: str, code: int) -> None:
-    result = run(*pair, "--fail-above", gate, "-q")
+def test_thresholds(pair: tuple[Path, Path], tmp_path: Path, gate: str, code: int) -> None:
+    # Only tensors that both sides have in one shape: what was not compared trips every gate.
+    tensors = {name: value for name, value in load_file(pair[1]).items() if name in network()}
+    tensors["head.weight"] = network()["head.weight"]
+    result = run(pair[0], write(tmp_path / "t.safetensors", tensors), "--fail-above", gate, "-q")
     assert result.exit_code == code
     if code == 10:
         assert "tensors failed" in result.stderr
@@ -409,7 +413,11 @@ def test_a_policy_lists_what_breaks_it(pair: tuple[Path, Path], tmp_path: Path) 
     result = run(*pair, "--policy", policy, "--json", "-q")
     assert result.exit_code == 10
     failed = {item["name"]: item for item in json.loads(result.stdout)["failed"]}
-    assert set(failed) == {"blocks.0.conv.weight", "blocks.0.norm.weight"}
+    drifted = {"blocks.0.conv.weight", "blocks.0.norm.weight"}
+    assert set(failed) == drifted | {"extra.bias", "head.weight"}
+    policy.write_text(POLICY + '[tensors]\nunmatched = "allow"\n')
+    allowed = json.loads(run(*pair, "--policy", policy, "--json", "-q").stdout)["failed"]
+    assert {item["name"] for item in allowed} == drifted
     assert failed["blocks.0.norm.weight"]["reason"] == "the stem is frozen"
     assert run(pair[0], pair[0], "--policy", policy).exit_code == 0
     policy.write_text(POLICY + '[tensors]\nunmatched = "deny"\n')

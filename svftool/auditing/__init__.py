@@ -4,6 +4,7 @@ from svftool.auditing.compare import BaseMatrix, Found, Tuned, compare_spectra, 
 from svftool.auditing.counterparts import Counterparts, counterparts
 from svftool.auditing.evidence import Evidence
 from svftool.auditing.gates import Gate, check_metric, parse_gate, tripped
+from svftool.auditing.judging import judged, judged_codes, judged_row
 from svftool.auditing.matching import Matching, NamePair, match_names
 from svftool.auditing.memory import audit_budget, audit_bytes
 from svftool.auditing.metrics import METRICS, Measured, Metric, choose_metrics
@@ -11,6 +12,7 @@ from svftool.auditing.policy import Policy, Violation, read_policy
 from svftool.auditing.results import (
     AuditResult,
     Comparison,
+    Coverage,
     Curves,
     Row,
     Trajectory,
@@ -18,6 +20,7 @@ from svftool.auditing.results import (
     trajectory_of,
 )
 from svftool.auditing.sources import AuditSource, open_source
+from svftool.auditing.tuned_files import compare_tuned
 from svftool.auditing.verdicts import VERDICTS, Verdict, judge, judge_all, judge_tensor
 
 __all__ = [
@@ -28,6 +31,7 @@ __all__ = [
     "BaseMatrix",
     "Comparison",
     "Counterparts",
+    "Coverage",
     "Curves",
     "Evidence",
     "Found",
@@ -48,11 +52,15 @@ __all__ = [
     "check_metric",
     "choose_metrics",
     "compare_spectra",
+    "compare_tuned",
     "compare_vectors",
     "counterparts",
     "judge",
     "judge_all",
     "judge_tensor",
+    "judged",
+    "judged_codes",
+    "judged_row",
     "match_names",
     "open_source",
     "parse_gate",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
@@ -122,6 +123,11 @@ class BaseMatrix:
         Whether singular vectors may be computed.
     pool : ThreadPool
         Threads for large products.
+
+    Attributes
+    ----------
+    broken : str
+        What makes the base unusable; empty where nothing does.
     """
 
     def __init__(
@@ -131,14 +137,27 @@ class BaseMatrix:
         self._metrics = metrics
         self._vectors = vectors
         self._pool = pool
-        self._broken = _defect(weight, "the base")
+        self.broken = _defect(weight, "the base")
         self._single = self._pair(weight) if weight.ndim == 2 else None
 
     def alone(self) -> Found:
         """Describe the base's spectrum."""
-        if self._broken:
-            return self._unusable(self._broken)
-        return _joined([self._part(self._pair(weight)) for weight in self._weights])
+        if self.broken:
+            return self._unusable(self.broken)
+        exponent = _exponent([self._weights])
+        pairs = (self._pair(_divided(weight, exponent)) for weight in self._weights)
+        return _multiplied(_joined([self._part(pair) for pair in pairs]), exponent)
+
+    def spectra(self) -> Tensor:
+        """Return the singular values of each matrix of a base that is not broken, (E, k)."""
+        exponent = _exponent([self._weights])
+        found = [
+            torch.from_numpy(
+                MatrixPair(_divided(weight, exponent), vectors=False, pool=self._pool).base
+            )
+            for weight in self._weights
+        ]
+        return _divided(torch.stack(found), -exponent)
 
     def against(self, tuned: Tuned) -> Found:
         """Compare with a fine-tune.
@@ -146,17 +165,26 @@ class BaseMatrix:
         The matrices of a batch come one after another: what one takes is given back before the
         next. So a batch is decomposed again for each fine-tune, and a single matrix is not.
         """
-        if self._broken:
-            return self._unusable(self._broken)
+        if self.broken:
+            return self._unusable(self.broken)
+        broken = "" if tuned.weight is None else _defect(tuned.weight, "the fine-tune")
+        if broken:
+            return self._unusable(broken)
+        exponent = _exponent([self._weights, tuned.weight])
         parts = []
         for index, weight in enumerate(self._weights):
             other, change = tuned.matrix(index)
-            broken = _defect(change if other is None else other, "the fine-tune")
-            if broken:
+            if change is not None and (broken := _defect(change, "the fine-tune")):
                 return self._unusable(broken)
-            pair = (self._single or self._pair(weight)).with_tuned(other, change)
+            if exponent:
+                weight = _divided(weight, exponent)
+                other, change = (
+                    one if one is None else _divided(one, exponent) for one in (other, change)
+                )
+            pair = None if exponent else self._single
+            pair = (pair or self._pair(weight)).with_tuned(other, change)
             parts.append(self._part(pair, weight, other))
-        return _joined(parts)
+        return _multiplied(_joined(parts), exponent)
 
     def _pair(self, weight: Tensor) -> MatrixPair:
         return MatrixPair(weight, vectors=self._vectors, pool=self._pool)
@@ -215,18 +243,82 @@ def compare_spectra(
     metrics : sequence of Metric
         What to compute.
     """
-    rows = [S, S_tuned] if S.ndim == 2 else [S.unsqueeze(0), S_tuned.unsqueeze(0)]
     m, n = sides or (S.shape[-1], S.shape[-1])
-    if not bool(S_tuned.isfinite().all()):
-        bad = int((~S_tuned.isfinite()).sum())
-        broken = f"the fine-tune: {bad} of {S_tuned.numel()} singular values are not finite"
-        return Found(Measured(), Evidence(m, n, count=len(rows[0]), broken=broken))
+    count = len(S) if S.ndim == 2 else 1
+    for side, values in (("the base", S), ("the fine-tune", S_tuned)):
+        bad = int((~values.isfinite()).sum())
+        if bad:
+            broken = f"{side}: {bad} of {values.numel()} singular values are not finite"
+            return Found(Measured(), Evidence(m, n, count=count, broken=broken))
+    exponent = _exponent([S, S_tuned])
+    rows = [_divided(one, exponent).reshape(count, -1) for one in (S, S_tuned)]
     pairs = [SpectralPair(a, b, m=m, n=n) for a, b in zip(*rows, strict=True)]
-    parts = [measure(pair, metrics) for pair in pairs]
-    measured = combine(parts, pairs)
+    measured = combine([measure(pair, metrics) for pair in pairs], pairs)
     drift = measured.change["relative_drift"]
     evidence = [gather(pair, None, None, relative_drift=drift) for pair in pairs]
-    return Found(measured, join(evidence, drift), _curves(pairs))
+    found = Found(measured, join(evidence, drift), _curves(pairs))
+    return _multiplied(found, exponent)
+
+
+# Squares of entries beyond 1e154 or below 1e-154 leave float64: such matrices are divided by a
+# power of two first. Only float64 can hold them; the squares of all others are far inside.
+
+
+_EXTREME = 300
+_NORMS = ("spectral_norm", "frobenius_norm", "frobenius_distance", "change_spectral_norm")
+_SIZES = frozenset((*_NORMS, "mp_sigma", "mp_edge", "hard_threshold", "delta_norm"))
+_LOGS = frozenset(("log_norm", "log_spectral_norm"))
+_NOT_SCALED = frozenset(("alpha_xmin", "alpha_weighted", "log_alpha_norm"))
+
+
+def _exponent(tensors: Sequence[Tensor | None]) -> int:
+    """Return the power of two that brings the largest entry of all below 1; 0 for usual sizes."""
+    wide = [one for one in tensors if one is not None and one.dtype == torch.float64]
+    top = max((largest(one) for one in tensors if one is not None), default=0.0) if wide else 0.0
+    exponent = math.frexp(top)[1]
+    return exponent if abs(exponent) > _EXTREME else 0
+
+
+def _divided(values: Tensor, exponent: int) -> Tensor:
+    """Divide by a power of two, in two steps: the power itself may be beyond float64."""
+    if not exponent:
+        return values
+    half = exponent // 2
+    return values.double() * 2.0**-half * 2.0 ** (half - exponent)
+
+
+def _multiplied(found: Found, exponent: int) -> Found:
+    """Return what was found of divided matrices for the matrices themselves."""
+    if not exponent:
+        return found
+    half = exponent // 2
+
+    def size(value: float) -> float:
+        return value * 2.0**half * 2.0 ** (exponent - half)
+
+    def metric(name: str, value: float | None) -> float | None:
+        if value is None or name in _NOT_SCALED:
+            return None
+        if name in _LOGS:
+            return value + 2.0 * exponent * math.log10(2.0)
+        return size(value) if name in _SIZES else value
+
+    sides = vars(found.measured).items()
+    return Found(
+        Measured(**{k: {name: metric(name, v) for name, v in s.items()} for k, s in sides}),
+        None if found.evidence is None else replace(found.evidence, exponent=exponent),
+        None if found.curves is None else _multiplied_curves(found.curves, exponent),
+    )
+
+
+def _multiplied_curves(curves: Curves, exponent: int) -> Curves:
+    half = exponent // 2
+    base, tuned, along = (
+        None if one is None else one * 2.0**half * 2.0 ** (exponent - half)
+        for one in (curves.base, curves.tuned, curves.along)
+    )
+    assert base is not None
+    return Curves(base, tuned, along)
 
 
 def compare_vectors(base: Tensor, tuned: Tensor | None, change: Tensor | None = None) -> Found:
@@ -249,6 +341,8 @@ def compare_vectors(base: Tensor, tuned: Tensor | None, change: Tensor | None = 
         if bad:
             broken = f"{side}: {bad} of {n} entries are NaN or infinite"
             return Found(Measured(), Evidence(1, n, broken=broken))
+    exponent = _exponent([W, T])
+    W, T = _divided(W, exponent), _divided(T, exponent)
     D = T - W
     found = Evidence(
         1,
@@ -258,11 +352,13 @@ def compare_vectors(base: Tensor, tuned: Tensor | None, change: Tensor | None = 
         tuned_energy=float(T.square().sum()),
         change_energy=float(D.square().sum()),
         inner=float((W * T).sum()),
+        exponent=exponent,
     )
-    drift = found.weight_drift
-    measured = Measured({"weight_drift": drift if np.isfinite(drift) else None})
+    measured = Measured({"weight_drift": found.weight_drift})
     if found.identical or tuned is None or not (_floats(base) and _floats(tuned)):
         return Found(measured, found)
+    if exponent:
+        base, tuned = W, T
     return Found(measured, _with_noise(found, base, tuned))
 
 

@@ -73,6 +73,8 @@ class Evidence:
         How the entries were moved or flipped; empty where they were not.
     broken : str
         What cannot be right; empty where nothing is.
+    exponent : int
+        Power of two that entries were divided by before their squares were summed.
     """
 
     m: int
@@ -92,6 +94,7 @@ class Evidence:
     participation: float = 0.0
     rearranged: str = ""
     broken: str = ""
+    exponent: int = 0
 
     @property
     def side(self) -> int:
@@ -101,8 +104,7 @@ class Evidence:
     @property
     def weight_drift(self) -> float:
         """``||D|| / ||W||``; infinite for a base of zeros."""
-        ratio = norm_ratio(self.change_energy, self.base_energy)
-        return math.inf if ratio is None else ratio
+        return norm_ratio(self.change_energy, self.base_energy)
 
     @property
     def cosine(self) -> float | None:
@@ -206,7 +208,7 @@ def _may_be_rearranged(found: Evidence) -> bool:
     last digits. A rotation was; it must be a large one to be told from a fine-tune.
     """
     drift = found.relative_drift
-    if drift is None or found.weight_drift < 1e-3:
+    if drift is None or not math.isfinite(drift) or found.weight_drift < 1e-3:
         return False
     floor = math.sqrt(found.noise.energy / found.base_energy) if found.noise else 0.0
     rotated = drift <= max(1e-5, floor) and drift < 0.01 * found.weight_drift
@@ -280,6 +282,7 @@ def join(parts: Sequence[Evidence], relative_drift: float | None) -> Evidence:
         tail=sum(part.tail for part in changed),
         participation=max((part.participation for part in changed), default=0.0),
         rearranged="" if "" in ways else "; ".join(ways),
+        exponent=parts[0].exponent,
     )
 
 

@@ -119,29 +119,45 @@ def log_ratios(pair: AnyPair) -> Array:
 
 
 def max_log_ratio(pair: AnyPair) -> Value:
-    """Return largest absolute logarithm of a ratio."""
+    """Return largest absolute logarithm of a ratio, infinite where only one side is zero."""
     ratios = log_ratios(pair)
-    return float(np.abs(ratios).max()) if ratios.size else None
+    if ratios.size:
+        return float(np.abs(ratios).max())
+    return None if _from_zero(pair) is None else math.inf
 
 
 def mean_log_ratio(pair: AnyPair) -> Value:
     """Return mean logarithm of the ratios, signed."""
     ratios = log_ratios(pair)
-    return float(ratios.mean()) if ratios.size else None
+    return float(ratios.mean()) if ratios.size else _from_zero(pair)
+
+
+def _from_zero(pair: AnyPair) -> Value:
+    """Return the logarithm of something over nothing, or the reverse; None where both are zero."""
+    assert pair.tuned is not None
+    before, after = bool(pair.base.any()), bool(pair.tuned.any())
+    if before == after:
+        return None
+    return math.inf if after else -math.inf
+
+
+def ratio(after: float, before: float) -> Value:
+    """Return a ratio of two sizes: infinite where only the first is not zero, None for none."""
+    if before > 0.0:
+        return after / before
+    return math.inf if after > 0.0 else None
 
 
 def nuclear_ratio(pair: AnyPair) -> Value:
     """Return ratio of the sums of singular values."""
     assert pair.tuned is not None
-    before = float(pair.base.sum())
-    return float(pair.tuned.sum()) / before if before > 0.0 else None
+    return ratio(float(pair.tuned.sum()), float(pair.base.sum()))
 
 
 def spectral_ratio(pair: AnyPair) -> Value:
     """Return ratio of the largest singular values."""
     assert pair.tuned is not None
-    before = float(pair.base[0]) if pair.base.size else 0.0
-    return float(pair.tuned[0]) / before if before > 0.0 else None
+    return ratio(float(pair.tuned.max(initial=0.0)), float(pair.base.max(initial=0.0)))
 
 
 def weight_drift(pair: AnyPair) -> Value:

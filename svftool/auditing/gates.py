@@ -8,6 +8,7 @@ from dataclasses import dataclass
 
 from svftool.auditing.metrics import EXTRA, METRICS
 from svftool.auditing.results import Row
+from svftool.auditing.verdicts import BROKEN, CHANGED
 from svftool.errors import UsageError
 
 _SIDES = ("base", "tuned", "change")
@@ -73,14 +74,20 @@ def check_metric(name: str) -> None:
 def tripped(rows: Iterable[Row], gate: Gate) -> list[Row]:
     """List the rows whose metric exceeds the gate, the worst first.
 
-    A tensor that is broken trips every gate: it has no number that could be below.
+    A tensor that is broken trips every gate: it has no number that could be below. So does one
+    of codes whose bytes changed.
     """
     found = [row for row in rows if _exceeds(row, gate)]
-    return sorted(found, key=lambda row: -(row.value(gate.metric) or math.inf))
+    return sorted(found, key=lambda row: _worst_first(row.value(gate.metric)))
+
+
+def _worst_first(value: float | None) -> float:
+    return -math.inf if value is None else -value
 
 
 def _exceeds(row: Row, gate: Gate) -> bool:
-    if row.verdict is not None and row.verdict.name == "broken":
+    verdict = "" if row.verdict is None else row.verdict.name
+    if verdict == BROKEN or (row.by_bytes and verdict == CHANGED):
         return True
     value = row.value(gate.metric)
     return value is not None and value > gate.value

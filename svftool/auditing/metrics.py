@@ -13,7 +13,7 @@ from typing import Literal, Protocol
 
 from svftool.auditing import formulas as f
 from svftool.auditing.formulas import Value
-from svftool.auditing.pair import Array
+from svftool.auditing.pair import Array, norm_ratio
 from svftool.auditing.spectral import AnyPair
 from svftool.errors import UsageError
 from svftool.numerics import (
@@ -299,8 +299,9 @@ def _combined(
     if rule == "norm":
         return math.sqrt(sum(v * v for v in numbers))
     if rule == "root":
-        whole = sum(energy)
-        return math.sqrt(sum(v * v * e for v, e, _ in known) / whole) if whole > 0.0 else 0.0
+        # What was zero moved by all of its change, whatever the other matrices hold.
+        moved = sum(v * v * e if math.isfinite(v) else c for v, e, c in known)
+        return norm_ratio(moved, sum(energy))
     if rule == "change":
         return _weighted(numbers, [c for _, _, c in known])
     return sum(numbers) / len(numbers)

@@ -434,11 +434,11 @@ def _orthonormal(columns: Tensor) -> Tensor:
     return Q
 
 
-def norm_ratio(part: float, whole: float) -> float | None:
-    """``sqrt(part / whole)`` of two sums of squares; None where the whole is 0 and the part not."""
+def norm_ratio(part: float, whole: float) -> float:
+    """``sqrt(part / whole)`` of two sums of squares; infinite where only the whole is 0."""
     if part == 0.0:
         return 0.0
-    return math.sqrt(part / whole) if whole > 0.0 else None
+    return math.sqrt(part / whole) if whole > 0.0 else math.inf
 
 
 def _numpy(values: Tensor) -> Array:

@@ -14,10 +14,15 @@
     deny = ["broken", "unrelated"]
     limits = { weight_drift = 0.5, intruders = 2 }
 
-    [tensors]
-    unmatched = "deny"                  # "allow" by default
+    [[rule]]
+    layers = "head.*"
+    allow = ["undecided"]               # these need not be comparable
 
-Every rule that matches a tensor must hold for it.
+    [tensors]
+    unmatched = "allow"                 # nor those that only one side has, or in another shape
+
+Every rule that matches a tensor must hold for it. A tensor that was not compared breaks the policy
+unless a rule for it allows "undecided", or it is unmatched and those are allowed.
 """
 
 from __future__ import annotations
@@ -27,15 +32,16 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from svftool.auditing.gates import Gate, check_metric, parse_gate, tripped
 from svftool.auditing.metrics import METRICS
-from svftool.auditing.results import AuditResult, Comparison, Row
-from svftool.auditing.verdicts import VERDICTS
+from svftool.auditing.results import AuditResult, Comparison, Row, Unread
+from svftool.auditing.verdicts import UNDECIDED, VERDICTS
 from svftool.errors import GateError, UsageError, shortlist
 
 SCHEMA_VERSION = 1
+NOT_COMPARED = "not compared"
 _KEYS = frozenset({"layers", "allow", "deny", "limits", "reason"})
 
 
@@ -63,9 +69,13 @@ class Rule:
     limits: Mapping[str, float] = field(default_factory=dict)
     reason: str = ""
 
+    def matches(self, name: str) -> bool:
+        """Whether the rule is for a tensor of this name."""
+        return any(fnmatchcase(name, glob) for glob in self.layers)
+
     def complaint(self, row: Row) -> str:
         """Say what is wrong with a row; nothing where it is fine or another's business."""
-        if not any(fnmatchcase(row.name, glob) for glob in self.layers) or row.verdict is None:
+        if not self.matches(row.name) or row.verdict is None:
             return ""
         name = row.verdict.name
         if name in self.deny or (self.allow and name not in self.allow):
@@ -97,13 +107,14 @@ class Policy:
     ----------
     path : Path
     rules : tuple of Rule
-    unmatched : bool
-        Whether tensors that only one side has are allowed.
+    unmatched : {"allow", "deny"} or None
+        Whether tensors that only one side has are allowed or denied; None where the file does not
+        say, so that a rule must.
     """
 
     path: Path
     rules: tuple[Rule, ...]
-    unmatched: bool = True
+    unmatched: Literal["allow", "deny"] | None = None
 
     @property
     def metrics(self) -> tuple[str, ...]:
@@ -114,7 +125,15 @@ class Policy:
 
     def violations(self, comparison: Comparison) -> list[Violation]:
         """List everything in a comparison that breaks a rule."""
-        return [*self._of_rows(comparison.rows), *self._of_others(comparison)]
+        found = [*self._of_rows((*comparison.rows, *comparison.codes))]
+        if comparison.tuned is None:
+            return found
+        lonely = {*comparison.unmatched_base, *comparison.unmatched_tuned}
+        for one in comparison.coverage.not_compared:
+            reason = self._complaint(one, unmatched=one in lonely)
+            if reason:
+                found.append(Violation(one.name, one.reason, reason))
+        return found
 
     def _of_rows(self, rows: Sequence[Row]) -> Iterator[Violation]:
         for row in rows:
@@ -124,12 +143,14 @@ class Policy:
                     yield Violation(row.name, found, rule.reason)
                     break
 
-    def _of_others(self, comparison: Comparison) -> Iterator[Violation]:
-        if self.unmatched:
-            return
-        # What both sides have in different shapes is on both lists.
-        for one in dict.fromkeys((*comparison.unmatched_base, *comparison.unmatched_tuned)):
-            yield Violation(one.name, one.reason, "unmatched tensors are denied")
+    def _complaint(self, one: Unread, *, unmatched: bool) -> str:
+        """Say why a tensor had to be compared; nothing where it had not."""
+        if unmatched and self.unmatched == "deny":
+            return "unmatched tensors are denied"
+        if not one.wanted or (unmatched and self.unmatched == "allow"):
+            return ""
+        named = any(UNDECIDED in rule.allow and rule.matches(one.name) for rule in self.rules)
+        return "" if named else NOT_COMPARED
 
 
 def read_policy(path: Path) -> Policy:
@@ -159,10 +180,10 @@ def read_policy(path: Path) -> Policy:
         raise UsageError(f"{path}: no [[rule]], expected at least one.")
     tensors = document.get("tensors", {})
     _only(path, tensors, {"unmatched"}, "[tensors]")
-    unmatched = tensors.get("unmatched", "allow")
-    if unmatched not in ("allow", "deny"):
+    unmatched = tensors.get("unmatched")
+    if unmatched not in (None, "allow", "deny"):
         raise UsageError(f"{path}: unmatched = {unmatched!r}, expected 'allow' or 'deny'.")
-    return Policy(path, tuple(_rule(path, rule) for rule in rules), unmatched == "allow")
+    return Policy(path, tuple(_rule(path, rule) for rule in rules), unmatched)
 
 
 def _only(path: Path, table: Any, keys: set[str] | frozenset[str], where: str) -> None:
@@ -240,12 +261,12 @@ class Gatekeeper:
         found = []
         for one in result.comparisons:
             for gate in self.gates:
-                for row in tripped(one.rows, gate):
-                    value = row.value(gate.metric)
-                    text = "broken" if value is None else f"{gate.metric} {value:.4g}"
-                    found.append(Violation(row.name, text, f"limit {gate.value:g}"))
+                for row in tripped((*one.rows, *one.codes), gate):
+                    found.append(Violation(row.name, _found(row, gate), f"limit {gate.value:g}"))
             if self.policy is not None:
                 found += self.policy.violations(one)
+            elif self.gates and one.tuned is not None:
+                found += _not_compared(one)
         return found
 
     def close(self, failed: Sequence[Violation]) -> None:
@@ -256,5 +277,26 @@ class Gatekeeper:
         GateError
             Naming the worst.
         """
-        if failed:
-            raise GateError(f"{len(failed)} tensors failed: {shortlist(failed, 3)}")
+        if not failed:
+            return
+        way_out = ""
+        if any(one.reason == NOT_COMPARED for one in failed):
+            way_out = (
+                ". What need not be compared is left out by --exclude, or allowed by a policy's "
+                'rule with allow = ["undecided"]'
+            )
+        raise GateError(f"{len(failed)} tensors failed: {shortlist(failed, 3)}{way_out}")
+
+
+def _found(row: Row, gate: Gate) -> str:
+    value = row.value(gate.metric)
+    if value is not None:
+        return f"{gate.metric} {value:.4g}"
+    return "broken" if row.verdict is None else row.verdict.text
+
+
+def _not_compared(one: Comparison) -> Iterator[Violation]:
+    """Trip on what no number was taken of, but for what the user's patterns left out."""
+    for item in one.coverage.not_compared:
+        if item.wanted:
+            yield Violation(item.name, item.reason, NOT_COMPARED)

@@ -12,7 +12,7 @@ from pathlib import Path
 from svftool.auditing.evidence import Evidence
 from svftool.auditing.formulas import Value
 from svftool.auditing.metrics import METRICS, Measured
-from svftool.auditing.pair import Array
+from svftool.auditing.pair import Array, norm_ratio
 from svftool.auditing.verdicts import Verdict
 from svftool.checkpoints import View
 
@@ -62,6 +62,8 @@ class Row:
         What the verdict rests on.
     curves : Curves or None
         Of matrices.
+    by_bytes : bool
+        Whether bytes were compared, not numbers: such a row has no metrics.
     """
 
     name: str
@@ -74,6 +76,7 @@ class Row:
     verdict: Verdict | None = None
     evidence: Evidence | None = None
     curves: Curves | None = None
+    by_bytes: bool = False
 
     @property
     def is_matrix(self) -> bool:
@@ -116,17 +119,58 @@ class Row:
             return base
         if side in ("tuned", ""):
             return tuned if tuned is not None or side == "tuned" else base
-        if base is None or tuned is None or base == 0.0:
+        if base is None or tuned is None or base == tuned == 0.0:
             return None
-        return abs(tuned - base) / abs(base)
+        return abs(tuned - base) / abs(base) if base else math.inf
+
+    @property
+    def infinite(self) -> tuple[str, ...]:
+        """Metrics of the change that are infinite, as where zeros became something."""
+        found = self.measured.change.items()
+        return tuple(name for name, value in found if value is not None and math.isinf(value))
 
 
 @dataclass(frozen=True)
 class Unread:
-    """A tensor that is in no comparison, and why."""
+    """A tensor of which the metrics say nothing, and why.
+
+    Attributes
+    ----------
+    name : str
+    reason : str
+    wanted : bool
+        False where the user left it out by a pattern.
+    """
 
     name: str
     reason: str
+    wanted: bool = True
+
+    @property
+    def in_two_shapes(self) -> bool:
+        """Whether both sides have it, in two shapes: then both lists of unmatched tensors do."""
+        return self.reason.startswith("shape ")
+
+
+@dataclass(frozen=True)
+class Coverage:
+    """What a verdict on the whole covers.
+
+    Attributes
+    ----------
+    compared : int
+        Tensors compared, as numbers or byte for byte.
+    not_compared : tuple of Unread
+        The others of both sides; what both have in two shapes is here once.
+    """
+
+    compared: int
+    not_compared: tuple[Unread, ...]
+
+    @property
+    def total(self) -> int:
+        """All tensors of both sides, a matched one counted once."""
+        return self.compared + len(self.not_compared)
 
 
 @dataclass(frozen=True)
@@ -146,7 +190,9 @@ class Comparison:
     unmatched_base, unmatched_tuned : tuple of Unread
         Tensors that only one side has, or whose shapes differ.
     left_out : tuple of Unread
-        Matched tensors that cannot be compared as numbers, such as packed integers.
+        Matched tensors that are not compared as numbers, such as packed integers.
+    codes : tuple of Row
+        Those of them that were compared byte for byte.
     verdict : Verdict or None
         For the whole; None for a base alone, unless it is broken.
     totals : tuple of int
@@ -162,6 +208,7 @@ class Comparison:
     unmatched_base: tuple[Unread, ...] = ()
     unmatched_tuned: tuple[Unread, ...] = ()
     left_out: tuple[Unread, ...] = ()
+    codes: tuple[Row, ...] = ()
     verdict: Verdict | None = None
     totals: tuple[int, int] = (0, 0)
     notes: tuple[str, ...] = ()
@@ -171,6 +218,19 @@ class Comparison:
         """Rows that were looked at as matrices."""
         return tuple(row for row in self.rows if row.is_matrix)
 
+    @property
+    def coverage(self) -> Coverage:
+        """What was compared, and what was not."""
+        done = {row.name for row in self.codes}
+        return Coverage(
+            len(self.rows) + len(self.codes),
+            (
+                *(one for one in self.left_out if one.name not in done),
+                *self.unmatched_base,
+                *(one for one in self.unmatched_tuned if not one.in_two_shapes),
+            ),
+        )
+
     def counts(self) -> Mapping[str, int]:
         """How many matrices have each verdict, the most frequent first."""
         found = Counter(row.verdict.name for row in self.matrices if row.verdict is not None)
@@ -179,16 +239,18 @@ class Comparison:
     def total(self, name: str) -> Value:
         """Return ``weight_drift`` or ``svf_share`` of all matrices as one block matrix."""
         found = [row.evidence for row in self.matrices if row.evidence is not None]
-        change = sum(one.change_energy for one in found)
-        base = sum(one.base_energy for one in found)
+        top = max((one.exponent for one in found), default=0)
+        changes = [_scaled(one.change_energy, one.exponent - top) for one in found]
+        change = sum(changes)
         if name == "weight_drift":
-            if change == 0.0:
-                return 0.0 if found else None
-            return math.sqrt(change / base) if base > 0.0 else None
-        known = [one for one in found if one.svf_share is not None]
-        if change == 0.0 or not known:
-            return None
-        return sum((one.svf_share or 0.0) * one.change_energy for one in known) / change
+            base = sum(_scaled(one.base_energy, one.exponent - top) for one in found)
+            return norm_ratio(change, base) if found else None
+        known = [
+            one.svf_share * energy
+            for one, energy in zip(found, changes, strict=True)
+            if one.svf_share is not None
+        ]
+        return sum(known) / change if change > 0.0 and known else None
 
     def median(self, name: str) -> Value:
         """Return the median of a metric over the matrices that have it."""
@@ -197,6 +259,11 @@ class Comparison:
         if not values:
             return None
         return values[middle] if len(values) % 2 else (values[middle - 1] + values[middle]) / 2.0
+
+
+def _scaled(energy: float, exponent: int) -> float:
+    """Return a sum of squares of entries times a power of two, at most one."""
+    return math.ldexp(energy, 2 * exponent)
 
 
 @dataclass(frozen=True)

@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 from collections import Counter
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 from svftool.auditing.evidence import ROTATED, Evidence, Noise
@@ -27,6 +27,7 @@ REARRANGED = "rearranged"
 CHANGED = "changed"
 BROKEN = "broken"
 MIXED = "mixed"
+UNDECIDED = "undecided"
 
 VERDICTS = {
     UNTOUCHED: "not one value differs",
@@ -36,12 +37,13 @@ VERDICTS = {
     FULL: "singular values and vectors changed, in many directions",
     UNRELATED: "almost no correlation with the base: retrained, or another model",
     REARRANGED: "same singular values, other entries: permuted, sign-flipped or rotated",
-    CHANGED: "norms, biases or other tensors that are no matrices changed",
+    CHANGED: "norms, biases, codes or other tensors that are no matrices of numbers changed",
     MIXED: "layers changed in different ways",
     BROKEN: "values that are not finite, a weight that became zero, or another shape",
+    UNDECIDED: "not every tensor could be compared, and those that were are as in the base",
 }
 """Each verdict with what it means. ``changed`` and ``mixed`` are for tensors that are no matrices
-and for whole comparisons."""
+and for whole comparisons, ``undecided`` for whole comparisons and for tensors not compared."""
 
 STEPS = 1.0
 """Steps of the dtype up to which a moved entry counts as rounded."""
@@ -126,7 +128,13 @@ def judge_tensor(found: Evidence) -> Verdict:
         return rounded
     if found.rearranged:
         return Verdict(REARRANGED, "medium", found.rearranged)
-    return Verdict(CHANGED, "high", f"moved by {_percent(found.weight_drift)} of its norm")
+    return Verdict(CHANGED, "high", _moved_by(found))
+
+
+def _moved_by(found: Evidence) -> str:
+    if found.base_energy == 0.0:
+        return "all zeros in the base and not in the fine-tune: an infinite drift"
+    return f"moved by {_percent(found.weight_drift)} of its norm"
 
 
 def _rearranged(found: Evidence) -> Verdict | None:
@@ -196,7 +204,7 @@ def _noises(found: Evidence) -> Iterable[Noise | None]:
 
 def _unrelated(found: Evidence) -> Verdict | None:
     if found.base_energy == 0.0:
-        return Verdict(UNRELATED, "medium", "the base's weight is all zeros")
+        return Verdict(UNRELATED, "medium", _moved_by(found))
     cosine = found.cosine
     entries = found.m * found.n * found.count
     limit = max(COSINE, 3.0 / math.sqrt(entries))
@@ -233,7 +241,7 @@ def _rank_confidence(found: Evidence, rank: int, noisy: float) -> Confidence:
 
 
 def _full(found: Evidence) -> Verdict:
-    parts = [f"moved by {_percent(found.weight_drift)} of its norm"]
+    parts = [_moved_by(found)]
     if found.svf_share is not None:
         parts.append(f"{_percent(found.svf_share)} of that by singular values")
     if found.rank:
@@ -248,8 +256,19 @@ def _full(found: Evidence) -> Verdict:
     return Verdict(FULL, confidence, ", ".join(parts))
 
 
+def judge_codes(*, equal: bool) -> Verdict:
+    """Return the verdict on a tensor that is not read as numbers, only as bytes."""
+    if equal:
+        return Verdict(UNTOUCHED, "high", "every byte is equal")
+    return Verdict(CHANGED, "high", "its bytes differ; they are codes, not read as numbers")
+
+
 def judge_all(
-    matrices: Sequence[tuple[Verdict, Evidence | None]], others: Sequence[Verdict]
+    matrices: Sequence[tuple[Verdict, Evidence | None]],
+    others: Sequence[Verdict],
+    codes: Sequence[Verdict] = (),
+    *,
+    not_compared: int = 0,
 ) -> Verdict:
     """Return the verdict on a whole comparison.
 
@@ -259,24 +278,53 @@ def judge_all(
         Of every matrix that both sides have.
     others : sequence of Verdict
         Of the tensors that are no matrices.
+    codes : sequence of Verdict
+        Of those compared by their bytes alone.
+    not_compared : int
+        How many tensors of either side were not compared.
 
     Returns
     -------
     Verdict
+        Never that all is as in the base where something was not compared.
     """
+    found = _judge_compared(matrices, others, codes)
+    if not not_compared:
+        return found
+    left = f"{_tensors(not_compared)} not compared"
+    if found.name not in (UNTOUCHED, ROUNDING):
+        return replace(found, evidence=f"{found.evidence}; undecided: {left}")
+    done = len(matrices) + len(others) + len(codes)
+    rest = "nothing else is there"
+    if done:
+        way = "equal" if found.name == UNTOUCHED else "equal but for rounding"
+        rest = f"the {done} compared {'is' if done == 1 else 'are'} {way}"
+    return Verdict(UNDECIDED, "low", f"{left}; {rest}")
+
+
+def _tensors(count: int) -> str:
+    return f"{count} tensor{'' if count == 1 else 's'}"
+
+
+def _judge_compared(
+    matrices: Sequence[tuple[Verdict, Evidence | None]],
+    others: Sequence[Verdict],
+    codes: Sequence[Verdict],
+) -> Verdict:
+    """Return the verdict on what was compared."""
     broken = sum(verdict.name == BROKEN for verdict in (*(v for v, _ in matrices), *others))
     if broken:
         return broken_verdict(broken)
     moved = [(v, e) for v, e in matrices if v.name not in (UNTOUCHED, ROUNDING)]
     if not moved:
-        return _still(matrices, others)
+        return _still(matrices, others, codes)
     counts = Counter(verdict.name for verdict in _absorbed(moved))
     name, most = counts.most_common(1)[0]
     total, still = len(moved), len(matrices) - len(moved)
     if most < 0.8 * total:
         name = MIXED if FULL not in counts or counts[FULL] < 0.5 * total else FULL
     alike = [verdict for verdict, _ in moved if verdict.name == name] or [v for v, _ in moved]
-    evidence = _tally(counts, len(matrices), still)
+    evidence = _tally(counts, len(matrices), still) + _say_codes(codes)
     ranks = sorted(verdict.rank for verdict in alike if verdict.rank is not None)
     rank = ranks[-1] if name == LOW_RANK else None
     if rank is not None and ranks[0] != rank:
@@ -289,23 +337,35 @@ def broken_verdict(count: int) -> Verdict:
     return Verdict(BROKEN, "high", f"{count} {'tensor is' if count == 1 else 'tensors are'} broken")
 
 
+def _say_codes(codes: Sequence[Verdict]) -> str:
+    changed = sum(verdict.name == CHANGED for verdict in codes)
+    differ = "differs in its" if changed == 1 else "differ in their"
+    return f"; {_tensors(changed)} of codes {differ} bytes" if changed else ""
+
+
 def _still(
-    matrices: Sequence[tuple[Verdict, Evidence | None]], others: Sequence[Verdict]
+    matrices: Sequence[tuple[Verdict, Evidence | None]],
+    others: Sequence[Verdict],
+    codes: Sequence[Verdict],
 ) -> Verdict:
     rounded = sum(verdict.name == ROUNDING for verdict, _ in matrices)
     changed = sum(verdict.name in (CHANGED, REARRANGED) for verdict in others)
-    if changed:
-        part = "all matrices are as in the base"
+    in_codes = _say_codes(codes)
+    if changed or in_codes:
+        part = "all matrices of numbers are as in the base"
         if rounded:
             part += " but for rounding"
         others_changed = "norm, bias or buffer" if changed == 1 else "norms, biases or buffers"
-        return Verdict(CHANGED, "high", f"{part}; {changed} {others_changed} changed")
+        if changed:
+            part += f"; {changed} {others_changed} changed"
+        return Verdict(CHANGED, "high", part + in_codes)
     if rounded or any(verdict.name == ROUNDING for verdict in others):
         alike = [verdict for verdict, _ in matrices if verdict.name == ROUNDING]
         return Verdict(
             ROUNDING, _joint(alike or others), f"{rounded} of {len(matrices)} matrices, by rounding"
         )
-    return Verdict(UNTOUCHED, "high", f"all {len(matrices) + len(others)} tensors are equal")
+    total = len(matrices) + len(others) + len(codes)
+    return Verdict(UNTOUCHED, "high", f"all {total} tensors are equal")
 
 
 def _absorbed(moved: Sequence[tuple[Verdict, Evidence | None]]) -> list[Verdict]:

@@ -8,6 +8,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import PurePath
 from typing import Any
 
+from svftool.report.text import is_unseen
+
 SCHEMA_VERSION = 1
 
 
@@ -18,6 +20,8 @@ def document(command: str, **fields: Any) -> dict[str, Any]:
 
 def to_json(value: Any) -> str:
     """Serialise a document; floats that are not finite become null.
+
+    Characters that steer a terminal or the order of the text are written as escapes.
 
     Examples
     --------
@@ -30,7 +34,14 @@ def to_json(value: Any) -> str:
       ]
     }
     """
-    return json.dumps(_plain(value), indent=2, ensure_ascii=False, allow_nan=False)
+    text = json.dumps(_plain(value), indent=2, ensure_ascii=False, allow_nan=False)
+    return "\n".join(map(_escaped, text.split("\n")))
+
+
+def _escaped(line: str) -> str:
+    if line.isprintable():
+        return line
+    return "".join(json.dumps(one)[1:-1] if is_unseen(one) else one for one in line)
 
 
 def _plain(value: Any) -> Any:

@@ -2,24 +2,34 @@
 
 from __future__ import annotations
 
-import re
+import unicodedata
 from collections.abc import Iterable, Mapping
 
 from rich.table import Table
 from rich.text import Text
 
-_CONTROL = re.compile(r"[\x00-\x1f\x7f-\x9f\u200e\u200f\u202a-\u202e\u2066-\u2069]")
+_UNSEEN = frozenset(("Cc", "Cf", "Cs", "Zl", "Zp"))
+"""Unicode's categories of controls, of marks that steer the text, surrogates, line separators."""
+
+
+def is_unseen(letter: str) -> bool:
+    """Whether a character steers a terminal or the order of the text and is not seen itself."""
+    return unicodedata.category(letter) in _UNSEEN
 
 
 def safe(text: str) -> str:
-    r"""Replace control characters, which a tensor or file name may carry, by their escapes.
+    r"""Replace characters that are not seen, which a tensor or file name may carry, by escapes.
 
     Examples
     --------
-    >>> safe("a\x1b[31mb")
-    'a\\x1b[31mb'
+    >>> safe("a\x1b[31mb"), safe("a\u2028b")
+    ('a\\x1b[31mb', 'a\\u2028b')
     """
-    return _CONTROL.sub(lambda match: match.group().encode("unicode_escape").decode(), text)
+    if text.isprintable():
+        return text
+    return "".join(
+        letter.encode("unicode_escape").decode() if is_unseen(letter) else letter for letter in text
+    )
 
 
 def shape(sizes: tuple[int, ...]) -> str:

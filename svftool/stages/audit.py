@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import os
 import time
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import partial
 
 import torch
@@ -23,22 +23,31 @@ from svftool.auditing import (
     Measured,
     Metric,
     Row,
+    Tuned,
     Unread,
-    Verdict,
     audit_budget,
     audit_bytes,
     choose_metrics,
     compare_spectra,
+    compare_tuned,
     compare_vectors,
     counterparts,
-    judge,
-    judge_all,
-    judge_tensor,
+    judged,
+    judged_codes,
+    judged_row,
     open_source,
     trajectory_of,
 )
-from svftool.auditing.verdicts import UNTOUCHED, broken_verdict
-from svftool.checkpoints import Selection, TensorInfo, View, dtype_name, matrix_shape, select
+from svftool.auditing.verdicts import broken_verdict
+from svftool.auditing.ways import asked_for, way_to_change, way_to_compare
+from svftool.checkpoints import (
+    Selection,
+    TensorInfo,
+    View,
+    dtype_name,
+    matrix_shape,
+    select,
+)
 from svftool.checkpoints.dtypes import FLOAT8
 from svftool.engine import Job, run_layers, share
 from svftool.errors import CheckpointError, FactorsError
@@ -46,9 +55,6 @@ from svftool.machine import pick_device
 from svftool.numerics import ThreadPool
 from svftool.processes import joined_processes
 from svftool.progress import SILENT, Progress
-
-_VECTORS = frozenset({"fewer than two dimensions", "one side of the matrix is 1", "empty"})
-"""Reasons of `select` for which a tensor is compared by its values."""
 
 EVERYTHING = ("*",)
 """Embeddings and heads are looked at too, though `decompose` leaves them whole by default."""
@@ -111,7 +117,7 @@ def audit(
         layers = _layers(source, include, exclude)
         auditor = _Auditor(source, layers, chosen, fast, place, progress)
         if source.tuned is not None:
-            comparisons = tuple(_tuned_pair(source, one, chosen) for one in others or [source])
+            comparisons = tuple(auditor.tuned_pair(one) for one in others or [source])
         else:
             comparisons = auditor.compare(others)
     names = tuple(metric.name for metric in chosen)
@@ -124,6 +130,7 @@ class _Layers:
 
     views: Mapping[str, View]
     left: Mapping[str, str]
+    selection: Selection = field(default_factory=Selection)
 
     def matrix(self, info: TensorInfo) -> tuple[int, ...]:
         return matrix_shape(info.shape, self.views[info.name])
@@ -141,7 +148,7 @@ def _layers(base: AuditSource, include: Sequence[str], exclude: Sequence[str]) -
             reasons[one.name] = "float8 values of a quantised layer"
         else:
             views[one.name] = base.views.get(one.name, one.view)
-    return _Layers(views, reasons)
+    return _Layers(views, reasons, selection)
 
 
 @dataclass(frozen=True)
@@ -166,20 +173,41 @@ class _Auditor:
             for index, side in enumerate(sides)
         )
 
+    def tuned_pair(self, other: AuditSource) -> Comparison:
+        """Compare two tuned files of one base, or one with the values that it started from."""
+        first, second = self.base.tuned, other.tuned
+        assert first is not None
+        if second is None:
+            raise FactorsError(
+                f"{other.path}: not a tuned file, expected one to hold against {self.base.path}. "
+                "Name the base checkpoint first."
+            )
+        return compare_tuned(first, second, self.metrics, self._whole_matrix)
+
+    def _whole_matrix(self, base: Tensor, tuned: Tensor) -> Found:
+        with ThreadPool(0) as pool:
+            held = BaseMatrix(base, self.metrics, vectors=not self.fast, pool=pool)
+            return held.against(Tuned(weight=tuned))
+
     def _matrices(self, sides: Sequence[Counterparts]) -> dict[str, list[Found | None]]:
         """Work on every matrix that any fine-tune says something of, each process its part."""
         infos = [self.base.infos[name] for name in self.layers.views]
         jobs = [
             Job(info.name, self.layers.matrix(info), info.dtype)
             for info in infos
-            if not sides or any(side.holds(info.name) for side in sides)
+            if not sides or any(self._way(info.name, side) == "matrix" for side in sides)
         ]
 
         def work(job: Job, weight: Tensor, pool: ThreadPool) -> list[Found | None]:
             if not sides:
                 return [self._spectrum(job, weight, pool)]
             base = BaseMatrix(weight, self.metrics, vectors=not self.fast, pool=pool)
-            return [self._held(job, base, weight, side) for side in sides]
+            return [
+                self._held(job, base, weight, side)
+                if self._way(job.name, side) == "matrix"
+                else None
+                for side in sides
+            ]
 
         size = partial(
             audit_bytes,
@@ -212,10 +240,21 @@ class _Auditor:
         curves = None if known.curves is None else Curves(known.curves.base)
         return Found(Measured(base=known.measured.base), None, curves)
 
+    def _way(self, name: str, side: Counterparts) -> str:
+        """Return how a tensor is compared, "" where the fine-tune does not speak of it."""
+        if not side.holds(name):
+            return ""
+        info, matrix = self.base.infos[name], name in self.layers.views
+        other = side.info(name)
+        if other is None or name in side.changes:
+            return way_to_change(info, matrix=matrix)
+        return way_to_compare(info, other, matrix=matrix)
+
     def _held(self, job: Job, base: BaseMatrix, weight: Tensor, side: Counterparts) -> Found | None:
         spectra = side.spectra(job.name)
         if spectra is not None:
             m, n = job.matrix[-2:]
+            spectra = _completed(*spectra, base, min(m, n))
             return compare_spectra(*spectra, sides=(m, n), metrics=self.metrics)
         info = self.base.infos[job.name]
         found = side.read(job.name, weight.reshape(info.shape))
@@ -236,26 +275,49 @@ class _Auditor:
         )
 
     def _comparison(self, side: Counterparts, found: Mapping[str, Found | None]) -> Comparison:
-        rows, left_out = [], []
+        rows: list[Row] = []
+        codes: list[Row] = []
+        left_out: list[Unread] = []
         for name in side.names:
-            if name in self.layers.views:
-                rows.append(self._row(name, side, found.get(name)))
-            elif _as_values(self.base.infos[name], self.layers.left[name]):
-                rows.append(self._row(name, side, self._values(name, side)))
+            why = asked_for(name, self.layers.selection)
+            way = self._way(name, side)
+            if why is not None:
+                left_out.append(why)
+            elif way in ("matrix", "values", ""):
+                of_matrix = way == "matrix" or not way
+                rows.append(
+                    self._row(
+                        name, side, found.get(name) if of_matrix else self._values(name, side)
+                    )
+                )
+            elif way == "bytes":
+                codes.append(self._codes(name, side))
+                left_out.append(Unread(name, f"{self.layers.left[name]}; compared by bytes"))
             else:
-                left_out.append(Unread(name, self.layers.left[name]))
-        return Comparison(
-            base=self.base.path,
-            tuned=side.source.path,
-            kinds=(self.base.kind, side.source.kind),
-            rows=tuple(rows),
-            unmatched_base=side.base_only,
-            unmatched_tuned=side.tuned_only,
-            left_out=tuple(left_out),
-            verdict=_whole(rows),
-            totals=(len(self.base.infos), side.total),
-            notes=(*self.base.notes, *side.source.notes, *side.notes),
+                left_out.append(Unread(name, way))
+        return judged(
+            Comparison(
+                base=self.base.path,
+                tuned=side.source.path,
+                kinds=(self.base.kind, side.source.kind),
+                rows=tuple(rows),
+                unmatched_base=self._wanted(side.base_only),
+                unmatched_tuned=self._wanted(side.tuned_only),
+                left_out=tuple(left_out),
+                codes=tuple(codes),
+                totals=(len(self.base.infos), side.total),
+                notes=(*self.base.notes, *side.source.notes, *side.notes),
+            )
         )
+
+    def _wanted(self, items: Sequence[Unread]) -> tuple[Unread, ...]:
+        """Mark those that the user's patterns leave out; they stay on the list."""
+        left = self.layers.selection
+        return tuple(replace(one, wanted=asked_for(one.name, left) is None) for one in items)
+
+    def _codes(self, name: str, side: Counterparts) -> Row:
+        tensors = self.base.read(name), side.source.read(side.others[name])
+        return judged_codes(self._row(name, side, None), *tensors)
 
     def _values(self, name: str, side: Counterparts) -> Found | None:
         if not side.holds(name):
@@ -277,76 +339,17 @@ class _Auditor:
             dtype=tuple(dtype_name(one.dtype) for one in (info, other) if one is not None),
             tuned_name=None if renamed == name else renamed,
         )
-        return _filled(row, found)
+        return judged_row(row, found)
 
 
-def _as_values(info: TensorInfo, reason: str) -> bool:
-    if info.layout != "dense" or info.dtype.is_complex:
-        return False
-    return reason in _VECTORS or (reason == "not floating point" and len(info.shape) < 2)
+def _completed(S_base: Tensor, S: Tensor, base: BaseMatrix, rank: int) -> tuple[Tensor, Tensor]:
+    """Append the singular values that truncated factors leave as they are in the base.
 
-
-def _filled(row: Row, found: Found | None) -> Row:
-    """Put in what was found; nothing is found of what the fine-tune's file does not hold."""
-    if found is None:
-        return replace(row, verdict=Verdict(UNTOUCHED, "high", "not in the fine-tune's file"))
-    verdict = None
-    if found.evidence is not None:
-        verdict = judge(found.evidence) if row.is_matrix else judge_tensor(found.evidence)
-    return replace(
-        row,
-        measured=found.measured,
-        evidence=found.evidence,
-        curves=found.curves,
-        verdict=verdict,
-    )
-
-
-def _whole(rows: Sequence[Row]) -> Verdict:
-    judged = [(row, row.verdict) for row in rows if row.verdict is not None]
-    return judge_all(
-        [(verdict, row.evidence) for row, verdict in judged if row.is_matrix],
-        [verdict for row, verdict in judged if not row.is_matrix],
-    )
-
-
-def _tuned_pair(base: AuditSource, other: AuditSource, metrics: Sequence[Metric]) -> Comparison:
-    """Compare two tuned files of one base, or one with the singular values it started from."""
-    first, second = base.tuned, other.tuned
-    assert first is not None
-    if second is None:
-        raise FactorsError(
-            f"{other.path}: not a tuned file, expected one to hold against {base.path}. "
-            "Name the base checkpoint first."
-        )
-    if first.base_fingerprint != second.base_fingerprint:
-        raise FactorsError(
-            f"{other.path}: was trained on the base {second.base_fingerprint[:12]}, expected "
-            f"{first.base_fingerprint[:12]} as {base.path}. Compare each with its own base."
-        )
-    alone = first is second
-    start = first.S_base if alone else first.S
-    rows = []
-    for name, S in start.items():
-        if name in second.S and second.S[name].shape == S.shape:
-            found = compare_spectra(S, second.S[name], sides=None, metrics=metrics)
-            rows.append(_filled(Row(name, "batch" if S.ndim == 2 else "matrix"), found))
-    done = {row.name for row in rows}
-    mine = () if alone else (*first.S, *first.whole)
-    theirs = (*second.S, *second.whole)
-    return Comparison(
-        base=base.path,
-        tuned=other.path,
-        kinds=("tuned", "tuned"),
-        rows=tuple(rows),
-        unmatched_base=_rest(mine, done),
-        unmatched_tuned=_rest(theirs, done),
-        verdict=_whole(rows),
-        totals=(len(start) if alone else len(mine), len(theirs)),
-        notes=("compared with the singular values that it started from",) if alone else (),
-    )
-
-
-def _rest(names: Iterable[str], done: set[str]) -> tuple[Unread, ...]:
-    why = "no counterpart in the other file; its base is not here"
-    return tuple(Unread(name, why) for name in names if name not in done)
+    Then a tuned file of truncated factors and its merged checkpoint have the same spectra.
+    """
+    kept = S.shape[-1]
+    if kept >= rank or base.broken:
+        return S_base, S
+    rest = base.spectra()[..., kept:].reshape(*S.shape[:-1], rank - kept)
+    before, after = (torch.cat((one.double(), rest), dim=-1) for one in (S_base, S))
+    return before, after

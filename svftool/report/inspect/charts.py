@@ -9,7 +9,7 @@ import numpy as np
 import numpy.typing as npt
 
 from svftool.auditing import Curves, Trajectory
-from svftool.report.inspect.marks import number
+from svftool.report.inspect.marks import largest_of, number, part_of
 from svftool.report.inspect.svg import WIDTH, line, svg, text
 from svftool.report.text import safe
 
@@ -82,13 +82,13 @@ def trajectory(one: Trajectory) -> str:
     left, height, right = 60, 240, 190
     count = len(one.checkpoints)
     drifts = [values for values in one.layers.values() if any(v is not None for v in values)]
-    largest = max((v for values in drifts for v in values if v is not None), default=0.0)
+    largest = largest_of(v for values in drifts for v in values)
     if largest == 0.0 or count < 2:
         return ""
 
     def place(index: int, value: float) -> tuple[float, float]:
         x = left + (WIDTH - left - right) * index / (count - 1)
-        return x, 8 + (height - 8) * (1.0 - value / largest)
+        return x, 8 + (height - 8) * (1.0 - part_of(value, largest))
 
     parts = []
     for tick in _ticks(largest):

@@ -10,6 +10,10 @@ from typing import Any
 from svftool.auditing import METRICS, AuditResult, Comparison, Row, Trajectory, Unread, Verdict
 from svftool.auditing.policy import Violation
 from svftool.report import json
+from svftool.report.text import safe
+
+_FORMULA = tuple("=+-@\uff1d\uff0b\uff0d\uff20")
+"""What a spreadsheet takes for the start of a formula, in wide letters too."""
 
 SUMMARISED = ("weight_drift", "relative_drift", "svf_share", "intruders")
 
@@ -52,7 +56,12 @@ def _comparison(one: Comparison, metrics: Sequence[str], curves: bool) -> dict[s
             "base": [_unread(item) for item in one.unmatched_base],
             "tuned": [_unread(item) for item in one.unmatched_tuned],
         },
-        "left_out": [_unread(item) for item in one.left_out],
+        "left_out": _left_out(one),
+        "coverage": {
+            "compared": one.coverage.compared,
+            "total": one.coverage.total,
+            "not_compared": [_unread(item) for item in one.coverage.not_compared],
+        },
         "notes": one.notes,
     }
 
@@ -91,6 +100,7 @@ def _row(row: Row, metrics: Sequence[str], curves: bool) -> dict[str, Any]:
             sides = row.measured.base, row.measured.tuned
             found[name] = dict(zip(("base", "tuned"), (x.get(name) for x in sides), strict=True))
     found |= {"rounding_floor": row.rounding_floor, "change_rank": row.change_rank}
+    found["infinite"] = row.infinite
     found |= _verdict(row.verdict)
     if curves and row.curves is not None:
         found["curves"] = {
@@ -109,6 +119,12 @@ def _verdict(verdict: Verdict | None) -> dict[str, Any]:
         "confidence": verdict.confidence,
         "evidence": verdict.evidence,
     }
+
+
+def _left_out(one: Comparison) -> list[dict[str, Any]]:
+    """List what has no metrics; codes that were compared by bytes have a verdict."""
+    codes = {row.name: None if row.verdict is None else row.verdict.name for row in one.codes}
+    return [_unread(item) | {"verdict": codes.get(item.name)} for item in one.left_out]
 
 
 def _unread(item: Unread) -> dict[str, str]:
@@ -169,6 +185,7 @@ def _cell(value: Any) -> str:
         return ""
     if isinstance(value, tuple):
         return "x".join(map(str, value))
-    text = str(value)
-    formula = not isinstance(value, float | int) and text[:1] in "=+-@\t\r\n"
-    return f"'{text}" if formula else text
+    if isinstance(value, float | int):
+        return str(value)
+    text = safe(str(value))
+    return f"'{text}" if text.lstrip()[:1] in _FORMULA else text

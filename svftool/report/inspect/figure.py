@@ -10,6 +10,7 @@ import numpy as np
 
 from svftool.auditing import AuditResult, Comparison, Row
 from svftool.report.drawing import PLAIN_AXES, plain, require_matplotlib, save
+from svftool.report.inspect.marks import largest_of
 from svftool.report.text import display_names, short
 
 _GREY, _BLUE, _ORANGE = "#8a919c", "#2b5fb8", "#c4551d"
@@ -59,7 +60,9 @@ def _drift(axes: Any, one: Comparison, rows: Sequence[Row]) -> None:
     metric = "weight_drift" if one.tuned is not None else "effective_rank.base"
     top = sorted(rows, key=lambda row: -(row.value(metric) or 0.0))[:_MOST_LAYERS]
     names = display_names((row.name for row in top), 26)
-    values = np.array([row.value(metric) or 0.0 for row in top])
+    largest = largest_of(row.value(metric) for row in top)
+    # What is infinite is drawn a little longer than the longest.
+    values = np.minimum([row.value(metric) or 0.0 for row in top], 1.1 * (largest or 1.0))
     places = np.arange(len(top))
     shares = [[row.value(name) for row in top] for name in ("svf_share", "off_diagonal_share")]
     if one.tuned is not None and all(v is not None for line in shares for v in line):

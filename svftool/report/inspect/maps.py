@@ -9,7 +9,7 @@ import numpy as np
 import numpy.typing as npt
 
 from svftool.auditing import Curves, Row
-from svftool.report.inspect.marks import block_of, in_order, number
+from svftool.report.inspect.marks import block_of, in_order, largest_of, number, part_of
 from svftool.report.inspect.svg import WIDTH, cell, svg, text
 from svftool.report.text import safe
 
@@ -47,9 +47,9 @@ def heat_map(rows: Sequence[Row], metrics: Sequence[str], *, most: int = COLUMNS
         label = metric.replace(".change", ", change").replace("_", " ")
         parts.append(text(_LABEL - 10, top + _CELL - 4, label, anchor="end"))
         values = [_largest([row.value(metric) for row in column]) for column in columns]
-        largest = max((abs(value) for value in values if value is not None), default=0.0)
+        largest = largest_of(None if value is None else abs(value) for value in values)
         for index, (column, value) in enumerate(zip(columns, values, strict=True)):
-            shade = 0.0 if value is None or largest == 0.0 else abs(value) / largest
+            shade = part_of(value, largest)
             title = f"{_named(column)}: {label} {number(value)}"
             kind = "cell none" if value is None else "cell"
             parts.append(cell(_LABEL + index * step, top, step, _CELL, shade, title, kind))

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 import numpy as np
 import numpy.typing as npt
@@ -21,6 +21,7 @@ COLOURS = {
     "rearranged": "magenta",
     "unrelated": "red",
     "broken": "bold red",
+    "undecided": "yellow",
 }
 """Colour of each verdict on a terminal."""
 
@@ -64,6 +65,31 @@ def sparkline(values: Sequence[float] | npt.NDArray[np.floating], width: int) ->
     )
 
 
+def largest_of(values: Iterable[float | None]) -> float:
+    """Return the largest finite number, by which bars are drawn; 0 where there is none.
+
+    Examples
+    --------
+    >>> largest_of([0.5, None, math.inf])
+    0.5
+    """
+    return max((v for v in values if v is not None and math.isfinite(v)), default=0.0)
+
+
+def part_of(value: float | None, largest: float) -> float:
+    """Return the length of a bar, from 0 to 1; what is infinite is as long as bars are.
+
+    Examples
+    --------
+    >>> part_of(0.5, 2.0), part_of(math.inf, 0.0), part_of(None, 1.0)
+    (0.25, 1.0, 0.0)
+    """
+    size = abs(value or 0.0)
+    if math.isinf(size):
+        return 1.0
+    return min(size / largest, 1.0) if largest > 0.0 else 0.0
+
+
 def block_of(name: str) -> str:
     """Return the part of a network that a tensor belongs to: its name up to the first number.
 
@@ -98,11 +124,13 @@ def number(value: float | None) -> str:
 
     Examples
     --------
-    >>> [number(x) for x in (0.0, 0.12345, 1.5e-5, 12345.6, 3.0, None)]
-    ['0', '0.123', '1.5e-5', '1.2e4', '3', '–']
+    >>> [number(x) for x in (0.0, 0.12345, 1.5e-5, 12345.6, 3.0, None, math.inf)]
+    ['0', '0.123', '1.5e-5', '1.2e4', '3', '–', '∞']
     """
     if value is None:
         return "–"
+    if math.isinf(value):
+        return "∞" if value > 0.0 else "-∞"
     if value == 0.0 or (value == int(value) and abs(value) < 1e4):
         return str(int(value))
     if 1e-3 <= abs(value) < 1e4:

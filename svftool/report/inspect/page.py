@@ -10,7 +10,7 @@ from svftool.auditing import METRICS, VERDICTS, AuditResult, Comparison, Row
 from svftool.auditing.policy import Violation
 from svftool.report.drawing import require_jinja
 from svftool.report.inspect import charts, maps
-from svftool.report.inspect.marks import number
+from svftool.report.inspect.marks import largest_of, number, part_of
 from svftool.report.inspect.unread import unread
 from svftool.report.text import safe, shape
 
@@ -97,7 +97,7 @@ def _section(one: Comparison, index: int, count: int) -> dict[str, Any]:
     by_drift = sorted(rows, key=lambda row: -(row.value("weight_drift") or 0.0))
     drawn = [row for row in by_drift if row.curves is not None][:EXAMPLES]
     compared = one.tuned is not None
-    largest = (by_drift[0].value("weight_drift") or 0.0) if by_drift else 0.0
+    largest = largest_of(row.value("weight_drift") for row in rows)
     return {
         "index": index,
         "base": safe(one.base.name),
@@ -119,7 +119,7 @@ def _section(one: Comparison, index: int, count: int) -> dict[str, Any]:
         "vectors": _vectors(one),
         "missing": _missing(one),
         "totals": one.totals,
-        "compared": len(one.rows),
+        "compared": one.coverage.compared,
         "notes": [safe(note) for note in one.notes],
     }
 
@@ -183,7 +183,7 @@ def _line(row: Row, largest: float) -> dict[str, Any]:
         "confidence": "" if verdict is None else verdict.confidence,
         "evidence": "" if verdict is None else safe(verdict.evidence),
         "drift": drift,
-        "bar": 100.0 * drift / largest if drift and largest > 0.0 else 0.0,
+        "bar": 100.0 * part_of(drift, largest),
         "spectral": row.value("relative_drift"),
         "shares": [
             row.value(name) for name in ("svf_share", "off_diagonal_share", "out_of_span_share")

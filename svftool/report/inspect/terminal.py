@@ -11,7 +11,16 @@ from rich.text import Text
 
 from svftool.auditing import VERDICTS, AuditResult, Comparison, Row, Trajectory, Unread, Verdict
 from svftool.auditing.policy import Violation
-from svftool.report.inspect.marks import COLOURS, bar, block_of, number, sparkline
+from svftool.auditing.verdicts import CHANGED, UNDECIDED
+from svftool.report.inspect.marks import (
+    COLOURS,
+    bar,
+    block_of,
+    largest_of,
+    number,
+    part_of,
+    sparkline,
+)
 from svftool.report.inspect.unread import unread
 from svftool.report.text import display_names, plain_table, safe, shape, short
 
@@ -79,6 +88,8 @@ def _title(one: Comparison) -> Text:
 def _headline(verdict: Verdict) -> Text:
     colour = COLOURS[verdict.name]
     text = Text().append(verdict.text, f"bold {colour}".replace("bold bold", "bold"))
+    if verdict.name == UNDECIDED:
+        return text.append(f": {verdict.evidence}")
     text.append(f": {VERDICTS[verdict.name]}\n")
     evidence = f"{verdict.evidence[:1].upper()}{verdict.evidence[1:]}"
     return text.append(f"{evidence}; {verdict.confidence} confidence.", "dim")
@@ -107,7 +118,7 @@ def _table(rows: Sequence[Row], sort: str, top: int, group: bool) -> Table:
     # Short names are those among all matrices: what the few shown share may be what tells them.
     names = display_names((row.name for row in rows), NAME_WIDTH)
     rows = rows[:top]
-    largest = max((row.value(sort) or 0.0 for row in rows), default=0.0)
+    largest = largest_of(row.value(sort) for row in rows)
     if not group:
         for row in rows:
             table.add_row(*_cells(row, names[row.name], sort, largest))
@@ -130,7 +141,7 @@ def _cells(row: Row, name: str, sort: str, largest: float) -> Iterator[Renderabl
     share = row.value("svf_share")
     yield Text(name)
     yield number(value)
-    yield Text(bar((value or 0.0) / largest if largest > 0.0 else 0.0, BAR_WIDTH), colour)
+    yield Text(bar(part_of(value, largest), BAR_WIDTH), colour)
     yield "–" if share is None else f"{share:.0%}"
     yield Text(_spectral_change(row), colour)
     yield Text("" if verdict is None else verdict.text + _MARKS[verdict.confidence], colour)
@@ -161,12 +172,17 @@ def _others(one: Comparison) -> Iterator[RenderableType]:
             drift = number(most.value("weight_drift"))
             text.append(f", most {short(safe(most.name), 30)} ({drift})", "dim")
         yield text
+    differ = [row for row in one.codes if row.verdict is not None and row.verdict.name == CHANGED]
+    if differ:
+        text = Text(
+            f"codes that differ in their bytes: {len(differ)} of {len(one.codes)} ", "yellow"
+        )
+        yield text.append(f"({short(safe(differ[0].name), 30)})", "dim")
     for what, items in unread(one):
         yield from _listed(what, items)
-    counts = one.totals
+    done, counts = one.coverage.compared, one.totals
     yield Text(
-        f"{len(one.rows)} tensors compared, of {counts[0]} in the base and {counts[1]} in the "
-        "fine-tune",
+        f"{done} tensors compared, of {counts[0]} in the base and {counts[1]} in the fine-tune",
         "dim",
     )
 
@@ -243,10 +259,10 @@ def _trajectory(one: Trajectory) -> Iterator[RenderableType]:
         table.add_column(title, justify="right", no_wrap=True)
     table.add_column("", width=BAR_WIDTH, no_wrap=True)
     drift = one.metrics["weight_drift"]
-    largest = max((value or 0.0 for value in drift), default=0.0)
+    largest = largest_of(drift)
     for index, path in enumerate(one.checkpoints):
         cells = (number(values[index]) for values in one.metrics.values())
-        length = (drift[index] or 0.0) / largest if largest > 0.0 else 0.0
+        length = part_of(drift[index], largest)
         name = path.name.removesuffix(path.suffix)
         table.add_row(Text(short(safe(name), NAME_WIDTH)), *cells, Text(bar(length, BAR_WIDTH)))
     yield table
