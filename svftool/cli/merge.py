@@ -36,6 +36,10 @@ def command(
     verify: Annotated[
         bool, typer.Option("--verify", help="Read the result again and derive it anew.")
     ] = False,
+    allow_overflow: Annotated[
+        bool,
+        typer.Option("--allow-overflow", help="Clip what its dtype cannot hold; it is counted."),
+    ] = False,
     force: ForceOption = False,
     display: Display,
 ) -> None:
@@ -51,6 +55,7 @@ def command(
         without_base=without_base,
         max_shard_size=max_shard_size,
         verify=verify,
+        allow_overflow=allow_overflow,
         force=force,
         progress=display.progress(),
     )

@@ -7,6 +7,7 @@ layer whose singular values did not change therefore keeps its bytes, at any ran
 from __future__ import annotations
 
 import math
+import sys
 from dataclasses import dataclass
 
 import torch
@@ -14,6 +15,7 @@ from torch import Tensor
 
 from svftool.checkpoints.views import View, from_matrix, to_matrix
 from svftool.factors.store import LayerFactors
+from svftool.numerics.rounding import beyond, round_once
 
 BLOCK_ELEMENTS = 1 << 22
 """Elements of one row block in float64 arithmetic: 32 MB."""
@@ -32,14 +34,22 @@ class Merged:
     rounding_loss : float
         ``||round(W + D) - W - D||_F / ||D||_F`` for the delta D: the share that rounding to the
         weight's dtype swallowed. 0 where nothing changed, about 1 where D is below the rounding.
+    overflow : int
+        Entries of the sum that the weight's dtype cannot hold.
+    undefined : int
+        Entries of the sum that are NaN.
     """
 
     weight: Tensor
     relative_change: float
     rounding_loss: float
+    overflow: int = 0
+    undefined: int = 0
 
 
-def add_delta(weight: Tensor, factors: LayerFactors, delta: Tensor, *, view: View) -> Merged:
+def add_delta(
+    weight: Tensor, factors: LayerFactors, delta: Tensor, *, view: View, clip: bool = False
+) -> Merged:
     """Add a change of singular values to a weight.
 
     Parameters
@@ -52,6 +62,8 @@ def add_delta(weight: Tensor, factors: LayerFactors, delta: Tensor, *, view: Vie
         Change of the singular values.
     view : {"matrix", "batch"}
         How the weight is seen as matrices.
+    clip : bool
+        Replace entries that the dtype cannot hold by its largest number, with their sign.
 
     Returns
     -------
@@ -62,14 +74,20 @@ def add_delta(weight: Tensor, factors: LayerFactors, delta: Tensor, *, view: Vie
         return Merged(weight, 0.0, 0.0)
     matrices = to_matrix(weight, view)
     merged = torch.empty_like(matrices, memory_format=torch.contiguous_format)
-    sums = _Sums()
+    sums = _Sums(clip=clip)
     if view == "batch":
         for e in range(matrices.shape[0]):
             one = LayerFactors(factors.U[e], factors.S[e], factors.Vh[e])
             _add_rows(matrices[e], one, delta[e].double(), merged[e], sums)
     else:
         _add_rows(matrices, factors, delta.double(), merged, sums)
-    return Merged(from_matrix(merged, tuple(weight.shape)), sums.change, sums.loss)
+    return Merged(
+        from_matrix(merged, tuple(weight.shape)),
+        sums.change,
+        sums.loss,
+        overflow=sums.overflow,
+        undefined=sums.undefined,
+    )
 
 
 def rebuild(
@@ -89,24 +107,64 @@ def rebuild(
         How the weight is seen as matrices.
     """
     zero = torch.zeros(shape, dtype=torch.float64)
-    return add_delta(zero, factors, S, view=view).weight.to(dtype)
+    return round_once(add_delta(zero, factors, S, view=view).weight, dtype)
+
+
+def norm(values: Tensor) -> float:
+    """Return the Euclidean norm of float64 values, also where their squares leave float64.
+
+    Examples
+    --------
+    >>> norm(torch.tensor([3e300, 4e300], dtype=torch.float64))
+    5e+300
+    """
+    found = float(torch.linalg.vector_norm(values))
+    if _SMALL < found < _LARGE or values.numel() == 0:
+        return found
+    top = float(values.abs().max())
+    if top == 0.0 or not math.isfinite(top):
+        return top
+    share = float(torch.linalg.vector_norm(values / top))
+    return min(top * share, sys.float_info.max)
+
+
+_SMALL, _LARGE = 1e-140, 1e150
+"""Norms between which the squares of all entries that matter are normal numbers."""
 
 
 class _Sums:
-    """Squared norms that add up over row blocks."""
+    """Norms that add up over row blocks, and what the dtype could not hold."""
 
-    def __init__(self) -> None:
+    def __init__(self, *, clip: bool) -> None:
+        self.clip = clip
         self.weight = self.delta = self.error = 0.0
+        self.overflow = self.undefined = 0
 
     @property
     def change(self) -> float:
         if self.delta == 0.0:
             return 0.0
-        return math.sqrt(self.delta / self.weight) if self.weight > 0.0 else math.inf
+        return self.delta / self.weight if self.weight > 0.0 else math.inf
 
     @property
     def loss(self) -> float:
-        return math.sqrt(self.error / self.delta) if self.delta > 0.0 else 0.0
+        return self.error / self.delta if self.delta > 0.0 else 0.0
+
+    def add(self, base: Tensor, change: Tensor, dtype: torch.dtype) -> Tensor:
+        """Take in a block of rows, float64; return their sum in `dtype`."""
+        total = base + change
+        self.undefined += int(total.isnan().sum())
+        over = beyond(total, dtype) | (total.isinf() & base.isfinite())
+        count = int(over.sum())
+        self.overflow += count
+        if count and self.clip:
+            top = torch.finfo(dtype).max
+            total = torch.where(over, total.clamp(-top, top), total)
+        rounded = round_once(total, dtype)
+        self.weight = math.hypot(self.weight, norm(base))
+        self.delta = math.hypot(self.delta, norm(change))
+        self.error = math.hypot(self.error, norm(rounded.double() - base - change))
+        return rounded
 
 
 def _add_rows(
@@ -118,9 +176,4 @@ def _add_rows(
     rows = max(1, BLOCK_ELEMENTS // max(1, matrix.shape[1]))
     for start in range(0, matrix.shape[0], rows):
         block = slice(start, start + rows)
-        base = matrix[block].double()
-        change = left[block] @ right
-        merged[block] = base + change
-        sums.weight += float(base.square().sum())
-        sums.delta += float(change.square().sum())
-        sums.error += float((merged[block].double() - base - change).square().sum())
+        merged[block] = sums.add(matrix[block].double(), left[block] @ right, merged.dtype)

@@ -2,24 +2,42 @@
 
 from __future__ import annotations
 
+import math
 import os
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
-from svftool.checkpoints import Checkpoint, TensorInfo, dtype_named
-from svftool.errors import FactorsError, UsageError
+from svftool.checkpoints import Checkpoint, TensorInfo, dtype_name, dtype_named
+from svftool.checkpoints.selection import table_role
+from svftool.errors import FactorsError, NumericalError, UsageError, shortlist
 from svftool.factors import FactorStore, Merged, TunedFile, add_delta, read_tuned, rebuild
+from svftool.factors.delta import norm
+from svftool.numerics.rounding import beyond, round_once
 
 
 @dataclass(frozen=True)
 class Expert:
-    """A tuned file and its weight in the mixture."""
+    """A tuned file and its weight in the mixture.
+
+    Raises
+    ------
+    UsageError
+        If the weight is NaN or infinite.
+    """
 
     tuned: TunedFile
     weight: float = 1.0
+
+    def __post_init__(self) -> None:
+        if not math.isfinite(self.weight):
+            raise UsageError(
+                f"{self.tuned.path}: weight {self.weight}, expected a finite number such as in "
+                f"{self.tuned.path.name}@0.5"
+            )
 
     @classmethod
     def parse(cls, given: str | os.PathLike[str] | tuple[str | os.PathLike[str], float]) -> Expert:
@@ -72,6 +90,8 @@ class Mixture:
         The base; None rebuilds weights from their factors alone.
     experts : sequence of Expert
         Checked tuned files.
+    allow_overflow : bool
+        Clip values that the dtype of their tensor cannot hold, instead of refusing them.
 
     Attributes
     ----------
@@ -79,6 +99,8 @@ class Mixture:
         Every tensor of the result: the base's in its order, then added ones.
     added, replaced : tuple of str
         Tensors trained whole that the base does not have, and that it has.
+    clipped : dict of str to int
+        How many values were clipped, by tensor; of the tensors computed so far.
 
     Raises
     ------
@@ -88,7 +110,12 @@ class Mixture:
     """
 
     def __init__(
-        self, store: FactorStore, base: Checkpoint | None, experts: Sequence[Expert]
+        self,
+        store: FactorStore,
+        base: Checkpoint | None,
+        experts: Sequence[Expert],
+        *,
+        allow_overflow: bool = False,
     ) -> None:
         if base is None and store.config.layers_only:
             raise FactorsError(
@@ -98,6 +125,8 @@ class Mixture:
         self.store = store
         self.base = base
         self.experts = tuple(experts)
+        self.allow_overflow = allow_overflow
+        self.clipped: dict[str, int] = {}
         self._base_infos = _stored_infos(store) if base is None else base.infos
         trained = dict.fromkeys(name for one in experts for name in one.tuned.whole)
         self.added = tuple(name for name in trained if name not in self._base_infos)
@@ -106,6 +135,7 @@ class Mixture:
             **self._base_infos,
             **{name: self._whole_info(name) for name in trained},
         }
+        self._check_heads()
 
     @property
     def classes(self) -> tuple[str, ...] | None:
@@ -121,13 +151,21 @@ class Mixture:
         return max((one.reconstruction_error for one in self.store.layers.values()), default=0.0)
 
     def tensor(self, name: str) -> tuple[Tensor, LayerChange | None]:
-        """Compute one tensor of the result, and what became of it if it is a layer."""
+        """Compute one tensor of the result, and what became of it if it is a layer.
+
+        Raises
+        ------
+        NumericalError
+            If a value becomes NaN or infinite, or the tensor's dtype cannot hold it.
+        """
         if name in self.added or name in self.replaced:
             return self._mix_whole(name), None
         if name not in self.store.layers:
             return self._read(name), None
-        merged = self._merge_layer(name)
-        changed = merged.relative_change > 0.0
+        delta = self._delta(name)
+        merged = self._merge_layer(name, delta)
+        # The delta decides: its norm may be too small for a number, or be lost in rounding.
+        changed = bool(torch.any(delta))
         return merged.weight, LayerChange(
             name, changed, merged.relative_change, merged.rounding_loss
         )
@@ -135,24 +173,75 @@ class Mixture:
     def _read(self, name: str) -> Tensor:
         return self.store.read_whole(name) if self.base is None else self.base.read(name)
 
-    def _merge_layer(self, name: str) -> Merged:
-        layer = self.store.layers[name]
+    def _delta(self, name: str) -> Tensor:
+        """Sum the changes of one layer's singular values, in float64."""
         deltas = [one.weight * one.tuned.delta(name) for one in self.experts if name in one.tuned.S]
-        if self.base is not None and not any(map(torch.any, deltas)):
+        total = sum(deltas, start=torch.zeros(1, dtype=torch.float64))
+        if not bool(total.isfinite().all()):
+            raise NumericalError(
+                f"tensor {name!r}: the weighted change of its singular values is not finite, "
+                "expected finite numbers. Give smaller weights."
+            )
+        return total
+
+    def _merge_layer(self, name: str, delta: Tensor) -> Merged:
+        layer = self.store.layers[name]
+        if self.base is not None and not torch.any(delta):
             return Merged(self.base.read(name), 0.0, 0.0)
-        factors = self.store.read(name)
-        delta = sum(deltas, start=torch.zeros_like(factors.S, dtype=torch.float64))
         if self.base is not None:
-            return add_delta(self.base.read(name), factors, delta, view=layer.view)
-        weight = rebuild(
-            factors,
-            factors.S.double() + delta,
-            shape=layer.shape,
-            dtype=dtype_named(layer.dtype),
-            view=layer.view,
+            merged = add_delta(
+                self.base.read(name),
+                self.store.read(name),
+                delta,
+                view=layer.view,
+                clip=self.allow_overflow,
+            )
+            self._judge(name, merged.undefined, merged.overflow, dtype_named(layer.dtype))
+            return merged
+        S = self.store.read_S(name).double()
+        change = norm(delta) / max(norm(S), torch.finfo(torch.float64).tiny)
+        weight = self._rounded(name, self._rebuilt(name, S + delta), dtype_named(layer.dtype))
+        return Merged(weight, change, 0.0)
+
+    def _rebuilt(self, name: str, S: Tensor) -> Tensor:
+        """Build a layer from its factors, in float64."""
+        layer = self.store.layers[name]
+        return rebuild(
+            self.store.read(name), S, shape=layer.shape, dtype=torch.float64, view=layer.view
         )
-        change = delta.norm() / factors.S.double().norm().clamp_min(torch.finfo(torch.float64).tiny)
-        return Merged(weight, float(change), 0.0)
+
+    def _rounded(
+        self, name: str, values: Tensor, dtype: torch.dtype, start: Tensor | None = None
+    ) -> Tensor:
+        """Round float64 values once; refuse what is not finite, or clip what overflows."""
+        nan, over = values.isnan(), beyond(values, dtype) | values.isinf()
+        if start is not None:
+            # A mask may hold infinity, and stays as it is.
+            same = (values == start) | (values.isnan() & start.isnan())
+            nan, over = nan & ~same, over & ~same
+        elif _may_be_infinite(self.infos[name]):
+            over &= ~values.isinf()
+        count = int(over.sum())
+        if count and self.allow_overflow:
+            limits = torch.finfo(dtype) if dtype.is_floating_point else torch.iinfo(dtype)
+            values = torch.where(over, values.clamp(limits.min, limits.max), values)
+        self._judge(name, int(nan.sum()), count, dtype)
+        return round_once(values, dtype)
+
+    def _judge(self, name: str, undefined: int, overflow: int, dtype: torch.dtype) -> None:
+        """Refuse what would be written not finite; note what was clipped."""
+        if undefined:
+            raise NumericalError(
+                f"tensor {name!r}: {undefined} values would be NaN, expected finite ones. "
+                "Leave out the tuned file that holds them, or give smaller weights."
+            )
+        if overflow and not self.allow_overflow:
+            raise NumericalError(
+                f"tensor {name!r}: {overflow} values overflow {dtype_name(dtype)}, expected "
+                "finite ones. Give smaller weights, or clip them with --allow-overflow."
+            )
+        if overflow:
+            self.clipped[name] = overflow
 
     def _whole_info(self, name: str) -> TensorInfo:
         tensors = [one.tuned.whole[name] for one in self.experts if name in one.tuned.whole]
@@ -172,22 +261,101 @@ class Mixture:
     def _mix_whole(self, name: str) -> Tensor:
         info = self.infos[name]
         trained = [one for one in self.experts if name in one.tuned.whole]
-        known = self._base_infos.get(name)
-        if len(trained) == 1 and trained[0].weight == 1.0:
-            return trained[0].tuned.whole[name].to(info.dtype)
-        if known is not None and known.shape == info.shape:
-            start = self._read(name).double()
-        elif known is None:
-            start = torch.zeros(info.shape, dtype=torch.float64)
-        else:
+        in_factors = name in self.store.layers and any(name in one.tuned.S for one in self.experts)
+        alone = len(trained) == 1 and trained[0].weight == 1.0
+        only = trained[0].tuned.whole[name] if alone else None
+        if only is not None and not in_factors and _is_storable(only, info.dtype):
+            return only
+        if info.dtype.is_complex or any(one.tuned.whole[name].is_complex() for one in trained):
             raise FactorsError(
-                f"tensor {name!r}: trained with shape {info.shape}, expected {known.shape} as in "
-                "the base to be weighted. Merge it with weight 1."
+                f"tensor {name!r}: complex numbers, expected real ones to be weighted or stored in "
+                "another dtype. Merge its tuned file alone, with weight 1."
             )
+        start = self._start(name, info)
+        total = self._weighted(name, start, trained) if only is None else only.double()
+        if in_factors:
+            total = total + self._rebuilt(name, self._delta(name))
+        same = self._base_infos.get(name)
+        known = start if same is not None and same.shape == info.shape else None
+        return self._rounded(name, total, info.dtype, known)
+
+    def _start(self, name: str, info: TensorInfo) -> Tensor:
+        """Return what changes of a whole tensor are measured from: the base's, or zero."""
+        known = self._base_infos.get(name)
+        if known is None or known.shape != info.shape:
+            return torch.zeros(info.shape, dtype=torch.float64)
+        if self.base is None and name in self.store.layers:
+            return self._rebuilt(name, self.store.read_S(name).double())
+        return self._read(name).double()
+
+    def _weighted(self, name: str, start: Tensor, trained: Sequence[Expert]) -> Tensor:
+        known = self._base_infos.get(name)
+        if known is not None and known.shape != start.shape:
+            raise FactorsError(_reshaped(name, tuple(start.shape), known.shape))
         total = start.clone()
         for one in trained:
-            total += one.weight * (one.tuned.whole[name].double() - start)
-        return total.to(info.dtype)
+            value = one.tuned.whole[name].double()
+            # Infinity minus itself is no change.
+            change = torch.where(value == start, 0.0, value - start)
+            total += one.weight * change
+        return total
+
+    def _check_heads(self) -> None:
+        """Refuse to sum heads whose rows stand for different classes."""
+        for name, info in self.infos.items():
+            heads = [one for one in self.experts if _is_head(one.tuned, name)]
+            known = {one.tuned.classes for one in heads}
+            base = self._base_classes(name, info)
+            total = sum(one.weight for one in heads)
+            if heads and base is not None and abs(total - 1.0) > _WEIGHT_SLACK:
+                known.add(base)
+            if len(known) > 1:
+                named = " and ".join(
+                    f"({shortlist(one or (), 3)})" for one in sorted(known, key=str)
+                )
+                raise FactorsError(
+                    f"tensor {name!r}: heads of different classes {named}, expected the same "
+                    "classes in the same order to be summed. Merge one tuned file, with weight 1."
+                )
+
+    def _base_classes(self, name: str, info: TensorInfo) -> tuple[str, ...] | None:
+        """Return the classes that the base's own head names, where it has one of this shape."""
+        known = self._base_infos.get(name)
+        config = None if self.base is None else self.base.config
+        names = None if config is None else config.get("id2label")
+        if known is None or known.shape != info.shape or not isinstance(names, Mapping):
+            return None
+        classes = tuple(str(one) for one in names.values())
+        unnamed = all(re.fullmatch(r"LABEL_\d+", one) for one in classes)
+        return None if unnamed or len(classes) != known.shape[0] else classes
+
+
+_WEIGHT_SLACK = 1e-9
+
+
+def _is_head(tuned: TunedFile, name: str) -> bool:
+    """Whether a tensor has one row for each class that a tuned file names."""
+    value = tuned.whole.get(name)
+    classes = tuned.classes
+    return bool(classes) and value is not None and value.shape[:1] == (len(classes or ()),)
+
+
+def _is_storable(value: Tensor, dtype: torch.dtype) -> bool:
+    """Whether a tensor is finite and has the dtype that it is stored in."""
+    if value.dtype != dtype:
+        return False
+    return not dtype.is_floating_point or bool(value.float().isfinite().all())
+
+
+def _may_be_infinite(info: TensorInfo) -> bool:
+    return table_role(info) == "attention mask"
+
+
+def _reshaped(name: str, found: tuple[int, ...], expected: tuple[int, ...]) -> str:
+    return (
+        f"tensor {name!r}: trained with shape {found}, expected {expected} as in the base to be "
+        "weighted. Merge it with weight 1."
+    )
 
 
 def _stored_infos(store: FactorStore) -> dict[str, TensorInfo]:

@@ -19,7 +19,7 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from svftool.checkpoints import Checkpoint, SafetensorsWriter, open_checkpoint
+from svftool.checkpoints import Checkpoint, SafetensorsWriter, dtype_name, open_checkpoint
 from svftool.errors import CheckpointError, FactorsError, shortlist
 from svftool.factors.store import FactorStore
 
@@ -195,7 +195,7 @@ def read_tuned(path: str | os.PathLike[str]) -> TunedFile:
         facts = _read_facts(file, tensors.metadata)
         try:
             return _tuned_from(file, tensors, facts)
-        except (KeyError, TypeError, ValueError) as error:
+        except (KeyError, TypeError, ValueError, RuntimeError, CheckpointError) as error:
             raise FactorsError(
                 f"{file}: a broken tuned file ({type(error).__name__}: {error}). Train again."
             ) from error
@@ -208,9 +208,15 @@ def _read_facts(path: Path, metadata: Mapping[str, str]) -> dict[str, Any]:
             "'svftool finetune' or 'svftool extract'."
         )
     try:
-        facts = dict(json.loads(metadata[METADATA_KEY]))
-    except ValueError as error:
+        facts = json.loads(metadata[METADATA_KEY])
+    except (ValueError, RecursionError) as error:
         raise FactorsError(f"{path}: unreadable {METADATA_KEY!r} metadata. Train again.") from error
+    if not isinstance(facts, dict):
+        kind = type(facts).__name__
+        raise FactorsError(
+            f"{path}: {METADATA_KEY!r} metadata holds a JSON {kind}, expected an object. "
+            "Train again."
+        )
     if facts.get("schema_version") != SCHEMA_VERSION:
         raise FactorsError(
             f"{path}: schema version {facts.get('schema_version')!r}, expected {SCHEMA_VERSION}. "
@@ -220,10 +226,18 @@ def _read_facts(path: Path, metadata: Mapping[str, str]) -> dict[str, Any]:
 
 
 def _tuned_from(path: Path, tensors: Checkpoint, facts: Mapping[str, Any]) -> TunedFile:
-    layers = [str(name) for name in facts["layers"]]
+    layers = _strings(facts["layers"], "layers")
     factor_names = {f"{name}{suffix}" for name in layers for suffix in (".S", ".S_base")}
+    both = [name for name in layers if name in tensors.infos and name not in factor_names]
+    if both:
+        raise ValueError(
+            f"{shortlist(both, 2)}: singular values and the whole tensor, expected one"
+        )
+    for name in layers:
+        _check_values(name, tensors)
     S = {name: tensors.read(f"{name}.S").clone() for name in layers}
     packed = facts["probes"]
+    classes = None if facts["classes"] is None else tuple(_strings(facts["classes"], "classes"))
     return TunedFile(
         path=path,
         S=S,
@@ -231,13 +245,44 @@ def _tuned_from(path: Path, tensors: Checkpoint, facts: Mapping[str, Any]) -> Tu
         whole={
             name: tensors.read(name).clone() for name in tensors.infos if name not in factor_names
         },
-        base_fingerprint=str(facts["base_fingerprint"]),
-        factors_fingerprint=str(facts["factors_fingerprint"]),
+        base_fingerprint=_string(facts["base_fingerprint"], "base_fingerprint"),
+        factors_fingerprint=_string(facts["factors_fingerprint"], "factors_fingerprint"),
         probes={name: decode_probe(packed[name], tuple(S[name].shape)) for name in layers},
-        task=facts["task"],
-        classes=None if facts["classes"] is None else tuple(facts["classes"]),
+        task=None if facts["task"] is None else _string(facts["task"], "task"),
+        classes=classes,
         training=dict(facts["training"]),
     )
+
+
+def _string(value: Any, key: str) -> str:
+    if not isinstance(value, str):
+        raise TypeError(f"{key} is a JSON {type(value).__name__}, expected a string")
+    return value
+
+
+def _strings(values: Any, key: str) -> list[str]:
+    if not isinstance(values, list):
+        raise TypeError(f"{key} is a JSON {type(values).__name__}, expected a list")
+    if len(set(map(str, values))) != len(values):
+        raise ValueError(f"{key} names one thing twice, expected each once")
+    return [_string(value, key) for value in values]
+
+
+def _check_values(name: str, tensors: Checkpoint) -> None:
+    """Refuse singular values that are not what a layer can have."""
+    after, before = (tensors.infos[f"{name}{suffix}"] for suffix in (".S", ".S_base"))
+    for info in (after, before):
+        if not info.dtype.is_floating_point or len(info.shape) not in (1, 2):
+            raise ValueError(
+                f"{info.name} is {dtype_name(info.dtype)} of shape {info.shape}, expected floating "
+                "numbers of shape (k,) or (E, k)"
+            )
+        if not bool(tensors.read(info.name).double().isfinite().all()):
+            raise ValueError(f"{info.name} holds values that are not finite, expected numbers")
+    if after.shape != before.shape:
+        raise ValueError(
+            f"{after.name} has shape {after.shape}, expected {before.shape} as {before.name} has"
+        )
 
 
 def write_tuned(
@@ -271,6 +316,15 @@ def write_tuned(
         the same bytes.
     """
     tensors: dict[str, Tensor] = {}
+    taken = [
+        name for one in S for name in (one, f"{one}.S", f"{one}.S_base") if name in (whole or {})
+    ]
+    if taken:
+        raise FactorsError(
+            f"{path}: {shortlist(taken, 3)}: the name of a tensor that is stored whole is that of "
+            "another's singular values, expected names of their own. Leave that layer whole: "
+            "decompose with --exclude."
+        )
     for name in S:
         tensors[f"{name}.S"] = S[name].detach().float().cpu()
         tensors[f"{name}.S_base"] = store.read_S(name).float()
@@ -315,14 +369,23 @@ def check_tuned(tuned: TunedFile, store: FactorStore) -> None:
             f"{store.base_fingerprint[:12]}, the base of {store.path}. "
             "Use the factors of the base it was trained on."
         )
-    if tuned.factors_fingerprint == store.fingerprint:
-        return
-    wrong = list(_disagreements(tuned, store))
+    same = tuned.factors_fingerprint == store.fingerprint
+    wrong = list(_misfits(tuned, store)) if same else list(_disagreements(tuned, store))
     if wrong:
         raise FactorsError(
             f"{tuned.path}: {len(wrong)} layers do not fit the factors in {store.path}: "
             f"{shortlist(wrong, 3)}. Use the factors it was trained on."
         )
+
+
+def _misfits(tuned: TunedFile, store: FactorStore) -> Iterable[str]:
+    """Yield layers that are not in the factors, or not of their rank."""
+    for name, S in tuned.S.items():
+        layer = store.layers.get(name)
+        if layer is None:
+            yield f"{name} (not decomposed)"
+        elif tuple(S.shape) != (*layer.matrix[:-2], layer.rank):
+            yield f"{name} (rank {layer.rank}, expected {S.shape[-1]})"
 
 
 def _disagreements(tuned: TunedFile, store: FactorStore) -> Iterable[str]:

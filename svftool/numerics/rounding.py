@@ -179,3 +179,57 @@ def largest_step(before: Tensor, after: Tensor, dtype: torch.dtype) -> float:
         steps = (second - first).abs() / spacing(torch.maximum(first.abs(), second.abs()), dtype)
         most = max(most, float(steps.max()))
     return most
+
+
+def round_once(values: Tensor, dtype: torch.dtype) -> Tensor:
+    """Round float64 values to a dtype, to the nearest and ties to even.
+
+    torch rounds float64 to float32 first and that to half precision: two roundings, of which the
+    second takes a value just off the middle of two numbers for the middle.
+
+    Parameters
+    ----------
+    values : Tensor
+        float64.
+    dtype : torch.dtype
+        What the result is in.
+
+    Examples
+    --------
+    >>> above_the_middle = torch.tensor(1 + 2.0**-11 + 2.0**-40, dtype=torch.float64)
+    >>> above_the_middle.half().item(), round_once(above_the_middle, torch.float16).item()
+    (1.0, 1.0009765625)
+    """
+    if dtype not in _DIGITS or dtype in (torch.float64, torch.float32):
+        return values.to(dtype)
+    single = values.float()
+    # To odd where it is not exact: the last bit then says on which side of it the value lies.
+    bits = single.view(torch.int32)
+    even = (single.double() != values) & (bits & 1 == 0) & ~values.isnan()
+    toward = torch.where(values > single.double(), math.inf, -math.inf).float()
+    return torch.where(even, torch.nextafter(single, toward), single).to(dtype)
+
+
+def beyond(values: Tensor, dtype: torch.dtype) -> Tensor:
+    """Tell which values a dtype cannot hold: they are finite, and would round past its largest.
+
+    Parameters
+    ----------
+    values : Tensor
+        float64.
+    dtype : torch.dtype
+        A dtype of real numbers.
+
+    Returns
+    -------
+    Tensor
+        bool, of the same shape.
+    """
+    if dtype in _DIGITS:
+        top = torch.finfo(dtype).max
+        half_step = math.ldexp(1.0, math.frexp(top)[1] - _DIGITS[dtype] - 1)
+        return values.isfinite() & (values.abs() - top >= half_step)
+    if dtype.is_floating_point or dtype.is_complex or dtype == torch.bool:
+        return torch.zeros_like(values, dtype=torch.bool)
+    limits = torch.iinfo(dtype)
+    return values.isfinite() & ((values < limits.min) | (values > limits.max))

@@ -37,6 +37,7 @@ def document(result: MergeResult) -> dict[str, Any]:
         replaced=result.replaced,
         verified=result.verified,
         rebuilt_error=result.rebuilt_error,
+        clipped=[{"name": name, "values": count} for name, count in result.clipped.items()],
     )
 
 
@@ -74,6 +75,10 @@ def _summary(result: MergeResult, changed: int) -> Text:
             f"rebuilt without the base: relative error up to {result.rebuilt_error:.1e} a layer\n",
             "yellow",
         )
+    if result.clipped:
+        clipped = sum(result.clipped.values())
+        where = shortlist(map(safe, result.clipped), 4)
+        text.append(f"clipped: {clipped} values that overflowed their dtype ({where})\n", "yellow")
     if result.verified:
         text.append("verified: what was read back equals what was computed, bit for bit\n", "green")
     return text.append("merged: ").append(safe(str(result.output)), "bold")

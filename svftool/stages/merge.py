@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from svftool.checkpoints import (
     PICKLE_SUFFIXES,
+    WEIGHT_SUFFIXES,
     Checkpoint,
     open_checkpoint,
     parse_size,
@@ -46,6 +47,8 @@ class MergeResult:
         difference is an error); None if not asked for.
     rebuilt_error : float or None
         Largest relative reconstruction error of a layer where the base was not used.
+    clipped : mapping of str to int
+        Values that overflowed their dtype and were clipped, by tensor.
     """
 
     output: Path
@@ -55,6 +58,7 @@ class MergeResult:
     replaced: tuple[str, ...]
     verified: bool | None
     rebuilt_error: float | None = None
+    clipped: Mapping[str, int] = field(default_factory=dict)
 
 
 def merge(
@@ -66,6 +70,7 @@ def merge(
     without_base: bool = False,
     max_shard_size: str | None = None,
     verify: bool = False,
+    allow_overflow: bool = False,
     force: bool = False,
     progress: Progress = SILENT,
 ) -> MergeResult:
@@ -91,6 +96,8 @@ def merge(
         Reshard, such as ``"5GB"``.
     verify : bool
         Read the result again and compare every tensor with one derived anew.
+    allow_overflow : bool
+        Clip values that their dtype cannot hold to its largest number, and count them.
     force : bool
         Replace an existing output once the new one is complete.
     progress : Progress
@@ -107,7 +114,9 @@ def merge(
     CheckpointError
         If the base cannot be read or is another one.
     UsageError
-        If options contradict each other or the output exists.
+        If options contradict each other, a weight is not finite, or the output exists.
+    NumericalError
+        If a value would be NaN, infinite, or overflow its dtype.
     """
     if without_base and base is not None:
         raise UsageError("--without-base and --base: give one of the two")
@@ -116,6 +125,11 @@ def merge(
         raise UsageError(
             f"{target}: a pickle is nested as its base, which --without-base leaves out, "
             "expected a folder or .safetensors"
+        )
+    if max_shard_size is not None and target.suffix in WEIGHT_SUFFIXES:
+        raise UsageError(
+            f"--max-shard-size: {target} is one file, which has no shards, expected a folder. "
+            f"Write to {target.with_suffix('')}, or leave the option out."
         )
     experts = [Expert.parse(one) for one in tuned]
     shard_bytes = None if max_shard_size is None else parse_size(max_shard_size)
@@ -126,7 +140,7 @@ def merge(
             nullcontext(None) if without_base else store.open_base(base, progress=progress)
         )
         with opened as checkpoint:
-            mixture = Mixture(store, checkpoint, experts)
+            mixture = Mixture(store, checkpoint, experts, allow_overflow=allow_overflow)
             inputs = [store.path, *(one.tuned.path for one in experts)]
             inputs += [] if checkpoint is None else [checkpoint.path]
             with replace_output(target, force=force, inputs=inputs) as partial:
@@ -144,6 +158,7 @@ def merge(
         replaced=mixture.replaced,
         verified=True if verify else None,
         rebuilt_error=mixture.rebuilt_error,
+        clipped=dict(mixture.clipped),
     )
 
 
