@@ -37,6 +37,7 @@ def document(result: MergeResult) -> dict[str, Any]:
         replaced=result.replaced,
         verified=result.verified,
         rebuilt_error=result.rebuilt_error,
+        dropped=[{"name": name, "bytes": size} for name, size in result.dropped.items()],
     )
 
 

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from svftool.checkpoints import (
@@ -46,6 +46,9 @@ class MergeResult:
         difference is an error); None if not asked for.
     rebuilt_error : float or None
         Largest relative reconstruction error of a layer where the base was not used.
+    dropped : mapping of str to int
+        What the base holds and the output does not, with bytes: entries of a pickle beside the
+        tensors, and files beside the weights.
     """
 
     output: Path
@@ -55,6 +58,7 @@ class MergeResult:
     replaced: tuple[str, ...]
     verified: bool | None
     rebuilt_error: float | None = None
+    dropped: Mapping[str, int] = field(default_factory=dict)
 
 
 def merge(
@@ -126,6 +130,7 @@ def merge(
             nullcontext(None) if without_base else store.open_base(base, progress=progress)
         )
         with opened as checkpoint:
+            dropped = _tell_dropped(checkpoint, target, progress)
             mixture = Mixture(store, checkpoint, experts)
             inputs = [store.path, *(one.tuned.path for one in experts)]
             inputs += [] if checkpoint is None else [checkpoint.path]
@@ -144,7 +149,20 @@ def merge(
         replaced=mixture.replaced,
         verified=True if verify else None,
         rebuilt_error=mixture.rebuilt_error,
+        dropped=dropped,
     )
+
+
+def _tell_dropped(base: Checkpoint | None, target: Path, progress: Progress) -> dict[str, int]:
+    """Warn of entries of a pickled base that are not merged; return those left out."""
+    if base is None:
+        return {}
+    for warning in base.warnings:
+        progress.warn(warning)
+    kept = target.suffix in PICKLE_SUFFIXES and len(base.files) == 1
+    if kept and base.warnings:
+        progress.warn(f"{target}: keeps the entries that were not used as they are in the base")
+    return {} if kept else dict(base.passed_over)
 
 
 def _verify(mixture: Mixture, partial: Path, target: Path, progress: Progress) -> None:
