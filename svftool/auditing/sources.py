@@ -64,6 +64,8 @@ class AuditSource:
         Of a tuned file: its layers are known by their singular values alone.
     lora : LoraFolder or None
         Of a LoRA folder: its layers are known by their change alone.
+    warnings : tuple of str
+        Those of the notes that say what was left out and may be missed.
     file : context manager
         What is closed at the end.
     """
@@ -79,6 +81,7 @@ class AuditSource:
     spectra: Callable[[str], Tensor | None] | None = None
     tuned: TunedFile | None = None
     lora: LoraFolder | None = None
+    warnings: tuple[str, ...] = ()
     file: AbstractContextManager[object] = field(default_factory=nullcontext)
 
     def __enter__(self) -> Self:
@@ -124,6 +127,7 @@ def open_source(path: str | os.PathLike[str]) -> AuditSource:
         file.read,
         fingerprint,
         notes=file.notes,
+        warnings=file.warnings,
         config=file.config,
         file=file,
     )

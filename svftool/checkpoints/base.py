@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from svftool.checkpoints.dtypes import byte_size
+from svftool.progress import Progress
 
 # Things that are open and must be closed.
 
@@ -91,6 +92,8 @@ class WeightFile(Protocol):
     metadata: Mapping[str, str]
     nesting: tuple[str, ...]
     notes: tuple[str, ...]
+    warnings: tuple[str, ...]
+    passed_over: Mapping[str, int]
     tied: tuple[tuple[str, ...], ...]
 
     def read(self, name: str) -> Tensor:
@@ -156,7 +159,11 @@ class Checkpoint(Closing):
     tied : tuple of tuple of str
         Groups of names that share one storage (pickles only).
     notes : tuple of str
-        Sentences for the user: what was chosen, found, or costs memory.
+        Sentences for the user: what was chosen, found, or costs memory; warnings among them.
+    warnings : tuple of str
+        Those that say what was left out and may be missed.
+    passed_over : mapping of str to int
+        Entries of pickles that hold tensors and are not read, with their bytes.
     config : mapping or None
         ``config.json`` beside the weights, unread by anything here.
     hub_id : str or None
@@ -182,6 +189,10 @@ class Checkpoint(Closing):
         self.nesting = files[0].nesting if files else ()
         self.tied = tuple(group for file in files for group in file.tied)
         self.notes = tuple(self._notes(place, files))
+        self.warnings = tuple(text for file in files for text in file.warnings)
+        self.passed_over: Mapping[str, int] = {
+            key: size for file in files for key, size in file.passed_over.items()
+        }
 
     def read(self, name: str) -> Tensor:
         """Return one tensor, which the caller owns. Safe to call from several threads.
@@ -204,6 +215,14 @@ class Checkpoint(Closing):
             If the file changed or became unreadable since it was opened.
         """
         return self._home[name].read(name)
+
+    def tell(self, progress: Progress) -> None:
+        """Say the notes, and warn of what may be missed."""
+        for note in dict.fromkeys(self.notes):
+            if note in self.warnings:
+                progress.warn(note)
+            else:
+                progress.note(note)
 
     def close(self) -> None:
         """Close all files; the checkpoint cannot be read any more."""

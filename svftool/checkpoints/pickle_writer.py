@@ -8,6 +8,7 @@ from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -131,7 +132,9 @@ def _replaced(
     return here
 
 
-def _like(value: Tensor, old: object) -> Tensor:
+def _like(value: Tensor, old: object) -> object:
+    if isinstance(old, np.ndarray):
+        return value.numpy().astype(old.dtype)  # its byte order
     if isinstance(old, nn.Parameter):
         return nn.Parameter(value, requires_grad=old.requires_grad)
     return value

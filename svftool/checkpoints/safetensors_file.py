@@ -12,10 +12,8 @@ from torch import Tensor
 
 from svftool.checkpoints.base import TensorInfo
 from svftool.checkpoints.header import read_header
+from svftool.checkpoints.positions import fill
 from svftool.errors import CheckpointError
-
-# Linux reads at most this many bytes in one call.
-_CHUNK = 1 << 30
 
 
 class SafetensorsFile:
@@ -43,6 +41,8 @@ class SafetensorsFile:
         self.metadata = header.metadata
         self.nesting: tuple[str, ...] = ()
         self.notes: tuple[str, ...] = ()
+        self.warnings: tuple[str, ...] = ()
+        self.passed_over: Mapping[str, int] = {}
         self.tied: tuple[tuple[str, ...], ...] = ()
 
     def read(self, name: str) -> Tensor:
@@ -58,7 +58,7 @@ class SafetensorsFile:
         # A tensor's memory is aligned for its dtype even where its bytes in the file are not.
         raw = torch.empty(end - begin, dtype=torch.uint8)
         try:
-            self._fill(raw.numpy().data, begin)
+            fill(self._file.fileno(), raw.numpy().data, begin)
         except OSError as error:
             raise CheckpointError(
                 f"{self.path}: {name}: reading failed ({error.strerror or error}), "
@@ -69,11 +69,3 @@ class SafetensorsFile:
     def close(self) -> None:
         """Close the file."""
         self._file.close()
-
-    def _fill(self, target: memoryview, offset: int) -> None:
-        done = 0
-        while done < len(target):
-            count = os.preadv(self._file.fileno(), [target[done : done + _CHUNK]], offset + done)
-            if count == 0:
-                raise OSError(f"the file ends at byte {offset + done}")
-            done += count

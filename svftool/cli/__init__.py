@@ -5,7 +5,6 @@ No module here imports torch at its top, so that ``svftool --help`` answers at o
 
 from __future__ import annotations
 
-import os
 import signal
 import sys
 from types import FrameType
@@ -17,6 +16,7 @@ from typer.core import TyperGroup
 from svftool.cli import decompose, demo, evaluate, extract, finetune, inspect, merge
 from svftool.cli.common import stderr
 from svftool.cli.signature import expanded
+from svftool.cli.streams import lasting_streams
 from svftool.errors import SvftoolError
 from svftool.report.text import safe
 
@@ -47,10 +47,6 @@ class ErrorBoundary(TyperGroup):
                 raise typer.Exit(stop.__context__.exit_code) from None
             _say_error("terminated")
             raise typer.Exit(TERMINATED) from None
-        except BrokenPipeError:
-            # The reader (`head`, a pager) has gone: nothing is wrong here.
-            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-            raise typer.Exit(0) from None
 
 
 def _report(error: SvftoolError) -> None:
@@ -110,7 +106,12 @@ for module in (decompose, finetune, evaluate, merge, inspect, extract, demo):
 def main() -> None:
     """Run the command line; the entry point of the ``svftool`` script."""
     signal.signal(signal.SIGTERM, _terminate)
-    app()
+    try:
+        with lasting_streams():
+            app()
+    except SvftoolError as error:  # of the streams themselves; the others end in the boundary
+        _report(error)
+        sys.exit(error.exit_code)
 
 
 def _terminate(signum: int, frame: FrameType | None) -> None:

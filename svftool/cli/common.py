@@ -22,6 +22,7 @@ from rich.progress import (
 )
 from rich.progress import Progress as RichProgress
 
+from svftool.cli.streams import encodable
 from svftool.progress import SILENT, Progress
 from svftool.report.json import to_json
 from svftool.report.text import safe
@@ -220,6 +221,6 @@ class Display:
         if not is_first_process():
             return
         if self.json:
-            typer.echo(to_json(document))
+            typer.echo(encodable(to_json(document)))
         else:
             stdout().print(view)

@@ -107,8 +107,9 @@ def audit(
     with ExitStack() as stack:
         source = stack.enter_context(open_source(base))
         others = [stack.enter_context(open_source(path)) for path in tuned]
+        missed = {warning for one in (source, *others) for warning in one.warnings}
         for note in dict.fromkeys(note for one in (source, *others) for note in one.notes):
-            progress.note(note)
+            (progress.warn if note in missed else progress.note)(note)
         if source.kind == "lora":
             raise CheckpointError(
                 f"{source.path}: a LoRA folder, expected a checkpoint. Name its base first: "

@@ -178,8 +178,7 @@ def decompose(
     with open_checkpoint(checkpoint) as source, joined_processes() as processes:
         planned = _plan(source, settings)
         if processes.first:
-            for note in source.notes:
-                progress.note(note)
+            source.tell(progress)
         target = Path(output)
         with _shared_output(processes, source, target, force=force, resume=resume) as partial:
             run = Factorisation(

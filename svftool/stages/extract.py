@@ -119,6 +119,8 @@ def extract(
         store = stack.enter_context(_factors(base, progress))
         before = stack.enter_context(_weights(base, store, progress))
         after = stack.enter_context(open_source(tuned))
+        for warning in dict.fromkeys((*before.warnings, *after.warnings)):
+            progress.warn(warning)
         inputs = [Path(base), Path(tuned)]
         with replace_output(target, force=force, inputs=inputs) as partial:
             return _extract(store, before, after, partial, target, progress)

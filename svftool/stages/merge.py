@@ -49,6 +49,9 @@ class MergeResult:
         Largest relative reconstruction error of a layer where the base was not used.
     clipped : mapping of str to int
         Values that overflowed their dtype and were clipped, by tensor.
+    dropped : mapping of str to int
+        What the base holds and the output does not, with bytes: entries of a pickle beside the
+        tensors, and files beside the weights.
     """
 
     output: Path
@@ -59,6 +62,7 @@ class MergeResult:
     verified: bool | None
     rebuilt_error: float | None = None
     clipped: Mapping[str, int] = field(default_factory=dict)
+    dropped: Mapping[str, int] = field(default_factory=dict)
 
 
 def merge(
@@ -140,6 +144,7 @@ def merge(
             nullcontext(None) if without_base else store.open_base(base, progress=progress)
         )
         with opened as checkpoint:
+            dropped = _tell_dropped(checkpoint, target, progress)
             mixture = Mixture(store, checkpoint, experts, allow_overflow=allow_overflow)
             inputs = [store.path, *(one.tuned.path for one in experts)]
             inputs += [] if checkpoint is None else [checkpoint.path]
@@ -159,7 +164,20 @@ def merge(
         verified=True if verify else None,
         rebuilt_error=mixture.rebuilt_error,
         clipped=dict(mixture.clipped),
+        dropped=dropped,
     )
+
+
+def _tell_dropped(base: Checkpoint | None, target: Path, progress: Progress) -> dict[str, int]:
+    """Warn of entries of a pickled base that are not merged; return those left out."""
+    if base is None:
+        return {}
+    for warning in base.warnings:
+        progress.warn(warning)
+    kept = target.suffix in PICKLE_SUFFIXES and len(base.files) == 1
+    if kept and base.warnings:
+        progress.warn(f"{target}: keeps the entries that were not used as they are in the base")
+    return {} if kept else dict(base.passed_over)
 
 
 def _verify(mixture: Mixture, partial: Path, target: Path, progress: Progress) -> None:
