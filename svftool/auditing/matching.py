@@ -31,7 +31,7 @@ over that of the base's. None where values cannot tell."""
 
 _FAR, _NEAR = 0.2, 0.5
 _SAME = 0.05
-_SAMPLES, _STRATA, _READS = 3, 32, 256
+_SAMPLES, _STRATA, _READS = 3, 32, 1024
 _CROWD = 64
 
 
