@@ -207,6 +207,11 @@ def _matched(base: AuditSource, lora: LoraFolder, names: Mapping[str, object]) -
     wanted = dict.fromkeys((*lora.layers, *lora.biases, *lora.whole, *parameters))
     matching = match_names(_shapeless(names), _shapeless(wanted))
     adapted = {*lora.layers, *parameters}
+    if matching.ties:
+        raise CheckpointError(
+            f"{lora.path}: of its names and those of {base.path}, {matching.say_tie()}. "
+            "Name the adapter's layers as the base does."
+        )
     if not any(pair.tuned in adapted for pair in matching.pairs):
         raise CheckpointError(
             f"{lora.path}: none of the adapter's {_count(lora)} layers is in {base.path} "

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from functools import partial
 
 from torch import Tensor
 
@@ -13,10 +15,14 @@ from svftool.auditing.compare import Tuned
 from svftool.auditing.matching import Matching, NamePair, match_names, say_shapes
 from svftool.auditing.results import Unread
 from svftool.auditing.sources import AuditSource
+from svftool.auditing.ways import is_number
 from svftool.checkpoints import TensorInfo
 from svftool.errors import CheckpointError, FactorsError, shortlist
 from svftool.factors import TunedFile
 from svftool.progress import Progress
+
+_READABLE = 1 << 26
+"""Entries up to which a tensor is read to tell whose counterpart it is."""
 
 
 @dataclass(frozen=True)
@@ -107,7 +113,12 @@ def counterparts(base: AuditSource, other: AuditSource, progress: Progress) -> C
 
 
 def _of_dense(base: AuditSource, other: AuditSource) -> Counterparts:
-    matching = match_names(base.infos, other.infos)
+    matching = match_names(base.infos, other.infos, partial(_likeness, base, other))
+    if matching.ties:
+        raise CheckpointError(
+            f"{other.path}: of its names and those of {base.path}, {matching.say_tie()}. "
+            "Name the tensors of the fine-tune as the base does."
+        )
     _refuse_strangers(base, other, matching)
     misshapen = {pair: _shapes(base, other, pair) for pair in matching.misshapen}
     return Counterparts(
@@ -126,6 +137,20 @@ def _of_dense(base: AuditSource, other: AuditSource) -> Counterparts:
         total=len(other.infos),
         notes=matching.notes,
     )
+
+
+def _likeness(
+    base: AuditSource, other: AuditSource, name: str, theirs: str
+) -> tuple[float, float] | None:
+    """Return cosine and relative distance of two tensors; None where they are no numbers."""
+    infos = base.infos[name], other.infos[theirs]
+    if not all(is_number(one) and one.numel <= _READABLE for one in infos):
+        return None
+    W, T = (one.double().flatten() for one in (base.read(name), other.read(theirs)))
+    norms = float(W.norm()), float(T.norm())
+    if not all(0.0 < norm < math.inf for norm in norms):
+        return None
+    return float(W @ T) / norms[0] / norms[1], float((T - W).norm()) / norms[0]
 
 
 def _refuse_strangers(base: AuditSource, other: AuditSource, matching: Matching) -> None:

@@ -1,21 +1,38 @@
-"""Which tensor of a fine-tune is which of its base, across the prefixes that wrappers add."""
+"""Which tensor of a fine-tune is which of its base, across the names that wrappers change.
+
+Names propose, values decide. Equal names match first, then names that are equal without the parts
+that wrappers put anywhere in them. What is left is matched by renamings: a prefix on one side for
+one on the other. Where two renamings fit the same tensors, or equal names hold values that have
+nothing in common, a few small matrices are read, and the renaming with the nearest values is taken.
+All steps are linear in the number of tensors.
+"""
 
 from __future__ import annotations
 
-from collections import Counter
-from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+import heapq
+from collections import Counter, defaultdict
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 
-from svftool.checkpoints import TensorInfo
+from svftool.checkpoints import TensorInfo, plain_name
 
 PREFIXES = (
     "module.", "_orig_mod.", "model.", "backbone.", "body.", "encoder.", "base_model.",
     "base_model.model.", "transformer.", "state_dict.", "net.", "network.", "student.",
 )  # fmt: skip
 """What wrappers and detectors put before the names of a backbone: one tensor is enough to take
-them for a prefix. Any other needs `ENOUGH` tensors that agree."""
+them for a prefix. Any other needs `ENOUGH` tensors that agree, or values that do."""
 
 ENOUGH = 3
+
+Likeness = Callable[[str, str], tuple[float, float] | None]
+"""Of a tensor of the base and one of the fine-tune: their cosine, and the norm of the difference
+over that of the base's. None where values cannot tell."""
+
+_FAR, _NEAR = 0.2, 0.5
+_SAME = 0.05
+_SAMPLES, _STRATA, _READS = 3, 32, 1024
+_CROWD = 64
 
 
 @dataclass(frozen=True)
@@ -28,7 +45,10 @@ class NamePair:
 
 @dataclass(frozen=True)
 class Renaming:
-    """A prefix on either side that stands for one on the other, and how many tensors it matched."""
+    """A prefix on either side that stands for one on the other, and how many tensors it matched.
+
+    A part ``#`` stands for the same number on both sides.
+    """
 
     base: str
     tuned: str
@@ -39,6 +59,11 @@ class Renaming:
             f"{self.count} tensors matched by taking {self.base or 'nothing'!r} off the base's "
             f"names and {self.tuned or 'nothing'!r} off the fine-tune's"
         )
+
+    @property
+    def ways(self) -> str:
+        """The two prefixes in short."""
+        return f"{self.base or 'nothing'!r} for {self.tuned or 'nothing'!r}"
 
 
 @dataclass(frozen=True)
@@ -55,6 +80,10 @@ class Matching:
         Names without a counterpart.
     renamings : tuple of Renaming
         The prefixes that were dropped, those with the most tensors first.
+    unwrapped : int
+        Tensors whose names are equal without the parts of wrappers.
+    ties : tuple of (Renaming, Renaming)
+        Renamings that fit the same tensors equally well; those tensors have no counterpart.
     """
 
     pairs: tuple[NamePair, ...]
@@ -62,39 +91,56 @@ class Matching:
     base_only: tuple[str, ...]
     tuned_only: tuple[str, ...]
     renamings: tuple[Renaming, ...] = ()
+    unwrapped: int = 0
+    ties: tuple[tuple[Renaming, Renaming], ...] = ()
 
     @property
     def notes(self) -> tuple[str, ...]:
         """What was dropped, as sentences."""
-        return tuple(map(str, self.renamings))
+        wrapped = f"{self.unwrapped} tensors matched by taking wrappers out of their names"
+        return (*((wrapped,) if self.unwrapped else ()), *map(str, self.renamings))
+
+    def say_tie(self) -> str:
+        """Name the renamings of the first tie."""
+        first, second = self.ties[0]
+        return (
+            f"{first.count} tensors fit in two ways that values do not tell apart: taking "
+            f"{first.ways}, or {second.ways}"
+        )
 
 
-def match_names(base: Mapping[str, TensorInfo], tuned: Mapping[str, TensorInfo]) -> Matching:
-    """Match the tensors of two checkpoints by name.
-
-    Equal names match first. Then, one after another, the pair of prefixes is dropped that lets the
-    most of what is left agree in name and shape. Prefixes end at a dot.
+def match_names(
+    base: Mapping[str, TensorInfo],
+    tuned: Mapping[str, TensorInfo],
+    likeness: Likeness | None = None,
+) -> Matching:
+    """Match the tensors of two checkpoints by name, shape and, where names do not tell, values.
 
     Parameters
     ----------
     base, tuned : mapping of str to TensorInfo
         Tensors of both sides.
+    likeness : callable, optional
+        Compares the values of two tensors of one shape; without it names decide alone.
     """
     found = {name: name for name in base if name in tuned}
-    renamings: list[Renaming] = []
-    while True:
-        taken = set(found.values())
-        left = {name: info for name, info in base.items() if name not in found}
-        right = {name: info for name, info in tuned.items() if name not in taken}
-        best = _best_renaming(left, right)
-        if best is None:
-            break
-        renamings.append(best)
-        for name in left:
-            other = _renamed(name, best)
-            if other in right:
-                found[name] = other
-    return _gathered(base, tuned, found, renamings)
+    wrapped = _unwrapped(base, tuned, found)
+    found |= wrapped
+    search = _Search(_named(base), _named(tuned), _Values(base, likeness))
+    doubtful = _doubtful(found, base, tuned, search.values)
+    taken = {found[name] for name in found if name not in doubtful}
+    left = [name for name in base if name not in found or name in doubtful]
+    right = [name for name in tuned if name not in taken]
+    if left and right:
+        firm = {name: other for name, other in found.items() if name not in doubtful}
+        renamed = search.run(left, right, set(doubtful), set(doubtful.values()))
+        firm |= renamed
+        used = set(firm.values())
+        firm |= {a: b for a, b in doubtful.items() if a not in firm and b not in used}
+        found = firm
+        search.place_misshapen(found, left, right)
+    unwrapped = sum(found.get(name) == other for name, other in wrapped.items())
+    return _gathered(base, tuned, found, search, unwrapped)
 
 
 def say_shapes(before: tuple[int, ...], after: tuple[int, ...]) -> str:
@@ -103,47 +149,329 @@ def say_shapes(before: tuple[int, ...], after: tuple[int, ...]) -> str:
     return f"shape {before} in the base, {after} in the fine-tune{hint}"
 
 
-def _renamed(name: str, renaming: Renaming) -> str:
-    """Return the name in the fine-tune, or one that it cannot have."""
-    if not name.startswith(renaming.base):
-        return ""
-    return renaming.tuned + name[len(renaming.base) :]
+def _unwrapped(
+    base: Mapping[str, TensorInfo], tuned: Mapping[str, TensorInfo], found: Mapping[str, str]
+) -> dict[str, str]:
+    """Match what is equal without wrappers, where one tensor of either side has that name."""
+    taken = set(found.values())
+    sides: list[dict[str, list[str]]] = [{}, {}]
+    for groups, names in zip(
+        sides, ((n for n in base if n not in found), (n for n in tuned if n not in taken)),
+        strict=True,
+    ):  # fmt: skip
+        for name in names:
+            groups.setdefault(plain_name(name), []).append(name)
+    return {
+        mine[0]: sides[1][plain][0]
+        for plain, mine in sides[0].items()
+        if len(mine) == len(sides[1].get(plain, ())) == 1
+    }
 
 
-def _best_renaming(
-    left: Mapping[str, TensorInfo], right: Mapping[str, TensorInfo]
-) -> Renaming | None:
-    by_tail: dict[tuple[str, tuple[int, ...]], list[str]] = {}
-    for name, info in right.items():
-        for prefix, tail in _splits(name):
-            by_tail.setdefault((tail, info.shape), []).append(prefix)
-    votes: Counter[tuple[str, str]] = Counter()
-    for name, info in left.items():
-        for prefix, tail in _splits(name):
-            votes.update((prefix, other) for other in by_tail.get((tail, info.shape), ()))
-    if not votes:
-        return None
-    # Of prefixes that match as many tensors, the shortest: the longer ones repeat what is equal.
-    (base, tuned), count = max(
-        votes.items(), key=lambda item: (item[1], -len(item[0][0]) - len(item[0][1]))
-    )
-    known = all(not prefix or prefix in PREFIXES for prefix in (base, tuned))
-    return Renaming(base, tuned, count) if known or count >= ENOUGH else None
+@dataclass(frozen=True)
+class _Name:
+    """A name in parts, without wrappers where the rest tells it from all others."""
+
+    parts: tuple[str, ...]
+    shape: tuple[int, ...]
+
+    def splits(self) -> Iterator[tuple[int, tuple[str, ...], str]]:
+        """Yield where the tail begins, the numbers before it, and the tail."""
+        numbers: tuple[str, ...] = ()
+        for index in range(len(self.parts)):
+            yield index, numbers, ".".join(self.parts[index:])
+            if self.parts[index].isdecimal():
+                numbers = (*numbers, self.parts[index])
+
+    def prefix(self, end: int, *, literal: bool) -> str:
+        """Return the parts before a tail, numbers as ``#`` unless asked for literally."""
+        return "".join(
+            f"{'#' if part.isdecimal() and not literal else part}." for part in self.parts[:end]
+        )
 
 
-def _splits(name: str) -> Iterable[tuple[str, str]]:
-    """Yield every prefix of a name that ends at a dot, with the rest; the empty one first."""
-    yield "", name
-    for index, letter in enumerate(name):
-        if letter == "." and index + 1 < len(name):
-            yield name[: index + 1], name[index + 1 :]
+def _named(infos: Mapping[str, TensorInfo]) -> dict[str, _Name]:
+    plain = {name: plain_name(name) for name in infos}
+    counts = Counter(plain.values())
+    return {
+        name: _Name(
+            tuple((plain[name] if counts[plain[name]] == 1 else name).split(".")), one.shape
+        )
+        for name, one in infos.items()
+    }
+
+
+@dataclass
+class _Values:
+    """Reads a bounded number of small matrices, each pair of them once."""
+
+    infos: Mapping[str, TensorInfo]
+    likeness: Likeness | None
+    known: dict[tuple[str, str], tuple[float, float] | None] = field(default_factory=dict)
+
+    def of(self, pairs: Iterable[tuple[str, str]]) -> tuple[float, float] | None:
+        """Return the lowest absolute cosine and the mean distance of a few pairs."""
+        found = [one for pair in pairs if (one := self._of_one(pair)) is not None]
+        if not found:
+            return None
+        return min(abs(c) for c, _ in found), sum(d for _, d in found) / len(found)
+
+    def sample(self, pairs: Sequence[tuple[str, str]], count: int) -> list[tuple[str, str]]:
+        """Choose the smallest matrices that tell something."""
+        sizes = ((self.infos[pair[0]], pair) for pair in pairs)
+        fit = [(one.numel, pair) for one, pair in sizes if len(one.shape) > 1 and one.numel >= 16]
+        return [pair for _, pair in heapq.nsmallest(count, fit)]
+
+    def _of_one(self, pair: tuple[str, str]) -> tuple[float, float] | None:
+        if self.likeness is None:
+            return None
+        if pair not in self.known:
+            spent = len(self.known) >= _READS
+            self.known[pair] = None if spent else self.likeness(*pair)
+        return self.known[pair]
+
+
+def _doubtful(
+    found: Mapping[str, str],
+    base: Mapping[str, TensorInfo],
+    tuned: Mapping[str, TensorInfo],
+    values: _Values,
+) -> dict[str, str]:
+    """Return pairs of equal names that may be wrong: other shapes, or values far from each other.
+
+    The values of a part of the network are judged by a few of its matrices.
+    """
+    doubtful = {a: b for a, b in found.items() if base[a].shape != tuned[b].shape}
+    strata: dict[tuple[str, ...], list[tuple[str, str]]] = defaultdict(list)
+    for name, other in found.items():
+        if name not in doubtful:
+            strata[_stratum(name)].append((name, other))
+    for pairs in heapq.nlargest(_STRATA, strata.values(), key=len):
+        judged = values.of(values.sample(pairs, 1))
+        if judged is not None and judged[0] < _FAR:
+            more = [values.of([pair]) for pair in values.sample(pairs, _SAMPLES)]
+            if all(one is None or one[0] < _FAR for one in more):
+                doubtful |= dict(pairs)
+    return doubtful
+
+
+def _stratum(name: str) -> tuple[str, ...]:
+    """Return a name's parts up to the first number, or the first part where there is none."""
+    parts = tuple(name.split("."))
+    index = next((i for i, part in enumerate(parts[:-1]) if part.isdecimal()), 1)
+    return parts[:index]
+
+
+_Key = tuple[str, str]
+_Pairs = list[tuple[str, str]]
+
+
+class _Search:
+    """Finds the renamings that match what equal names have left."""
+
+    def __init__(
+        self, base: Mapping[str, _Name], tuned: Mapping[str, _Name], values: _Values
+    ) -> None:
+        self.base, self.tuned, self.values = base, tuned, values
+        self.renamings: list[Renaming] = []
+        self.ties: list[tuple[Renaming, Renaming]] = []
+        self._doubtful: tuple[set[str], set[str]] = (set(), set())
+        self._votes: dict[_Key, _Pairs] = {}
+        self._keys: tuple[dict[str, list[_Key]], dict[str, list[_Key]]] = ({}, {})
+        self._found: dict[str, str] = {}
+        self._used: set[str] = set()
+
+    def run(
+        self, left: Sequence[str], right: Sequence[str], mine: set[str], theirs: set[str]
+    ) -> dict[str, str]:
+        """Match what is left; `mine` and `theirs` are matched already and need better values."""
+        self._doubtful = mine, theirs
+        self._votes = _votes(self.base, self.tuned, left, right)
+        self._keys = defaultdict(list), defaultdict(list)
+        for key, pairs in self._votes.items():
+            for side, names in zip(self._keys, zip(*pairs, strict=True), strict=True):
+                for name in names:
+                    side[name].append(key)
+        heap = [self._entry(key, len(pairs)) for key, pairs in self._votes.items()]
+        heapq.heapify(heap)
+        while heap:
+            count, _, key = heapq.heappop(heap)
+            pairs = self._free(key)
+            if pairs and len(pairs) < -count:
+                heapq.heappush(heap, self._entry(key, len(pairs)))
+            elif pairs:
+                best = self._decide(key, pairs)
+                if best is not None and best != key:
+                    heapq.heappush(heap, self._entry(key, len(pairs)))
+        return self._found
+
+    def _entry(self, key: _Key, count: int) -> tuple[int, int, _Key]:
+        # Of prefixes that match as many tensors the shortest comes first.
+        return -count, len(key[0]) + len(key[1]), key
+
+    def _free(self, key: _Key) -> _Pairs:
+        return [(a, b) for a, b in self._votes[key] if a not in self._found and b not in self._used]
+
+    def _decide(self, key: _Key, pairs: _Pairs) -> _Key | None:
+        """Take a renaming, or the rival that values favour; None where neither is taken."""
+        best, kept = key, pairs
+        for rival in self._rivals(key, pairs):
+            others = self._free(rival)
+            better = self._better(kept, others)
+            if better is None and len(others) == len(kept):
+                if self._known(best, kept) and not self._doubted(kept + others):
+                    self.ties.append((Renaming(*best, len(kept)), Renaming(*rival, len(others))))
+                self._votes[key] = self._votes[rival] = []
+                return None
+            if better:
+                best, kept = rival, others
+        if not self._acceptable(best, kept):
+            self._votes[best] = []
+            return None if best == key else best
+        self._found |= dict(kept)
+        self._used |= {other for _, other in kept}
+        self.renamings.append(Renaming(*best, len(kept)))
+        return best
+
+    def _rivals(self, key: _Key, pairs: _Pairs) -> list[_Key]:
+        """List the renamings that would match at least half of the same tensors otherwise."""
+        shared: Counter[_Key] = Counter()
+        for a, b in pairs:
+            shared.update({*self._keys[0][a], *self._keys[1][b]} - {key})
+        likely = [one for one, count in shared.items() if 2 * count >= len(pairs)]
+        return sorted(likely, key=lambda one: (-shared[one], one))
+
+    def _better(self, pairs: _Pairs, others: _Pairs) -> bool | None:
+        """Whether the others' values are nearer; None where there is nothing to choose by."""
+        lefts, rights = {a for a, _ in others}, {b for _, b in others}
+        common = [(a, b) for a, b in pairs if a in lefts or b in rights]
+        if not common:
+            return False
+        sample = self.values.sample(common, _SAMPLES)
+        mine = {a for a, _ in sample}, {b for _, b in sample}
+        theirs = [(a, b) for a, b in others if a in mine[0] or b in mine[1]]
+        ours, rival = self.values.of(sample), self.values.of(theirs[: 2 * _SAMPLES])
+        if ours is None or rival is None or (ours[0] < _FAR and rival[0] < _FAR):
+            return None
+        if abs(ours[1] - rival[1]) <= _SAME * max(ours[1], rival[1]):
+            return None
+        return rival[1] < ours[1]
+
+    def _acceptable(self, key: _Key, pairs: _Pairs) -> bool:
+        if self._known(key, pairs) and not self._doubted(pairs):
+            return True
+        near = self.values.of(self.values.sample(pairs, _SAMPLES))
+        return near is not None and near[0] >= _NEAR
+
+    def _doubted(self, pairs: _Pairs) -> bool:
+        """Whether a tensor has a counterpart of its own name, which only values could overrule."""
+        return any(a in self._doubtful[0] or b in self._doubtful[1] for a, b in pairs)
+
+    def _known(self, key: _Key, pairs: _Pairs) -> bool:
+        """Whether names alone are enough: usual prefixes, or enough tensors under one prefix."""
+        if all(not prefix or prefix in PREFIXES for prefix in key):
+            return True
+        ends = [prefix.count(".") for prefix in key]
+        literal = Counter(self.base[a].prefix(ends[0], literal=True) for a, _ in pairs)
+        return max(literal.values()) >= ENOUGH
+
+    def place_misshapen(
+        self, found: dict[str, str], left: Iterable[str], right: Iterable[str]
+    ) -> None:
+        """Match what a renaming fits by name, in another shape."""
+        used = set(found.values())
+        free = {".".join(self.tuned[name].parts): name for name in right if name not in used}
+        by_prefix: dict[str, list[str]] = defaultdict(list)
+        for one in self.renamings:
+            by_prefix[one.base].append(one.tuned)
+        for name in left:
+            if name in found or not free:
+                continue
+            for other in self._renamed(self.base[name], by_prefix):
+                if other in free:
+                    found[name] = free.pop(other)
+                    break
+
+    def _renamed(self, name: _Name, by_prefix: Mapping[str, list[str]]) -> Iterator[str]:
+        for end, numbers, tail in name.splits():
+            for literal in (False, True):
+                for tuned in by_prefix.get(name.prefix(end, literal=literal), ()):
+                    parts = iter(numbers)
+                    filled = [next(parts, "#") if p == "#" else p for p in tuned.split(".")]
+                    yield ".".join(filled) + tail
+
+
+def _votes(
+    base: Mapping[str, _Name],
+    tuned: Mapping[str, _Name],
+    left: Iterable[str],
+    right: Sequence[str],
+) -> dict[_Key, _Pairs]:
+    """Gather the pairs of names with one longest common tail, by what stands before it.
+
+    Numbers before the tail must be equal on both sides; or one side has none, and the other's are
+    part of the prefix. Tails that many tensors share say nothing and are passed over.
+    """
+    tails = _Tails(tuned, right, _unnumbered(base, left))
+    votes: dict[_Key, _Pairs] = {}
+    for name in left:
+        one = base[name]
+        for end, numbers, tail in one.splits():
+            for theirs, start, literal in tails.find(tail, one.shape, numbers):
+                two = tuned[theirs]
+                if end and start and one.parts[end - 1] == two.parts[start - 1]:
+                    continue  # a longer tail is common
+                key = one.prefix(end, literal=literal), two.prefix(start, literal=literal)
+                votes.setdefault(key, []).append((name, theirs))
+    return votes
+
+
+_Tail = tuple[str, tuple[int, ...]]
+
+
+def _unnumbered(names: Mapping[str, _Name], chosen: Iterable[str]) -> set[_Tail]:
+    """Return the tails before which a name has no number."""
+    found: set[_Tail] = set()
+    for name in chosen:
+        one = names[name]
+        found.update((tail, one.shape) for _, numbers, tail in one.splits() if not numbers)
+    return found
+
+
+class _Tails:
+    """The tensors of the fine-tune by the ends of their names."""
+
+    def __init__(
+        self, names: Mapping[str, _Name], chosen: Iterable[str], wanted: set[_Tail]
+    ) -> None:
+        self._equal: dict[tuple[_Tail, tuple[str, ...]], list[tuple[str, int]]] = {}
+        self._numbered: dict[_Tail, list[tuple[str, int]]] = {}
+        for name in chosen:
+            one = names[name]
+            for end, numbers, text in one.splits():
+                tail = text, one.shape
+                self._equal.setdefault((tail, numbers), []).append((name, end))
+                if numbers and tail in wanted:
+                    self._numbered.setdefault(tail, []).append((name, end))
+
+    def find(
+        self, text: str, shape: tuple[int, ...], numbers: tuple[str, ...]
+    ) -> Iterator[tuple[str, int, bool]]:
+        """Yield names with a tail, where it begins, and whether numbers belong to the prefix."""
+        tail = text, shape
+        same = self._equal.get((tail, numbers), ())
+        other = self._equal.get((tail, ()), ()) if numbers else self._numbered.get(tail, ())
+        for found, literal in ((same, False), (other, True)):
+            if len(found) <= _CROWD:
+                yield from ((name, start, literal) for name, start in found)
 
 
 def _gathered(
     base: Mapping[str, TensorInfo],
     tuned: Mapping[str, TensorInfo],
     found: Mapping[str, str],
-    renamings: list[Renaming],
+    search: _Search,
+    unwrapped: int,
 ) -> Matching:
     both = [NamePair(name, found[name]) for name in base if name in found]
     fits = [base[pair.base].shape == tuned[pair.tuned].shape for pair in both]
@@ -153,5 +481,7 @@ def _gathered(
         misshapen=tuple(pair for pair, fit in zip(both, fits, strict=True) if not fit),
         base_only=tuple(name for name in base if name not in found),
         tuned_only=tuple(name for name in tuned if name not in taken),
-        renamings=tuple(renamings),
+        renamings=tuple(search.renamings),
+        unwrapped=unwrapped,
+        ties=tuple(search.ties),
     )

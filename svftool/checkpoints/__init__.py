@@ -1,6 +1,6 @@
 """Checkpoints: reading in any format, choosing tensors, fingerprints, whole outputs."""
 
-from svftool.checkpoints.base import Checkpoint, Shard, TensorInfo, wrapper_prefix
+from svftool.checkpoints.base import Checkpoint, Shard, TensorInfo, plain_name, wrapper_prefix
 from svftool.checkpoints.dtypes import dtype_name, dtype_named
 from svftool.checkpoints.fingerprint import (
     Fingerprint,
@@ -54,6 +54,7 @@ __all__ = [
     "open_checkpoint",
     "output_heads",
     "parse_size",
+    "plain_name",
     "plan_shards",
     "replace_output",
     "save_pickled",

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import MappingProxyType, TracebackType
@@ -224,6 +224,20 @@ class Checkpoint(Closing):
             else:
                 progress.note(note)
 
+    def live_name(self, name: str, known: Collection[str]) -> str:
+        """Return what a live model calls a tensor: its name without wrappers.
+
+        Parameters
+        ----------
+        name : str
+            As in `infos`.
+        known : collection of str
+            Names of the model; a wrapper that the model has too stays.
+        """
+        short = name.removeprefix(self.prefix)
+        plain = plain_name(name)
+        return plain if short not in known and plain in known else short
+
     def close(self) -> None:
         """Close all files; the checkpoint cannot be read any more."""
         for file in self.files:
@@ -253,7 +267,23 @@ class Checkpoint(Closing):
             yield f"{self.path.name}: every tensor name starts with {self.prefix!r}; names are kept"
 
 
+WRAPPERS = frozenset(("module", "_orig_mod", "_checkpoint_wrapped_module", "_fsdp_wrapped_module"))
+"""Parts that data parallel, compiled, checkpointed and sharded modules put into names."""
+
 _WRAPPERS = ("module.", "_orig_mod.")
+
+
+def plain_name(name: str) -> str:
+    """Return a name without the parts that wrappers put into it.
+
+    Examples
+    --------
+    >>> plain_name("module.layers.0._orig_mod.fc1.weight")
+    'layers.0.fc1.weight'
+    """
+    parts = name.split(".")
+    kept = [part for part in parts[:-1] if part not in WRAPPERS]
+    return ".".join((*kept, parts[-1]))
 
 
 def wrapper_prefix(names: Mapping[str, object] | Sequence[str]) -> str:

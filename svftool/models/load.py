@@ -23,7 +23,7 @@ def load_weights(
     Parameters
     ----------
     model : nn.Module
-        Changed in place. The checkpoint's wrapper prefix (``module.``) is left out of the names.
+        Changed in place. Parts of wrappers (``module``) are left out of the checkpoint's names.
     checkpoint : Checkpoint
         The weights.
     dtype : torch.dtype or None
@@ -41,8 +41,8 @@ def load_weights(
     ModelError
         If a tensor is missing, unexpected or has another shape; nothing is loaded then.
     """
-    names = {name.removeprefix(checkpoint.prefix): name for name in checkpoint.infos}
     expected = dict(model.state_dict(keep_vars=True))
+    names = {checkpoint.live_name(name, expected): name for name in checkpoint.infos}
     if not strict:
         names = {short: name for short, name in names.items() if short in expected}
     _compare(model, checkpoint, expected, names)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import shutil
 import time
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
@@ -25,7 +26,7 @@ from svftool.checkpoints import (
 )
 from svftool.engine import PROCESS_BYTES, parse_rank, peak_memory
 from svftool.engine.examine import examination_bytes
-from svftool.errors import UsageError
+from svftool.errors import UsageError, shortlist
 from svftool.factors import FactorConfig, LayerSpool
 from svftool.machine import peak_memory_bytes, pick_device
 from svftool.numerics import Method
@@ -179,6 +180,8 @@ def decompose(
         planned = _plan(source, settings)
         if processes.first:
             source.tell(progress)
+            for warning in _emptiness(source, planned):
+                progress.warn(warning)
         target = Path(output)
         with _shared_output(processes, source, target, force=force, resume=resume) as partial:
             run = Factorisation(
@@ -199,6 +202,25 @@ def decompose(
         seconds=time.perf_counter() - started,
         peak_memory_bytes=peak_memory_bytes(),
     )
+
+
+def _emptiness(source: Checkpoint, planned: DecompositionPlan) -> Iterator[str]:
+    """Say what is missing from a checkpoint in which little or nothing can be decomposed."""
+    empty = [name for name, info in source.infos.items() if info.numel == 0]
+    weights = [name for name in empty if name.endswith("weight")]
+    if weights:
+        yield (
+            f"{source.path}: {len(weights)} of {len(source.infos)} tensors are weights without a "
+            f"value ({shortlist(weights, 3)}), as a model saved under ZeRO-3 or FSDP has them "
+            "whose parts were not gathered. Save it again from gathered weights."
+        )
+    if not planned.layers:
+        reasons = Counter(planned.left_whole.values()).most_common(3)
+        listed = ", ".join(f"{count} {reason}" for reason, count in reasons)
+        yield (
+            f"{source.path}: no layer is decomposed, all {len(source.infos)} tensors are left "
+            f"whole ({listed}). --include chooses others."
+        )
 
 
 @contextmanager

@@ -296,7 +296,7 @@ def _load_rest(
     head = f"{prepared.head}." if prepared.new_head else None
     loaded, homeless, of_head = [], [], {}
     for name, info in checkpoint.infos.items():
-        live = name.removeprefix(checkpoint.prefix)
+        live = checkpoint.live_name(name, state)
         inside = head is not None and live.startswith(head)
         if live in known and not inside:
             continue
