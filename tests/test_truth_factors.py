@@ -210,3 +210,50 @@ def test_shapes_of_singular_values(tuned: Path, tensors: dict[str, torch.Tensor]
     path = rewritten(tuned, json.dumps(facts(tuned)), **tensors)
     with pytest.raises(FactorsError):
         merge(tuned.with_name("factors"), [path], output=tuned.with_name("m.safetensors"))
+
+
+@pytest.mark.parametrize(
+    ("where", "value"),
+    [
+        (("base",), 5), (("base", "place"), [None]), (("base", "place"), ""),
+        (("base", "fingerprint"), {}), (("base", "hub"), "x"), (("layers",), {}),
+        (("layers", 0), None), (("layers", 0, "matrix"), []), (("layers", 0, "matrix"), [[1, 2]]),
+        (("layers", 0, "shape"), [10**400, 5]), (("layers", 0, "shape"), "65"),
+        (("layers", 0, "rank"), -1), (("layers", 0, "rank"), 10**9), (("layers", 0, "rank"), True),
+        (("layers", 0, "view"), "cube"), (("layers", 0, "dtype"), "float99"),
+        (("layers", 0, "name"), 3), (("layers", 0, "energy"), "all"), (("left_whole",), [5]),
+        (("layers_only",), "no"), (("selection",), None), (("fingerprint",), [1]), ((), []),
+        ((), "x"),
+    ],
+)  # fmt: skip
+def test_configurations_of_other_types(
+    base: Path, tmp_path: Path, where: tuple[Any, ...], value: Any
+) -> None:
+    folder = decompose(base, tmp_path / "f").output
+    config = folder / "svf_config.json"
+    document = json.loads(config.read_text())
+    inner = document
+    for key in where[:-1]:
+        inner = inner[key]
+    if where:
+        inner[where[-1]] = value
+    config.write_text(json.dumps(document if where else value))
+    with pytest.raises(FactorsError) as caught:
+        open_factors(folder)
+    assert "\n" not in str(caught.value)
+
+
+def test_deep_configurations(base: Path, tmp_path: Path) -> None:
+    folder = decompose(base, tmp_path / "f").output
+    (folder / "svf_config.json").write_text("[" * 100_000)
+    with pytest.raises(FactorsError):
+        open_factors(folder)
+
+
+def test_factors_behind_a_link_find_their_base(base: Path, tmp_path: Path) -> None:
+    folder = decompose(base, tmp_path / "deep" / "f").output
+    (tmp_path / "other" / "place").mkdir(parents=True)
+    link = tmp_path / "other" / "place" / "link"
+    link.symlink_to(folder)
+    assert merge(link, output=tmp_path / "m.safetensors").unchanged == 2
+    assert extract(link, changed(base), output=tmp_path / "x.svf.safetensors").error < 1e-6

@@ -212,12 +212,13 @@ def _weights(base: str | os.PathLike[str], store: FactorStore, progress: Progres
     if not is_factors(base):
         return open_source(base)
     try:
-        store.open_base(progress=progress).close()
+        with store.open_base(progress=progress) as found:
+            path = found.path
     except (FactorsError, CheckpointError) as error:
         progress.note(f"changes are measured from the factors, not from the base ({error})")
         return open_source(base)
     place = store.config.base
-    return open_source(place.place if place.hub else Path(base) / place.place)
+    return open_source(place.place if place.hub else path)
 
 
 def _extract(
