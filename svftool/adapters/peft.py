@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 import os
 import re
@@ -15,6 +14,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from svftool.adapters.peft_config import (
+    CONFIG_FILE,
+    pattern_value,
+    read_adapter_config,
+    unknown_settings,
+)
 from svftool.adapters.peft_parameters import (
     AdaptedParameter,
     change_of_expert,
@@ -22,17 +27,22 @@ from svftool.adapters.peft_parameters import (
     wrapped_modules,
 )
 from svftool.checkpoints.base import Checkpoint, Closing, TensorInfo
+from svftool.checkpoints.dtypes import dtype_name
 from svftool.checkpoints.opening import open_checkpoint
 from svftool.errors import CheckpointError, shortlist
 
-CONFIG_FILE = "adapter_config.json"
 STEM = "adapter_model"
 _PREFIX = "base_model.model."
 _PART = re.compile(
     r"(?P<module>.+?)\.(?P<part>lora_A|lora_B|lora_embedding_A|lora_embedding_B|lora_magnitude_vector)"
     r"(\.(?P<leaf>weight|bias))?"
 )
-_WRAPPERS = re.compile(r"(\.base_layer)+(?=\.|$)")
+_WRAPPERS = re.compile(r"(\.base_layer)+(?=\.|$)|\.modules_to_save(\.default)?(?=\.)")
+_TOKENS = ".token_adapter"
+_ROWS = re.compile(r"(?P<module>.+)\.token_adapter\.trainable_tokens_delta(\.default)?")
+_ADAPTER_PART = re.compile(
+    r"(^|\.)(lora_\w+|token_adapter|original_module|trainable_tokens_\w+)\.?"
+)
 _OWN_BASE = ("pissa", "olora", "corda", "loftq", "lora_ga")
 
 
@@ -65,6 +75,25 @@ class LoraLayer:
     magnitude: str | None = None
 
 
+@dataclass(frozen=True)
+class TokenRows:
+    """Rows of an embedding that were trained by themselves (``trainable_token_indices``).
+
+    Attributes
+    ----------
+    name : str
+        The embedding's weight, without PEFT's prefix.
+    key : str
+        Tensor of the adapter, (n, d): the rows themselves, as they are after training.
+    indices : tuple of int
+        Which rows they are.
+    """
+
+    name: str
+    key: str
+    indices: tuple[int, ...]
+
+
 def is_lora(path: str | os.PathLike[str]) -> bool:
     """Whether a path looks like a PEFT adapter folder."""
     return (Path(path) / CONFIG_FILE).is_file()
@@ -89,26 +118,15 @@ def open_lora(path: str | os.PathLike[str]) -> LoraFolder:
         If the folder is broken, or the adapter is no LoRA.
     """
     folder = Path(path)
-    config = _read_config(folder / CONFIG_FILE)
-    kind = str(config.get("peft_type", "LORA")).upper()
-    if kind != "LORA":
-        raise CheckpointError(
-            f"{folder}: the adapter's peft_type is {kind!r}, expected 'LORA'. "
-            "Merge the adapter with PEFT and inspect the merged checkpoint."
-        )
+    config = read_adapter_config(folder / CONFIG_FILE)
     safe, pickled = (folder / f"{STEM}{suffix}" for suffix in (".safetensors", ".bin"))
     file = pickled if pickled.exists() and not safe.exists() else safe
-    return LoraFolder(folder, config, open_checkpoint(file))
-
-
-def _read_config(path: Path) -> dict[str, Any]:
+    tensors = open_checkpoint(file)
     try:
-        config = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise CheckpointError(f"{path}: {error}, expected PEFT's configuration.") from error
-    if not isinstance(config, dict):
-        raise CheckpointError(f"{path}: a JSON {type(config).__name__}, expected an object.")
-    return config
+        return LoraFolder(folder, config, tensors)
+    except BaseException:
+        tensors.close()
+        raise
 
 
 class LoraFolder(Closing):
@@ -123,6 +141,10 @@ class LoraFolder(Closing):
         Biases that ``lora_bias`` adds to: the adapter's tensor and its factor.
     whole : mapping of str to str
         Tensors trained along (``modules_to_save``, biases), by the base's name.
+    listed : frozenset of str
+        Those of `whole` that the configuration announces, so that the base need not have them.
+    rows : mapping of str to TokenRows
+        Embeddings of which some rows are replaced, by the weight's name.
     wrapped : tuple of WrappedModule
         Modules of which parameters are adapted (``target_parameters``); see `place`.
     unused : tuple of str
@@ -137,6 +159,7 @@ class LoraFolder(Closing):
         self.path = path
         self._config = config
         self._tensors = tensors
+        self._check_filled()
         gathered, rest = self._modules()
         pairs = [(module, self._pair(module, parts)) for (module, _), parts in gathered.items()]
         self.wrapped = wrapped_modules(pairs, config.get("target_parameters") or ())
@@ -156,14 +179,22 @@ class LoraFolder(Closing):
                 if "lora_B.bias" in parts
             }
         )
+        self.rows: Mapping[str, TokenRows] = MappingProxyType(
+            {found.name: found for name in rest if (found := self._rows(name)) is not None}
+        )
+        taken = {one.key for one in self.rows.values()}
         known = {
             _WRAPPERS.sub("", name.removeprefix(_PREFIX)): name
             for name in rest
-            if name.startswith(_PREFIX)
+            if name.startswith(_PREFIX) and not _ADAPTER_PART.search(name)
         }
         self.whole: Mapping[str, str] = MappingProxyType(known)
+        self.listed = frozenset(name for name in known if self._is_listed(name))
+        twice = sorted(self.rows.keys() & {*self.layers, *known})
+        if twice:
+            raise self._fault(twice[0], "token rows and another change", "one of the two")
         self.unused = (
-            *(name for name in rest if not name.startswith(_PREFIX)),
+            *(name for name in rest if name not in taken and name not in known.values()),
             *(
                 name
                 for (module, depth), parts in gathered.items()
@@ -172,7 +203,7 @@ class LoraFolder(Closing):
             ),
         )
         self.base = config.get("base_model_name_or_path")
-        self.notes = (*tensors.notes, *self._own_base())
+        self.notes = (*tensors.notes, *self._own_base(), *self._unknown())
 
     def info(self, name: str) -> TensorInfo:
         """Dtype and shape of a tensor of the adapter file."""
@@ -204,20 +235,75 @@ class LoraFolder(Closing):
         """
         if name in self.biases:
             tensor, factor = self.biases[name]
-            return self._fit(name, self.read(tensor).double() * factor, weight)
+            self.check(name, tuple(weight.shape))
+            return self.read(tensor).double() * factor
         layer = self.layers[name]
+        turned = self.check(name, tuple(weight.shape))
         down, up = self.read(layer.down).double(), self.read(layer.up).double()
-        if up.shape[1] != down.shape[0]:
-            raise CheckpointError(
-                f"{self.path}: {name!r}: lora_B has {up.shape[1]} columns for a rank of "
-                f"{down.shape[0]}: an adapter of a grouped convolution, which is no change of its "
-                "weight. Merge it with PEFT, if PEFT can."
-            )
+        start = weight
+        if name in self.whole:
+            # PEFT saves an adapted embedding itself too, and adds the change to what it saved.
+            start = self.read(self.whole[name])
         product: Tensor = (up.flatten(1) @ down.flatten(1)) * layer.scaling
-        if not layer.embedding and down.ndim > 2:
-            product = product.reshape(up.shape[0], *down.shape[1:])
-        change = self._fit(name, product.mT if layer.embedding else product, weight)
-        return change if layer.magnitude is None else self._rescaled(layer, weight, change)
+        change = (product.mT if turned else product).reshape(weight.shape)
+        if layer.magnitude is not None:
+            change = self._rescaled(layer, start, change, columns=turned)
+        return change if start is weight else change + (start.double() - weight.double())
+
+    def check(self, name: str, shape: tuple[int, ...]) -> bool:
+        """Hold the adapter's shapes against a tensor of the base, before any is read.
+
+        Parameters
+        ----------
+        name : str
+            A key of `layers`, `biases` or `rows`.
+        shape : tuple of int
+            Of the base's tensor.
+
+        Returns
+        -------
+        bool
+            Whether the product of the adapter's matrices is the change's transpose.
+
+        Raises
+        ------
+        CheckpointError
+            If the adapter's tensors make no change of that shape.
+        """
+        if name in self.rows:
+            self._check_rows(self.rows[name], shape)
+            return False
+        if name in self.biases:
+            own = self.info(self.biases[name][0]).shape
+            if own != shape:
+                raise self._misfit(name, own, shape)
+            return False
+        layer = self.layers[name]
+        turned = self._turned(layer, shape)
+        self._check_rank(layer)
+        if name in self.whole and self.info(self.whole[name]).shape != shape:
+            found = f"saved with shape {self.info(self.whole[name]).shape} and adapted"
+            raise self._fault(name, found, f"{shape} as in the base")
+        if layer.magnitude is not None:
+            count = math.prod(self.info(layer.magnitude).shape)
+            expected = shape[1] if turned else shape[0]
+            if count != expected:
+                raise self._fault(name, f"{count} magnitudes of DoRA", f"{expected}")
+        return turned
+
+    def tokens(self, name: str, weight: Tensor) -> Tensor:
+        """Return an embedding with its trained rows in place, as PEFT merges them.
+
+        Parameters
+        ----------
+        name : str
+            A key of `rows`.
+        weight : Tensor
+            The base's embedding; not changed.
+        """
+        rows = self.rows[name]
+        self._check_rows(rows, tuple(weight.shape))
+        return weight.index_copy(0, torch.tensor(rows.indices), self.read(rows.key).to(weight))
 
     def place(
         self, shapes: Mapping[str, tuple[int, ...]], model_type: str | None
@@ -263,33 +349,121 @@ class LoraFolder(Closing):
         scaling = self._scaling(parameter.name, parameter.rank)
         return change_of_expert(parameter, down, up, expert) * scaling
 
-    def _rescaled(self, layer: LoraLayer, weight: Tensor, change: Tensor) -> Tensor:
-        """Apply DoRA: each row of ``W + change`` gets the norm that was trained for it."""
-        moved = weight.double() + change
-        magnitude = self.read(str(layer.magnitude)).double().flatten()
-        if weight.ndim != 2 or magnitude.numel() != weight.shape[0]:
-            raise CheckpointError(
-                f"{self.path}: {layer.name!r}: DoRA on a weight of shape {tuple(weight.shape)}, "
-                "expected a linear layer. Merge the adapter with PEFT and inspect the result."
-            )
-        scale: Tensor = magnitude / torch.linalg.vector_norm(moved, dim=1)
-        return torch.sub(moved * scale.unsqueeze(1), weight.double())
+    def _rescaled(
+        self, layer: LoraLayer, weight: Tensor, change: Tensor, *, columns: bool
+    ) -> Tensor:
+        """Apply DoRA: each output of ``W + change`` gets the norm that was trained for it.
 
-    def _fit(self, name: str, change: Tensor, weight: Tensor) -> Tensor:
+        An output is a row, or a column where the weight is (in, out). PEFT takes the columns of an
+        embedding too.
+        """
+        axis = 1 if columns else 0
+        moved = weight.double() + change
+        others = [one for one in range(weight.ndim) if one != axis]
+        norms = torch.linalg.vector_norm(moved, dim=others, keepdim=True)
+        magnitude = self.read(str(layer.magnitude)).double().reshape(norms.shape)
+        return torch.sub(moved * (magnitude / norms), weight.double())
+
+    def _check_rank(self, layer: LoraLayer) -> None:
+        """Refuse matrices of another rank than the configuration's; so does PEFT."""
+        module = layer.name.removesuffix(".weight")
+        patterns = self._config.get("rank_pattern")
+        found = pattern_value(self.path / CONFIG_FILE, patterns, module)
+        expected = self._config.get("r", layer.rank) if found is None else found
+        if expected != layer.rank:
+            said = f"{expected} as {CONFIG_FILE} says"
+            raise self._fault(layer.name, f"matrices of rank {layer.rank}", said)
+
+    def _turned(self, layer: LoraLayer, shape: tuple[int, ...]) -> bool:
+        """Tell which way round the product lies; refuse one that fits in no way."""
+        down, up = self.info(layer.down).shape, self.info(layer.up).shape
+        if up[1] != down[0]:
+            raise CheckpointError(
+                f"{self.path}: {layer.name!r}: lora_B has {up[1]} columns for a rank of "
+                f"{down[0]}: an adapter of a grouped convolution, which is no change of its "
+                "weight. Merge it with PEFT, if PEFT can."
+            )
+        own = (up[0], *down[1:])
+        if len(own) > 2:
+            straight, turned = own == shape and set(up[2:]) <= {1}, False
+        else:
+            straight, turned = own == shape, own[::-1] == shape
+        if not straight and not turned:
+            raise self._misfit(layer.name, own, shape)
         # PEFT turns `fan_in_fan_out` on by itself for GPT-2's layers, whose weights are (in, out),
         # and off for the others: only for a square weight does the configuration decide.
-        if change.ndim == 2 and change.mT.shape == weight.shape:
-            return change if change.shape == weight.shape and not self._swapped(name) else change.mT
-        if change.shape == weight.shape:
-            return change
-        raise CheckpointError(
-            f"{self.path}: {name!r}: the adapter's change has shape {tuple(change.shape)}, "
-            f"expected {tuple(weight.shape)}. The adapter belongs to another base."
+        if straight and turned:
+            return layer.embedding or bool(self._config.get("fan_in_fan_out"))
+        return turned
+
+    def _check_rows(self, rows: TokenRows, shape: tuple[int, ...]) -> None:
+        own = self.info(rows.key).shape
+        if len(shape) != 2 or own[1:] != shape[1:] or own[0] != len(rows.indices):
+            raise self._fault(
+                rows.name,
+                f"token rows of shape {own} for {len(rows.indices)} tokens",
+                f"rows of {shape}",
+            )
+        if rows.indices and max(rows.indices) >= shape[0]:
+            raise self._fault(
+                rows.name, f"token {max(rows.indices)}", f"one of {shape[0]} as in the base"
+            )
+
+    def _misfit(
+        self, name: str, found: tuple[int, ...], expected: tuple[int, ...]
+    ) -> CheckpointError:
+        return CheckpointError(
+            f"{self.path}: {name!r}: the adapter's change has shape {found}, "
+            f"expected {expected}. The adapter belongs to another base."
         )
 
-    def _swapped(self, name: str) -> bool:
-        layer = self.layers.get(name)
-        return bool(self._config.get("fan_in_fan_out")) and not (layer and layer.embedding)
+    def _fault(self, name: str, found: str, expected: str) -> CheckpointError:
+        return CheckpointError(
+            f"{self.path}: {name!r}: {found}, expected {expected}. Save the adapter again, or "
+            "merge it with PEFT and use the merged checkpoint."
+        )
+
+    def _check_filled(self) -> None:
+        """Refuse tensors without values: ZeRO-3 leaves them where nothing was gathered."""
+        for info in self._tensors.infos.values():
+            if info.numel == 0:
+                raise CheckpointError(
+                    f"{self.path}: {info.name!r} is empty (shape {info.shape}), expected its "
+                    "values. Gather the parameters before saving (ZeRO-3 splits them), and save "
+                    "the adapter again."
+                )
+
+    def _rows(self, name: str) -> TokenRows | None:
+        """Understand trained rows of an embedding; None where a tensor is something else."""
+        found = _ROWS.fullmatch(name.removeprefix(_PREFIX))
+        if found is None:
+            if _TOKENS in name:
+                raise self._fault(name, "part of a token adapter", "its trained rows alone")
+            return None
+        module = _WRAPPERS.sub("", found["module"])
+        given = self._config.get("trainable_token_indices")
+        if isinstance(given, Mapping):
+            fits = [v for k, v in given.items() if module == k or module.endswith(f".{k}")]
+            given = fits[0] if len(fits) == 1 else None
+        if not given or not self._tensors.infos[name].dtype.is_floating_point:
+            raise self._fault(name, "no token numbers of its own", "trainable_token_indices")
+        return TokenRows(f"{module}.weight", name, tuple(given))
+
+    def _is_listed(self, name: str) -> bool:
+        modules = name.split(".")[:-1]
+        saved = self._config.get("modules_to_save") or ()
+        return any(f".{one}." in f".{'.'.join(modules)}." for one in saved)
+
+    def _unknown(self) -> tuple[str, ...]:
+        keys = unknown_settings(self._config)
+        if not keys:
+            return ()
+        return (f"{self.path.name}: settings that are not known here: {shortlist(keys, 6)}",)
+
+    @property
+    def moved_base(self) -> bool:
+        """Whether the adapter belongs to a base that its initialisation changed."""
+        return bool(self._own_base())
 
     def _modules(self) -> tuple[dict[tuple[str, int], dict[str, str]], list[str]]:
         """Gather the adapter's tensors by module and depth of wrapping; return the rest too."""
@@ -314,7 +488,13 @@ class LoraFolder(Closing):
                 f"{self.path}: module {module!r} has {shortlist(parts)}, expected {down} and {up}. "
                 "The adapter file is incomplete."
             )
-        return self.info(parts[down]), self.info(parts[up])
+        pair = self.info(parts[down]), self.info(parts[up])
+        for info in pair:
+            if len(info.shape) < 2 or not info.dtype.is_floating_point:
+                raise self._fault(
+                    info.name, f"{dtype_name(info.dtype)} of shape {info.shape}", "a float matrix"
+                )
+        return pair
 
     def _layer(self, module: str, parts: Mapping[str, str]) -> LoraLayer:
         down, up = self._pair(module, parts)
@@ -330,9 +510,9 @@ class LoraFolder(Closing):
         )
 
     def _scaling(self, module: str, rank: int) -> float:
-        patterns = self._config.get("alpha_pattern") or {}
-        found = next((p for p in patterns if re.fullmatch(rf"(.*\.)?({p})", module)), None)
-        alpha = float(patterns[found] if found else self._config.get("lora_alpha", rank))
+        where = self.path / CONFIG_FILE
+        found = pattern_value(where, self._config.get("alpha_pattern"), module)
+        alpha = float(self._config.get("lora_alpha", rank) if found is None else found)
         return alpha / (math.sqrt(rank) if self._config.get("use_rslora") else rank)
 
     def _own_base(self) -> tuple[str, ...]:

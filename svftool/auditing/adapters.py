@@ -16,7 +16,7 @@ from svftool.auditing.compare import Changes, Tuned
 from svftool.auditing.matching import Matching, match_names, say_shapes
 from svftool.auditing.results import Unread
 from svftool.auditing.sources import AuditSource
-from svftool.checkpoints import TensorInfo
+from svftool.checkpoints import TensorInfo, output_heads, table_role
 from svftool.errors import CheckpointError, shortlist
 
 # Experts that a checkpoint holds one by one, under the names of the stacks they are loaded into.
@@ -138,6 +138,8 @@ class AdapterChanges:
         stored whole.
     base_only, tuned_only : tuple of Unread
         What cannot be compared, with the reason.
+    misshapen : mapping of str to str
+        What the adapter calls a tensor that it stores in another shape, by name in the base.
     total : int
         Tensors that the adapter speaks of.
     notes : tuple of str
@@ -148,6 +150,7 @@ class AdapterChanges:
     changes: Mapping[str, Change]
     base_only: tuple[Unread, ...]
     tuned_only: tuple[Unread, ...]
+    misshapen: Mapping[str, str]
     total: int
     notes: tuple[str, ...]
 
@@ -167,6 +170,12 @@ def adapter_changes(base: AuditSource, lora: LoraFolder) -> AdapterChanges:
     CheckpointError
         If none of the adapter's layers is in the base, or one does not fit.
     """
+    if lora.moved_base:
+        raise CheckpointError(
+            f"{lora.path}: init_lora_weights changed the base before training, expected an "
+            "adapter of the base as it is. Convert the adapter with PEFT "
+            "(path_initial_model_for_weight_conversion), or merge it and use the result."
+        )
     live = stacks(base.infos)
     shapes = {name: info.shape for name, info in base.infos.items()}
     shapes |= {name: stack.shape for name, stack in live.items()}
@@ -185,6 +194,7 @@ def adapter_changes(base: AuditSource, lora: LoraFolder) -> AdapterChanges:
                 changes[piece.name] = change
             if change is not None or mine in lora.whole:
                 others[piece.name] = mine
+    _tie(base, others, changes)
     misshapen = list(_misshapen(lora, others, base.infos))
     for name, _, _ in misshapen:
         del others[name]
@@ -193,10 +203,16 @@ def adapter_changes(base: AuditSource, lora: LoraFolder) -> AdapterChanges:
         changes=changes,
         base_only=tuple(Unread(name, why) for name, _, why in misshapen),
         tuned_only=(
-            *(Unread(name, "not in the base") for name in _strangers(lora, found)),
+            *(
+                Unread(name, "not in the base")
+                if name not in lora.whole or name in lora.listed
+                else Unread(lora.whole[name], "part of no LoRA layer")
+                for name in _strangers(lora, found)
+            ),
             *(Unread(name, "part of no LoRA layer") for name in lora.unused),
             *(Unread(mine, why) for _, mine, why in misshapen),
         ),
+        misshapen={name: mine for name, mine, _ in misshapen},
         total=_count(lora),
         notes=matching.notes,
     )
@@ -204,9 +220,9 @@ def adapter_changes(base: AuditSource, lora: LoraFolder) -> AdapterChanges:
 
 def _matched(base: AuditSource, lora: LoraFolder, names: Mapping[str, object]) -> Matching:
     parameters = [name for module in lora.wrapped for name in module.parameters]
-    wanted = dict.fromkeys((*lora.layers, *lora.biases, *lora.whole, *parameters))
+    wanted = dict.fromkeys((*lora.layers, *lora.biases, *lora.rows, *lora.whole, *parameters))
     matching = match_names(_shapeless(names), _shapeless(wanted))
-    adapted = {*lora.layers, *parameters}
+    adapted = {*lora.layers, *lora.rows, *parameters}
     if matching.ties:
         raise CheckpointError(
             f"{lora.path}: of its names and those of {base.path}, {matching.say_tie()}. "
@@ -240,8 +256,30 @@ def _change(
     if parameter is not None:
         return partial(_parameter_change, lora, parameter, piece, stacked=len(shape) == 3)
     if mine in lora.layers or mine in lora.biases:
+        lora.check(mine, shape)
         return partial(_layer_change, lora, mine)
+    if mine in lora.rows:
+        lora.check(mine, shape)
+        return partial(_token_rows, lora, mine)
     return None
+
+
+def _tie(base: AuditSource, others: dict[str, str], changes: dict[str, Change]) -> None:
+    """Change an output head with its embedding where the model ties them; PEFT's merge does."""
+    if base.config is None or base.config.get("tie_word_embeddings") is not True:
+        return
+    heads = output_heads(base.infos.values())
+    for name in list(changes):
+        info = base.infos[name]
+        if table_role(info) != "token embedding":
+            continue
+        for head in heads:
+            if head not in others and base.infos[head].shape == info.shape:
+                others[head], changes[head] = others[name], changes[name]
+
+
+def _token_rows(lora: LoraFolder, name: str, base: Tensor) -> Tuned:
+    return Tuned(weight=lora.tokens(name, base))
 
 
 def _layer_change(lora: LoraFolder, name: str, base: Tensor) -> Tuned:
@@ -271,7 +309,7 @@ def _misshapen(
 
 def _strangers(lora: LoraFolder, found: Mapping[str, str]) -> Iterator[str]:
     """Yield what the base does not have."""
-    for name in (*lora.layers, *lora.biases, *lora.whole):
+    for name in dict.fromkeys((*lora.layers, *lora.biases, *lora.rows, *lora.whole)):
         if name not in found:
             yield name
     for module in lora.wrapped:
@@ -281,4 +319,4 @@ def _strangers(lora: LoraFolder, found: Mapping[str, str]) -> Iterator[str]:
 
 def _count(lora: LoraFolder) -> int:
     wrapped = sum(len(module.pairs) for module in lora.wrapped)
-    return len({*lora.layers, *lora.biases, *lora.whole}) + wrapped + len(lora.unused)
+    return len({*lora.layers, *lora.biases, *lora.rows, *lora.whole}) + wrapped + len(lora.unused)

@@ -214,6 +214,7 @@ def _of_lora(base: AuditSource, other: AuditSource, lora: LoraFolder) -> Counter
         others=found.others,
         base_only=found.base_only,
         tuned_only=found.tuned_only,
+        misshapen=found.misshapen,
         total=found.total,
         notes=found.notes,
         changes=found.changes,

@@ -14,6 +14,8 @@ from svftool.factors.store import STEM, FactorStore, LayerFactors, is_factors, o
 from svftool.factors.tuned import TunedFile, check_tuned, is_tuned, read_tuned, write_tuned
 from svftool.factors.writer import (
     FactorShard,
+    check_names,
+    check_storable,
     factor_infos,
     finish_factors,
     plan_factor_shards,
@@ -34,6 +36,8 @@ __all__ = [
     "Merged",
     "TunedFile",
     "add_delta",
+    "check_names",
+    "check_storable",
     "check_tuned",
     "config_to_json",
     "digests_of",

@@ -8,8 +8,8 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from svftool.checkpoints import Selection
-from svftool.checkpoints.views import View
+from svftool.checkpoints import Selection, dtype_named
+from svftool.checkpoints.views import View, matrix_shape
 from svftool.errors import FactorsError
 
 SCHEMA_VERSION = 1
@@ -152,11 +152,14 @@ def read_config(folder: Path) -> FactorConfig:
         )
     try:
         document = json.loads(path.read_text(encoding="utf-8"))
+        if not isinstance(document, dict):
+            raise TypeError(f"a JSON {type(document).__name__}, expected an object")  # noqa: TRY301
         _check_version(path, document["schema_version"])
         return _config_from(document)
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+        reason = str(error).partition("\n")[0][:200]
         raise FactorsError(
-            f"{path}: not a valid configuration ({type(error).__name__}: {error}). "
+            f"{path}: not a valid configuration ({type(error).__name__}: {reason}). "
             "Run 'svftool decompose' again."
         ) from error
 
@@ -171,23 +174,79 @@ def _check_version(path: Path, found: Any) -> None:
 
 def _config_from(document: Mapping[str, Any]) -> FactorConfig:
     selection = document["selection"]
-    return FactorConfig(
-        base=BaseRecord(**document["base"]),
-        fingerprint=str(document["fingerprint"]),
+    layers = [layer_from_json(item) for item in _typed(document, "layers", list)]
+    left = _typed(document, "left_whole", list)
+    base = BaseRecord(**document["base"])
+    _check_base(base)
+    config = FactorConfig(
+        base=base,
+        fingerprint=_typed(document, "fingerprint", str),
         selection=Selection(
-            include=tuple(selection["include"]),
-            exclude=tuple(selection["exclude"]),
-            views=tuple((glob, view) for glob, view in selection["views"]),
+            include=tuple(map(str, _typed(selection, "include", list))),
+            exclude=tuple(map(str, _typed(selection, "exclude", list))),
+            views=tuple((str(glob), view) for glob, view in _typed(selection, "views", list)),
         ),
         rank=str(document["rank"]),
         method=str(document["method"]),
         dtype=str(document["dtype"]),
-        layers_only=bool(document["layers_only"]),
-        layers={item["name"]: layer_from_json(item) for item in document["layers"]},
-        left_whole={item["name"]: item["reason"] for item in document["left_whole"]},
+        layers_only=_typed(document, "layers_only", bool),
+        layers={layer.name: layer for layer in layers},
+        left_whole={_typed(item, "name", str): _typed(item, "reason", str) for item in left},
     )
+    if len(config.layers) < len(layers):
+        raise ValueError("layers names one tensor twice, expected each once")
+    return config
+
+
+def _typed(item: Mapping[str, Any], key: str, kind: type) -> Any:
+    value = item[key]
+    if not isinstance(value, kind):
+        found, expected = type(value).__name__, kind.__name__
+        raise TypeError(f"{key} is a JSON {found}, expected {expected}")
+    return value
+
+
+def _check_base(base: BaseRecord) -> None:
+    facts = asdict(base)
+    place = _typed(facts, "place", str)
+    _typed(facts, "hub", bool)
+    _typed(facts, "fingerprint", str)
+    if not place or "\0" in place or len(place) > _LONGEST_PLACE:
+        raise ValueError("place is no path, expected where the base is")
+
+
+_LONGEST_PLACE = 4096
 
 
 def layer_from_json(item: Mapping[str, Any]) -> LayerRecord:
-    """Make a record from what JSON holds of it."""
-    return LayerRecord(**{**item, "shape": tuple(item["shape"]), "matrix": tuple(item["matrix"])})
+    """Make a record from what JSON holds of it.
+
+    Raises
+    ------
+    KeyError, TypeError, ValueError
+        If something is missing, of another type, or does not fit the rest.
+    """
+    sides = {key: tuple(_typed(item, key, list)) for key in ("shape", "matrix")}
+    layer = LayerRecord(**{**item, **sides})
+    for key in ("name", "dtype", "view", "method"):
+        _typed(item, key, str)
+    sizes: tuple[Any, ...] = (*layer.shape, *layer.matrix, layer.rank)
+    for side in sizes:
+        if not isinstance(side, int) or isinstance(side, bool) or not 0 < side < _LARGEST:
+            raise ValueError(f"layer {layer.name!r}: {str(side)[:40]}, expected a size")
+    if (
+        layer.view not in ("matrix", "batch")
+        or matrix_shape(layer.shape, layer.view) != layer.matrix
+    ):
+        raise ValueError(
+            f"layer {layer.name!r}: matrix {layer.matrix}, expected the {layer.view!r} view of "
+            f"{layer.shape}"
+        )
+    dtype_named(layer.dtype)
+    for key in ("reconstruction_error", "orthogonality_error", "energy"):
+        if not isinstance(item[key], int | float):
+            raise TypeError(f"layer {layer.name!r}: {key}, expected a number")
+    return layer
+
+
+_LARGEST = 1 << 62

@@ -167,8 +167,11 @@ class FactorStore(Closing):
         base = self.config.base
         if base.hub:
             return base.place
-        path = Path(os.path.normpath(self.path / base.place))
-        if not path.exists():
+        # The place is relative to the folder itself, which a link may stand for.
+        folders = (self.path.resolve(), self.path)
+        places = [Path(os.path.normpath(folder / base.place)) for folder in folders]
+        path = next((one for one in places if one.exists()), None)
+        if path is None:
             raise FactorsError(
                 f"{self.path}: its base is not at the recorded place {base.place!r}. "
                 "Give the checkpoint that was decomposed with --base."

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -17,6 +17,8 @@ from svftool.checkpoints import (
     write_errors,
     write_index,
 )
+from svftool.checkpoints.dtypes import CODE_OF_DTYPE, dtype_name
+from svftool.errors import CheckpointError, shortlist
 from svftool.factors.schema import CONFIG_FILE, FactorConfig, LayerRecord, config_to_json
 from svftool.factors.store import STEM
 from svftool.version import __version__
@@ -50,6 +52,63 @@ def factor_infos(layer: LayerRecord, dtype: torch.dtype) -> tuple[TensorInfo, ..
         TensorInfo(f"{layer.name}.S", torch.float32, (*batch, k), ""),
         TensorInfo(f"{layer.name}.Vh", dtype, (*batch, k, n), ""),
     )
+
+
+def check_storable(infos: Iterable[TensorInfo], *, where: str, way_out: str) -> None:
+    """Refuse tensors that safetensors cannot hold, before any work.
+
+    Parameters
+    ----------
+    infos : iterable of TensorInfo
+        What would be written.
+    where, way_out : str
+        What the error begins and ends with.
+
+    Raises
+    ------
+    CheckpointError
+        Naming each such tensor.
+    """
+    wrong = [
+        f"{info.name!r} ({info.layout if info.layout != 'dense' else dtype_name(info.dtype)})"
+        for info in infos
+        if info.layout != "dense" or info.dtype not in CODE_OF_DTYPE
+    ]
+    if wrong:
+        raise CheckpointError(
+            f"{where}: safetensors cannot hold {shortlist(wrong, 4)}, expected dense tensors of "
+            f"its dtypes. {way_out}"
+        )
+
+
+def check_names(layers: Iterable[str], whole: Iterable[str], *, where: str) -> None:
+    """Refuse tensors whose name is that of another's factors.
+
+    Parameters
+    ----------
+    layers, whole : iterable of str
+        Tensors that are decomposed, and that are kept whole.
+    where : str
+        What the error begins with.
+
+    Raises
+    ------
+    CheckpointError
+        Naming each such tensor.
+    """
+    kept = set(whole)
+    taken = [
+        f"{name}{suffix}"
+        for name in layers
+        for suffix in (".U", ".S", ".Vh", ".S_base")
+        if f"{name}{suffix}" in kept
+    ]
+    if taken:
+        owner = taken[0].rpartition(".")[0]
+        raise CheckpointError(
+            f"{where}: {shortlist(map(repr, taken), 4)}: the name stands for factors of another "
+            f"tensor, expected names of their own. Leave {owner!r} whole with --exclude."
+        )
 
 
 def plan_factor_shards(

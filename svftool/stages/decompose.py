@@ -27,7 +27,7 @@ from svftool.checkpoints import (
 from svftool.engine import PROCESS_BYTES, parse_rank, peak_memory
 from svftool.engine.examine import examination_bytes
 from svftool.errors import UsageError, shortlist
-from svftool.factors import FactorConfig, LayerSpool
+from svftool.factors import FactorConfig, LayerSpool, check_names, check_storable
 from svftool.machine import peak_memory_bytes, pick_device
 from svftool.numerics import Method
 from svftool.processes import Processes, joined_processes
@@ -288,12 +288,18 @@ def _plan(source: Checkpoint, settings: FactoriseSettings) -> DecompositionPlan:
         info = source.infos[choice.name]
         matrix = matrix_shape(info.shape, choice.view)
         layers.append(LayerPlan(info, choice, matrix, settings.rank.fixed(*matrix[-2:])))
-    whole = 0 if settings.layers_only else sum(source.infos[one.name].nbytes for one in left)
+    kept = [] if settings.layers_only else [source.infos[one.name] for one in left]
+    check_storable(
+        kept, where=str(source.path), way_out="Keep the layers alone with --layers-only."
+    )
+    check_names(
+        (one.info.name for one in layers), (one.name for one in kept), where=str(source.path)
+    )
     return DecompositionPlan(
         checkpoint=source.path,
         layers=tuple(layers),
         left_whole={one.name: one.reason for one in left},
-        output_bytes=whole + sum(one.factor_bytes for one in layers),
+        output_bytes=sum(one.nbytes for one in kept) + sum(one.factor_bytes for one in layers),
         peak_memory_bytes=max(
             peak_memory([one.job for one in layers], settings.rank),
             PROCESS_BYTES + examination_bytes(source),

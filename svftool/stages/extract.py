@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import os
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,18 +14,29 @@ import torch
 from torch import Tensor
 
 from svftool.auditing import AuditSource, Counterparts, counterparts, open_source
-from svftool.checkpoints import replace_output, to_matrix
-from svftool.errors import CheckpointError, FactorsError, UsageError
+from svftool.auditing.results import Unread
+from svftool.checkpoints import (
+    TensorInfo,
+    dtype_name,
+    replace_output,
+    table_role,
+    to_matrix,
+    write_errors,
+)
+from svftool.errors import CheckpointError, FactorsError, NumericalError, UsageError, shortlist
 from svftool.factors import (
     FactorStore,
     LayerFactors,
+    check_names,
     is_factors,
     is_tuned,
     open_factors,
     write_tuned,
 )
+from svftool.factors.delta import norm
+from svftool.numerics.rounding import round_once
 from svftool.progress import SILENT, Progress
-from svftool.stages.decompose import decompose
+from svftool.stages.decompose import decompose, plan
 
 
 @dataclass(frozen=True)
@@ -64,6 +75,8 @@ class ExtractResult:
         Tensors that are no layers, changed, and stored whole.
     missing : tuple of str
         Layers that the fine-tune does not have; they stay as the base.
+    dropped : tuple of Unread
+        What an adapter holds and the tuned file does not, with the reason.
     """
 
     output: Path
@@ -71,6 +84,7 @@ class ExtractResult:
     error: float
     whole: tuple[str, ...]
     missing: tuple[str, ...]
+    dropped: tuple[Unread, ...] = ()
 
 
 def extract(
@@ -108,7 +122,9 @@ def extract(
     CheckpointError
         If the two have no layer in common.
     UsageError
-        If the fine-tune is a tuned file already.
+        If the fine-tune is a tuned file already, or the output exists.
+    NumericalError
+        If the fine-tune holds NaN or infinity where the base does not.
     """
     target = Path(output)
     if is_tuned(tuned):
@@ -116,23 +132,79 @@ def extract(
             f"{tuned}: a tuned file already, expected a dense fine-tune or a LoRA folder"
         )
     with ExitStack() as stack:
-        store = stack.enter_context(_factors(base, progress))
-        before = stack.enter_context(_weights(base, store, progress))
         after = stack.enter_context(open_source(tuned))
-        for warning in dict.fromkeys((*before.warnings, *after.warnings)):
-            progress.warn(warning)
+        for note in after.notes:
+            if note not in after.warnings:
+                progress.note(note)
         inputs = [Path(base), Path(tuned)]
-        with replace_output(target, force=force, inputs=inputs) as partial:
-            return _extract(store, before, after, partial, target, progress)
+        partial = stack.enter_context(replace_output(target, force=force, inputs=inputs))
+        if is_factors(base):
+            store = stack.enter_context(open_factors(base))
+            before = stack.enter_context(_weights(base, store, progress))
+            side = _checked(store.layers, before, after, progress)
+        else:
+            before = stack.enter_context(open_source(base))
+            layers = [one.info.name for one in plan(base).layers]
+            side = _checked(layers, before, after, progress)
+            store = stack.enter_context(_factors(base, partial, progress))
+        return _extract(store, before, side, partial, target, progress)
+
+
+def _checked(
+    layers: Collection[str], before: AuditSource, after: AuditSource, progress: Progress
+) -> Counterparts:
+    """Match the fine-tune to its base; refuse what cannot be stored before any decomposition."""
+    for warning in dict.fromkeys((*before.warnings, *after.warnings)):
+        progress.warn(warning)
+    side = counterparts(before, after, progress)
+    if not any(side.holds(name) for name in layers if name in side.names):
+        raise CheckpointError(
+            f"{after.path}: no layer in common with {before.path}, expected a fine-tune of it. "
+            "Name the base that it was tuned from."
+        )
+    check_names(layers, {*before.infos, *after.infos}, where=str(before.path))
+    if after.lora is None:
+        _check_finite(before, side, progress)
+    return side
+
+
+def _check_finite(before: AuditSource, side: Counterparts, progress: Progress) -> None:
+    own = {other: name for name, other in side.others.items()}
+    bad = []
+    with progress.task("checking", len(side.source.infos), unit="tensors") as task:
+        for other, info in side.source.infos.items():
+            if info.dtype.is_floating_point and info.layout == "dense":
+                value = side.source.read(other)
+                start = before.read(own[other]) if other in own else None
+                if not bool(value.float().isfinite().all()) and not _is_sound(value, start, info):
+                    bad.append(other)
+            task.advance(detail=other)
+    if bad:
+        raise NumericalError(
+            f"{side.source.path}: {shortlist(map(repr, bad), 4)}: NaN or infinity where the base "
+            "has none, expected finite values. Name a fine-tune that did not diverge."
+        )
+
+
+def _is_sound(value: Tensor, start: Tensor | None, info: TensorInfo) -> bool:
+    """Whether what is not finite was not finite in the base, or is a mask."""
+    wide = value.double()
+    if start is not None and start.shape == value.shape:
+        before = start.double()
+        same = (wide == before) | (wide.isnan() & before.isnan())
+        return bool((wide.isfinite() | same).all())
+    return table_role(info) == "attention mask" and not bool(wide.isnan().any())
 
 
 @contextmanager
-def _factors(base: str | os.PathLike[str], progress: Progress) -> Iterator[FactorStore]:
-    if is_factors(base):
-        with open_factors(base) as store:
-            yield store
-        return
-    with tempfile.TemporaryDirectory() as folder:
+def _factors(
+    base: str | os.PathLike[str], partial: Path, progress: Progress
+) -> Iterator[FactorStore]:
+    """Decompose the base beside the output: the system's folder may be in memory, or small."""
+    with (
+        write_errors(partial.parent),
+        tempfile.TemporaryDirectory(dir=partial.parent, prefix=f".{partial.name}-") as folder,
+    ):
         decompose(base, Path(folder) / "factors", progress=progress)
         with open_factors(Path(folder) / "factors") as store:
             yield store
@@ -143,30 +215,26 @@ def _weights(base: str | os.PathLike[str], store: FactorStore, progress: Progres
     if not is_factors(base):
         return open_source(base)
     try:
-        store.open_base(progress=progress).close()
+        with store.open_base(progress=progress) as found:
+            path = found.path
     except (FactorsError, CheckpointError) as error:
         progress.note(f"changes are measured from the factors, not from the base ({error})")
         return open_source(base)
     place = store.config.base
-    return open_source(place.place if place.hub else Path(base) / place.place)
+    return open_source(place.place if place.hub else path)
 
 
 def _extract(
     store: FactorStore,
     before: AuditSource,
-    after: AuditSource,
+    side: Counterparts,
     partial: Path,
     target: Path,
     progress: Progress,
 ) -> ExtractResult:
-    side = counterparts(before, after, progress)
-    found = [name for name in store.layers if name in side.names]
-    if not any(side.holds(name) for name in found):
-        raise CheckpointError(
-            f"{after.path}: no layer in common with {store.path}, expected a fine-tune of its "
-            "base. Name the base that it was tuned from."
-        )
-    S, rows, squares = {}, [], [0.0, 0.0]
+    names = set(side.names)
+    found = [name for name in store.layers if name in names]
+    S, rows, norms = {}, [], [0.0, 0.0]
     with progress.task("extracting", len(store.layers), unit="layers") as task:
         for name in found:
             change = _change(before, side, name)
@@ -174,17 +242,29 @@ def _extract(
                 name, store.read(name), to_matrix(change, store.layers[name].view)
             )
             rows.append(row)
-            squares = [one + two for one, two in zip(squares, sums, strict=True)]
+            norms = [math.hypot(one, two) for one, two in zip(norms, sums, strict=True)]
             task.advance(detail=name)
     whole = _changed_whole(store, before, side)
     write_tuned(partial, store=store, S=S, whole=whole, task="extract")
     return ExtractResult(
         output=target,
         layers=tuple(rows),
-        error=math.sqrt(squares[1] / squares[0]) if squares[0] > 0 else 0.0,
+        error=norms[1] / norms[0] if norms[0] > 0 else 0.0,
         whole=tuple(whole),
         missing=tuple(name for name in store.layers if name not in S),
+        dropped=_dropped(side, progress),
     )
+
+
+def _dropped(side: Counterparts, progress: Progress) -> tuple[Unread, ...]:
+    """Return, and say aloud, what an adapter holds that the tuned file does not."""
+    if side.source.lora is None:
+        return ()
+    found = tuple(one for one in side.tuned_only if one.name not in side.source.infos)
+    if found:
+        listed = shortlist((f"{one.name} ({one.reason})" for one in found), 4)
+        progress.warn(f"{side.source.path.name}: left out: {listed}")
+    return found
 
 
 def _change(before: AuditSource, side: Counterparts, name: str) -> Tensor:
@@ -202,22 +282,27 @@ def _change(before: AuditSource, side: Counterparts, name: str) -> Tensor:
 def _best(
     name: str, factors: LayerFactors, change: Tensor
 ) -> tuple[Tensor, LayerExtract, tuple[float, float]]:
-    """Find the best singular values; also the squares of the change and of what is left of it.
+    """Find the best singular values; also the norms of the change and of what is left of it.
 
     ``S* = S + diag(U' D V)`` needs the change only, so an equal weight keeps its S to the last bit,
     and truncated factors lose nothing.
     """
     U, S, Vh = factors.U.double(), factors.S.double(), factors.Vh.double()
     delta = torch.einsum("...mk,...mk->...k", U, change @ Vh.mT)
-    total = float(change.square().sum())
-    rest = float((change - U * delta.unsqueeze(-2) @ Vh).square().sum())
-    norm = float(S.norm())
+    found = S + delta
+    if not bool(change.isfinite().all()) or not bool(found.float().isfinite().all()):
+        raise NumericalError(
+            f"{name!r}: its change is not finite, or beyond float32, expected finite singular "
+            "values. Name a fine-tune that did not diverge."
+        )
+    total, rest = norm(change), norm(change - U * delta.unsqueeze(-2) @ Vh)
+    size = norm(S)
     row = LayerExtract(
         name,
-        change=math.sqrt(total) / norm if norm > 0 else 0.0,
-        error=math.sqrt(rest / total) if total > 0 else 0.0,
+        change=total / size if size > 0 else 0.0,
+        error=rest / total if total > 0 else 0.0,
     )
-    return S + delta, row, (total, rest)
+    return found, row, (total, rest)
 
 
 def _changed_whole(
@@ -235,7 +320,13 @@ def _changed_whole(
         if value is None:
             change = found.whole_change
             assert change is not None
-            value = (weight.double() + change).to(weight.dtype)
+            value = round_once(weight.double() + change, weight.dtype)
+            if not _is_sound(value, weight, before.infos[name]):
+                raise NumericalError(
+                    f"{side.source.path}: {name!r}: NaN, infinity or an overflow of "
+                    f"{dtype_name(weight.dtype)}, expected finite values. Name a fine-tune that "
+                    "did not diverge."
+                )
         if not torch.equal(value, weight):
             whole[name] = value
     added = {one.name for one in side.tuned_only} & set(side.source.infos)

@@ -29,7 +29,7 @@ from svftool.checkpoints import (
     write_errors,
 )
 from svftool.engine import Job, RankRule, run_svds, share
-from svftool.engine.examine import Examination, examine
+from svftool.engine.examine import LARGEST, SMALLEST, Examination, examine
 from svftool.errors import NumericalError, shortlist
 from svftool.factors import (
     BaseRecord,
@@ -152,10 +152,8 @@ class Factorisation:
         return config, {name: layer.seconds for name, layer in finished.items()}
 
     def _examine(self) -> Examination:
-        names = [one.info.name for one in self.layers]
-        seen = examine(
-            self.source, check_finite=names, processes=self.processes, progress=self.progress
-        )
+        names = {one.info.name: one.matrix for one in self.layers}
+        seen = examine(self.source, check=names, processes=self.processes, progress=self.progress)
         if seen.non_finite and not self.settings.skip_bad:
             listed = shortlist(f"{name!r} ({what})" for name, what in seen.non_finite.items())
             raise NumericalError(
@@ -163,7 +161,15 @@ class Factorisation:
                 f"that are not finite: {listed}. Expected finite weights; leave such layers whole "
                 "with --skip-bad."
             )
+        if seen.out_of_range and not self.settings.skip_bad:
+            listed = shortlist(f"{name!r} ({what})" for name, what in seen.out_of_range.items())
+            raise NumericalError(
+                f"{self.source.path}: {len(seen.out_of_range)} of {len(names)} layers are beyond "
+                f"the singular values that factors hold: {listed}. Expected the largest between "
+                f"{SMALLEST:.0e} and {LARGEST:.1e}; leave such layers whole with --skip-bad."
+            )
         bad = {name: f"not finite ({what})" for name, what in seen.non_finite.items()}
+        bad |= {name: f"beyond float32 ({what})" for name, what in seen.out_of_range.items()}
         self.left_whole = {**self.left_whole, **bad}
         self.layers = [one for one in self.layers if one.info.name not in bad]
         return seen
