@@ -26,8 +26,8 @@ from svftool.checkpoints import (
     TensorInfo,
     dtype_name,
     side_files,
-    write_errors,
 )
+from svftool.checkpoints.side_files import named
 from svftool.engine import Job, RankRule, run_svds, share
 from svftool.engine.examine import Examination, examine
 from svftool.errors import NumericalError, shortlist
@@ -295,9 +295,10 @@ class Factorisation:
         self, spool: LayerSpool, shards: Sequence[FactorShard], config: FactorConfig
     ) -> None:
         if self.source.is_folder:
-            for file in side_files(self.source.path):
-                with write_errors(self.partial / file.name):
-                    shutil.copy(file, self.partial / file.name)
+            beside = side_files(self.source.path, weights=self.source.own_files)
+            beside.copy(self.partial)
+            if beside.left:
+                self.progress.note(f"{self.source.path}: not copied: {named(beside.left)}")
         finish_factors(self.partial, shards, config)
         shutil.rmtree(spool.folder)
 
