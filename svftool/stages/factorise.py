@@ -7,6 +7,7 @@ on which process computes them, or on how many there are.
 
 from __future__ import annotations
 
+import math
 import os
 import shutil
 from collections.abc import Iterator, Mapping, Sequence
@@ -301,6 +302,16 @@ class Factorisation:
                 self.progress.note(f"{self.source.path}: not copied: {named(beside.left)}")
         finish_factors(self.partial, shards, config)
         shutil.rmtree(spool.folder)
+
+
+def storing_bytes(plan: LayerPlan, dtype: torch.dtype) -> int:
+    """Bound what rounding one layer's factors to the storage dtype takes; see `_stored`."""
+    if dtype == torch.float32:
+        return 0
+    *batch, m, n = plan.matrix
+    k = min(m, n) if plan.rank is None else min(plan.rank, m, n)
+    # In float64: the weight, its reconstruction and their difference; U twice, and Vh.
+    return 8 * math.prod(batch) * (3 * m * n + 2 * m * k + k * n + k * k)
 
 
 def _record(plan: LayerPlan, svd: Svd) -> LayerRecord:
