@@ -158,13 +158,29 @@ def write_errors(path: Path) -> Iterator[None]:
     Raises
     ------
     ResourceError
-        For a full disk, a missing permission, a read-only file system and the like.
+        For a full disk, a missing permission, a read-only file system, and whatever else it
+        refuses.
     """
     try:
         yield
     except OSError as error:
-        if error.errno not in _WAYS_OUT:
-            raise
-        found, expected = _WAYS_OUT[error.errno]
-        named = error.filename if isinstance(error.filename, str) else path
-        raise ResourceError(f"{named}: {found}, expected {expected}.") from error
+        raise refused(error, path) from error
+
+
+def refused(error: OSError, path: object) -> ResourceError:
+    """Return the error that says in one line what the system refused at `path`.
+
+    Examples
+    --------
+    >>> str(refused(OSError(errno.ESTALE, "Stale file handle"), "out"))
+    'out: Stale file handle (ESTALE), expected a place that can be written. Choose another place.'
+    """
+    named = error.filename if isinstance(error.filename, str) else path
+    code = error.errno
+    if code in _WAYS_OUT:
+        found, expected = _WAYS_OUT[code]
+    else:
+        name = "" if code is None else f" ({errno.errorcode.get(code, code)})"
+        found = f"{error.strerror or error}{name}"
+        expected = "a place that can be written. Choose another place"
+    return ResourceError(f"{named}: {found}, expected {expected}.")

@@ -16,6 +16,14 @@ from svftool.errors import ResourceError, UsageError
 
 _DEVICE = re.compile(r"auto|cpu|cuda(:\d+)?")
 _SIGNS = ("out of memory", "not enough memory", "can't allocate memory")
+_GROUPS = Path("/sys/fs/cgroup")
+_OWN_GROUP = Path("/proc/self/cgroup")
+_NO_LIMIT = 1 << 60
+# Names of the limit, of what is used, and of the file pages that can be dropped, by version.
+_GROUP_FILES = {
+    1: ("memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file"),
+    2: ("memory.max", "memory.current", "inactive_file"),
+}
 _STATUS = Path("/proc/self/status")
 _CLEAR = Path("/proc/self/clear_refs")
 
@@ -67,14 +75,56 @@ def _machine() -> int | None:
     return None
 
 
-def _control_group() -> int | None:
-    folder = Path("/sys/fs/cgroup")
+def _control_group(groups: Path = _GROUPS, own: Path = _OWN_GROUP) -> int | None:
+    """Return what is free in this process's control group and in all around it.
+
+    Pages of files that nobody uses count as free: the system drops them before it refuses.
+    """
     try:
-        limit = (folder / "memory.max").read_text(encoding="ascii").strip()
-        used = (folder / "memory.current").read_text(encoding="ascii").strip()
+        lines = own.read_text(encoding="utf-8", errors="surrogateescape").splitlines()
     except OSError:
+        lines = []
+    free = [
+        one
+        for version, folder in _group_folders(groups, lines)
+        if (one := _free_in_group(folder, *_GROUP_FILES[version])) is not None
+    ]
+    return min(free, default=None)
+
+
+def _group_folders(groups: Path, lines: list[str]) -> Iterator[tuple[int, Path]]:
+    """List the folders from the process's own group to the root, of either version."""
+    seen = [(2, groups, "/"), (1, groups / "memory", "/")]
+    for line in lines:
+        number, controllers, place = [*line.split(":", 2), "", ""][:3]
+        if number == "0" and not controllers:
+            seen.append((2, groups, place))
+        elif "memory" in controllers.split(","):
+            seen.append((1, groups / "memory", place))
+    for version, root, place in seen:
+        parts = [part for part in place.split("/") if part not in ("", "..")]
+        for count in range(len(parts), -1, -1):
+            yield version, root.joinpath(*parts[:count])
+
+
+def _free_in_group(folder: Path, limit: str, used: str, inactive: str) -> int | None:
+    try:
+        most = (folder / limit).read_text(encoding="ascii").strip()
+        taken = int((folder / used).read_text(encoding="ascii"))
+        if most == "max" or int(most) >= _NO_LIMIT:
+            return None
+    except (OSError, ValueError):
         return None
-    return None if limit == "max" else max(0, int(limit) - int(used))
+    return max(0, int(most) - max(0, taken - _droppable(folder, inactive)))
+
+
+def _droppable(folder: Path, inactive: str) -> int:
+    try:
+        lines = (folder / "memory.stat").read_text(encoding="ascii").splitlines()
+        pairs = [line.split() for line in lines]
+        return next((int(pair[1]) for pair in pairs if pair[:1] == [inactive]), 0)
+    except (OSError, ValueError, IndexError):
+        return 0
 
 
 def peak_memory_bytes() -> int:

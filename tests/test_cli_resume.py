@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from forked import Forked, start
 from pictures import write_pictures
 from safetensors.torch import load_file, save_file
@@ -175,6 +176,17 @@ def test_other_options_are_refused(cut: Path) -> None:
         assert "leave --resume out" in result.stderr
     # What was refused has left everything as it was.
     assert run(*arguments(cut, "cut", "--seeds", 2, "--resume")).exit_code == 0
+
+
+def test_another_number_of_threads_is_refused(cut: Path) -> None:
+    before = torch.get_num_threads()
+    torch.set_num_threads(before + 1)
+    try:
+        result = run(*arguments(cut, "cut", "--seeds", 2, "--resume"))
+    finally:
+        torch.set_num_threads(before)
+    assert result.exit_code == 2
+    assert f"threads was {before}, now {before + 1}" in result.stderr
 
 
 def test_other_data_code_or_base_is_refused(cut: Path) -> None:

@@ -216,6 +216,12 @@ class Checkpoint(Closing):
         """
         return self._home[name].read(name)
 
+    @property
+    def own_files(self) -> tuple[str, ...]:
+        """Names of its weight files and its index."""
+        index = () if self.index_file is None else (self.index_file,)
+        return (*(shard.file for shard in self.shards), *index)
+
     def tell(self, progress: Progress) -> None:
         """Say the notes, and warn of what may be missed."""
         for note in dict.fromkeys(self.notes):

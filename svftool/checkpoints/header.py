@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -62,6 +63,10 @@ MAX_HEADER = 100_000_000
 """Longest header, in bytes, that the format's own library accepts."""
 
 _METADATA = "__metadata__"
+_MOST = 1 << 63
+_MOST_DIMENSIONS = 64
+_BRIEF = 120
+_LONGEST_NAME = 300
 _WAY_OUT = "Copy or download the file again."
 
 
@@ -120,7 +125,7 @@ def announces_header(start: bytes, size: int) -> bool:
 
 
 def _fault(path: Path, found: str, expected: str, *, name: str | None = None) -> CheckpointError:
-    where = f"{path}: {name}" if name is not None else f"{path}"
+    where = f"{path}: {name[:_LONGEST_NAME]}" if name is not None else f"{path}"
     return CheckpointError(f"{where}: {found}, expected {expected}. {_WAY_OUT}")
 
 
@@ -173,11 +178,15 @@ def _entry(name: str, value: object, path: Path, base: int) -> Entry:
     code, shape, offsets = value["dtype"], value["shape"], value["data_offsets"]
     dtype = DTYPE_OF_CODE.get(code) if isinstance(code, str) else None
     if dtype is None:
-        raise _fault(path, f"the dtype is {code!r}", "one that this torch knows", name=name)
+        raise _fault(path, f"the dtype is {_brief(code)}", "one that this torch knows", name=name)
     if not _are_counts(shape):
-        raise _fault(path, f"the shape is {shape!r}", "a list of numbers from 0 up", name=name)
+        raise _fault(
+            path, f"the shape is {_brief(shape)}", "a list of numbers from 0 up", name=name
+        )
     if not _are_counts(offsets) or len(offsets) != 2 or offsets[0] > offsets[1]:
-        raise _fault(path, f"data_offsets is {offsets!r}", "a begin and a later end", name=name)
+        raise _fault(
+            path, f"data_offsets is {_brief(offsets)}", "a begin and a later end", name=name
+        )
     try:
         inner = torch_shape(code, shape)
     except ValueError as error:
@@ -186,11 +195,20 @@ def _entry(name: str, value: object, path: Path, base: int) -> Entry:
     if byte_size(dtype, inner) != end - begin:
         expected = f"{byte_size(dtype, inner)} for {code} {shape}"
         raise _fault(path, f"{end - begin} bytes of data", expected, name=name)
+    # An empty tensor has no bytes, whatever its other sides: torch counts strides with them too.
+    if len(shape) > _MOST_DIMENSIONS or math.prod(side for side in inner if side) >= _MOST:
+        raise _fault(path, f"the shape is {_brief(shape)}", "one that torch can hold", name=name)
     return Entry(name, dtype, inner, base + begin, base + end)
 
 
 def _are_counts(value: object) -> bool:
-    return isinstance(value, list) and all(type(one) is int and one >= 0 for one in value)
+    return isinstance(value, list) and all(type(one) is int and 0 <= one < _MOST for one in value)
+
+
+def _brief(value: object) -> str:
+    """Return a value as an error line can hold it."""
+    text = repr(value)
+    return text if len(text) <= _BRIEF else f"{text[:_BRIEF]}..."
 
 
 def _check_cover(entries: Sequence[Entry], path: Path, base: int, size: int) -> None:

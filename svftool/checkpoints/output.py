@@ -3,16 +3,20 @@
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import errno
 import fcntl
+import functools
 import logging
+import operator
 import os
 import shutil
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
-from svftool.errors import UsageError, write_errors
+from svftool.checkpoints.folder import WEIGHT_SUFFIXES
+from svftool.errors import ResourceError, UsageError, write_errors
 
 logger = logging.getLogger(__name__)
 
@@ -20,6 +24,7 @@ PARTIAL = ".partial"
 """Suffix of work in progress, beside the output."""
 _LOCK = ".partial.lock"
 _REPLACED = ".svftool-replaced"
+_MARK = ".svftool-partial"
 
 
 @contextmanager
@@ -67,19 +72,34 @@ def replace_output(
     with _parents(place.target.parent), _locked(place):
         place.recover()
         place.check_free(force)
-        if not resume:
-            remove(place.partial)
+        with write_errors(place.partial):
+            place.clear_partial(force=force, resume=resume)
         try:
             with write_errors(place.partial):
                 yield place.partial
+                restrict(place.partial, inputs)
                 sync_tree(place.partial)
                 place.check_free(force)
                 place.finish()
         except BaseException:
-            place.recover()
-            if not (keep_partial or resume):
-                remove(place.partial)
+            # What is said is why the work failed, not that its remains could not be removed.
+            with _best_effort():
+                place.recover()
+            with _best_effort():
+                if keep_partial or resume:
+                    place.mark_partial()
+                else:
+                    remove(place.partial)
             raise
+
+
+@contextmanager
+def _best_effort() -> Iterator[None]:
+    """Log what the system refuses while cleaning up."""
+    try:
+        yield
+    except (OSError, ResourceError) as error:
+        logger.warning("what was left could not be removed: %s", error)
 
 
 class _Place:
@@ -94,6 +114,7 @@ class _Place:
         self.partial = self._beside(PARTIAL)
         self.lock = self._beside(_LOCK)
         self.replaced = self._beside(_REPLACED)
+        self.left_behind = False
 
     def _beside(self, suffix: str) -> Path:
         return self.target.with_name(self.target.name + suffix)
@@ -125,6 +146,29 @@ class _Place:
                 "replaced. Choose another output."
             )
 
+    def clear_partial(self, *, force: bool, resume: bool) -> None:
+        """Remove the work in progress of an earlier call, unless it is resumed.
+
+        A link there is never followed. What an earlier call left has a mark in it, or the lock of a
+        killed process beside it; anything else is somebody else's.
+        """
+        mark = self.partial / _MARK
+        if resume and not self.partial.is_symlink():
+            mark.unlink(missing_ok=True)
+            return
+        ours = self.left_behind or os.path.lexists(mark)
+        if os.path.lexists(self.partial) and not (force or ours):
+            raise UsageError(
+                f"{self.partial}: exists already and may be somebody else's, expected nothing "
+                "there. Remove it, choose another output, or use --force."
+            )
+        remove(self.partial)
+
+    def mark_partial(self) -> None:
+        """Leave a mark in kept work, so that a later call knows it."""
+        if self.partial.is_dir():
+            (self.partial / _MARK).touch()
+
     def recover(self) -> None:
         """Finish or undo the replacement that a killed process left half way."""
         with write_errors(self.target):
@@ -145,14 +189,33 @@ class _Place:
         sync(self.target.parent)
 
     def _exchange(self) -> None:
-        """Put a new folder in the place of an old one; `recover` undoes it half way."""
-        self.target.rename(self.replaced)
-        self.partial.rename(self.target)
+        """Put a new folder in the place of an old one, in one step where the system has one.
+
+        Elsewhere it takes two, and `recover` undoes it half way.
+        """
+        if exchange(self.partial, self.target):
+            self.partial.rename(self.replaced)
+        else:
+            self.target.rename(self.replaced)
+            self.partial.rename(self.target)
         sync(self.target.parent)
         try:
             remove(self.replaced)
         except OSError:
             logger.warning("%s: the replaced folder could not be removed", self.replaced)
+
+
+_AT_FDCWD, _RENAME_EXCHANGE = -100, 2
+
+
+def exchange(one: Path, other: Path) -> bool:
+    """Exchange the names of two files or folders in one step; tell whether that was possible."""
+    try:
+        rename = ctypes.CDLL(None, use_errno=True).renameat2
+    except (AttributeError, OSError, TypeError):  # another system, or an old C library
+        return False
+    paths = (_AT_FDCWD, os.fsencode(one), _AT_FDCWD, os.fsencode(other))
+    return bool(rename(*paths, _RENAME_EXCHANGE) == 0)
 
 
 def _holds(folder: Path, *places: Path) -> bool:
@@ -212,12 +275,14 @@ def _locked(place: _Place) -> Iterator[None]:
         try:
             # Removed while still held: whoever opened the old file finds it gone and looks again.
             with contextlib.suppress(OSError):
-                place.lock.unlink()
+                if not (place.left_behind and os.path.lexists(place.partial)):
+                    place.lock.unlink()
         finally:
             os.close(handle)
 
 
 def _acquire(place: _Place) -> int:
+    place.left_behind = os.path.lexists(place.lock)  # by a killed process, if it is not held
     while True:
         handle = os.open(place.lock, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o666)
         try:
@@ -249,6 +314,21 @@ def remove(path: Path) -> None:
         shutil.rmtree(path)
     else:
         path.unlink(missing_ok=True)
+
+
+def restrict(written: Path, inputs: Sequence[Path]) -> None:
+    """Let nobody read weights who may not read the weights that they were made from."""
+    modes = [path.stat().st_mode for one in inputs for path in _weights(one)]
+    closed = 0o066 & ~functools.reduce(operator.and_, modes, 0o066)
+    if closed:
+        for path in _weights(written):
+            path.chmod(path.stat().st_mode & ~closed)
+
+
+def _weights(path: Path) -> list[Path]:
+    if path.is_dir():
+        return [one for one in path.iterdir() if one.suffix in WEIGHT_SUFFIXES and one.is_file()]
+    return [path] if path.is_file() else []
 
 
 def sync(path: Path) -> None:

@@ -17,7 +17,7 @@ from svftool.cli import decompose, demo, evaluate, extract, finetune, inspect, m
 from svftool.cli.common import stderr
 from svftool.cli.signature import expanded
 from svftool.cli.streams import lasting_streams
-from svftool.errors import SvftoolError
+from svftool.errors import SvftoolError, refused
 from svftool.report.text import safe
 
 INTERRUPTED = 130
@@ -38,6 +38,10 @@ class ErrorBoundary(TyperGroup):
         except SvftoolError as error:
             _report(error)
             raise typer.Exit(error.exit_code) from None
+        except OSError as error:  # the system refused something that no stage foresaw
+            failure = refused(error, "the system")
+            _report(failure)
+            raise typer.Exit(failure.exit_code) from None
         except KeyboardInterrupt:
             _say_error("interrupted")
             raise typer.Exit(INTERRUPTED) from None

@@ -183,6 +183,13 @@ def is_first_process() -> bool:
     return int(os.environ.get("RANK", "0")) == 0
 
 
+def leave_to_first_process(name: str) -> None:
+    """End all processes but the first: the command is not shared, and its output has one lock."""
+    if not is_first_process() and int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        stderr().print(f"svftool {name}: left to the first of the processes", style="dim")
+        raise typer.Exit(0)
+
+
 @dataclass(frozen=True)
 class ModelFlags:
     """Which network the weights are for, and where they are."""

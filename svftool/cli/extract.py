@@ -11,6 +11,7 @@ from svftool.cli.common import (
     Display,
     ForceOption,
     OutputOption,
+    leave_to_first_process,
 )
 
 NAME = "extract"
@@ -26,6 +27,7 @@ def command(
     display: Display,
 ) -> None:
     """Turn a dense fine-tune into the tuned file that approximates it best."""
+    leave_to_first_process(NAME)
     from svftool.report import extract as report
     from svftool.stages.extract import extract
 

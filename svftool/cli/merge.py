@@ -12,6 +12,7 @@ from svftool.cli.common import (
     ForceOption,
     MovedBaseOption,
     OutputOption,
+    leave_to_first_process,
 )
 
 NAME = "merge"
@@ -44,6 +45,7 @@ def command(
     display: Display,
 ) -> None:
     """Fold tuned singular values back into dense weights."""
+    leave_to_first_process(NAME)
     from svftool.report import merge as report
     from svftool.stages.merge import merge
 

@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import json
-import shutil
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any
 
 from torch import Tensor
 
@@ -20,14 +18,17 @@ from svftool.checkpoints import (
     side_files,
     write_errors,
 )
+from svftool.checkpoints.side_files import named
+from svftool.errors import shortlist
 from svftool.factors import CONFIG_FILE
+from svftool.factors.config_shapes import follow_classes, follow_shapes, is_output_head
 from svftool.factors.mixture import LayerChange, Mixture
 from svftool.progress import Progress
 
 
 def write_dense(
     mixture: Mixture, partial: Path, *, target: Path, max_bytes: int | None, progress: Progress
-) -> list[LayerChange]:
+) -> tuple[list[LayerChange], dict[str, int]]:
     """Write every tensor of a mixture.
 
     Parameters
@@ -45,20 +46,22 @@ def write_dense(
 
     Returns
     -------
-    list of LayerChange
+    changes : list of LayerChange
         What became of each decomposed layer.
+    left : dict of str to int
+        Files beside the base's weights that do not come along, with their bytes.
     """
     changes: list[LayerChange] = []
     tensors = _compute(mixture, changes, progress)
     if mixture.base is not None and target.suffix in PICKLE_SUFFIXES:
         save_pickled(partial, mixture.base, dict(tensors))
-        return changes
+        return changes, {}
     with _writer(mixture, partial, target, max_bytes) as writer:
         for name, tensor in tensors:
             writer.write(name, tensor)
-    if target.suffix != ".safetensors":
-        _copy_side_files(mixture, partial)
-    return changes
+    if target.suffix == ".safetensors":
+        return changes, {}
+    return changes, _copy_side_files(mixture, partial, progress)
 
 
 def _compute(
@@ -103,36 +106,39 @@ def _shards(mixture: Mixture, groups: Sequence[Sequence[str]]) -> list[list[Tens
     return [[mixture.infos[name] for name in names] for names in groups]
 
 
-def _copy_side_files(mixture: Mixture, partial: Path) -> None:
+def _copy_side_files(mixture: Mixture, partial: Path, progress: Progress) -> dict[str, int]:
+    """Copy what lies beside the base's weights; return what does not come along."""
     base = mixture.base
     if base is not None and not base.is_folder:
-        return
-    for file in side_files(mixture.store.path if base is None else base.path):
-        if file.name != CONFIG_FILE:
-            with write_errors(partial / file.name):
-                shutil.copy(file, partial / file.name)
+        return {}
+    beside = (
+        side_files(mixture.store.path, weights=mixture.store.own_files)
+        if base is None
+        else side_files(base.path, weights=base.own_files)
+    )
+    beside.copy(partial, without=[CONFIG_FILE])
+    if beside.left:
+        progress.warn(f"{beside.folder}: not copied: {named(beside.left)}")
     config = partial / "config.json"
-    if mixture.classes is not None and config.is_file():
-        text = follow_classes(json.loads(config.read_text(encoding="utf-8")), mixture.classes)
-        with write_errors(config):
-            config.write_text(json.dumps(text, indent=2) + "\n", encoding="utf-8")
+    if config.is_file():
+        _update(config, mixture, progress)
+    return beside.left
 
 
-def follow_classes(config: dict[str, Any], classes: Sequence[str]) -> dict[str, Any]:
-    """Make ``config.json`` name the classes of a new head, as transformers and timm read it.
-
-    Examples
-    --------
-    >>> follow_classes({"model_type": "vit"}, ["cat", "dog"])["id2label"]
-    {'0': 'cat', '1': 'dog'}
-    >>> follow_classes({"architecture": "resnet50", "num_classes": 1000}, ["cat"])["num_classes"]
-    1
-    """
-    if "architecture" in config:
-        return {**config, "num_classes": len(classes), "label_names": list(classes)}
-    names = list(map(str, classes))
-    config = {**config, "id2label": {str(i): name for i, name in enumerate(names)}}
-    config["label2id"] = {name: i for i, name in enumerate(names)}
-    if "num_labels" in config:
-        config["num_labels"] = len(names)
-    return config
+def _update(path: Path, mixture: Mixture, progress: Progress) -> None:
+    """Make ``config.json`` describe the merged tensors, where they are not those of the base."""
+    before = json.loads(path.read_text(encoding="utf-8"))
+    config = before
+    if mixture.classes is not None:
+        config = follow_classes(config, mixture.classes)
+    config, unexplained = follow_shapes(config, mixture.reshaped)
+    if any(is_output_head(name) for name in mixture.added) and "architecture" not in config:
+        config = {**config, "tie_word_embeddings": False}
+    if unexplained:
+        progress.warn(
+            f"config.json: says nothing that fits the new shapes of {shortlist(unexplained, 4)}; "
+            "the folder may not load until it does"
+        )
+    if config != before:
+        with write_errors(path):
+            path.write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")

@@ -144,6 +144,14 @@ class Mixture:
         return known.pop() if len(known) == 1 else None
 
     @property
+    def reshaped(self) -> dict[str, tuple[tuple[int, ...], tuple[int, ...]]]:
+        """Shapes in the base and in the result, of the tensors where they differ."""
+        pairs = {
+            name: (self._base_infos[name].shape, self.infos[name].shape) for name in self.replaced
+        }
+        return {name: (old, new) for name, (old, new) in pairs.items() if old != new}
+
+    @property
     def rebuilt_error(self) -> float | None:
         """Largest reconstruction error of a layer; None where the base is used."""
         if self.base is not None:

@@ -113,6 +113,11 @@ class FactorStore(Closing):
         """Fingerprint of the factors themselves."""
         return self.config.fingerprint
 
+    @property
+    def own_files(self) -> tuple[str, ...]:
+        """Names of its weight files and its index."""
+        return self._tensors.own_files
+
     def read(self, name: str) -> LayerFactors:
         """Read the factors of one layer."""
         parts = (self._tensors.read(f"{name}.{part}") for part in ("U", "S", "Vh"))

@@ -5,6 +5,7 @@ from __future__ import annotations
 import ast
 import io
 import pickle
+import pickletools
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
@@ -239,7 +240,9 @@ def read_hsnet_pickle(path: Path) -> dict[int, list[str]]:
         If the file is no such pickle.
     """
     try:
-        value = _PlainUnpickler(io.BytesIO(path.read_bytes()), path).load()
+        raw = path.read_bytes()
+        _check_memo(raw, path)
+        value = _PlainUnpickler(io.BytesIO(raw), path).load()
     except DataError:
         raise
     except Exception as error:
@@ -247,6 +250,13 @@ def read_hsnet_pickle(path: Path) -> dict[int, list[str]]:
     if not _is_class_images(value):
         raise DataError(f"{path}: expected a dictionary of class number to image paths")
     return {label + 1: list(names) for label, names in value.items()}
+
+
+def _check_memo(raw: bytes, path: Path) -> None:
+    """Refuse numbers of remembered objects that no pickler counts to: each takes memory at once."""
+    for code, number, _ in pickletools.genops(raw):
+        if code.name in ("PUT", "BINPUT", "LONG_BINPUT") and int(number or 0) > len(raw):
+            raise DataError(f"{path}: the pickle numbers an object {number}, expected plain lists")
 
 
 class _PlainUnpickler(pickle.Unpickler):

@@ -32,7 +32,7 @@ from svftool.machine import peak_memory_bytes, pick_device
 from svftool.numerics import Method
 from svftool.processes import Processes, joined_processes
 from svftool.progress import SILENT, Progress
-from svftool.stages.factorise import Factorisation, FactoriseSettings, LayerPlan
+from svftool.stages.factorise import Factorisation, FactoriseSettings, LayerPlan, storing_bytes
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 METHODS = ("auto", "exact", "randomized")
@@ -301,7 +301,8 @@ def _plan(source: Checkpoint, settings: FactoriseSettings) -> DecompositionPlan:
         left_whole={one.name: one.reason for one in left},
         output_bytes=sum(one.nbytes for one in kept) + sum(one.factor_bytes for one in layers),
         peak_memory_bytes=max(
-            peak_memory([one.job for one in layers], settings.rank),
+            peak_memory([one.job for one in layers], settings.rank)
+            + max((storing_bytes(one, settings.dtype) for one in layers), default=0),
             PROCESS_BYTES + examination_bytes(source),
         ),
     )

@@ -7,6 +7,7 @@ on which process computes them, or on how many there are.
 
 from __future__ import annotations
 
+import math
 import os
 import shutil
 from collections.abc import Iterator, Mapping, Sequence
@@ -26,8 +27,8 @@ from svftool.checkpoints import (
     TensorInfo,
     dtype_name,
     side_files,
-    write_errors,
 )
+from svftool.checkpoints.side_files import named
 from svftool.engine import Job, RankRule, run_svds, share
 from svftool.engine.examine import LARGEST, SMALLEST, Examination, examine
 from svftool.errors import NumericalError, shortlist
@@ -301,11 +302,22 @@ class Factorisation:
         self, spool: LayerSpool, shards: Sequence[FactorShard], config: FactorConfig
     ) -> None:
         if self.source.is_folder:
-            for file in side_files(self.source.path):
-                with write_errors(self.partial / file.name):
-                    shutil.copy(file, self.partial / file.name)
+            beside = side_files(self.source.path, weights=self.source.own_files)
+            beside.copy(self.partial)
+            if beside.left:
+                self.progress.note(f"{self.source.path}: not copied: {named(beside.left)}")
         finish_factors(self.partial, shards, config)
         shutil.rmtree(spool.folder)
+
+
+def storing_bytes(plan: LayerPlan, dtype: torch.dtype) -> int:
+    """Bound what rounding one layer's factors to the storage dtype takes; see `_stored`."""
+    if dtype == torch.float32:
+        return 0
+    *batch, m, n = plan.matrix
+    k = min(m, n) if plan.rank is None else min(plan.rank, m, n)
+    # In float64: the weight, its reconstruction and their difference; U twice, and Vh.
+    return 8 * math.prod(batch) * (3 * m * n + 2 * m * k + k * n + k * k)
 
 
 def _record(plan: LayerPlan, svd: Svd) -> LayerRecord:

@@ -9,6 +9,7 @@ from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import nn
 
 from svftool.attaching import Parametrisation, Regime, parse_regime
@@ -276,6 +277,8 @@ def _request(
         **asdict(plan.settings),
         "device": plan.device.type,
         "processes": group.count,
+        # Sums over threads are rounded in another order where there are more or fewer of them.
+        "threads": torch.get_num_threads() if plan.device.type == "cpu" else None,
     }
 
 

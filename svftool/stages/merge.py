@@ -149,7 +149,7 @@ def merge(
             inputs = [store.path, *(one.tuned.path for one in experts)]
             inputs += [] if checkpoint is None else [checkpoint.path]
             with replace_output(target, force=force, inputs=inputs) as partial:
-                changes = write_dense(
+                changes, left = write_dense(
                     mixture, partial, target=target, max_bytes=shard_bytes, progress=progress
                 )
                 if verify:
@@ -164,7 +164,7 @@ def merge(
         verified=True if verify else None,
         rebuilt_error=mixture.rebuilt_error,
         clipped=dict(mixture.clipped),
-        dropped=dropped,
+        dropped={**dropped, **left},
     )
 
 
