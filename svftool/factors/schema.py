@@ -38,6 +38,7 @@ class LayerRecord:
         Which way the factors were computed, and passed its checks.
     reconstruction_error : float
         ``||W - U diag(S) Vh||_F / ||W||_F``; 0 for a zero matrix. Includes what truncation dropped.
+        An estimate from random probes for float32 factors, exact for half-precision ones.
     orthogonality_error : float
         The larger of ``max |U'U - I|`` and ``max |Vh Vh' - I|``.
     energy : float
