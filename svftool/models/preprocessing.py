@@ -25,23 +25,21 @@ LARGEST_SIDE = 8192
 _RESAMPLING = {0: "nearest", 1: "lanczos", 2: "bilinear", 3: "bicubic", 4: "box", 5: "hamming"}
 _MODES = frozenset((*_RESAMPLING.values(), "nearest-exact"))
 
-_SHORT_SIDE = tuple(
-    [
-        "clip",
-        "convnext",
-        "levit",
-        "mobilenet",
-        "mobilevit",
-        "poolformer",
-        "perceiver",
-        "bit",
-        "videomae",
-        "vivit",
-        "dinov2",
-        "blip",
-        "tvlt",
-        "bridgetower",
-    ]
+_SHORT_SIDE = (
+    "clip",
+    "convnext",
+    "levit",
+    "mobilenet",
+    "mobilevit",
+    "poolformer",
+    "perceiver",
+    "bit",
+    "videomae",
+    "vivit",
+    "dinov2",
+    "blip",
+    "tvlt",
+    "bridgetower",
 )
 """Image processors for which a bare number is the short side; for the others it is both."""
 
