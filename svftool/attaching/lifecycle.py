@@ -284,6 +284,7 @@ def _attach(
             f"({shortlist(homeless)}); the model has {shortlist(sorted(own_names(model)), 3)}. "
             "Check the model, or leave them out with --exclude."
         )
+    chosen = _without_buffers(model, store, names, chosen)
     built = {
         live: build_weight(model.get_parameter(live), parts, store, options)
         for live, parts in _by_parameter(model, names, chosen).items()
@@ -308,6 +309,30 @@ def _attach(
     install(model, {model.get_parameter(live): weight for live, weight in weights.items()})
     model.__dict__[KEY] = attachment
     return attachment
+
+
+def _without_buffers(
+    model: nn.Module, store: FactorStore, names: NameMap, chosen: Sequence[str]
+) -> list[str]:
+    """Leave out decomposed tensors that are buffers of the model, which nothing trains."""
+    buffers = {name for name, _ in model.named_buffers(remove_duplicate=False)}
+    held = [name for name in chosen if names.placements[name].live in buffers]
+    if not held:
+        return list(chosen)
+    left = [name for name in chosen if name not in held]
+    if not left:
+        raise ModelError(
+            f"{store.path}: all {len(held)} layers are buffers of the model ({shortlist(held)}), "
+            "expected a parameter to train. Widen --include, or decompose with --exclude "
+            f"{held[0]}."
+        )
+    logger.warning(
+        "%d decomposed tensors are buffers of the model, not parameters. They stay whole, and do "
+        "not train: %s",
+        len(held),
+        shortlist(held, 5),
+    )
+    return left
 
 
 def _by_parameter(

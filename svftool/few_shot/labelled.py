@@ -119,17 +119,22 @@ class LabelledSource:
         if remove_novel:
             train = [pair for pair in train if pair not in novel]
         order = self._order
+        held_out, test = self._held_out(split, progress), self._test(split, progress)
+        if self._separate:
+            _refuse_overlap(train, [*held_out, *test])
         return FoldData(
             dataset=self.dataset,
             split=split,
             train=ImagePool(tuple(train), split.base, order),
-            held_out=ImagePool(tuple(self._held_out(split, progress)), split.base, order),
-            test=ImagePool(tuple(self._test(split, progress)), split.novel, order),
+            held_out=ImagePool(tuple(held_out), split.base, order),
+            test=ImagePool(tuple(test), split.novel, order),
             novel_images=len({pair.image for pair in novel}),
             removed=remove_novel,
         )
 
     _order: Literal["images", "classes"] = "images"
+    _separate = True
+    """Whether lists that overlap are refused."""
 
     @abstractmethod
     def _train(self, split: ClassSplit, progress: Progress) -> list[ImageMaskPair]: ...
@@ -156,6 +161,18 @@ class LabelledSource:
             for pair, found in zip(pairs, areas, strict=True)
             if any(label in found for label in classes)
         }
+
+
+def _refuse_overlap(train: Sequence[ImageMaskPair], test: Sequence[ImageMaskPair]) -> None:
+    """Refuse lists by which a model is tested on pictures that it was trained on."""
+    tested = {pair.image for pair in test}
+    both = sorted(tested & {pair.image for pair in train})
+    if both:
+        raise DataError(
+            f"{len(both)} of {len(tested)} images that are tested or held out are in the training "
+            f"lists too, expected none: {shortlist(both, limit=3)}. Take them out of the training "
+            "lists"
+        )
 
 
 class ScannedSource(LabelledSource):
@@ -321,6 +338,8 @@ class HsnetSource(LabelledSource):
         super().__init__(dataset, names, scheme)
         self._folder = folder
         self._relocator = relocator
+
+    _separate = False
 
     @cached_property
     def _pickled(self) -> bool:

@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal, TypeVar
+from typing import Any, Literal, TypeVar
 
 import numpy as np
 import numpy.typing as npt
@@ -59,7 +59,10 @@ def read_label_map(path: Path) -> Mask:
 
 
 def read_binary(path: Path) -> Mask:
-    """Read a mask of one class: 1 where any channel is at least half bright, else 0.
+    """Read a mask of one class: 1 where the picture shows an object, which is not black, else 0.
+
+    In grey and colour pictures the object is at least half bright in some channel. An indexed one
+    is taken by the colours of its palette, of which any that is not black is an object's.
 
     Returns
     -------
@@ -70,12 +73,27 @@ def read_binary(path: Path) -> Mask:
     DataError
         If the file is no image.
     """
-    pixels, mode = _read(path)
-    if mode in {"LA", "RGBA", "PA"}:
-        pixels = pixels[..., :-1]
-    least = 1 if mode in {"P", "1"} or pixels.max(initial=0) == 1 else 128
-    bright = pixels >= least
-    return np.asarray(bright.any(axis=2) if bright.ndim == 3 else bright, dtype=np.uint8)
+    pixels, mode = _read(path, shown=True)
+    bright = pixels if pixels.ndim == 2 else pixels.max(axis=2)
+    return np.asarray(bright >= _least(float(bright.max(initial=0)), mode), dtype=np.uint8)
+
+
+def _least(brightest: float, mode: str) -> float:
+    """Return what counts as bright in a mask, by the brightest value in it."""
+    if mode in _INDEXED:
+        return _NEARLY_BLACK if brightest >= _COLOURS_FROM else 1.0
+    if brightest <= 1.0:
+        return 0.5
+    within = _NEARLY_BLACK < brightest < _HALF or brightest > IGNORE
+    return brightest / 2 if within else _HALF
+
+
+_INDEXED = frozenset({"P", "PA"})
+_HALF = 128.0
+_NEARLY_BLACK = 16.0
+"""Below it is what compression leaves of black."""
+_COLOURS_FROM = 64.0
+"""A palette without brighter colours is a ramp of grey whose steps are numbers."""
 
 
 def mask_of(mask: Mask, label: int) -> Mask:
@@ -136,18 +154,24 @@ def _in_order(
         pool.shutdown(wait=True, cancel_futures=True)
 
 
-def _read(path: Path) -> tuple[npt.NDArray[np.integer], str]:
+def _read(path: Path, *, shown: bool = False) -> tuple[npt.NDArray[Any], str]:
     try:
         from PIL import Image
     except ImportError:
         raise MissingDependencyError("PIL", extra="vision", purpose="reading masks") from None
     try:
         with Image.open(path) as image:
-            return np.asarray(image), image.mode
+            if not shown or image.mode in _PLAIN:
+                return np.asarray(image), image.mode
+            # Palettes, inks and the like become the colours that they stand for.
+            return np.asarray(image.convert("L" if image.mode == "LA" else "RGB")), image.mode
     except Exception as error:
         if not path.is_file():
             raise DataError(f"{path}: not found, expected a mask") from error
         raise DataError(f"{path}: cannot be read as a mask ({type(error).__name__})") from error
+
+
+_PLAIN = frozenset({"1", "L", "RGB", "I", "F", "I;16", "I;16B", "I;16L", "I;16N"})
 
 
 def _read_sbd(path: Path) -> Mask:

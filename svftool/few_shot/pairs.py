@@ -154,7 +154,11 @@ def class_folders(root: Path) -> dict[str, list[Path]]:
     found = {}
     for folder in sorted(root.iterdir()):
         if folder.is_dir() and not folder.name.startswith("."):
-            images = [f for f in sorted(folder.iterdir()) if f.suffix.lower() in IMAGE_SUFFIXES]
+            images = [
+                file
+                for file in sorted(folder.iterdir())
+                if file.suffix.lower() in IMAGE_SUFFIXES and not file.name.startswith(".")
+            ]
             if images:
                 found[folder.name] = images
     return found

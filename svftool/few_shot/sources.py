@@ -105,10 +105,10 @@ def _voc_lists(folder: Path) -> tuple[list[Listed], list[Listed]]:
     test_names = _names(sets / "val.txt")
     extended = folder / "SegmentationClassAug"
     masks = extended if extended.is_dir() else folder / "SegmentationClass"
-    by_name = {path.stem: path for path in sorted(masks.glob("*.png"))}
+    by_name = {path.stem: path for path in sorted(masks.glob("[!.]*.png"))}
     if not extended.is_dir():
         for sbd in (folder / "SBD", folder.parent / "SBD", folder.parent / "benchmark_RELEASE"):
-            for path in sorted((sbd / "dataset" / "cls").glob("*.mat")):
+            for path in sorted((sbd / "dataset" / "cls").glob("[!.]*.mat")):
                 by_name.setdefault(path.stem, path)
     test = [Listed(_jpeg(folder, n), masks / f"{n}.png") for n in test_names]
     missing = [str(f.mask) for f in test if not f.mask.is_file()]
@@ -137,7 +137,8 @@ def _open_coco(folder: Path, lists: Path | None) -> LabelledSource:
     for part in ("train2014", "val2014"):
         masks = folder / "annotations" / part
         files = [
-            Listed(folder / part / f"{path.stem}.jpg", path) for path in sorted(masks.glob("*.png"))
+            Listed(folder / part / f"{path.stem}.jpg", path)
+            for path in sorted(masks.glob("[!.]*.png"))
         ]
         lost = [str(file.image) for file in files if not file.image.is_file()]
         if lost or not files:

@@ -18,6 +18,7 @@ from svftool.checkpoints import Checkpoint
 from svftool.errors import MissingDependencyError, ModelError
 from svftool.models.load import load_weights
 from svftool.models.pretrained import load_transformers
+from svftool.models.timm_options import timm_options
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -133,7 +134,7 @@ def _build_auto(
 ) -> nn.Module:
     config = checkpoint.config or {}
     if "architecture" in config:
-        model = _build_timm(str(config["architecture"]), checkpoint, config)
+        model = _build_timm(config["architecture"], checkpoint, config)
         return load_weights(model, checkpoint, dtype=dtype, strict=strict)
     if "model_type" in config or "architectures" in config:
         return load_transformers(checkpoint, dtype=dtype, trust_remote_code=trust_remote_code)
@@ -143,16 +144,12 @@ def _build_auto(
     )
 
 
-def _build_timm(name: str, checkpoint: Checkpoint, config: Mapping[str, Any]) -> nn.Module:
+def _build_timm(name: Any, checkpoint: Checkpoint, config: Mapping[str, Any]) -> nn.Module:
     try:
         import timm
     except ImportError:
         raise MissingDependencyError("timm", extra="vision", purpose=f"the model {name}") from None
-    options = dict(config.get("model_args") or {})
-    if "num_classes" in config:
-        options["num_classes"] = int(config["num_classes"])
-    if config.get("pretrained_cfg"):
-        options["pretrained_cfg"] = {**config["pretrained_cfg"], "architecture": name}
+    options = timm_options(name, checkpoint, config)
 
     def create(**classes: int) -> nn.Module:
         with _explained(f"timm has no model {name!r} like this"):

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
-from dataclasses import dataclass
+import math
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +19,29 @@ IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
 PREPROCESSOR_FILE = "preprocessor_config.json"
 
+LARGEST_SIDE = 8192
+"""Pixels of the longest side that a file beside the weights may ask for."""
+
 _RESAMPLING = {0: "nearest", 1: "lanczos", 2: "bilinear", 3: "bicubic", 4: "box", 5: "hamming"}
+_MODES = frozenset((*_RESAMPLING.values(), "nearest-exact"))
+
+_SHORT_SIDE = (
+    "clip",
+    "convnext",
+    "levit",
+    "mobilenet",
+    "mobilevit",
+    "poolformer",
+    "perceiver",
+    "bit",
+    "videomae",
+    "vivit",
+    "dinov2",
+    "blip",
+    "tvlt",
+    "bridgetower",
+)
+"""Image processors for which a bare number is the short side; for the others it is both."""
 
 
 @dataclass(frozen=True)
@@ -36,6 +60,12 @@ class Preprocessing:
         Share of the resized short side that the centre crop keeps.
     source : str
         Where this was found.
+    squash : bool
+        Both sides are resized, whatever the image's proportions; otherwise the short side.
+    flip_channels : bool
+        The network takes blue, green, red.
+    crop_down : bool
+        Where a crop cannot be central, it is nearer to the upper left, as transformers has it.
     """
 
     mean: tuple[float, ...] = IMAGENET_MEAN
@@ -44,6 +74,9 @@ class Preprocessing:
     interpolation: str = "bilinear"
     crop_pct: float | None = None
     source: str = "default"
+    squash: bool = False
+    flip_channels: bool = False
+    crop_down: bool = False
 
 
 DEFAULT_PREPROCESSING = Preprocessing()
@@ -76,62 +109,169 @@ def find_preprocessing(checkpoint: Checkpoint, model: nn.Module | None = None) -
         (getattr(model, "pretrained_cfg", None), "timm"),
     ):
         if isinstance(facts, Mapping) and "mean" in facts:
-            return _from_timm(facts, source)
+            with _understood(f"{folder}: pretrained_cfg of {source}"):
+                return _from_timm(facts, source)
     return DEFAULT_PREPROCESSING
 
 
 def _read_transformers(file: Path) -> Preprocessing:
-    try:
+    with _understood(str(file)):
         return _from_transformers(json.loads(file.read_text(encoding="utf-8")))
-    except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
+
+
+@contextmanager
+def _understood(where: str) -> Iterator[None]:
+    """Turn whatever a value of another type leads to into one line."""
+    try:
+        yield
+    except (OSError, LookupError, TypeError, ValueError, *_OVERFLOWS) as error:
+        text = " ".join(str(error).split())[:200]
         raise CheckpointError(
-            f"{file}: unreadable ({type(error).__name__}: {error}), expected the settings of an "
+            f"{where}: unreadable ({type(error).__name__}: {text}), expected the settings of an "
             "image processor. Remove the file to use ImageNet's, or repair it."
         ) from error
 
 
+_OVERFLOWS = (AttributeError, OverflowError, RecursionError)
+
+
 def _from_transformers(facts: Mapping[str, Any]) -> Preprocessing:
-    normalised = bool(facts.get("do_normalize", True)) and "image_mean" in facts
-    resized = _sides(facts.get("size")) if facts.get("do_resize", True) else None
-    cropped = _sides(facts.get("crop_size")) if facts.get("do_center_crop", False) else None
-    size = cropped or resized
-    share = min(1.0, min(size) / min(resized)) if size and resized else None
-    return Preprocessing(
-        mean=_channels(facts["image_mean"]) if normalised else (0.0, 0.0, 0.0),
-        std=_channels(facts["image_std"]) if normalised else (1.0, 1.0, 1.0),
-        size=size,
+    kind = str(facts.get("image_processor_type") or facts.get("feature_extractor_type") or "")
+    found = replace(
+        _geometry(facts, kind.lower()),
         interpolation=_RESAMPLING.get(facts.get("resample", 2), "bilinear"),
-        crop_pct=share,
+        flip_channels=bool(facts.get("do_flip_channel_order", False)),
+        crop_down=True,
         source=PREPROCESSOR_FILE,
     )
+    mean: tuple[float, ...]
+    std: tuple[float, ...]
+    normalised = facts.get("do_normalize", "mobilevit" not in kind.lower())
+    if not normalised or "image_mean" not in facts:
+        mean, std = (0.0,) * 3, (1.0,) * 3
+    else:
+        mean, std = _normalisation(facts["image_mean"], facts["image_std"])
+    if "efficientnet" in kind.lower() and facts.get("include_top", True) and normalised:
+        # EfficientNet's processor divides by the deviation once more.
+        std = tuple(value * value for value in std)
+    mean, std = _rescaled(facts, mean, std)
+    return replace(found, mean=mean, std=std)
+
+
+def _geometry(facts: Mapping[str, Any], kind: str) -> Preprocessing:
+    """Return what a processor resizes to and crops, by its settings and its class."""
+    told = facts.get("size") if facts.get("do_resize", True) else None
+    resized = _sides(told)
+    bare = isinstance(told, (int, float, str))
+    squash = resized is not None and (
+        not any(name in kind for name in _SHORT_SIDE) if bare else not _is_short_side(told)
+    )
+    # The class is not named by old files; they have `size` as the size after cropping.
+    squash = squash and bool(kind or not bare)
+    cropped = _sides(facts.get("crop_size")) if facts.get("do_center_crop", False) else None
+    if "convnext" in kind and resized is not None and not squash:
+        if resized[0] >= _CONVNEXT_WHOLE:
+            return Preprocessing(size=resized, crop_pct=1.0, squash=True)
+        return Preprocessing(size=resized, crop_pct=_share(facts.get("crop_pct") or 0.875))
+    if resized is not None and not squash:
+        resized = _enlarged(resized, facts, kind)
+    size = cropped or resized
+    share = min(1.0, min(size) / min(resized)) if size and resized else None
+    return Preprocessing(size=size, crop_pct=share, squash=squash)
+
+
+_CONVNEXT_WHOLE = 384
+"""From this size on, ConvNeXt's processor resizes both sides and crops nothing."""
+
+
+def _enlarged(resized: tuple[int, int], facts: Mapping[str, Any], kind: str) -> tuple[int, int]:
+    """Return the short side that some processors resize to before they crop `size`."""
+    if "levit" in kind:
+        return (_side(int(256 / 224 * resized[0])),) * 2
+    if "poolformer" in kind and facts.get("crop_pct"):
+        return (_side(int(resized[0] / _share(facts["crop_pct"]))),) * 2
+    return resized
+
+
+def _rescaled(
+    facts: Mapping[str, Any], mean: tuple[float, ...], std: tuple[float, ...]
+) -> tuple[tuple[float, ...], tuple[float, ...]]:
+    """Express a processor's own scale of pixels by mean and deviation for values from 0 to 1."""
+    factor = float(facts.get("rescale_factor") or 1 / 255) if facts.get("do_rescale", True) else 1.0
+    scale = factor * 255
+    if not math.isfinite(scale) or scale <= 0.0:
+        raise ValueError(f"rescale_factor is {factor}")
+    offset = 1.0 if facts.get("rescale_offset") else 0.0
+    if not offset and math.isclose(scale, 1.0, rel_tol=1e-6):
+        return mean, std
+    return (
+        tuple((value + offset) / scale for value in mean),
+        tuple(value / scale for value in std),
+    )
+
+
+def _is_short_side(size: Any) -> bool:
+    return isinstance(size, Mapping) and "height" not in size
 
 
 def _sides(size: Any) -> tuple[int, int] | None:
     """Read height and width from a number, or from one of the dictionaries that are in use."""
     if size is None:
         return None
-    if isinstance(size, int):
-        return size, size
+    if isinstance(size, (int, float, str)):
+        return _side(size), _side(size)
     if isinstance(size, (list, tuple)):
-        return int(size[0]), int(size[1])
+        return _side(size[0]), _side(size[1])
     if "height" in size:
-        return int(size["height"]), int(size["width"])
+        return _side(size["height"]), _side(size["width"])
     side = size.get("shortest_edge")
-    return None if side is None else (int(side), int(side))
+    return None if side is None else (_side(side), _side(side))
+
+
+def _side(value: Any) -> int:
+    side = int(value)
+    if isinstance(value, bool) or not 1 <= side <= LARGEST_SIDE:
+        raise ValueError(f"a side of {str(value)[:40]} pixels, expected 1 to {LARGEST_SIDE}")
+    return side
+
+
+def _share(value: Any) -> float:
+    share = float(value)
+    if isinstance(value, bool) or not 0.01 <= share <= 100.0:
+        raise ValueError(f"crop_pct is {str(value)[:40]}, expected a share such as 0.875")
+    return share
+
+
+def _normalisation(mean: Any, std: Any) -> tuple[tuple[float, ...], tuple[float, ...]]:
+    means, deviations = _channels(mean), _channels(std)
+    if not all(map(math.isfinite, means)):
+        raise ValueError(f"the mean is {means}")
+    if not all(math.isfinite(value) and value > 0.0 for value in deviations):
+        raise ValueError(f"the deviation is {deviations}, expected positive numbers")
+    return means, deviations
 
 
 def _channels(values: Any) -> tuple[float, ...]:
-    numbers = values if isinstance(values, (list, tuple)) else [values] * 3
-    return tuple(float(number) for number in numbers)
+    numbers = values if isinstance(values, (list, tuple)) else [values]
+    if len(numbers) not in {1, 3}:
+        raise ValueError(f"{len(numbers)} channels, expected 3")
+    return tuple(float(number) for number in (numbers if len(numbers) == 3 else [*numbers] * 3))
 
 
 def _from_timm(facts: Mapping[str, Any], source: str) -> Preprocessing:
     size = facts.get("input_size")
+    mean, std = _normalisation(facts["mean"], facts["std"])
+    mode = str(facts.get("interpolation") or "bilinear")
+    if mode == "random":
+        mode = "bilinear"
+    if mode not in _MODES:
+        raise ValueError(f"interpolation is {mode[:40]!r}, expected {', '.join(sorted(_MODES))}")
     return Preprocessing(
-        mean=_channels(facts["mean"]),
-        std=_channels(facts["std"]),
-        size=(int(size[1]), int(size[2])) if size else None,
-        interpolation=str(facts.get("interpolation") or "bilinear"),
-        crop_pct=float(facts["crop_pct"]) if facts.get("crop_pct") else None,
+        mean=mean,
+        std=std,
+        size=(_side(size[1]), _side(size[2])) if size else None,
+        interpolation=mode,
+        crop_pct=_share(facts["crop_pct"]) if facts.get("crop_pct") else None,
+        squash=facts.get("crop_mode") == "squash",
         source=source,
     )

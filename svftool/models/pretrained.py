@@ -46,7 +46,7 @@ def load_transformers(
             f"{checkpoint.path}: a single file, expected its folder for a transformers model. "
             "Give the folder that also holds config.json."
         )
-    factory, options = _factory(transformers, checkpoint, trust_remote_code)
+    factory = _factory(transformers, checkpoint, trust_remote_code)
     try:
         with _quiet(transformers):
             model, report = factory.from_pretrained(
@@ -54,7 +54,8 @@ def load_transformers(
                 local_files_only=True,
                 output_loading_info=True,
                 dtype="auto" if dtype is None else dtype,
-                **options,
+                # Always said: without an answer, transformers asks on the terminal.
+                trust_remote_code=trust_remote_code,
             )
     except Exception as error:
         text = (str(error).splitlines() or [""])[0]
@@ -82,14 +83,12 @@ def _quiet(transformers: ModuleType) -> Iterator[None]:
             logging.enable_progress_bar()
 
 
-def _factory(
-    transformers: ModuleType, checkpoint: Checkpoint, trust_remote_code: bool
-) -> tuple[Any, dict[str, Any]]:
+def _factory(transformers: ModuleType, checkpoint: Checkpoint, trust_remote_code: bool) -> Any:
     config = checkpoint.config or {}
-    name = next(iter(config.get("architectures") or []), None)
-    own = getattr(transformers, name, None) if name else transformers.AutoModel
+    name = _architecture(checkpoint, config)
+    own = transformers.AutoModel if name is None else _own_class(transformers, name)
     if own is not None:
-        return own, {}
+        return own
     remote = _remote_class(transformers, config, str(name))
     if remote is None:
         raise ModelError(
@@ -101,12 +100,29 @@ def _factory(
             f"{checkpoint.path}: {name!r} needs Python code that lies beside the checkpoint. "
             "Read that code, then allow it with --trust-remote-code."
         )
-    return remote, {"trust_remote_code": True}
+    return remote
+
+
+def _architecture(checkpoint: Checkpoint, config: Mapping[str, Any]) -> str | None:
+    names = config.get("architectures") or []
+    if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
+        raise ModelError(
+            f"{checkpoint.path}: config.json: architectures is {str(names)[:60]!r}, expected a "
+            "list of class names. Repair config.json, or name the model with --model."
+        )
+    return names[0] if names else None
+
+
+def _own_class(transformers: ModuleType, name: str) -> Any:
+    """Return transformers' class of a model; None for other names that it has."""
+    found = getattr(transformers, name, None)
+    return found if callable(getattr(found, "from_pretrained", None)) else None
 
 
 def _remote_class(transformers: ModuleType, config: Mapping[str, Any], name: str) -> Any:
-    for auto, reference in (config.get("auto_map") or {}).items():
-        target = reference[0] if isinstance(reference, list) else reference
+    known = config.get("auto_map")
+    for auto, reference in known.items() if isinstance(known, Mapping) else ():
+        target = reference[0] if isinstance(reference, list) and reference else reference
         if auto.startswith("AutoModel") and str(target).endswith(f".{name}"):
             return getattr(transformers, auto, None)
     return None

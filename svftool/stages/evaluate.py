@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import time
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import ExitStack
@@ -31,6 +32,7 @@ from svftool.progress import SILENT, Progress
 from svftool.stages.catalogue import ModelFacts, make_tasks
 from svftool.stages.evaluate_result import EvaluateResult, Evaluation
 from svftool.tasks.base import Draw, Predicts, Prepared, Task
+from svftool.tasks.images import order_warning
 from svftool.tasks.option import options_in
 from svftool.tasks.options import TASKS, recorded
 
@@ -145,7 +147,7 @@ def evaluate(
         fresh = [build()]
         facts = ModelFacts.of(source.checkpoint, fresh[0], trust_remote_code=trust_remote_code)
         tasks = make_tasks(task, Path(data), facts, options, progress=progress)
-        _check(tasks[0], source, progress)
+        _check(tasks[0], source, progress, given=options.get("classes") is not None)
         runs = []
         for one in tasks:
             _warn_of_seen(one, source, progress)
@@ -233,10 +235,14 @@ def _class_names(source: _Source) -> tuple[str, ...] | None:
     return None if names[0] == "LABEL_0" else names
 
 
-def _check(task: Task, source: _Source, progress: Progress) -> None:
+def _check(task: Task, source: _Source, progress: Progress, *, given: bool) -> None:
     """Hold what the data gives against what a tuned file was trained on."""
     tuned = source.tuned
     if tuned is None:
+        if task.classes is not None and task.name == "classification" and not given:
+            warning = order_warning(task.classes)
+            if warning is not None:
+                progress.warn(warning)
         return
     if tuned.classes is not None and task.classes != tuned.classes:
         raise DataError(
@@ -294,11 +300,12 @@ def _load_rest(
     """
     state = prepared.model.state_dict()
     head = f"{prepared.head}." if prepared.new_head else None
+    elsewhere = _renamed(prepared.model, checkpoint, known)
     loaded, homeless, of_head = [], [], {}
     for name, info in checkpoint.infos.items():
         live = checkpoint.live_name(name, state)
         inside = head is not None and live.startswith(head)
-        if live in known and not inside:
+        if (live in known and not inside) or name in elsewhere:
             continue
         if inside:
             of_head[live] = tuple(info.shape)
@@ -316,6 +323,25 @@ def _load_rest(
     if of_head and (task.classes is None or any(name.startswith(str(head)) for name in loaded)):
         _require_whole_head(checkpoint.path, prepared, of_head)
     return loaded
+
+
+def _renamed(model: nn.Module, checkpoint: Checkpoint, known: Collection[str]) -> set[str]:
+    """Find tensors that the model has loaded under another name, or leaves out on purpose.
+
+    transformers adds a prefix, stacks tensors, and ignores what older files hold besides, such as
+    the causal masks of GPT-2.
+    """
+    own = [name for name in checkpoint.infos if name.removeprefix(checkpoint.prefix) not in known]
+    if not own:
+        return set()
+    placements = map_names(model, checkpoint.infos).placements
+    found = {name for name in own if name in placements and placements[name].live in known}
+    patterns = [
+        pattern
+        for module in model.modules()
+        for pattern in getattr(module, "_keys_to_ignore_on_load_unexpected", None) or ()
+    ]
+    return found | {name for name in own if any(re.search(p, name) for p in patterns)}
 
 
 def _require_whole_head(

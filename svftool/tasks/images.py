@@ -17,7 +17,8 @@ from svftool.tasks.saved_datasets import StoredImage, is_saved_dataset, stored_i
 if TYPE_CHECKING:
     from PIL.Image import Image
 import os
-from collections.abc import Sequence
+import re
+from collections.abc import Iterable, Sequence
 
 from svftool.errors import shortlist
 
@@ -70,15 +71,62 @@ def list_images(data: Path) -> list[LabelledImage]:
         raise DataError(f"{data}: not found, expected a folder of class folders or a CSV file")
     if not images:
         raise DataError(f"{data}: no images, expected a folder for each class with images in it")
+    _require_encodable({image.label for image in images}, str(data))
     return images
 
 
+_SPLITS = frozenset(
+    [
+        "train",
+        "training",
+        "trn",
+        "test",
+        "testing",
+        "tst",
+        "val",
+        "valid",
+        "validation",
+        "eval",
+        "evaluation",
+        "dev",
+    ]
+)
+
+
+def is_hidden(file: Path, root: Path) -> bool:
+    """Whether a file below `root`, or a folder on the way to it, is hidden: its name has a dot."""
+    return any(part.startswith(".") for part in file.relative_to(root).parts)
+
+
+def encodable(text: str) -> bool:
+    """Whether a string can be written: half a surrogate pair cannot."""
+    return not any("\ud800" <= character <= "\udfff" for character in text)
+
+
+def _refuse_splits(folder: Path) -> None:
+    """Refuse a folder of the parts of a data set, which are no classes."""
+    names = sorted(sub.name for sub in folder.iterdir() if sub.is_dir() and sub.name[:1] != ".")
+    parts = {name.lower() for name in names}
+    if len(parts) > 1 and parts <= _SPLITS and any(part.startswith("tr") for part in parts):
+        first = next(name for name in names if name.lower().startswith("tr"))
+        other = next(name for name in names if name != first)
+        raise DataError(
+            f"{folder}: holds {shortlist(names)}, the parts of a data set, expected a folder for "
+            f"each class. Give {folder / first}, and {folder / other} with --evaluation"
+        )
+
+
 def _list_folder(folder: Path) -> list[LabelledImage]:
+    _refuse_splits(folder)
     images = []
     for sub in sorted(folder.iterdir()):
         if not sub.is_dir() or sub.name.startswith("."):
             continue
-        files = sorted(file for file in sub.rglob("*") if file.suffix.lower() in SUFFIXES)
+        files = sorted(
+            file
+            for file in sub.rglob("*")
+            if file.suffix.lower() in SUFFIXES and not is_hidden(file, folder)
+        )
         if not files:
             raise DataError(
                 f"{sub}: no images, expected some in each class folder "
@@ -86,6 +134,15 @@ def _list_folder(folder: Path) -> list[LabelledImage]:
             )
         images += [LabelledImage(file, sub.name) for file in files]
     return images
+
+
+def _require_encodable(names: Iterable[str], where: str) -> None:
+    wrong = sorted(name for name in names if not encodable(name))
+    if wrong:
+        raise DataError(
+            f"{where}: the class name {wrong[0]!r} has half a surrogate pair, expected text that "
+            "can be written as UTF-8. Rename the class"
+        )
 
 
 def _list_csv(file: Path) -> list[LabelledImage]:
@@ -232,9 +289,38 @@ def class_names(
         names, where = _read_classes(Path(given)), str(given)
     else:
         names = tuple(given)
+    _require_encodable(names, where)
     if len(names) < 2:
         raise DataError(f"{where}: {len(names)} class, expected two or more ({shortlist(names)})")
     return names
+
+
+def natural_order(names: Sequence[str]) -> tuple[str, ...]:
+    """Sort names by the numbers in them, as timm sorts folders.
+
+    Examples
+    --------
+    >>> natural_order(["1", "10", "2"])
+    ('1', '2', '10')
+    """
+
+    def key(name: str) -> list[tuple[int, int, str]]:
+        parts = re.findall(r"[0-9]+|[^0-9]+", name)
+        numbers = [(0, int(p[:400]), "") if p[0] in "0123456789" else (1, 0, p) for p in parts]
+        return [*numbers, (2, 0, name)]
+
+    return tuple(sorted(names, key=key))
+
+
+def order_warning(names: Sequence[str]) -> str | None:
+    """Say where class folders were sorted as text and another tool would sort them by number."""
+    if list(names) != sorted(names) or natural_order(names) == tuple(names):
+        return None
+    return (
+        f"the classes are taken in the order {shortlist(names, 4)}, sorted as text, and the head "
+        f"does not say its own; by number they are {shortlist(natural_order(names), 4)}. Give the "
+        "order with --classes, if the head was trained with another"
+    )
 
 
 def _read_classes(file: Path) -> tuple[str, ...]:

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from svftool.errors import DataError, shortlist
+from svftool.tasks.images import encodable, is_hidden
 from svftool.tasks.saved_datasets import is_saved_dataset, load_saved_dataset
 
 EXPECTED = "'text', or 'prompt' and 'completion'"
@@ -60,7 +61,7 @@ def list_texts(data: Path) -> list[Text]:
     if data.is_dir() and is_saved_dataset(data):
         texts = _check(data, _stored_rows(data))
     elif data.is_dir():
-        files = sorted(data.rglob(f"*{SUFFIX}"))
+        files = sorted(f for f in data.rglob(f"*{SUFFIX}") if not is_hidden(f, data))
         texts = [text for file in files for text in _check(file, _lines(file))]
     elif data.is_file():
         texts = _check(data, _lines(data))
@@ -127,4 +128,6 @@ def _string(record: Mapping[str, Any], key: str) -> str:
     value = record[key]
     if not isinstance(value, str):
         raise _Fault(f"{key!r} is {type(value).__name__}, not a string")
+    if not encodable(value):
+        raise _Fault(f"{key!r} has half a surrogate pair, which no tokenizer takes")
     return value

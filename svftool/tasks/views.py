@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import reduce
 from typing import Any, Literal
 
@@ -40,6 +41,12 @@ class ImageView:
         Name of a torchvision ``InterpolationMode``: ``bilinear``, ``bicubic`` ...
     mean, std : tuple of float
         Of the channels, in units of the full range.
+    sides : tuple of int or None
+        Height and width that both sides are resized to before cropping, in place of the short one.
+    flip_channels : bool
+        The network takes blue, green, red.
+    crop_down : bool
+        See `svftool.models.Preprocessing`.
     """
 
     size: tuple[int, int]
@@ -47,6 +54,9 @@ class ImageView:
     interpolation: str
     mean: tuple[float, ...]
     std: tuple[float, ...]
+    sides: tuple[int, int] | None = None
+    flip_channels: bool = False
+    crop_down: bool = False
 
     def load(self, path: ImagePath) -> Tensor:
         """Decode and resize one image: (3, height, width) uint8, both sides at least `size`."""
@@ -55,14 +65,26 @@ class ImageView:
 
         image = open_image(path)
         if self.short_side is not None:
-            image = resize(image, [self.short_side], InterpolationMode(self.interpolation))
+            target = [self.short_side] if self.sides is None else list(self.sides)
+            image = resize(image, target, InterpolationMode(self.interpolation))
         return to_tensor(image)
 
     def centre(self, images: Sequence[Tensor]) -> Tensor:
         """Crop the centre and normalise: (N, 3, height, width) float32."""
         from torchvision.transforms.v2.functional import center_crop
 
-        return self._normalise([center_crop(image, list(self.size)) for image in images])
+        if not self.crop_down:
+            return self._normalise([center_crop(image, list(self.size)) for image in images])
+        height, width = self.size
+        corners = [((i.shape[1] - height) // 2, (i.shape[2] - width) // 2) for i in images]
+        return self._normalise(
+            [
+                center_crop(image, list(self.size))  # pads images that are smaller
+                if min(top, left) < 0
+                else image[:, top : top + height, left : left + width]
+                for image, (top, left) in zip(images, corners, strict=True)
+            ]
+        )
 
     def augmented(
         self, images: Sequence[Tensor], augment: Augment | Transform, generator: torch.Generator
@@ -103,6 +125,8 @@ class ImageView:
         from torchvision.transforms.v2.functional import normalize
 
         batch = torch.stack(list(images)).to(torch.float32).div_(255)
+        if self.flip_channels:
+            batch = batch.flip(1)
         result: Tensor = normalize(batch, list(self.mean), list(self.std), inplace=True)
         return result
 
@@ -140,11 +164,20 @@ def choose_view(
         if target is not None:
             return _view(target, None, preprocessing)
     target = target or (DEFAULT_SIZE, DEFAULT_SIZE)
-    return _view(target, round(max(target) / (crop or DEFAULT_CROP)), preprocessing)
+    share = crop or DEFAULT_CROP
+    resized = _before_crop(target[0], share), _before_crop(target[1], share)
+    view = _view(target, max(resized), preprocessing)
+    return replace(view, sides=resized) if preprocessing.squash else view
+
+
+def _before_crop(side: int, share: float) -> int:
+    """Round down, as timm and transformers do; a quotient that is whole but for rounding stays."""
+    return math.floor(side / share + 1e-6)
 
 
 def _view(size: tuple[int, int], short_side: int | None, source: Preprocessing) -> ImageView:
-    return ImageView(size, short_side, source.interpolation, source.mean, source.std)
+    view = ImageView(size, short_side, source.interpolation, source.mean, source.std)
+    return replace(view, flip_channels=source.flip_channels, crop_down=source.crop_down)
 
 
 class Decoded:

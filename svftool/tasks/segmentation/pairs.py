@@ -13,7 +13,7 @@ import numpy.typing as npt
 from torch import Tensor
 
 from svftool.errors import DataError, shortlist
-from svftool.tasks.images import SUFFIXES, image_size, open_raw
+from svftool.tasks.images import SUFFIXES, image_size, is_hidden, open_raw
 from svftool.tasks.views import Decoded
 
 LOGITS_AT_ONCE = 1 << 26
@@ -200,7 +200,7 @@ def _files(data: Path, name: str, suffixes: frozenset[str], option: str) -> dict
         )
     found: dict[str, Path] = {}
     for file in sorted(folder.rglob("*")):
-        if file.suffix.lower() in suffixes:
+        if file.suffix.lower() in suffixes and not is_hidden(file, folder):
             key = file.relative_to(folder).with_suffix("").as_posix()
             if key in found:
                 raise DataError(
