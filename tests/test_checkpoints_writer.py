@@ -209,7 +209,7 @@ def test_writing_twice_is_refused(tmp_path: Path) -> None:
 
 def test_an_existing_file_is_never_opened(tmp_path: Path) -> None:
     (tmp_path / "x").write_text("precious")
-    with pytest.raises(FileExistsError):
+    with pytest.raises(ResourceError, match="File exists"):
         SafetensorsWriter(tmp_path / "x", {})
     assert (tmp_path / "x").read_text() == "precious"
 
