@@ -13,8 +13,8 @@ import torch
 from safetensors.torch import save_file
 
 from svftool import extract
-from svftool.adapters.patterns import ends_with
 from svftool.adapters.peft import open_lora
+from svftool.adapters.peft_config import ends_with
 from svftool.auditing import counterparts, open_source
 from svftool.errors import CheckpointError
 from svftool.progress import SILENT

@@ -13,7 +13,7 @@ from safetensors.torch import save_file
 
 import svftool
 from svftool.checkpoints import side_files
-from svftool.checkpoints.side_files import _MOST
+from svftool.checkpoints.folder import _MOST
 from svftool.factors.config_shapes import follow_shapes
 
 

@@ -14,9 +14,8 @@ import typer
 from typer.core import TyperGroup
 
 from svftool.cli import decompose, demo, evaluate, extract, finetune, inspect, merge
-from svftool.cli.common import stderr
+from svftool.cli.common import lasting_streams, stderr
 from svftool.cli.signature import expanded
-from svftool.cli.streams import lasting_streams
 from svftool.errors import SvftoolError, refused
 from svftool.report.text import safe
 

@@ -18,7 +18,7 @@ from svftool.checkpoints import (
     side_files,
     write_errors,
 )
-from svftool.checkpoints.side_files import named
+from svftool.checkpoints.folder import named
 from svftool.errors import shortlist
 from svftool.factors import CONFIG_FILE
 from svftool.factors.config_shapes import follow_classes, follow_shapes, is_output_head

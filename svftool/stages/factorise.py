@@ -28,7 +28,7 @@ from svftool.checkpoints import (
     dtype_name,
     side_files,
 )
-from svftool.checkpoints.side_files import named
+from svftool.checkpoints.folder import named
 from svftool.engine import Job, RankRule, run_svds, share
 from svftool.engine.examine import LARGEST, SMALLEST, Examination, examine
 from svftool.errors import NumericalError, shortlist
