@@ -15,9 +15,9 @@ from svftool.errors import CheckpointError, shortlist
 
 # Match a regular expression in time that grows with the text, whatever the pattern is.
 #
-# Patterns of an adapter's configuration come from elsewhere. ``re`` goes back and forth over a text,
-# and for ``(a|a)*b`` that takes hours. Here each part of a pattern maps a start to all ends that it
-# can reach, once for each start.
+# Patterns of an adapter's configuration come from elsewhere. ``re`` goes back and forth over a
+# text, and for ``(a|a)*b`` that takes hours. Here each part of a pattern maps a start to all ends
+# that it can reach, once for each start.
 
 
 LONGEST = 2000
