@@ -107,8 +107,6 @@ def _lasting(stream: TextIO | None) -> tuple[_Sink | None, TextIO]:
         stream.flush()
     except (OSError, ValueError):
         return None, stream
-    if os.name == "nt":  # the console takes text through a stream of its own
-        return None, stream
     line = sink.isatty() or stream is sys.stderr
     encoding = stream.encoding or "utf-8"
     # A character that the encoding lacks becomes its escape, never an error after the work.
