@@ -110,7 +110,9 @@ def test_an_indexed_mask_is_read_as_numbers_and_not_as_colours(tmp_path: Path):
 
 def test_a_colour_mask_is_no_map_of_classes(tmp_path: Path):
     path = write_image(tmp_path / "m.png", 0)
-    with pytest.raises(DataError, match=r"m\.png: a colour image \(RGB\), expected a map"):
+    with pytest.raises(
+        DataError, match=r"m\.png: a colour picture \(RGB\), expected class numbers"
+    ):
         read_label_map(path)
 
 

@@ -183,10 +183,14 @@ def test_hsnets_pascal_splits_ask_each_image_for_one_class(voc: VocFolder, tmp_p
 
 
 def test_hsnets_splits_are_held_against_the_masks(voc: VocFolder, tmp_path: Path):
-    root = voc(train={"a": {8: 3000}, "b": {8: 3000}}, val={"v": {1: 3000, 8: 5, 11: 5, 16: 5}})
+    root = voc(
+        train={"a": {8: 3000}, "b": {8: 3000}, "c": {11: 3000, 16: 3000}},
+        val={"v": {1: 3000, 8: 5, 11: 5, 16: 5}},
+    )
     right = (["v__01"], ["v__08"], ["v__11"], ["v__16"])
+    trained = (["a__08"], ["b__08"], ["c__11"], ["c__16"])
     wrong = (["v__01"], ["a__08", "a__09", "b__08", "b__16"], ["a__08"], ["a__08"])
-    splits = write_hsnet_splits(tmp_path / "splits", trn=right, val=right)
+    splits = write_hsnet_splits(tmp_path / "splits", trn=trained, val=right)
     assert open_source(root, lists=splits).fold(0).test.pictures[1] == 1
     picture = root / "JPEGImages" / "v.jpg"
     write_image(picture, 0, size=(SIDE, SIDE + 1))
@@ -214,6 +218,7 @@ def test_hsnets_coco_pickles_draw_classes_uniformly(tmp_path: Path):
         "val2014/a": {1: 3000, 3: 9, 4: 9},
         "val2014/b": {2: 3000, 5: 3000},
         "train2014/c": {2: 3000},
+        "train2014/d": {2: 3000},
     }
     for seed, (name, areas) in enumerate(images.items()):
         write_image(root / f"{name}.jpg", seed)
@@ -223,7 +228,7 @@ def test_hsnets_coco_pickles_draw_classes_uniformly(tmp_path: Path):
     splits = tmp_path / "splits"
     contents = {
         "val": [{0: ["val2014/a.jpg"], 4: ["val2014/b.jpg"]}, {1: ["val2014/b.jpg"]}, {}, {}],
-        "trn": [{1: ["train2014/c.jpg", "val2014/b.jpg"]}, {}, {}, {}],
+        "trn": [{1: ["train2014/c.jpg", "train2014/d.jpg"]}, {}, {}, {}],
     }
     for part, folds in contents.items():
         (splits / part).mkdir(parents=True)
@@ -235,8 +240,35 @@ def test_hsnets_coco_pickles_draw_classes_uniformly(tmp_path: Path):
     data = open_source(root, lists=splits).fold(0)
     assert data.test.order == data.train.order == "classes"
     assert {p.image.stem: p.query for p in data.test.pairs} == {"a": (1,), "b": (5,)}
-    assert {p.image.stem: p.query for p in data.train.pairs} == {"b": (2,), "c": (2,)}
+    assert {p.image.stem: p.query for p in data.train.pairs} == {"c": (2,), "d": (2,)}
     assert {p.image.stem: p.query for p in data.held_out.pairs} == {"a": (3, 4), "b": (2,)}
+
+
+def test_hsnets_splits_that_overlap_are_refused(voc: VocFolder, tmp_path: Path):
+    root = voc(
+        train={"a": {8: 3000}, "b": {11: 3000, 16: 3000}},
+        val={"v": {1: 3000, 8: 3000}, "w": {11: 3000, 16: 3000}},
+    )
+    splits = write_hsnet_splits(
+        tmp_path / "splits",
+        trn=(["v__01"], ["a__08", "v__08"], ["b__11"], ["b__16"]),
+        val=(["v__01"], ["v__08"], ["w__11"], ["w__16"]),
+    )
+    with pytest.raises(DataError, match=r"1 of 2 images .* in the training lists too.*v\.jpg"):
+        open_source(root, lists=splits).fold(0)
+
+
+def test_bams_lists_that_overlap_are_refused(voc: VocFolder, tmp_path: Path):
+    root = voc(
+        train={"a": {8: 3000}, "b": {8: 3000, 9: 3000}},
+        val={"v": {1: 3000}, "w": {8: 3000, 11: 3000}, "x": {16: 3000}},
+    )
+    lists = write_bam_lists(tmp_path / "fss_list", "VOC2012")
+    for part in ("data_list_0.txt", "sub_class_file_list_0.txt"):
+        text = (lists / "train" / part).read_text()
+        (lists / "train" / part).write_text(text.replace("/a.", "/w."))
+    with pytest.raises(DataError, match=r"1 of 3 images .* in the training lists too.*w\.jpg"):
+        open_source(root, lists=lists).fold(0)
 
 
 class Malicious:

@@ -12,7 +12,6 @@ import torch
 
 from svftool.few_shot.masks import (
     canvas_side,
-    normalise,
     paste_image,
     paste_mask,
     place,
@@ -20,6 +19,7 @@ from svftool.few_shot.masks import (
 )
 from svftool.few_shot.pool import ImageMaskPair, ImagePool, draw_episode, fixed_episodes
 from svftool.few_shot.scoring import Pooled
+from svftool.models import normalise
 
 
 def pool_of(*asked: tuple[int, ...], order: str = "images", shown: str | None = None) -> ImagePool:

@@ -11,9 +11,12 @@ import pytest
 from svftool.errors import DataError
 from svftool.few_shot.labelled import ScannedSource
 from svftool.few_shot.list_files import Listed
-from svftool.few_shot.masks import read_binary
-from svftool.few_shot.pairs import class_folders
+from svftool.few_shot.masks import read_binary, read_label_map
+from svftool.few_shot.pairs import PairsSource, class_folders
+from svftool.progress import Silent
 from svftool.tasks.images import class_names, list_images, natural_order, order_warning
+from svftool.tasks.segmentation import Segmentation
+from svftool.tasks.segmentation.pairs import ClassTable, read_labels
 from svftool.tasks.texts import list_texts
 
 image_module = pytest.importorskip("PIL.Image")
@@ -163,6 +166,113 @@ def test_a_mask_is_what_it_shows_not_black(kind: str, tmp_path: Path) -> None:
 def test_a_tiff_mask_is_what_it_shows_not_black(image: Any, tmp_path: Path) -> None:
     image.save(tmp_path / "mask.tif")
     assert np.array_equal(read_binary(tmp_path / "mask.tif"), TRUTH)
+
+
+WHITE = np.full_like(GREY, 255)
+SEE_THROUGH = {
+    "white, object in the alpha": np.dstack([WHITE] * 3 + [GREY]),
+    "black, object in the alpha": np.dstack([GREY * 0] * 3 + [GREY]),
+    "dark red, object in the alpha": np.dstack([GREY * 0 + 90, GREY * 0, GREY * 0, GREY]),
+    "black object on nothing white": np.dstack([WHITE - GREY] * 3 + [GREY]),
+    "white object, corner hidden": np.dstack([GREY] * 3 + [np.where(TRUTH, 255, 0)]),
+    "cut out of a picture": np.dstack([np.arange(168).reshape(12, 14) % 99 + 40] * 3 + [GREY]),
+    "all hidden": np.dstack([GREY] * 3 + [GREY * 0]),
+}
+
+
+@pytest.mark.parametrize("kind", SEE_THROUGH)
+@pytest.mark.parametrize("mode", ["RGBA", "LA"])
+def test_what_is_transparent_is_not_shown(kind: str, mode: str, tmp_path: Path) -> None:
+    image = image_module.fromarray(SEE_THROUGH[kind].astype(np.uint8))
+    image.convert(mode).save(tmp_path / "mask.png")
+    assert np.array_equal(read_binary(tmp_path / "mask.png"), TRUTH)
+
+
+def test_a_transparent_colour_is_not_shown(tmp_path: Path) -> None:
+    """Palettes and grey pictures name the transparent colour apart from the pixels."""
+    white = indexed(1, 0)
+    white.putpalette([255] * 6)
+    white.save(tmp_path / "palette.png", transparency=1)
+    image_module.fromarray(GREY + 1).save(tmp_path / "grey.png", transparency=1)
+    for name in ("palette.png", "grey.png"):
+        assert np.array_equal(read_binary(tmp_path / name), TRUTH), name
+
+
+NUMBERS = TRUTH * np.uint8(7)
+NUMBERED = {
+    "grey": image_module.fromarray(NUMBERS),
+    "grey alpha": image_module.fromarray(np.dstack([NUMBERS, WHITE])),
+    "palette": indexed(0, 7),
+    "16 bit": image_module.fromarray(NUMBERS.astype(np.uint16)),
+    "32 bit": image_module.fromarray(NUMBERS.astype(np.int32)),
+    "float": image_module.fromarray(NUMBERS.astype(np.float32)),
+    "one bit": image_module.fromarray(GREY).convert("1"),
+}
+
+
+@pytest.mark.parametrize("kind", NUMBERED)
+def test_a_label_map_is_its_numbers_in_both_tasks(kind: str, tmp_path: Path) -> None:
+    NUMBERED[kind].save(tmp_path / "map.tif")
+    right = NUMBERS // 7 if kind == "one bit" else NUMBERS
+    assert np.array_equal(read_label_map(tmp_path / "map.tif"), right)
+    assert np.array_equal(read_labels(tmp_path / "map.tif", None, 255), right)
+
+
+@pytest.mark.parametrize(
+    ("pixels", "message"),
+    [
+        (np.dstack([NUMBERS] * 3), "a colour picture"),
+        (np.dstack([NUMBERS, GREY]), "133 transparent pixels"),
+        (NUMBERS.astype(np.uint16) * 50, "values from 0 to 350"),
+        (NUMBERS.astype(np.int32) * -1, "values from -7 to 0"),
+        (NUMBERS.astype(np.float32) / 2, "values from 0.0 to 3.5"),
+        (NUMBERS.astype(np.float32) * np.nan, "values from nan to nan"),
+    ],
+)
+def test_a_label_map_of_anything_else_is_refused(pixels: Any, message: str, tmp_path: Path) -> None:
+    image_module.fromarray(pixels).save(tmp_path / "map.tif")
+    with pytest.raises(DataError, match=message):
+        read_label_map(tmp_path / "map.tif")
+    with pytest.raises(DataError, match=message):
+        read_labels(tmp_path / "map.tif", None, 255)
+
+
+def test_a_coloured_label_map_hides_no_pixels(tmp_path: Path) -> None:
+    table = ClassTable(("a", "b"), {(0, 0, 0): 0, (255, 255, 255): 1})
+    for alpha, name in ((WHITE, "whole.png"), (GREY, "hidden.png")):
+        image_module.fromarray(np.dstack([GREY] * 3 + [alpha])).save(tmp_path / name)
+    assert np.array_equal(read_labels(tmp_path / "whole.png", table, 255), TRUTH)
+    with pytest.raises(DataError, match="133 transparent pixels"):
+        read_labels(tmp_path / "hidden.png", table, 255)
+
+
+def test_segmentation_classes_that_cannot_be_written_are_refused(tmp_path: Path) -> None:
+    for name in ("images", "masks"):
+        picture(tmp_path / name / "0.png", 0)
+    image_module.new("L", (8, 8)).save(tmp_path / "masks" / "0.png")
+    config = {"architectures": ["XForSemanticSegmentation"], "id2label": {"0": "a", "1": "\ud83d"}}
+    for told in ({"classes": ("a", "\ud83d")}, {"config": config}):
+        with pytest.raises(DataError, match="half a surrogate pair"):
+            Segmentation(tmp_path, evaluation=tmp_path, **told)
+
+
+def test_pairs_that_are_trained_and_tested_on_are_counted(tmp_path: Path) -> None:
+    for number, name in enumerate("abcdefgh"):
+        for file in range(3):
+            place = tmp_path / name / f"{file}.jpg"
+            picture(place, 10 * number + file)
+            image_module.fromarray(GREY[:8, :8]).save(place.with_suffix(".png"))
+    (tmp_path / "c" / "0.jpg").write_bytes((tmp_path / "a" / "0.jpg").read_bytes())
+    said: list[str] = []
+
+    class Heard(Silent):
+        def warn(self, message: str) -> None:
+            said.append(message)
+
+    PairsSource(tmp_path).fold(0, progress=Heard())
+    assert [message[:40] for message in said] == ["1 of 6 pictures that are tested are trai"]
+    PairsSource(tmp_path).fold(0, remove_novel=True, progress=Heard())
+    assert len(said) == 1
 
 
 def test_lists_that_overlap_are_refused(tmp_path: Path) -> None:

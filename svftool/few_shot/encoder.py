@@ -12,11 +12,10 @@ import torch
 from torch import Tensor, nn
 
 from svftool.few_shot.backbones import Features, State, frozen_stages, run_stages
-from svftool.few_shot.masks import normalise
 from svftool.few_shot.network import FewShotNet
 from svftool.few_shot.pictures import ByteCache, Pictures, tensor_bytes
 from svftool.few_shot.pool import ImageMaskPair
-from svftool.models import Preprocessing
+from svftool.models import Preprocessing, normalise
 
 # Outputs of stages that do not change: kept by picture, and shared by networks that agree in them.
 
@@ -259,7 +258,8 @@ class Encoder:
         device = self.device.type
         autocast = torch.is_autocast_enabled(device) and torch.get_autocast_dtype(device)
         source = self._preprocessing
-        return self._pictures.canvas, source.mean, source.std, self.device, autocast
+        shown = source.mean, source.std, source.flip_channels
+        return self._pictures.canvas, *shown, self.device, autocast
 
     def features(self, views: Sequence[View]) -> Features:
         """Return the features of pictures, in order; gradients reach the trained stages."""
@@ -314,7 +314,9 @@ class Encoder:
 
     def _normalised(self, canvases: Tensor) -> Tensor:
         source = self._preprocessing
-        return normalise(canvases.to(self.device), source.mean, source.std)
+        return normalise(
+            canvases.to(self.device), source.mean, source.std, flip_channels=source.flip_channels
+        )
 
     def _finish(self, start: Tensor | State, first: int) -> Features:
         net = self.net

@@ -120,8 +120,7 @@ class LabelledSource:
             train = [pair for pair in train if pair not in novel]
         order = self._order
         held_out, test = self._held_out(split, progress), self._test(split, progress)
-        if self._separate:
-            _refuse_overlap(train, [*held_out, *test])
+        _refuse_overlap(train, [*held_out, *test])
         return FoldData(
             dataset=self.dataset,
             split=split,
@@ -133,8 +132,6 @@ class LabelledSource:
         )
 
     _order: Literal["images", "classes"] = "images"
-    _separate = True
-    """Whether lists that overlap are refused."""
 
     @abstractmethod
     def _train(self, split: ClassSplit, progress: Progress) -> list[ImageMaskPair]: ...
@@ -338,8 +335,6 @@ class HsnetSource(LabelledSource):
         super().__init__(dataset, names, scheme)
         self._folder = folder
         self._relocator = relocator
-
-    _separate = False
 
     @cached_property
     def _pickled(self) -> bool:

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, TypeVar
+from typing import TYPE_CHECKING, Literal, TypeVar
 
 import numpy as np
 import numpy.typing as npt
@@ -15,8 +16,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from svftool.errors import DataError, MissingDependencyError
+from svftool.errors import DataError
 from svftool.progress import SILENT, Progress
+from svftool.tasks.images import class_numbers, open_raw
+
+if TYPE_CHECKING:
+    from PIL.Image import Image
 
 IGNORE = 255
 """Label of pixels that count neither for nor against a prediction."""
@@ -44,25 +49,20 @@ def read_label_map(path: Path) -> Mask:
     Raises
     ------
     DataError
-        If the file is no mask, or has colours instead of numbers.
+        If the file is no mask, or has colours or transparent pixels instead of numbers.
     """
     if path.suffix == ".mat":
         return _read_sbd(path)
-    pixels, mode = _read(path)
-    if pixels.ndim != 2 or mode not in {"P", "L", "1", "I;16", "I"}:
-        raise DataError(
-            f"{path}: a colour image ({mode}), expected a map of class numbers (grey or indexed)"
-        )
-    if pixels.max(initial=0) > IGNORE:
-        raise DataError(f"{path}: class number {pixels.max()}, expected at most {IGNORE}")
-    return pixels.astype(np.uint8)
+    with _opened(path) as picture:
+        return class_numbers(picture, path)
 
 
 def read_binary(path: Path) -> Mask:
     """Read a mask of one class: 1 where the picture shows an object, which is not black, else 0.
 
     In grey and colour pictures the object is at least half bright in some channel. An indexed one
-    is taken by the colours of its palette, of which any that is not black is an object's.
+    is taken by the colours of its palette, of which any that is not black is an object's. What is
+    transparent is not shown; where nothing else is, the object is what is not transparent.
 
     Returns
     -------
@@ -73,9 +73,30 @@ def read_binary(path: Path) -> Mask:
     DataError
         If the file is no image.
     """
-    pixels, mode = _read(path, shown=True)
-    bright = pixels if pixels.ndim == 2 else pixels.max(axis=2)
-    return np.asarray(bright >= _least(float(bright.max(initial=0)), mode), dtype=np.uint8)
+    with _opened(path) as picture:
+        return _shown(picture).astype(np.uint8)
+
+
+def _shown(picture: Image) -> npt.NDArray[np.bool_]:
+    """Find the pixels that an image shows and that are not black."""
+    mode = picture.mode
+    if mode not in _DEEP and ("transparency" in picture.info or mode in _WITH_ALPHA):
+        pixels = np.asarray(picture.convert("RGBA"))
+        seen = pixels[..., 3] >= _HALF
+        # An alpha channel that hides everything, or nothing, says nothing.
+        if seen.any() and not seen.all():
+            return _of_visible(pixels[..., :3].max(axis=2), seen, mode)
+    values = np.asarray(picture if mode in _PLAIN else picture.convert("RGB"))
+    bright = np.nan_to_num(values if values.ndim == 2 else values.max(axis=2))
+    return np.asarray(bright >= _least(float(bright.max(initial=0)), mode))
+
+
+def _of_visible(bright: Mask, seen: npt.NDArray[np.bool_], mode: str) -> npt.NDArray[np.bool_]:
+    """Find what is not black among the pixels that can be seen; all of them where all are black."""
+    brightest = float(bright[seen].max())
+    least = _least(brightest, mode) if mode in _INDEXED or brightest <= 1 else _NEARLY_BLACK
+    found = seen & (bright >= least)
+    return found if found.any() else seen
 
 
 def _least(brightest: float, mode: str) -> float:
@@ -89,6 +110,9 @@ def _least(brightest: float, mode: str) -> float:
 
 
 _INDEXED = frozenset({"P", "PA"})
+_WITH_ALPHA = frozenset({"LA", "La", "PA", "RGBA", "RGBa"})
+_DEEP = frozenset({"I", "F", "I;16", "I;16B", "I;16L", "I;16N"})
+_PLAIN = _DEEP | {"1", "L", "RGB"}
 _HALF = 128.0
 _NEARLY_BLACK = 16.0
 """Below it is what compression leaves of black."""
@@ -154,24 +178,12 @@ def _in_order(
         pool.shutdown(wait=True, cancel_futures=True)
 
 
-def _read(path: Path, *, shown: bool = False) -> tuple[npt.NDArray[Any], str]:
-    try:
-        from PIL import Image
-    except ImportError:
-        raise MissingDependencyError("PIL", extra="vision", purpose="reading masks") from None
-    try:
-        with Image.open(path) as image:
-            if not shown or image.mode in _PLAIN:
-                return np.asarray(image), image.mode
-            # Palettes, inks and the like become the colours that they stand for.
-            return np.asarray(image.convert("L" if image.mode == "LA" else "RGB")), image.mode
-    except Exception as error:
-        if not path.is_file():
-            raise DataError(f"{path}: not found, expected a mask") from error
-        raise DataError(f"{path}: cannot be read as a mask ({type(error).__name__})") from error
-
-
-_PLAIN = frozenset({"1", "L", "RGB", "I", "F", "I;16", "I;16B", "I;16L", "I;16N"})
+@contextmanager
+def _opened(path: Path) -> Iterator[Image]:
+    if not path.is_file():
+        raise DataError(f"{path}: not found, expected a mask")
+    with open_raw(path) as picture:
+        yield picture
 
 
 def _read_sbd(path: Path) -> Mask:
@@ -319,10 +331,3 @@ def _interpolation(positions: npt.NDArray[np.float64], canvas: int, length: int)
     matrix[index, low] += 1 - share
     matrix[index, np.minimum(low + 1, length - 1)] += share
     return torch.from_numpy(matrix)
-
-
-def normalise(canvases: Tensor, mean: tuple[float, ...], std: tuple[float, ...]) -> Tensor:
-    """Turn (B, 3, H, W) uint8 pictures into float32 network input: [0, 1], less mean, over std."""
-    scale = 1 / (255 * torch.tensor(std, device=canvases.device))
-    shift = torch.tensor(mean, device=canvases.device) / torch.tensor(std, device=canvases.device)
-    return canvases.float() * scale.view(1, -1, 1, 1) - shift.view(1, -1, 1, 1)

@@ -118,6 +118,11 @@ class PairsSource:
         train = [pair for pair in base if pair.identity not in held]
         novel = {pair.identity for pair in train if pair.identity in seen_novel}
         train = [pair for pair in train if pair.identity not in removed]
+        if novel and not remove_novel:
+            progress.warn(
+                f"{len(novel)} of {len(seen_novel)} pictures that are tested are trained on too, "
+                "under another class. Leave them out of training with --remove-novel"
+            )
         return FoldData(
             dataset=self.dataset,
             split=split,

@@ -6,6 +6,7 @@ from svftool.models.preprocessing import (
     DEFAULT_PREPROCESSING,
     Preprocessing,
     find_preprocessing,
+    normalise,
 )
 
 __all__ = [
@@ -15,4 +16,5 @@ __all__ = [
     "find_head",
     "find_preprocessing",
     "load_weights",
+    "normalise",
 ]

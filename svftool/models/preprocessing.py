@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from torch import nn
+import torch
+from torch import Tensor, nn
 
 from svftool.checkpoints import Checkpoint
 from svftool.errors import CheckpointError
@@ -57,7 +58,8 @@ class Preprocessing:
     interpolation : str
         As in `torchvision.transforms.InterpolationMode`.
     crop_pct : float or None
-        Share of the resized short side that the centre crop keeps.
+        Share of the resized short side that the centre crop keeps; above 1 the crop is larger
+        than the picture, and is black around it.
     source : str
         Where this was found.
     squash : bool
@@ -80,6 +82,35 @@ class Preprocessing:
 
 
 DEFAULT_PREPROCESSING = Preprocessing()
+
+
+def normalise(
+    images: Tensor,
+    mean: Sequence[float],
+    std: Sequence[float],
+    *,
+    flip_channels: bool = False,
+) -> Tensor:
+    """Turn pictures into what a network takes, for every task.
+
+    Parameters
+    ----------
+    images : (N, 3, H, W) uint8 Tensor
+        Red, green and blue.
+    mean, std : sequence of float
+        Of red, green and blue, for values from 0 to 1.
+    flip_channels : bool
+        The network takes blue, green, red.
+
+    Returns
+    -------
+    (N, 3, H, W) float32 Tensor
+        Values from 0 to 1, less the mean, over the deviation.
+    """
+    batch = images.to(torch.float32, copy=True).div_(255)
+    centre, spread = (batch.new_tensor(tuple(values)).view(1, -1, 1, 1) for values in (mean, std))
+    batch = batch.sub_(centre).div_(spread)
+    return batch.flip(1) if flip_channels else batch
 
 
 def find_preprocessing(checkpoint: Checkpoint, model: nn.Module | None = None) -> Preprocessing:
@@ -140,7 +171,7 @@ def _from_transformers(facts: Mapping[str, Any]) -> Preprocessing:
     found = replace(
         _geometry(facts, kind.lower()),
         interpolation=_RESAMPLING.get(facts.get("resample", 2), "bilinear"),
-        flip_channels=bool(facts.get("do_flip_channel_order", False)),
+        flip_channels=bool(facts.get("do_flip_channel_order", "pplcnet" in kind.lower())),
         crop_down=True,
         source=PREPROCESSOR_FILE,
     )
@@ -161,6 +192,8 @@ def _from_transformers(facts: Mapping[str, Any]) -> Preprocessing:
 def _geometry(facts: Mapping[str, Any], kind: str) -> Preprocessing:
     """Return what a processor resizes to and crops, by its settings and its class."""
     told = facts.get("size") if facts.get("do_resize", True) else None
+    if told is not None and facts.get("resize_short"):
+        told = {"shortest_edge": facts["resize_short"]}
     resized = _sides(told)
     bare = isinstance(told, (int, float, str))
     squash = resized is not None and (
@@ -175,8 +208,12 @@ def _geometry(facts: Mapping[str, Any], kind: str) -> Preprocessing:
         return Preprocessing(size=resized, crop_pct=_share(facts.get("crop_pct") or 0.875))
     if resized is not None and not squash:
         resized = _enlarged(resized, facts, kind)
+    if "perceiver" in kind and cropped and resized:
+        # It crops the same share before it resizes.
+        cropped, resized = resized, cropped
+        squash = False
     size = cropped or resized
-    share = min(1.0, min(size) / min(resized)) if size and resized else None
+    share = min(size) / min(resized) if size and resized else None
     return Preprocessing(size=size, crop_pct=share, squash=squash)
 
 

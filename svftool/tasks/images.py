@@ -3,24 +3,23 @@
 from __future__ import annotations
 
 import csv
-from collections.abc import Iterator
+import os
+import re
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
+import numpy.typing as npt
 from torch import Tensor
 
-from svftool.errors import DataError, MissingDependencyError
+from svftool.errors import DataError, MissingDependencyError, shortlist
 from svftool.tasks.saved_datasets import StoredImage, is_saved_dataset, stored_images
 
 if TYPE_CHECKING:
     from PIL.Image import Image
-import os
-import re
-from collections.abc import Iterable, Sequence
-
-from svftool.errors import shortlist
 
 SUFFIXES = frozenset(
     {".bmp", ".gif", ".jpeg", ".jpg", ".pgm", ".png", ".ppm", ".tif", ".tiff", ".webp"}
@@ -71,7 +70,7 @@ def list_images(data: Path) -> list[LabelledImage]:
         raise DataError(f"{data}: not found, expected a folder of class folders or a CSV file")
     if not images:
         raise DataError(f"{data}: no images, expected a folder for each class with images in it")
-    _require_encodable({image.label for image in images}, str(data))
+    require_encodable({image.label for image in images}, str(data))
     return images
 
 
@@ -136,7 +135,14 @@ def _list_folder(folder: Path) -> list[LabelledImage]:
     return images
 
 
-def _require_encodable(names: Iterable[str], where: str) -> None:
+def require_encodable(names: Iterable[str], where: str) -> None:
+    """Refuse class names that no file takes.
+
+    Raises
+    ------
+    DataError
+        Names the first, and `where` it is.
+    """
     wrong = sorted(name for name in names if not encodable(name))
     if wrong:
         raise DataError(
@@ -184,23 +190,104 @@ def short_name(path: ImagePath) -> str:
 def open_image(path: ImagePath) -> Image:
     """Decode an image to RGB, turned upright by its EXIF orientation.
 
+    Ordinary images become what ``PIL.Image.convert("RGB")`` makes of them: of an animation the
+    first picture, of a palette its colours, without transparency. Deeper ones (12, 16 and 32 bits,
+    floats) are scaled by what the file says of its range.
+
     Raises
     ------
     DataError
-        If the file is no image, or only a part of one.
+        If the file is no image, or only a part of one, or its values have no range that is known.
     """
     pillow = _pillow()
     from PIL import ImageOps
 
     try:
         with pillow.open(_content(path)) as opened:
+            deep = _depth_of(opened, path)
             image = ImageOps.exif_transpose(opened)
-            if image.mode.startswith("I"):
-                # convert("RGB") clips 16-bit values at 255 instead of scaling them.
-                image = image.convert("I").point(lambda value: value / 256).convert("L")
+            if deep is not None:
+                return pillow.fromarray(_scaled(np.asarray(image), deep, path)).convert("RGB")
             return image.convert("RGB")
+    except DataError:
+        raise
     except Exception as error:  # Pillow's decoders raise whatever they meet
         raise _unreadable(path, error) from error
+
+
+# Values of more than 8 bits: what stands for black and for white.
+
+
+@dataclass(frozen=True)
+class _Depth:
+    """The range of a deep image: what its file says, or what its kind of number implies."""
+
+    black: float
+    white: float
+    unsigned: bool = False
+    """Pillow reads 32 bits without a sign as if they had one."""
+    inverted: bool = False
+
+
+_BITS, _PHOTOMETRIC, _FORMAT = 258, 262, 339
+_LEAST, _MOST, _TYPED_LEAST, _TYPED_MOST = 280, 281, 340, 341
+_UNSIGNED, _SIGNED = 1, 2
+
+
+def _depth_of(opened: Image, path: ImagePath) -> _Depth | None:
+    """Return the range of an image of more than 8 bits; None for others."""
+    tags: Mapping[int, Any] = getattr(opened, "tag_v2", {})
+    if not opened.mode.startswith(("I", "F")):
+        _require_whole_range(path, tags)
+        return None
+    bits, kind = int(_first(tags.get(_BITS), 16)), int(_first(tags.get(_FORMAT), _UNSIGNED))
+    if opened.mode == "F":
+        white = 1.0
+    elif tags and kind == _SIGNED:
+        white = 2.0 ** (bits - 1) - 1
+    else:
+        white = 2.0**bits - 1
+    return _Depth(
+        black=float(_first(tags.get(_TYPED_LEAST), _first(tags.get(_LEAST), 0.0))),
+        white=float(_first(tags.get(_TYPED_MOST), _first(tags.get(_MOST), white))),
+        unsigned=bool(tags) and kind == _UNSIGNED and opened.mode == "I",
+        inverted=tags.get(_PHOTOMETRIC) == 0,
+    )
+
+
+def _first(value: Any, default: float) -> float:
+    """Read a tag of one number, or of one a channel."""
+    if isinstance(value, (tuple, list)):
+        value = value[0] if value else None
+    return default if value is None else float(value)
+
+
+def _require_whole_range(path: ImagePath, tags: Mapping[int, Any]) -> None:
+    """Refuse deep colour whose values end early: Pillow keeps the upper 8 bits, which are black."""
+    bits = _first(tags.get(_BITS), 8)
+    most = _first(tags.get(_TYPED_MOST), _first(tags.get(_MOST), 2**bits - 1))
+    if bits > 8 and most < 2 ** (bits - 1):
+        raise DataError(
+            f"{path}: colours of {bits:.0f} bits of which the largest is {most:.0f}, expected up "
+            f"to {2**bits - 1:.0f}. Save it with 8 bits a channel"
+        )
+
+
+def _scaled(values: npt.NDArray[Any], depth: _Depth, path: ImagePath) -> npt.NDArray[np.uint8]:
+    """Scale values to 0 to 255."""
+    if depth.unsigned:
+        values = values.astype(np.uint32)
+    wide = values.astype(np.float64)
+    low, high = float(wide.min()), float(wide.max())
+    inside = depth.black <= low and high <= depth.white  # not a number is neither
+    if not inside or not depth.black < depth.white:
+        raise DataError(
+            f"{path}: values from {low:g} to {high:g}, expected {depth.black:g} to "
+            f"{depth.white:g}, from black to white. Save it with 8 bits a channel"
+        )
+    share = (wide - depth.black) / (depth.white - depth.black)
+    share = 1.0 - share if depth.inverted else share
+    return np.rint(share * 255).astype(np.uint8)
 
 
 @contextmanager
@@ -221,6 +308,68 @@ def open_raw(path: ImagePath) -> Iterator[Image]:
         raise
     except Exception as error:  # Pillow's decoders raise whatever they meet
         raise _unreadable(path, error) from error
+
+
+LABELS = 256
+"""Class numbers that a label map may hold: 0 to one less."""
+
+
+def class_numbers(picture: Image, path: ImagePath) -> npt.NDArray[np.uint8]:
+    """Read a label map: the index of each pixel of a palette, or its grey value.
+
+    Whole numbers of any kind will do: 1, 8, 16 and 32 bits, and floats without fractions.
+
+    Parameters
+    ----------
+    picture : Image
+        In its own mode.
+    path : Path
+        Where it is from.
+
+    Returns
+    -------
+    (height, width) uint8 array
+
+    Raises
+    ------
+    DataError
+        If it has colours, pixels that cannot be seen, or values that are no class numbers.
+    """
+    if picture.mode not in _NUMBERED:
+        raise DataError(
+            f"{path}: a colour picture ({picture.mode}), expected class numbers (grey or indexed)"
+        )
+    if picture.mode.endswith("A"):
+        require_opaque(picture, path)
+    values = np.asarray(picture)
+    values = values[..., 0] if values.ndim == 3 else values
+    low, high = values.min(), values.max()
+    if not (low >= 0 and high < LABELS and bool((values == np.floor(values)).all())):
+        raise DataError(
+            f"{path}: values from {low} to {high}, expected one class number from 0 to "
+            f"{LABELS - 1} a pixel"
+        )
+    return values.astype(np.uint8)
+
+
+_NUMBERED = frozenset({"1", "L", "LA", "P", "PA", "I", "I;16", "I;16B", "I;16L", "I;16N", "F"})
+
+
+def require_opaque(picture: Image, path: ImagePath) -> None:
+    """Refuse a label map whose alpha channel hides pixels: they have a colour and do not show it.
+
+    Raises
+    ------
+    DataError
+        Says how many they are.
+    """
+    alpha = np.asarray(picture.getchannel("A"))
+    hidden = int((alpha < alpha.max()).sum())
+    if hidden:
+        raise DataError(
+            f"{path}: {hidden} transparent pixels, expected a class for every pixel. Save the map "
+            "without transparency"
+        )
 
 
 def image_size(path: ImagePath) -> tuple[int, int]:
@@ -289,7 +438,7 @@ def class_names(
         names, where = _read_classes(Path(given)), str(given)
     else:
         names = tuple(given)
-    _require_encodable(names, where)
+    require_encodable(names, where)
     if len(names) < 2:
         raise DataError(f"{where}: {len(names)} class, expected two or more ({shortlist(names)})")
     return names

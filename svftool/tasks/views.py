@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from svftool.errors import UsageError
-from svftool.models import Preprocessing
+from svftool.models import Preprocessing, normalise
 from svftool.tasks.images import ImagePath, image_size, open_image, to_tensor
 
 Augment = Literal["none", "light", "strong"]
@@ -59,7 +59,7 @@ class ImageView:
     crop_down: bool = False
 
     def load(self, path: ImagePath) -> Tensor:
-        """Decode and resize one image: (3, height, width) uint8, both sides at least `size`."""
+        """Decode and resize one image: (3, height, width) uint8."""
         from torchvision.transforms.v2 import InterpolationMode
         from torchvision.transforms.v2.functional import resize
 
@@ -113,22 +113,18 @@ class ImageView:
         from torchvision.transforms import v2
 
         height, width = self.size
-        whole = self.short_side is None or self.short_side == min(self.size)
+        whole = self.short_side is None or self.short_side <= min(self.size)
+        padding = [width // 8, height // 8] if whole else None
         steps: list[Transform] = [v2.TrivialAugmentWide()] if augment == "strong" else []
         steps += [
-            v2.RandomCrop((height, width), padding=[width // 8, height // 8] if whole else None),
+            v2.RandomCrop((height, width), padding=padding, pad_if_needed=True),
             v2.RandomHorizontalFlip(),
         ]
         return lambda image: reduce(lambda value, step: step(value), steps, image)
 
     def _normalise(self, images: Sequence[Tensor]) -> Tensor:
-        from torchvision.transforms.v2.functional import normalize
-
-        batch = torch.stack(list(images)).to(torch.float32).div_(255)
-        if self.flip_channels:
-            batch = batch.flip(1)
-        result: Tensor = normalize(batch, list(self.mean), list(self.std), inplace=True)
-        return result
+        batch = torch.stack(list(images))
+        return normalise(batch, self.mean, self.std, flip_channels=self.flip_channels)
 
 
 def choose_view(

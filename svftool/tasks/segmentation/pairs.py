@@ -7,14 +7,27 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import MappingProxyType
+from typing import TYPE_CHECKING
 
 import numpy as np
 import numpy.typing as npt
 from torch import Tensor
 
 from svftool.errors import DataError, shortlist
-from svftool.tasks.images import SUFFIXES, image_size, is_hidden, open_raw
+from svftool.tasks.images import (
+    LABELS,
+    SUFFIXES,
+    class_numbers,
+    image_size,
+    is_hidden,
+    open_raw,
+    require_encodable,
+    require_opaque,
+)
 from svftool.tasks.views import Decoded
+
+if TYPE_CHECKING:
+    from PIL.Image import Image
 
 LOGITS_AT_ONCE = 1 << 26
 """Numbers that evaluation enlarges at once, at most."""
@@ -102,6 +115,7 @@ def read_classes(file: Path) -> ClassTable:
             colours[colour] = None if ignored else len(names)
         if not ignored:
             names.append(cells[0])
+    require_encodable(names, str(file))
     _check(file, names, colours)
     return ClassTable(tuple(names), MappingProxyType(colours))
 
@@ -137,7 +151,6 @@ def _unpacked(key: int) -> Colour:
 MAP_SUFFIXES = frozenset({".bmp", ".gif", ".png", ".tif", ".tiff"})
 """Formats of label maps; JPEG is none of them, because it blurs labels."""
 
-LABELS = 256
 READERS = 4
 _SHOWN = 5
 
@@ -231,21 +244,20 @@ def read_labels(path: Path, table: ClassTable | None, ignore: int) -> Labels:
         If it is no picture, has colours that are no class, or numbers beyond 255.
     """
     with open_raw(path) as picture:
-        coloured = picture.mode in ("RGB", "RGBA")
-        values = np.asarray(picture.convert("RGB") if coloured else picture)
-    if coloured:
-        if table is None or not table.colours:
-            raise DataError(
-                f"{path}: a colour picture, expected class numbers. Give the classes' colours "
-                "with --classes FILE, a line of name,red,green,blue each"
-            )
-        return table.labels_of(values, ignore=ignore, path=path)
-    if values.ndim != 2 or values.min() < 0 or values.max() >= LABELS:
+        if picture.mode not in ("RGB", "RGBA") or table is None or not table.colours:
+            return _numbers(picture, path)
+        if picture.mode == "RGBA":
+            require_opaque(picture, path)
+        return table.labels_of(np.asarray(picture.convert("RGB")), ignore=ignore, path=path)
+
+
+def _numbers(picture: Image, path: Path) -> Labels:
+    if picture.mode in ("RGB", "RGBA"):
         raise DataError(
-            f"{path}: shape {values.shape} with values from {values.min()} to {values.max()}, "
-            f"expected one class number from 0 to {LABELS - 1} a pixel"
+            f"{path}: a colour picture, expected class numbers. Give the classes' colours "
+            "with --classes FILE, a line of name,red,green,blue each"
         )
-    return values.astype(np.uint8)
+    return class_numbers(picture, path)
 
 
 def survey(pairs: Sequence[ImagePair], read: Callable[[Path], Labels]) -> npt.NDArray[np.int64]:

@@ -15,11 +15,11 @@ import torch
 from svftool.errors import UsageError
 from svftool.models import DEFAULT_PREPROCESSING, Preprocessing
 from svftool.tasks.base import TaskMetric
+from svftool.tasks.images import LABELS, require_encodable
 from svftool.tasks.options import SegmentationOptions, StrPath
 from svftool.tasks.segmentation.draw import SegmentationDraw, Setting
 from svftool.tasks.segmentation.pairs import (
     FILE,
-    LABELS,
     Chosen,
     ClassTable,
     ImagePair,
@@ -101,6 +101,7 @@ class Segmentation:
         found[self.options.ignore_index] = 0
         largest = int(np.flatnonzero(found).max(initial=1))
         names = self._table.names if self._table is not None else _known_names(config, largest)
+        require_encodable(names, "the class names")
         for some, of_each in zip((pairs, queries), counts, strict=False):
             check_labels(some, of_each, classes=len(names), ignore=self.options.ignore_index)
         return names

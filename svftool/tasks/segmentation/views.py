@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from svftool.errors import UsageError
-from svftool.models import Preprocessing
+from svftool.models import Preprocessing, normalise
 from svftool.tasks.images import image_size, open_image, to_tensor
 from svftool.tasks.views import Augment, Transform
 
@@ -36,6 +36,8 @@ class DenseView:
         Of the channels, in units of the full range.
     ignore : int
         Label of what augmentation puts beside the image.
+    flip_channels : bool
+        The network takes blue, green, red.
     """
 
     crop: tuple[int, int]
@@ -44,6 +46,7 @@ class DenseView:
     mean: tuple[float, ...]
     std: tuple[float, ...]
     ignore: int
+    flip_channels: bool = False
 
     def load(self, path: Path) -> Tensor:
         """Decode and resize one image: (3, height, width) uint8."""
@@ -57,13 +60,8 @@ class DenseView:
 
     def normalised(self, images: Sequence[Tensor]) -> Tensor:
         """Stack uint8 images of one size and normalise: (N, 3, height, width) float32."""
-        from torchvision.transforms.v2.functional import normalize
-
         batch = torch.stack([image.as_subclass(Tensor) for image in images])
-        result: Tensor = normalize(
-            batch.to(torch.float32).div_(255), list(self.mean), list(self.std), inplace=True
-        )
-        return result
+        return normalise(batch, self.mean, self.std, flip_channels=self.flip_channels)
 
     def training(
         self,
@@ -172,5 +170,11 @@ def choose_dense_view(
         else:
             crop, short = (DEFAULT_SIZE, DEFAULT_SIZE), DEFAULT_SIZE
     return DenseView(
-        crop, short, preprocessing.interpolation, preprocessing.mean, preprocessing.std, ignore
+        crop,
+        short,
+        preprocessing.interpolation,
+        preprocessing.mean,
+        preprocessing.std,
+        ignore,
+        preprocessing.flip_channels,
     )
