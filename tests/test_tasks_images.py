@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import struct
 from pathlib import Path
 
 import numpy as np
@@ -112,6 +113,135 @@ def test_every_mode_becomes_rgb(tmp_path: Path) -> None:
         assert tensor.dtype == torch.uint8
         if name != "1":
             np.testing.assert_array_equal(tensor[0], grey, err_msg=name)
+
+
+RAMP = np.array([[0, 1, 2, 3], [2, 1, 0, 3]])
+"""Quarters of what is white, and black."""
+
+
+def tiff_of(file: Path, bits: int, rows: np.ndarray, **tags: tuple[int, int, int]) -> Path:
+    """Write a little-endian TIFF of one strip, with further tags of (number, type, value)."""
+    height, width = rows.shape
+    if bits == 12:
+        text = ["".join(f"{value:012b}" for value in row) for row in rows.tolist()]
+        data = b"".join(int(row, 2).to_bytes(len(row) // 8, "big") for row in text)
+    else:
+        data = rows.tobytes()
+    entries = {256: (4, width), 257: (4, height), 258: (3, bits), 259: (3, 1), 262: (3, 1)}
+    entries |= {273: (4, 8), 277: (3, 1), 278: (4, height), 279: (4, len(data))}
+    entries |= {number: (kind, value) for number, kind, value in tags.values()}
+    body = b"".join(
+        struct.pack("<HHI", tag, kind, 1)
+        + (struct.pack("<f", value) if kind == 11 else struct.pack("<I", value))
+        for tag, (kind, value) in sorted(entries.items())
+    )
+    data += b"\0" * (len(data) % 2)
+    directory = struct.pack("<H", len(entries)) + body + struct.pack("<I", 0)
+    file.write_bytes(struct.pack("<2sHI", b"II", 42, 8 + len(data)) + data + directory)
+    return file
+
+
+SIGNED, FLOAT = {"format": (339, 3, 2)}, {"format": (339, 3, 3)}
+DEEP = {
+    "12 bit": (12, (RAMP * 1365), {}),
+    "16 bit": (16, (RAMP * 21845).astype("<u2"), {}),
+    "16 bit to 4095": (16, (RAMP * 1365).astype("<u2"), {"most": (281, 3, 4095)}),
+    "16 bit from 300 to 900": (
+        16,
+        (300 + RAMP * 200).astype("<u2"),
+        {"least": (340, 3, 300), "most": (341, 3, 900)},
+    ),
+    "16 bit, white is 0": (16, (65535 - RAMP * 21845).astype("<u2"), {"white": (262, 3, 0)}),
+    "16 bit signed": (16, np.rint(RAMP * 32767 / 3).astype("<i2"), SIGNED),
+    "32 bit": (32, (RAMP * 1431655765).astype("<u4"), {}),
+    "32 bit signed": (32, np.rint(RAMP * ((2**31 - 1) / 3)).astype("<i4"), SIGNED),
+    "float": (32, (RAMP / 3).astype("<f4"), FLOAT),
+    "float to 3": (32, RAMP.astype("<f4"), {**FLOAT, "most": (341, 11, 3.0)}),
+    "float, white is 0": (32, (1 - RAMP / 3).astype("<f4"), {**FLOAT, "white": (262, 3, 0)}),
+}
+
+
+@pytest.mark.parametrize("kind", DEEP)
+def test_deep_images_are_scaled_by_what_their_file_says(kind: str, tmp_path: Path) -> None:
+    bits, rows, tags = DEEP[kind]
+    shown = to_tensor(open_image(tiff_of(tmp_path / "x.tif", bits, rows, **tags)))
+    np.testing.assert_array_equal(shown, np.stack([RAMP * 85] * 3))
+
+
+@pytest.mark.parametrize(
+    ("bits", "rows", "tags", "message"),
+    [
+        (32, RAMP.astype("<f4"), FLOAT, "values from 0 to 3, expected 0 to 1"),
+        (32, (RAMP - 1.5).astype("<f4"), FLOAT, "values from -1.5 to 1.5, expected 0 to 1"),
+        (32, (RAMP * np.nan).astype("<f4"), FLOAT, "values from nan to nan, expected 0 to 1"),
+        (16, (RAMP - 1).astype("<i2"), SIGNED, "values from -1 to 2, expected 0 to 32767"),
+        (16, RAMP.astype("<u2"), {"most": (281, 3, 2)}, "values from 0 to 3, expected 0 to 2"),
+    ],
+)
+def test_values_of_no_known_range_are_refused_with_theirs(
+    bits: int, rows: np.ndarray, tags: dict[str, tuple[int, int, int]], message: str, tmp_path: Path
+) -> None:
+    with pytest.raises(DataError, match=rf"x\.tif: {message}.*8 bits a channel"):
+        open_image(tiff_of(tmp_path / "x.tif", bits, rows, **tags))
+
+
+def test_16_bits_are_scaled_in_png_and_pgm_too(tmp_path: Path) -> None:
+    deep = (RAMP * 21845).astype(np.uint16)
+    Image.fromarray(deep).save(tmp_path / "x.png")
+    text = b"P5 4 2 65535\n" + deep.astype(">u2").tobytes()
+    (tmp_path / "x.pgm").write_bytes(text)
+    (tmp_path / "y.pgm").write_bytes(b"P5 4 2 4095\n" + (RAMP * 1365).astype(">u2").tobytes())
+    for name in ("x.png", "x.pgm", "y.pgm"):
+        found = to_tensor(open_image(tmp_path / name))
+        np.testing.assert_array_equal(found[0], RAMP * 85, err_msg=name)
+
+
+def ordinary() -> dict[str, Image.Image]:
+    colours = np.random.default_rng(0).integers(0, 255, (6, 8, 3), np.uint8)
+    picture = Image.fromarray(colours)
+    palette = picture.quantize(8)
+    seen = palette.copy()
+    seen.info["transparency"] = 3
+    return {
+        "rgb.png": picture,
+        "grey.png": picture.convert("L"),
+        "grey alpha.png": picture.convert("LA"),
+        "alpha.png": Image.fromarray(np.dstack([colours, colours[..., :1]])),
+        "palette.png": palette,
+        "transparent palette.png": seen,
+        "transparent grey.png": picture.convert("L"),
+        "bit.png": picture.convert("1"),
+        "cmyk.tif": picture.convert("CMYK"),
+        "cmyk.jpg": picture.convert("CMYK"),
+        "animated.gif": palette,
+        "plain.webp": picture,
+        "plain.bmp": picture,
+    }
+
+
+@pytest.mark.parametrize("name", ordinary())
+def test_ordinary_images_are_what_pillow_converts_them_to(name: str, tmp_path: Path) -> None:
+    """transformers and timm do the same: ``convert("RGB")``."""
+    image, options = ordinary()[name], {}
+    if name == "animated.gif":
+        options = {"save_all": True, "append_images": [image.rotate(90)]}
+    if name == "transparent grey.png":
+        options = {"transparency": 9}
+    image.save(tmp_path / name, **options)
+    with Image.open(tmp_path / name) as opened:
+        expected = np.asarray(opened.convert("RGB"))
+    np.testing.assert_array_equal(np.asarray(open_image(tmp_path / name)), expected)
+
+
+def test_deep_colours_that_end_early_are_refused(tmp_path: Path) -> None:
+    """Pillow keeps the upper 8 bits of each channel: of 12 bits in 16 they are black."""
+    rows = np.full((2, 12), 4095, "<u2")
+    colour = {"width": (256, 4, 4), "samples": (277, 3, 3), "colours": (262, 3, 2)}
+    whole = tiff_of(tmp_path / "whole.tif", 16, rows, **colour)
+    early = tiff_of(tmp_path / "early.tif", 16, rows, **colour, most=(281, 3, 4095))
+    assert to_tensor(open_image(whole)).shape == (3, 2, 4)
+    with pytest.raises(DataError, match=r"early\.tif: colours of 16 bits .* 4095"):
+        open_image(early)
 
 
 def test_images_are_turned_upright(tmp_path: Path) -> None:

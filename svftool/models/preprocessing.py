@@ -168,21 +168,22 @@ _OVERFLOWS = (AttributeError, OverflowError, RecursionError)
 
 def _from_transformers(facts: Mapping[str, Any]) -> Preprocessing:
     kind = str(facts.get("image_processor_type") or facts.get("feature_extractor_type") or "")
+    kind = kind.lower()
     found = replace(
-        _geometry(facts, kind.lower()),
+        _geometry(facts, kind),
         interpolation=_RESAMPLING.get(facts.get("resample", 2), "bilinear"),
-        flip_channels=bool(facts.get("do_flip_channel_order", "pplcnet" in kind.lower())),
+        flip_channels=bool(facts.get("do_flip_channel_order", kind.startswith("pplcnet"))),
         crop_down=True,
         source=PREPROCESSOR_FILE,
     )
     mean: tuple[float, ...]
     std: tuple[float, ...]
-    normalised = facts.get("do_normalize", "mobilevit" not in kind.lower())
+    normalised = facts.get("do_normalize", not kind.startswith("mobilevit"))
     if not normalised or "image_mean" not in facts:
         mean, std = (0.0,) * 3, (1.0,) * 3
     else:
         mean, std = _normalisation(facts["image_mean"], facts["image_std"])
-    if "efficientnet" in kind.lower() and facts.get("include_top", True) and normalised:
+    if kind.startswith("efficientnet") and facts.get("include_top", True) and normalised:
         # EfficientNet's processor divides by the deviation once more.
         std = tuple(value * value for value in std)
     mean, std = _rescaled(facts, mean, std)
@@ -202,13 +203,13 @@ def _geometry(facts: Mapping[str, Any], kind: str) -> Preprocessing:
     # The class is not named by old files; they have `size` as the size after cropping.
     squash = squash and bool(kind or not bare)
     cropped = _sides(facts.get("crop_size")) if facts.get("do_center_crop", False) else None
-    if "convnext" in kind and resized is not None and not squash:
+    if kind.startswith("convnext") and resized is not None and not squash:
         if resized[0] >= _CONVNEXT_WHOLE:
             return Preprocessing(size=resized, crop_pct=1.0, squash=True)
         return Preprocessing(size=resized, crop_pct=_share(facts.get("crop_pct") or 0.875))
     if resized is not None and not squash:
         resized = _enlarged(resized, facts, kind)
-    if "perceiver" in kind and cropped and resized:
+    if kind.startswith("perceiver") and cropped and resized:
         # It crops the same share before it resizes.
         cropped, resized = resized, cropped
         squash = False
@@ -223,9 +224,9 @@ _CONVNEXT_WHOLE = 384
 
 def _enlarged(resized: tuple[int, int], facts: Mapping[str, Any], kind: str) -> tuple[int, int]:
     """Return the short side that some processors resize to before they crop `size`."""
-    if "levit" in kind:
+    if kind.startswith("levit"):  # not MobileViT's, whose name holds it
         return (_side(int(256 / 224 * resized[0])),) * 2
-    if "poolformer" in kind and facts.get("crop_pct"):
+    if kind.startswith("poolformer") and facts.get("crop_pct"):
         return (_side(int(resized[0] / _share(facts["crop_pct"]))),) * 2
     return resized
 

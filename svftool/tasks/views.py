@@ -75,16 +75,7 @@ class ImageView:
 
         if not self.crop_down:
             return self._normalise([center_crop(image, list(self.size)) for image in images])
-        height, width = self.size
-        corners = [((i.shape[1] - height) // 2, (i.shape[2] - width) // 2) for i in images]
-        return self._normalise(
-            [
-                center_crop(image, list(self.size))  # pads images that are smaller
-                if min(top, left) < 0
-                else image[:, top : top + height, left : left + width]
-                for image, (top, left) in zip(images, corners, strict=True)
-            ]
-        )
+        return self._normalise([_cropped_down(image, self.size) for image in images])
 
     def augmented(
         self, images: Sequence[Tensor], augment: Augment | Transform, generator: torch.Generator
@@ -125,6 +116,16 @@ class ImageView:
     def _normalise(self, images: Sequence[Tensor]) -> Tensor:
         batch = torch.stack(list(images))
         return normalise(batch, self.mean, self.std, flip_channels=self.flip_channels)
+
+
+def _cropped_down(image: Tensor, size: tuple[int, int]) -> Tensor:
+    """Crop the centre of a (3, h, w) picture, with black around it where it is smaller."""
+    height, width = size
+    below, right = max(0, height - image.shape[1]), max(0, width - image.shape[2])
+    sides = [right // 2, (right + 1) // 2, below // 2, (below + 1) // 2]
+    image = torch.nn.functional.pad(image, sides)
+    top, left = (image.shape[1] - height) // 2, (image.shape[2] - width) // 2
+    return image[:, top : top + height, left : left + width]
 
 
 def choose_view(
