@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import sys
 from pathlib import Path
 from typing import Any
@@ -17,6 +18,7 @@ from svftool.errors import DataError, MissingDependencyError, ModelError, UsageE
 from svftool.tasks.base import Predicts
 from svftool.tasks.classification import Classification
 from svftool.tasks.heads import CosineHead
+from svftool.tasks.options import recorded
 
 
 class ColourNet(nn.Module):
@@ -78,9 +80,167 @@ def test_a_held_out_share_is_measured_apart(tmp_path: Path) -> None:
 def test_a_head_of_as_many_classes_is_kept(tmp_path: Path) -> None:
     model = ColourNet(3)
     before = model.fc.weight.clone()
-    prepared = Classification(write_pictures(tmp_path), shots=2).draw(0).prepare(model)
+    draw = Classification(write_pictures(tmp_path), shots=2, head="keep").draw(0)
+    prepared = draw.prepare(model)
     assert (prepared.model, prepared.head, prepared.new_head) == (model, "fc", False)
     assert torch.equal(model.fc.weight, before)
+
+
+class KnowingNet(nn.Module):
+    """Gives the channel that is brightest, with outputs for the channels in `order`."""
+
+    def __init__(self, *order: int) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(3, 3, 1, bias=False)
+        self.fc = nn.Linear(3, len(order))
+        with torch.no_grad():
+            self.conv.weight.copy_(torch.eye(3).view(3, 3, 1, 1))
+            self.fc.weight.copy_(10 * torch.eye(3)[list(order)])
+            self.fc.bias.zero_()
+
+    def forward(self, images: Tensor) -> Tensor:
+        return self.fc(self.conv(images).mean((2, 3)))
+
+
+RED, GREEN, BLUE = range(3)
+
+
+def prepared_for(folder: Path, model: nn.Module, **options: Any) -> tuple[Any, Any, float]:
+    """Return the task, its prepared model, and the accuracy before any training."""
+    task = Classification(folder, **{"shots": 5, **options})
+    draw = task.draw(0)
+    prepared = draw.prepare(model)
+    return task, prepared, draw.evaluate(prepared.model)["accuracy"]
+
+
+@pytest.mark.parametrize(
+    ("order", "kept"),
+    [((BLUE, GREEN, RED), True), ((GREEN, RED, BLUE), False), ((RED, RED, RED), False)],
+)
+def test_without_names_a_head_at_chance_is_replaced_and_said(
+    order: tuple[int, ...], kept: bool, tmp_path: Path
+) -> None:
+    data = write_pictures(tmp_path, count=8)
+    _, prepared, accuracy = prepared_for(data, KnowingNet(*order))
+    assert prepared.new_head is not kept
+    assert accuracy > 0.9
+    trial = prepared.facts["head_trial"]
+    assert trial["images"] == 15
+    assert (trial["p_value"] <= 0.05) is kept
+    assert prepared.facts["head"] == ("keep" if kept else "new")
+    if kept:
+        assert prepared.said == ()
+    else:
+        share = f"{trial['right']} of 15 support images \\({trial['right'] / 15:.1%}\\)"
+        assert re.search(share + ".*as chance does.*--head keep", prepared.said[0])
+
+
+def test_a_head_that_may_not_be_judged_is_kept(tmp_path: Path) -> None:
+    data = write_pictures(tmp_path, count=8)
+    wrong = (GREEN, RED, BLUE)
+    for options in ({"head": "keep"}, {"classes": ("blue", "green", "red")}):
+        _, prepared, _ = prepared_for(data, KnowingNet(*wrong), **options)
+        assert not prepared.new_head
+        assert "head_trial" not in prepared.facts
+    draw = Classification(data, shots=5).draw(0)
+    assert not draw.prepare(KnowingNet(*wrong), start=False).new_head
+
+
+def test_a_handful_of_images_decides_nothing_and_it_is_said(tmp_path: Path) -> None:
+    data = write_pictures(tmp_path, classes=["red", "blue"], count=4)
+    for order in ((BLUE, RED), (RED, BLUE)):
+        _, prepared, _ = prepared_for(data, KnowingNet(*order), shots=2)
+        assert not prepared.new_head
+        assert "too few to tell" in prepared.said[0]
+    _, prepared, accuracy = prepared_for(data, KnowingNet(RED, BLUE), shots=3)
+    assert (prepared.new_head, accuracy) == (True, 1.0)
+
+
+@pytest.mark.parametrize(
+    "names", [("Red", "BLUE", "green"), ("red, crimson", "blue, azure", "green, lime")]
+)
+def test_names_in_another_order_are_mapped(names: tuple[str, ...], tmp_path: Path) -> None:
+    data = write_pictures(tmp_path, count=8)
+    model = KnowingNet(RED, BLUE, GREEN)
+    task, prepared, accuracy = prepared_for(data, model, head_classes=names)
+    assert task.classes == ("red", "blue", "green")
+    assert (prepared.new_head, prepared.said, accuracy) == (False, (), 1.0)
+
+
+def test_a_part_of_the_heads_classes_keeps_their_outputs(tmp_path: Path) -> None:
+    data = write_pictures(tmp_path, classes=["red", "blue"], count=8)
+    names = ("blue", "green", "red")
+    model = KnowingNet(BLUE, GREEN, RED)
+    task, prepared, accuracy = prepared_for(data, model, head_classes=names)
+    assert (task.classes, prepared.new_head, accuracy) == (("blue", "red"), True, 1.0)
+    assert model.fc.weight.argmax(1).tolist() == [BLUE, RED]
+    assert "2 of its 3 outputs are kept" in prepared.said[0]
+    whole = {"head_classes": names, "whole_head": True}
+    task, prepared, accuracy = prepared_for(data, KnowingNet(BLUE, GREEN, RED), **whole)
+    assert (task.classes, prepared.new_head, accuracy) == (names, False, 1.0)
+
+
+@pytest.mark.parametrize("names", [("cat", "dog", "eel"), ("blue", "green", "rot")])
+def test_a_head_of_other_names_is_replaced_and_said(names: tuple[str, ...], tmp_path: Path) -> None:
+    data = write_pictures(tmp_path, count=8)
+    model = KnowingNet(BLUE, GREEN, RED)
+    _, prepared, accuracy = prepared_for(data, model, head_classes=names)
+    assert prepared.new_head
+    assert accuracy > 0.9
+    assert "is for other classes" in prepared.said[0]
+    with pytest.raises(DataError, match="unknown class"):
+        Classification(data, shots=5, head_classes=names, whole_head=True)
+
+
+@pytest.mark.parametrize("names", [("0", "1", "2"), ("class 1", "class 2", "class 3")])
+def test_names_that_say_nothing_are_no_names(names: tuple[str, ...], tmp_path: Path) -> None:
+    data = write_pictures(tmp_path, count=8)
+    _, prepared, _ = prepared_for(data, KnowingNet(BLUE, GREEN, RED), head_classes=names)
+    assert not prepared.new_head
+    _, prepared, _ = prepared_for(data, KnowingNet(GREEN, RED, BLUE), head_classes=names)
+    assert prepared.new_head
+
+
+def numbered(folder: Path) -> Path:
+    """Name the classes so that their order as text is another than that of their numbers."""
+    for name, number in {"blue": 1, "green": 2, "red": 10}.items():
+        (folder / name).rename(folder / str(number))
+    return folder
+
+
+def test_the_order_of_numbered_folders_is_said_where_a_head_is_kept_by_it(tmp_path: Path) -> None:
+    data = numbered(write_pictures(tmp_path, count=8))
+    _, prepared, _ = prepared_for(data, KnowingNet(BLUE, RED, GREEN))
+    assert not prepared.new_head
+    assert "the order 1, 10, 2, sorted as text" in prepared.said[0]
+    assert "--classes" in prepared.said[0]
+    _, prepared, _ = prepared_for(data, KnowingNet(BLUE, GREEN, RED))
+    assert prepared.new_head
+    assert len(prepared.said) == 2
+    assert "by number they are 1, 2, 10" in prepared.said[1]
+    _, prepared, _ = prepared_for(data, KnowingNet(*[RED] * 3), head="new")
+    assert prepared.said == ()
+    draw = Classification(data, shots=5).draw(0)
+    assert "sorted as text" in draw.prepare(KnowingNet(BLUE, RED, GREEN), start=False).said[0]
+
+
+def test_folds_judge_the_head_as_the_whole_support_set_does(tmp_path: Path) -> None:
+    data = write_pictures(tmp_path, count=8)
+    for order, new in (((BLUE, GREEN, RED), False), ((GREEN, RED, BLUE), True)):
+        for fold in Classification(data, shots=4).draw(0).subdivide(4, seed=0):
+            prepared = fold.prepare(KnowingNet(*order))
+            assert prepared.new_head is new
+            assert prepared.facts["head_trial"]["images"] == 12
+
+
+def test_a_cosine_head_in_place_of_one_at_chance_is_found_again(tmp_path: Path) -> None:
+    """What the tuned file says of the head, not the number of classes, makes it for `evaluate`."""
+    data = write_pictures(tmp_path, count=8)
+    task, prepared, _ = prepared_for(data, KnowingNet(RED, RED, RED), head_type="cosine")
+    assert isinstance(prepared.model.fc, CosineHead)
+    told = recorded("classification", {**task.describe(), **prepared.facts})
+    again = Classification(data, shots=5, **told).draw(0)
+    assert isinstance(again.prepare(KnowingNet(RED, RED, RED), start=False).model.fc, CosineHead)
 
 
 @pytest.mark.parametrize(("outputs", "head"), [(7, "auto"), (3, "new")])

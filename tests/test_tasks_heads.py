@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from math import comb
 from types import SimpleNamespace
 
 import pytest
@@ -10,7 +11,16 @@ import torch
 from torch import nn
 
 from svftool.errors import ModelError
-from svftool.tasks.heads import class_means, head_inputs, logits_of, new_head, pool, set_head
+from svftool.tasks.heads import (
+    class_means,
+    head_inputs,
+    head_rows,
+    logits_of,
+    new_head,
+    pool,
+    set_head,
+    try_head,
+)
 
 
 def clusters(count: int, spread: float, seed: int = 0) -> tuple[torch.Tensor, torch.Tensor]:
@@ -103,3 +113,37 @@ def test_the_inputs_of_a_head_are_caught_and_let_go() -> None:
     caught = head_inputs(model, "1", batches)
     torch.testing.assert_close(caught, model[0](torch.cat(batches)))
     assert not model[1]._forward_pre_hooks
+
+
+@pytest.mark.parametrize("right", range(13))
+def test_chance_is_judged_by_the_binomial_tail(right: int) -> None:
+    """Held against a sum over the tail; predictions are as frequent as the classes."""
+    labels = torch.arange(3).repeat(4)
+    predicted = labels.clone()
+    predicted[right:] = (predicted[right:] + 1) % 3
+    trial = try_head(predicted, labels, 3)
+    guessed = torch.bincount(predicted, minlength=3) / 12
+    chance = float(guessed.mean())
+    tail = sum(comb(12, k) * chance**k * (1 - chance) ** (12 - k) for k in range(right, 13))
+    assert trial.right == right
+    assert trial.p_value == pytest.approx(tail, rel=1e-6)
+    assert trial.at_chance is (tail > 0.05)
+
+
+def test_the_most_frequent_class_alone_is_chance() -> None:
+    labels = torch.tensor([0] * 90 + [1] * 10)
+    assert try_head(torch.zeros_like(labels), labels, 2).at_chance
+    assert not try_head(labels, labels, 2).at_chance
+
+
+@pytest.mark.parametrize(("count", "decidable"), [(2, False), (4, False), (6, True)])
+def test_few_images_decide_nothing(count: int, decidable: bool) -> None:
+    labels = torch.arange(count) % 2
+    assert try_head(1 - labels, labels, 2).decidable is decidable
+    assert try_head(1 - labels, labels, 2).at_chance is decidable
+
+
+def test_two_outputs_of_one_name_and_classes_of_one_form_are_no_match() -> None:
+    assert head_rows(["crane"], ["crane, bird", "crane, machine"]) is None
+    assert head_rows(["a b", "a_b"], ["A B", "c"]) is None
+    assert head_rows(["A-b", "Stra\u00dfe"], ["strasse", "a B"]) == [1, 0]

@@ -24,6 +24,8 @@ class ModelFacts:
     ----------
     preprocessing : Preprocessing
         Size and normalisation of images.
+    whole_head : bool
+        Whether a head is measured with all of its classes, whichever the data has.
     folder : Path or None
         Where the checkpoint's tokenizer would lie.
     config : mapping
@@ -33,13 +35,19 @@ class ModelFacts:
     """
 
     preprocessing: Preprocessing = DEFAULT_PREPROCESSING
+    whole_head: bool = False
     folder: Path | None = None
     config: Mapping[str, Any] = field(default_factory=dict)
     trust_remote_code: bool = False
 
     @classmethod
     def of(
-        cls, checkpoint: Checkpoint, model: nn.Module | None, *, trust_remote_code: bool = False
+        cls,
+        checkpoint: Checkpoint,
+        model: nn.Module | None,
+        *,
+        trust_remote_code: bool = False,
+        whole_head: bool = False,
     ) -> ModelFacts:
         """Gather them from a checkpoint and the model built for it."""
         return cls(
@@ -47,7 +55,35 @@ class ModelFacts:
             folder=checkpoint.path if checkpoint.is_folder else checkpoint.path.parent,
             config=checkpoint.config or {},
             trust_remote_code=trust_remote_code,
+            whole_head=whole_head,
         )
+
+
+def head_classes(config: Mapping[str, Any]) -> tuple[str, ...] | None:
+    """Return what ``config.json`` says of the head's outputs: transformers' or timm's names.
+
+    timm describes its names besides; these stand after a comma, as other names of the class.
+    """
+    names = config.get("label_names")
+    if isinstance(names, list) and names:
+        more = config.get("label_descriptions")
+        described = more if isinstance(more, Mapping) else {}
+        return tuple(f"{n}, {described[n]}" if n in described else str(n) for n in names)
+    known = config.get("id2label")
+    if not isinstance(known, Mapping) or not known:
+        return None
+    numbers = [str(key) for key in known]
+    if sorted(numbers, key=_number) != [str(number) for number in range(len(numbers))]:
+        return None
+    found = {str(key): str(name) for key, name in known.items()}
+    names = [found[key] for key in sorted(numbers, key=_number)]
+    # transformers' stand-ins for names that nobody gave.
+    return None if names[0] == "LABEL_0" else tuple(names)
+
+
+def _number(text: str) -> tuple[int, str]:
+    """Sort numbers by their size."""
+    return len(text), text
 
 
 def _classification(
@@ -55,7 +91,15 @@ def _classification(
 ) -> Sequence[Task]:
     from svftool.tasks.classification import Classification
 
-    return [Classification(data, preprocessing=facts.preprocessing, **options)]
+    return [
+        Classification(
+            data,
+            preprocessing=facts.preprocessing,
+            head_classes=head_classes(facts.config),
+            whole_head=facts.whole_head,
+            **options,
+        )
+    ]
 
 
 def _few_shot(data: Path, facts: ModelFacts, progress: Progress, **options: Any) -> Sequence[Task]:

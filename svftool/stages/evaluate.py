@@ -29,10 +29,9 @@ from svftool.factors import (
 from svftool.machine import explain_out_of_memory, pick_device
 from svftool.models import build_model
 from svftool.progress import SILENT, Progress
-from svftool.stages.catalogue import ModelFacts, make_tasks
+from svftool.stages.catalogue import ModelFacts, head_classes, make_tasks
 from svftool.stages.evaluate_result import EvaluateResult, Evaluation
 from svftool.tasks.base import Draw, Predicts, Prepared, Task
-from svftool.tasks.images import order_warning
 from svftool.tasks.option import options_in
 from svftool.tasks.options import TASKS, recorded
 
@@ -145,16 +144,19 @@ def evaluate(
             )
 
         fresh = [build()]
-        facts = ModelFacts.of(source.checkpoint, fresh[0], trust_remote_code=trust_remote_code)
+        facts = ModelFacts.of(
+            source.checkpoint, fresh[0], trust_remote_code=trust_remote_code, whole_head=True
+        )
         tasks = make_tasks(task, Path(data), facts, options, progress=progress)
-        _check(tasks[0], source, progress, given=options.get("classes") is not None)
+        _check(tasks[0], source, progress)
         runs = []
         for one in tasks:
             _warn_of_seen(one, source, progress)
             begun = time.perf_counter()
             with explain_out_of_memory(None):
                 draw = one.draw(seed)
-                live = _fit(source, one, draw, (fresh.pop() if fresh else build()).to(place))
+                bare = (fresh.pop() if fresh else build()).to(place)
+                live = _fit(source, one, draw, bare, progress)
                 metrics = draw.evaluate(live, progress=progress)
                 seconds = time.perf_counter() - begun
                 runs.append(Evaluation(seed, one.shots, dict(one.facts), metrics, seconds))
@@ -209,7 +211,7 @@ def _options(task: str, data: Path, source: _Source, given: Mapping[str, Any]) -
     if "evaluation" in own and options.get("shots") is None:
         options["shots"] = None
         options["evaluation"] = options.get("evaluation") or data
-    names = _class_names(source)
+    names = _class_names(source, task)
     if names and "classes" in own:
         options.setdefault("classes", names)
     return options
@@ -220,29 +222,19 @@ def _seed(source: _Source) -> int:
     return 0 if source.tuned is None else int(source.tuned.training.get("seed", 0))
 
 
-def _class_names(source: _Source) -> tuple[str, ...] | None:
-    """Find the names of the head's outputs."""
+def _class_names(source: _Source, task: str) -> tuple[str, ...] | None:
+    """Find the names of the head's outputs; classification holds a config's against the data's."""
     if source.tuned is not None:
         return source.tuned.classes
-    config = source.checkpoint.config or {}
-    if isinstance(config.get("label_names"), list):
-        return tuple(map(str, config["label_names"]))
-    known = config.get("id2label")
-    if not isinstance(known, Mapping):
+    if task == "classification":
         return None
-    names = tuple(str(known[key]) for key in sorted(known, key=int))
-    # transformers' stand-ins for names that nobody gave.
-    return None if names[0] == "LABEL_0" else names
+    return head_classes(source.checkpoint.config or {})
 
 
-def _check(task: Task, source: _Source, progress: Progress, *, given: bool) -> None:
+def _check(task: Task, source: _Source, progress: Progress) -> None:
     """Hold what the data gives against what a tuned file was trained on."""
     tuned = source.tuned
     if tuned is None:
-        if task.classes is not None and task.name == "classification" and not given:
-            warning = order_warning(task.classes)
-            if warning is not None:
-                progress.warn(warning)
         return
     if tuned.classes is not None and task.classes != tuned.classes:
         raise DataError(
@@ -272,10 +264,14 @@ def _warn_of_seen(task: Task, source: _Source, progress: Progress) -> None:
         )
 
 
-def _fit(source: _Source, task: Task, draw: Draw, model: nn.Module) -> nn.Module:
+def _fit(
+    source: _Source, task: Task, draw: Draw, model: nn.Module, progress: Progress
+) -> nn.Module:
     """Return a freshly built model its head, and what was tuned."""
     known = set(model.state_dict())
     prepared = draw.prepare(model, start=False)
+    for message in prepared.said:
+        progress.warn(message)
     if source.store is None:
         names = _load_rest(prepared, task, source.checkpoint, known)
     else:

@@ -8,7 +8,7 @@ The loop knows nothing of labels, masks or text. A new task is one module that o
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal, Protocol, runtime_checkable
 
@@ -62,6 +62,10 @@ class Prepared:
     beside : tuple of nn.Module
         Frozen modules that the loss uses and `model` does not hold. Where several processes
         prepare, they go on with those of the first.
+    said : tuple of str
+        What the user should be told of it, a sentence each.
+    facts : mapping
+        Plain values that say how it was prepared, for results and the tuned file.
     """
 
     model: nn.Module
@@ -70,6 +74,8 @@ class Prepared:
     layers: tuple[str, ...] = ()
     head_rate: float = 1.0
     beside: tuple[nn.Module, ...] = ()
+    said: tuple[str, ...] = ()
+    facts: Mapping[str, Any] = field(default_factory=dict)
 
 
 class Draw(Protocol):

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from types import MappingProxyType
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -17,14 +17,26 @@ from svftool.models import DEFAULT_PREPROCESSING, Preprocessing, find_head
 from svftool.progress import SILENT, Progress
 from svftool.tasks.base import Part, Prepared, TaskMetric, device_of
 from svftool.tasks.heads import (
+    MOST_JUDGED,
+    are_telling,
     head_inputs,
+    head_rows,
+    keep_rows,
     logits_of,
     new_head,
     pool,
     require_module,
     start_head,
+    try_head,
 )
-from svftool.tasks.images import check_labels, class_names, list_images, short_name
+from svftool.tasks.images import (
+    check_labels,
+    class_names,
+    list_images,
+    natural_order,
+    order_warning,
+    short_name,
+)
 from svftool.tasks.options import ClassificationOptions, StrPath
 from svftool.tasks.splits import (
     balanced_order,
@@ -144,6 +156,12 @@ class Classification:
         Images to draw the support set from; see `svftool.tasks.images.list_images`.
     preprocessing : Preprocessing
         Normalisation and size that the checkpoint was trained with.
+    head_classes : sequence of str, optional
+        What the outputs of the checkpoint's head are, where it says. They are held against the
+        data's classes unless ``classes`` are given.
+    whole_head : bool
+        Measure a head with all of its classes where the data has a part of them; otherwise only
+        the outputs of that part are kept.
     options
         Fields of `svftool.tasks.options.ClassificationOptions`.
 
@@ -162,13 +180,17 @@ class Classification:
         data: StrPath,
         *,
         preprocessing: Preprocessing = DEFAULT_PREPROCESSING,
+        head_classes: Sequence[str] | None = None,
+        whole_head: bool = False,
         **options: Any,
     ) -> None:
         self.options = chosen = ClassificationOptions(**options)
         images = list_images(Path(data))
         queries = [] if chosen.evaluation is None else list_images(Path(chosen.evaluation))
         self.shots = chosen.shots
-        self.classes = class_names(images, chosen.classes)
+        names = class_names(images, chosen.classes)
+        self.of_head = _of_head(names, head_classes, chosen, whole=whole_head)
+        self.classes = self.of_head.classes
         check_labels(images, self.classes, data)
         check_labels(queries, self.classes, chosen.evaluation or data)
         require_query(chosen.shots, chosen.evaluation, "images")
@@ -223,14 +245,71 @@ class Classification:
         return Examples(images, tuple(indices), labels)
 
 
+@dataclass(frozen=True)
+class _OfHead:
+    """What the checkpoint's head is to the data's classes, by their names.
+
+    Attributes
+    ----------
+    classes : tuple of str
+        The task's classes, in the order of the head's outputs where these are known.
+    relation : {"unknown", "given", "same", "part", "other"}
+        ``part`` keeps the outputs `rows`; ``other`` classes need a new head.
+    rows : tuple of int
+        The head's output for each class.
+    outputs : int
+        How many the head has by its names.
+    """
+
+    classes: tuple[str, ...]
+    relation: Literal["unknown", "given", "same", "part", "other"] = "unknown"
+    rows: tuple[int, ...] = ()
+    outputs: int = 0
+
+
+def _of_head(
+    names: tuple[str, ...],
+    head: Sequence[str] | None,
+    options: ClassificationOptions,
+    *,
+    whole: bool,
+) -> _OfHead:
+    if options.classes is not None:
+        return _OfHead(names, "given")
+    if head is None or options.head == "new":
+        return _OfHead(names)
+    rows = head_rows(names, head)
+    if rows is None:
+        if not (are_telling(names) and are_telling(head)):
+            return _OfHead(names)
+        # Measured with the head as it is, they are refused as classes that it does not know.
+        return _OfHead(tuple(head) if whole else names, "other")
+    known = dict(zip(rows, names, strict=True))
+    if whole or len(rows) == len(head):
+        whole_names = [known.get(row, name) for row, name in enumerate(head)]
+        return _OfHead(tuple(whole_names), "same", outputs=len(head))
+    kept = sorted(rows)
+    return _OfHead(tuple(known[row] for row in kept), "part", tuple(kept), len(head))
+
+
 class ClassificationDraw:
-    """Support, held-out and query images of one seed."""
+    """Support, held-out and query images of one seed.
+
+    The checkpoint's head is judged by the images `judge`, by default the support set.
+    """
 
     def __init__(
-        self, task: Classification, support: Examples, held_out: Examples, query: Examples
+        self,
+        task: Classification,
+        support: Examples,
+        held_out: Examples,
+        query: Examples,
+        *,
+        judge: Examples | None = None,
     ) -> None:
         self._task = task
         self._support = support
+        self._judge = support if judge is None else judge
         self._parts = {"held_out": held_out, "query": query}
 
     @property
@@ -246,7 +325,9 @@ class ClassificationDraw:
     def prepare(self, model: nn.Module, *, start: bool = True) -> Prepared:
         """Keep the model's head, or make one from the class means of its features.
 
-        Without `start` the new head is left untrained.
+        With ``auto`` the names of the classes decide. Where the head's are not known, or say
+        nothing, one of as many outputs is kept unless it is at chance on the support set. Without
+        `start` the new head is left untrained, and no head is tried.
 
         Raises
         ------
@@ -255,19 +336,86 @@ class ClassificationDraw:
         """
         task, head = self._task, _head_of(model, self._task.options.head_name)
         outputs = self._outputs(model)
-        if head is not None and outputs == len(task.classes) and task.options.head != "new":
-            return Prepared(model, head)
+        choice = self._choose(model, head, outputs, start=start)
+        if choice.kept and head is not None:
+            return Prepared(model, head, said=choice.said, facts={**choice.facts, "head": "keep"})
         if task.options.head == "keep":
             raise ModelError(
                 f"the checkpoint's head has {outputs} outputs, the data {len(task.classes)} "
                 "classes. Use --head new, or give the head's class names in order with --classes"
             )
+        old = None if head is None else model.get_submodule(head)
         model, head = new_head(model, head, len(task.classes), outputs, kind=task.options.head_type)
-        if start:
+        if start and not (choice.rows and keep_rows(model.get_submodule(head), old, choice.rows)):
             self._start_from_means(model, head)
         single = int(torch.bincount(self._support.labels).max()) == 1
-        rate = SINGLE_EXAMPLE_RATE if single else 1.0
-        return Prepared(model, head, new_head=True, head_rate=rate)
+        return Prepared(
+            model,
+            head,
+            new_head=True,
+            head_rate=SINGLE_EXAMPLE_RATE if single else 1.0,
+            said=choice.said,
+            facts={**choice.facts, "head": "new"},
+        )
+
+    def _choose(
+        self, model: nn.Module, head: str | None, outputs: int, *, start: bool
+    ) -> _HeadChoice:
+        """Decide whether the checkpoint's head stays."""
+        task = self._task
+        relation, wanted = task.of_head.relation, task.options.head
+        fits = head is not None and outputs == len(task.classes)
+        if wanted != "auto" or head is None:
+            return _HeadChoice(kept=fits and wanted != "new")
+        if relation == "part" and outputs == task.of_head.outputs:
+            note = f"the checkpoint's head knows these {len(task.classes)} classes and others: "
+            return _HeadChoice(
+                False,
+                (note + f"{len(task.classes)} of its {outputs} outputs are kept",),
+                rows=task.of_head.rows,
+            )
+        if not fits or relation in {"given", "same"} or not start:
+            said = order_warning(task.classes) if fits and relation == "unknown" else None
+            return _HeadChoice(fits, () if said is None else (said,))
+        if relation == "other":
+            note = f"the checkpoint's head is for other classes than {shortlist(task.classes, 4)}"
+            return _HeadChoice(False, (f"{note}: a new head takes its place",))
+        return self._tried(model)
+
+    @torch.inference_mode()
+    def _tried(self, model: nn.Module) -> _HeadChoice:
+        """Keep a head of as many outputs unless it is at chance on the support set."""
+        judge, classes = self._judge, self._task.classes
+        judge = judge.at(range(0, len(judge), -(-len(judge) // MOST_JUDGED)))
+        device = device_of(model)
+        batches = judge.batches(device)
+        found = torch.cat([pool(logits_of(model(images))).argmax(1) for images, _ in batches]).cpu()
+        trial = try_head(found, judge.labels, len(classes))
+        facts, order = {"head_trial": trial.plain()}, order_warning(classes)
+        of = f"{trial.right} of {trial.images} support images"
+        if not trial.decidable:
+            note = (
+                f"the checkpoint's head is kept for its {len(classes)} outputs: {of} are right, "
+                "too few to tell whether it is for these classes. Decide with --head keep or new"
+            )
+            return _HeadChoice(True, (note, *([] if order is None else [order])), facts)
+        if not trial.at_chance:
+            return _HeadChoice(True, () if order is None else (order,), facts)
+        note = (
+            f"the checkpoint's head finds the class of {of} ({trial.right / trial.images:.1%}), "
+            f"as chance does ({trial.chance:.1%}): a new head takes its place. Keep it with --head "
+            "keep, or give the order of its classes with --classes"
+        )
+        return _HeadChoice(False, (note, *self._in_order(found, judge.labels, order)), facts)
+
+    def _in_order(self, found: Tensor, labels: Tensor, order: str | None) -> list[str]:
+        """Say where a head that is at chance is right in the order of the classes' numbers."""
+        classes = self._task.classes
+        if order is None:
+            return []
+        places = torch.tensor([natural_order(classes).index(name) for name in classes])
+        trial = try_head(found, places[labels], len(classes))
+        return [] if trial.at_chance else [order]
 
     def _outputs(self, model: nn.Module) -> int:
         batch = self._task.view.centre(self._support.take([0, self.size - 1]))
@@ -299,7 +447,11 @@ class ClassificationDraw:
         support, held_out = self._support, self._parts["held_out"]
         return [
             ClassificationDraw(
-                self._task, support.at(others(fold, self.size)), held_out, support.at(fold)
+                self._task,
+                support.at(others(fold, self.size)),
+                held_out,
+                support.at(fold),
+                judge=self._judge,
             )
             for fold in left_out(support.labels.tolist(), count, seed=seed)
         ]
@@ -368,6 +520,16 @@ class ClassificationDraw:
         model.eval()
         for images, labels in self._parts[part].batches(device_of(model)):
             yield logits_of(model(images)), labels
+
+
+@dataclass(frozen=True)
+class _HeadChoice:
+    """Whether the checkpoint's head stays, which of its outputs do, and what is said of it."""
+
+    kept: bool
+    said: tuple[str, ...] = ()
+    facts: Mapping[str, Any] = field(default_factory=dict)
+    rows: tuple[int, ...] = ()
 
 
 def _head_of(model: nn.Module, name: str | None) -> str | None:

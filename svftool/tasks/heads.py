@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+import re
+import unicodedata
+from collections.abc import Iterable, Sequence
+from dataclasses import asdict, dataclass
 from typing import Any, Literal
 
 import torch
+from scipy.special import bdtrc
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy, linear, normalize
 
@@ -242,9 +246,136 @@ def start_head(head: nn.Module, features: Tensor, labels: Tensor, classes: int) 
         set_head(head, class_means(features, labels, classes))
 
 
+def keep_rows(head: nn.Module, old: nn.Module | None, rows: Sequence[int]) -> bool:
+    """Give a new head the weights of some outputs of an old one; whether both are of one kind."""
+    if old is None or type(old) is not type(head):
+        return False
+    with torch.no_grad():
+        for name, parameter in head.named_parameters():
+            parameter.copy_(old.get_parameter(name)[list(rows)])
+    return True
+
+
 def set_head(head: nn.Module, weights: Tensor) -> None:
     """Give a new head these weights, (classes, F), and no bias."""
     with torch.no_grad():
         for name, parameter in head.named_parameters():
             value = weights if name == "weight" else torch.zeros(())
             parameter.copy_(value.reshape(parameter.shape) if name == "weight" else value)
+
+
+# Whether the checkpoint's head is for the data's classes: by their names, else by its predictions.
+
+
+def head_rows(names: Sequence[str], head: Sequence[str]) -> list[int] | None:
+    """Find the output of a head for each class of the data, by their names in normal form.
+
+    Case, hyphens, underscores and spaces do not count. A head's name may list others of the same
+    class after commas, as ImageNet's do.
+
+    Parameters
+    ----------
+    names : sequence of str
+        The data's classes.
+    head : sequence of str
+        The head's, in the order of its outputs.
+
+    Returns
+    -------
+    list of int or None
+        None unless every class has one output, and no two have the same.
+
+    Examples
+    --------
+    >>> head_rows(["sea_lion", "Crane"], ["crane", "tench", "Sea lion, Zalophus"])
+    [2, 0]
+    >>> head_rows(["dog"], ["crane", "tench"]) is None
+    True
+    """
+    outputs: dict[str, set[int]] = {}
+    for row, name in enumerate(head):
+        for form in {_normal(name), *map(_normal, name.split(","))}:
+            outputs.setdefault(form, set()).add(row)
+    found = [outputs.get(_normal(name), set()) for name in names]
+    rows = [next(iter(several)) for several in found if len(several) == 1]
+    return rows if len(set(rows)) == len(names) else None
+
+
+def are_telling(names: Sequence[str]) -> bool:
+    """Whether names say what the classes are: numbers, and words that differ by one, do not.
+
+    Examples
+    --------
+    >>> are_telling(["cat", "dog"]), are_telling(["1", "2"]), are_telling(["class_1", "class_2"])
+    (True, False, False)
+    """
+    return len({re.sub(r"[0-9]+", "#", _normal(name)) for name in names}) > 1
+
+
+def _normal(name: str) -> str:
+    text = unicodedata.normalize("NFKC", name).casefold()
+    return " ".join(re.sub(r"[-_\s]+", " ", text).split())
+
+
+LEVEL = 0.05
+"""Of the test whether a head is at chance: how often one that is would pass as better."""
+MOST_JUDGED = 512
+"""Images that a head is judged by, at most."""
+
+
+@dataclass(frozen=True)
+class HeadTrial:
+    """How a head does on images of the data, and how it would do by chance.
+
+    Attributes
+    ----------
+    images, right : int
+        Images, and those for which it finds the class.
+    chance : float
+        Share that predictions as frequent as these would find if they had nothing to do with the
+        images.
+    p_value : float
+        Probability that chance finds as many or more: the tail of a binomial distribution.
+    decidable : bool
+        Whether so few images could tell a perfect head from chance.
+    """
+
+    images: int
+    right: int
+    chance: float
+    p_value: float
+    decidable: bool
+
+    @property
+    def at_chance(self) -> bool:
+        """Whether the head knows nothing of these classes, as far as the images say."""
+        return self.decidable and self.p_value > LEVEL
+
+    def plain(self) -> dict[str, Any]:
+        """Return plain values for results and tuned files."""
+        return {**asdict(self), "accuracy": self.right / self.images}
+
+
+def try_head(predicted: Tensor, labels: Tensor, classes: int) -> HeadTrial:
+    """Hold a head's predictions against the labels, by an exact binomial test.
+
+    Parameters
+    ----------
+    predicted, labels : (N,) int64 Tensor
+    classes : int
+        Number of classes.
+
+    Examples
+    --------
+    >>> labels = torch.arange(3).repeat(4)
+    >>> try_head(labels, labels, 3).at_chance, try_head(labels * 0, labels, 3).at_chance
+    (False, True)
+    """
+    count = len(labels)
+    shares = torch.bincount(labels, minlength=classes).double() / count
+    guessed = torch.bincount(predicted, minlength=classes)[:classes].double() / count
+    right = int((predicted == labels).sum())
+    chance = float((shares * guessed).sum())
+    p_value = float(bdtrc(right - 1, count, chance)) if right else 1.0
+    decidable = float((shares**2).sum()) ** count <= LEVEL
+    return HeadTrial(count, right, chance, p_value, decidable)

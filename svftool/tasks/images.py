@@ -207,8 +207,9 @@ def open_image(path: ImagePath) -> Image:
             deep = _depth_of(opened, path)
             image = ImageOps.exif_transpose(opened)
             if deep is not None:
-                return pillow.fromarray(_scaled(np.asarray(image), deep, path)).convert("RGB")
-            return image.convert("RGB")
+                image = pillow.fromarray(_scaled(np.asarray(image), deep, path))
+            shown: Image = image.convert("RGB")
+            return shown
     except DataError:
         raise
     except Exception as error:  # Pillow's decoders raise whatever they meet

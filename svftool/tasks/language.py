@@ -188,7 +188,7 @@ class LanguageDraw:
         ModelError
             If the model is no causal language model or has fewer tokens than the tokenizer.
         """
-        self._check_vocabulary(model)
+        said = self._check_vocabulary(model)
         block = self._support.blocks[0]
         short = Block(block.ids[:2], block.targets[:2], 0)
         batch = to_device(collate([short], self._task.padding), device_of(model))
@@ -207,12 +207,19 @@ class LanguageDraw:
             _enable_checkpointing(model)
         if self._task.options.head_name is not None:
             require_module(model, self._task.options.head_name)
-        return Prepared(model, self._task.options.head_name)
+        return Prepared(model, self._task.options.head_name, said=tuple(said))
 
-    def _check_vocabulary(self, model: nn.Module) -> None:
-        known = _vocabulary(model)
+    def _check_vocabulary(self, model: nn.Module) -> list[str]:
+        """Refuse tokens without embeddings; of padding, which is masked, say what stands for it."""
+        known, said = _vocabulary(model), list[str]()
         if known is None:
-            return
+            return said
+        if not 0 <= self._task.padding < known:
+            said.append(
+                f"the tokenizer pads with token {self._task.padding}, the model has embeddings "
+                f"for {known}: padded with token 0, which is masked as any padding is"
+            )
+            self._task.padding = 0
         corpora = (self._support, *self._parts.values())
         for corpus in corpora:
             for block in corpus.blocks:
@@ -224,6 +231,7 @@ class LanguageDraw:
                         f"{text.file}: line {text.line}: token {largest} ({token!r}), the model "
                         f"has embeddings for {known}. Name its own tokenizer with --tokenizer"
                     )
+        return said
 
     def subdivide(self, count: int, seed: int) -> list[LanguageDraw]:
         """Split the support set by texts; see `svftool.tasks.base.Subdivides`."""

@@ -150,10 +150,13 @@ class ClassesOptions(TaskOptions):
     )
     head: Literal["auto", "keep", "new"] = option(
         "auto",
-        help="auto keeps the head where the number of classes is the same.",
+        help="auto keeps the head where it is for the same classes, by their names or, where these "
+        "are not known, by what it finds.",
         panel=CLASSIFICATION,
+        recorded="head",
         evaluate=True,
-        evaluate_help="As in the fine-tune: whether its head was the checkpoint's.",
+        evaluate_help="Whether the fine-tune's head was the checkpoint's.",
+        evaluate_shown="as trained",
     )
     head_name: str | None = option(None, HEAD_NAME)
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import signal
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
 
@@ -110,6 +110,7 @@ class _Comparison:
                 return
             with explain_out_of_memory(self._plan.settings.batch_size):
                 prepared = self._prepare(draw)
+                self._tell(prepared.said)
                 if before is None:
                     before = self._measure(draw, prepared.model)
                     stem = file_stem("before", seed, task.shots, task.facts)
@@ -197,7 +198,7 @@ class _Comparison:
             seconds=time.perf_counter() - begun,
             peak_memory_bytes=peak_memory(plan.device),
             worse=metric.better(before[metric.name], after[metric.name]),
-            setting=task.describe(),
+            setting={**task.describe(), **prepared.facts},
             learning_rates={kind: settings.learning_rate(kind) for kind in trainable.groups},
             tuning=tuning,
         )
@@ -250,6 +251,13 @@ class _Comparison:
                 exclude=plan.exclude,
                 **plan.attaching,
             )
+
+    def _tell(self, messages: Sequence[str]) -> None:
+        """Say each message once."""
+        for message in messages:
+            if message not in self._said:
+                self._said.add(message)
+                self._progress.warn(message)
 
     def _say_absent(self, trainable: Trainable) -> None:
         """Say once a regime what it names and the model does not have."""

@@ -100,7 +100,7 @@ class RunWriter:
                 whole=trainable.whole_tensors(),
                 task=task.name,
                 classes=task.classes,
-                training=self._facts(run, trainable, task),
+                training=self._facts(run, trainable),
             )
         return target
 
@@ -124,13 +124,13 @@ class RunWriter:
         mixture = Mixture(self.store, self.base, [Expert(trained)])
         write_dense(mixture, where, target=target, max_bytes=None, progress=SILENT)
 
-    def _facts(self, run: Run, trainable: Trainable, task: Task) -> dict[str, Any]:
+    def _facts(self, run: Run, trainable: Trainable) -> dict[str, Any]:
         """Say how a tuned file came about; without times and paths, so that bytes repeat."""
         settings = self.settings
         return {
             "regime": run.regime,
             "seed": run.seed,
-            "data": task.describe(),
+            "data": dict(run.setting),
             "metrics": {"before": dict(run.before), "after": dict(run.after)},
             "trainable_parameters": run.trainable_parameters,
             "steps": run.outcome.steps,
