@@ -165,7 +165,7 @@ def test_the_same_seed_gives_the_same_bytes(finetune: Callable[..., Any], work: 
 def test_the_merged_checkpoint_does_what_was_measured(
     finetune: Callable[..., Any], work: Path
 ) -> None:
-    options = ["--steps", 30, "--lr", 0.02, "--head-lr", 0.05, "--json"]
+    options = ["--steps", 30, "--lr", 0.02, "--head-lr", 0.05, "--head", "keep", "--json"]
     document = json.loads(finetune("t.svf.safetensors", *options).stdout)
     measured = document["runs"][0]["metrics"]
     assert measured["after"]["accuracy"] > measured["before"]["accuracy"]
@@ -234,6 +234,7 @@ def test_a_worse_tune_is_said_loudly(finetune: Callable[..., Any], work: Path) -
     assert "WORSE" not in good.stdout
     assert run("decompose", work / "good.safetensors", "-o", work / "better").exit_code == 0
     fixed = ["--model", f"{work / 'net.py'}:net", "--shots", 3, "--steps", 40, "--head-lr", 0.1]
+    fixed += ["--head", "keep"]
     bad = run(
         "finetune",
         work / "better",

@@ -61,7 +61,7 @@ def plan(tmp_path: Path, store: FactorStore) -> Callable[..., TrainingPlan]:
         return TrainingPlan(
             build=SmallNet,
             store=store,
-            tasks=[Classification(data, shots=3)],
+            tasks=[Classification(data, shots=3, head="keep")],
             settings=Settings(**settings),
             device=torch.device("cpu"),
             **chosen,

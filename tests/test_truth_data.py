@@ -57,7 +57,17 @@ def test_hidden_files_are_no_texts_and_no_pairs(tmp_path: Path) -> None:
     assert [file.name for file in class_folders(tmp_path / "fss")["cat"]] == ["0.jpg"]
 
 
-@pytest.mark.parametrize("parts", [("train", "test"), ("Train", "val", "test"), ("trn", "tst")])
+@pytest.mark.parametrize(
+    "parts",
+    [
+        ("train", "test"),
+        ("Train", "val", "test"),
+        ("trn", "tst"),
+        ("val", "test"),
+        ("annotations", "test", "train"),
+        ("training", "validation"),
+    ],
+)
 @pytest.mark.parametrize("inside", ["cat/0.png", "0.png"])
 def test_the_parts_of_a_data_set_are_no_classes(
     parts: tuple[str, ...], inside: str, tmp_path: Path
@@ -68,10 +78,20 @@ def test_the_parts_of_a_data_set_are_no_classes(
         list_images(tmp_path)
 
 
-def test_a_class_may_be_called_train(tmp_path: Path) -> None:
-    for name in ("bus", "train"):
+def test_the_parts_of_a_data_set_are_no_classes_of_pairs(tmp_path: Path) -> None:
+    for part in ("train", "test"):
+        picture(tmp_path / part / "0.jpg")
+    with pytest.raises(DataError, match=r"the parts of a data set.*train, and .*test with --eval"):
+        class_folders(tmp_path)
+
+
+@pytest.mark.parametrize("names", [("bus", "train"), ("bus", "test"), ("train", "training")])
+def test_a_class_may_be_called_train(names: tuple[str, ...], tmp_path: Path) -> None:
+    for name in names:
         picture(tmp_path / name / "0.png")
-    assert {image.label for image in list_images(tmp_path)} == {"bus", "train"}
+        picture(tmp_path / name / "0.jpg")
+    assert {image.label for image in list_images(tmp_path)} == set(names)
+    assert set(class_folders(tmp_path)) == set(names)
 
 
 @pytest.mark.parametrize("text", ["a \\ud83d b", "\\udc4d"])

@@ -25,7 +25,7 @@ from svftool.few_shot.list_files import sizes_differ
 from svftool.few_shot.masks import mapped, read_binary
 from svftool.few_shot.pool import FoldData, ImageMaskPair, ImagePool, allow
 from svftool.progress import SILENT, Progress
-from svftool.tasks.images import image_size
+from svftool.tasks.images import image_size, refuse_splits
 
 IMAGE_SUFFIXES = frozenset({".jpg", ".jpeg", ".webp", ".bmp"})
 HELD_OUT_SHARE = 0.2
@@ -166,6 +166,7 @@ def class_folders(root: Path) -> dict[str, list[Path]]:
             ]
             if images:
                 found[folder.name] = images
+    refuse_splits(root, found)
     return found
 
 

@@ -1,6 +1,6 @@
 """A model spec and a checkpoint -> a live model with exactly the checkpoint's weights."""
 
-from svftool.models.build import build_model, find_head
+from svftool.models.build import build_model, find_head, is_read_whole
 from svftool.models.load import load_weights
 from svftool.models.preprocessing import (
     DEFAULT_PREPROCESSING,
@@ -15,6 +15,7 @@ __all__ = [
     "build_model",
     "find_head",
     "find_preprocessing",
+    "is_read_whole",
     "load_weights",
     "normalise",
 ]

@@ -129,6 +129,15 @@ def build_model(
     return load_weights(model, checkpoint, dtype=dtype, strict=strict).eval()
 
 
+def is_read_whole(spec: str, checkpoint: Checkpoint) -> bool:
+    """Whether a library reads the checkpoint's tensors, and none can be left without a place.
+
+    transformers renames, stacks and leaves out on purpose as it loads; what it has no place for is
+    refused then, whatever ``strict`` says.
+    """
+    return spec == "auto" and "architecture" not in (checkpoint.config or {})
+
+
 def _build_auto(
     checkpoint: Checkpoint, dtype: torch.dtype | None, trust_remote_code: bool, strict: bool
 ) -> nn.Module:

@@ -8,7 +8,7 @@ import re
 import time
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from glob import escape
 from pathlib import Path
 from typing import Any
@@ -27,7 +27,7 @@ from svftool.factors import (
     read_tuned,
 )
 from svftool.machine import explain_out_of_memory, pick_device
-from svftool.models import build_model
+from svftool.models import build_model, is_read_whole
 from svftool.progress import SILENT, Progress
 from svftool.stages.catalogue import ModelFacts, head_classes, make_tasks
 from svftool.stages.evaluate_result import EvaluateResult, Evaluation
@@ -46,6 +46,8 @@ class _Source:
     checkpoint: Checkpoint
     store: FactorStore | None = None
     tuned: TunedFile | None = None
+    model: str = "auto"
+    """The spec of the model that takes them."""
 
     @property
     def path(self) -> Path:
@@ -128,7 +130,7 @@ def evaluate(
     """
     place = pick_device(device)
     with ExitStack() as stack:
-        source = _open(stack, Path(checkpoint), tuned, base, progress)
+        source = replace(_open(stack, Path(checkpoint), tuned, base, progress), model=model)
         options = _options(task, Path(data), source, options)
         seed = _seed(source) if seed is None else seed
         output = Output.claim(
@@ -273,7 +275,8 @@ def _fit(
     for message in prepared.said:
         progress.warn(message)
     if source.store is None:
-        names = _load_rest(prepared, task, source.checkpoint, known)
+        whole = is_read_whole(source.model, source.checkpoint)
+        names = _load_rest(prepared, task, source.checkpoint, known, whole=whole)
     else:
         names = [] if source.tuned is None else _tune(prepared, source.tuned, source.store)
     inside = prepared.head is not None and any(n.startswith(f"{prepared.head}.") for n in names)
@@ -288,20 +291,26 @@ def _fit(
 
 
 def _load_rest(
-    prepared: Prepared, task: Task, checkpoint: Checkpoint, known: Collection[str]
+    prepared: Prepared,
+    task: Task,
+    checkpoint: Checkpoint,
+    known: Collection[str],
+    *,
+    whole: bool = False,
 ) -> list[str]:
     """Load what a checkpoint holds beside the tensors `known` to its bare model: a head, a host.
 
+    A `whole` one was read by a library that has placed every tensor; only a new head is left.
     Returns the live names of what was loaded.
     """
     state = prepared.model.state_dict()
     head = f"{prepared.head}." if prepared.new_head else None
-    elsewhere = _renamed(prepared.model, checkpoint, known)
+    elsewhere = set[str]() if whole else _renamed(prepared.model, checkpoint, known)
     loaded, homeless, of_head = [], [], {}
     for name, info in checkpoint.infos.items():
         live = checkpoint.live_name(name, state)
         inside = head is not None and live.startswith(head)
-        if (live in known and not inside) or name in elsewhere:
+        if ((whole or live in known) and not inside) or name in elsewhere:
             continue
         if inside:
             of_head[live] = tuple(info.shape)

@@ -102,21 +102,38 @@ def encodable(text: str) -> bool:
     return not any("\ud800" <= character <= "\udfff" for character in text)
 
 
-def _refuse_splits(folder: Path) -> None:
-    """Refuse a folder of the parts of a data set, which are no classes."""
-    names = sorted(sub.name for sub in folder.iterdir() if sub.is_dir() and sub.name[:1] != ".")
-    parts = {name.lower() for name in names}
-    if len(parts) > 1 and parts <= _SPLITS and any(part.startswith("tr") for part in parts):
-        first = next(name for name in names if name.lower().startswith("tr"))
-        other = next(name for name in names if name != first)
-        raise DataError(
-            f"{folder}: holds {shortlist(names)}, the parts of a data set, expected a folder for "
-            f"each class. Give {folder / first}, and {folder / other} with --evaluation"
-        )
+def refuse_splits(folder: Path, names: Iterable[str]) -> None:
+    """Refuse folders that are the parts of a data set and no classes.
+
+    A class may be called train, as a vehicle is; beside one called test or val it is a part.
+
+    Parameters
+    ----------
+    folder : Path
+        What holds them.
+    names : iterable of str
+        The folders in it that would be classes.
+
+    Raises
+    ------
+    DataError
+        Names the parts, and how to give one of them.
+    """
+    names = sorted(names)
+    parts = [name for name in names if name.lower() in _SPLITS]
+    training = [name for name in parts if name.lower().startswith("tr")]
+    if len(parts) < 2 or len(training) == len(parts) or not (training or parts == names):
+        return
+    first = (training or parts)[0]
+    other = next(name for name in parts if name not in {first, *training})
+    raise DataError(
+        f"{folder}: holds {shortlist(parts)}, the parts of a data set, expected a folder for each "
+        f"class. Give {folder / first}, and {folder / other} with --eval"
+    )
 
 
 def _list_folder(folder: Path) -> list[LabelledImage]:
-    _refuse_splits(folder)
+    refuse_splits(folder, (s.name for s in folder.iterdir() if s.is_dir() and s.name[:1] != "."))
     images = []
     for sub in sorted(folder.iterdir()):
         if not sub.is_dir() or sub.name.startswith("."):
