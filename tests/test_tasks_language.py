@@ -290,6 +290,21 @@ def test_tokens_that_the_model_does_not_have_are_named(
         draw.prepare(model)
 
 
+@pytest.mark.parametrize("padding", [len(WORDS), 10**6, -1])
+def test_padding_without_an_embedding_is_said_and_changes_nothing(
+    padding: int, folder: Path, tmp_path: Path, model: Any
+) -> None:
+    task = language(folder, tmp_path, VERSES)
+    expected = task.draw(0).evaluate(model)
+    task.padding = padding
+    draw = task.draw(0)
+    said = draw.prepare(model).said
+    assert len(said) == 1
+    assert f"pads with token {padding}, the model has embeddings for {len(WORDS)}" in said[0]
+    assert draw.evaluate(model) == pytest.approx(expected, rel=1e-6)
+    assert task.draw(1).prepare(model).said == ()
+
+
 def test_a_model_of_another_kind_is_refused(folder: Path, tmp_path: Path) -> None:
     class Pooled(nn.Module):
         def __init__(self) -> None:

@@ -150,8 +150,7 @@ class ClassesOptions(TaskOptions):
     )
     head: Literal["auto", "keep", "new"] = option(
         "auto",
-        help="auto keeps the head where it is for the same classes, by their names or, where these "
-        "are not known, by what it finds.",
+        help="auto keeps the checkpoint's head where it is for the data's classes.",
         panel=CLASSIFICATION,
         recorded="head",
         evaluate=True,
