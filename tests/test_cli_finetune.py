@@ -229,12 +229,13 @@ def test_a_worse_tune_is_said_loudly(finetune: Callable[..., Any], work: Path) -
         (wrong / name).mkdir(parents=True)
         for path in (work / "data" / source).iterdir():
             Image.open(path).save(wrong / name / path.name)
-    good = finetune("good.safetensors", "--regime", "full", "--steps", 40, "--head-lr", 0.05)
+    keep = ["--head", "keep"]
+    good = finetune("good.safetensors", "--regime", "full", "--steps", 40, "--head-lr", 0.05, *keep)
     assert good.exit_code == 0, good.stderr
     assert "WORSE" not in good.stdout
     assert run("decompose", work / "good.safetensors", "-o", work / "better").exit_code == 0
     fixed = ["--model", f"{work / 'net.py'}:net", "--shots", 3, "--steps", 40, "--head-lr", 0.1]
-    fixed += ["--head", "keep"]
+    fixed += keep
     bad = run(
         "finetune",
         work / "better",

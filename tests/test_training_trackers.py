@@ -183,7 +183,8 @@ def test_a_tracker_that_is_missing_is_one_line(
 def test_what_cannot_be_is_said(
     finetune: Callable[..., Any], tmp_path: Path, options: list[str], message: str
 ) -> None:
-    result = finetune("runs", "--seeds", 2, *(word.format(tmp_path) for word in options))
+    words = [word.format(tmp_path) for word in options]
+    result = finetune("runs", "--seeds", 2, "--head", "keep", *words)
     assert result.exit_code == 2
     assert message in result.stderr
     assert len(result.stderr.splitlines()) == 1

@@ -73,6 +73,7 @@ def _run_fields(run: Run) -> dict[str, Any]:
         "seed": run.seed,
         "shots": run.shots,
         **run.facts,
+        "head_trial": run.setting.get("head_trial"),
         "metrics": {"before": _finite(run.before), "after": _finite(run.after)},
         "trainable_parameters": run.trainable_parameters,
         "learning_rates": dict(run.learning_rates),
