@@ -8,19 +8,20 @@ from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
-from svftool.checkpoints.base import Checkpoint, Format, Place, WeightFile
-from svftool.checkpoints.folder import (
+from svftool.checkpoints.base import Checkpoint, Format, WeightFile
+from svftool.checkpoints.pickle_file import ZIP_MAGIC, PickleFile
+from svftool.checkpoints.safetensors_file import SafetensorsFile
+from svftool.errors import CheckpointError, ResourceError
+from svftool.files.folder import (
     PICKLE_SUFFIXES,
     STEMS,
+    Place,
     check_shards,
     find_weights,
     read_config,
 )
-from svftool.checkpoints.header import announces_header, describe_start
-from svftool.checkpoints.hub import fetch, looks_like_hub_id
-from svftool.checkpoints.pickle_file import ZIP_MAGIC, PickleFile
-from svftool.checkpoints.safetensors_file import SafetensorsFile
-from svftool.errors import CheckpointError, ResourceError
+from svftool.files.header import announces_header, describe_start
+from svftool.files.hub import fetch, looks_like_hub_id
 
 _SHARD = re.compile(r".+-(\d{5})-of-(\d{5})\.\w+")
 
@@ -104,7 +105,7 @@ def _open_all(paths: Sequence[Path], place: Place) -> Checkpoint:
     try:
         for path in paths:
             files.append(_weight_file(path))
-        check_shards(place, files)
+        check_shards(place, {file.path.name: file.infos for file in files})
     except BaseException:
         for file in files:
             file.close()

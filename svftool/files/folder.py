@@ -10,7 +10,6 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from svftool.checkpoints.base import Place, WeightFile
 from svftool.errors import CheckpointError, shortlist, write_errors
 
 PICKLE_SUFFIXES = (".pt", ".pth", ".bin", ".th", ".tar", ".ckpt")
@@ -24,6 +23,37 @@ _TRAINING_STATE = (
 )  # fmt: skip
 _MAX_JSON = 256_000_000
 _AGAIN = "Copy or download the file again."
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where a checkpoint was found.
+
+    Attributes
+    ----------
+    path : Path
+        The file or folder.
+    index_file : str or None
+        Name of the shard index.
+    index_metadata : mapping
+        What the index says beside its weight map.
+    weight_map : mapping of str to str, or None
+        Tensor name to shard name, where there is an index.
+    config : mapping or None
+        ``config.json`` beside the weights.
+    notes : tuple of str
+        Sentences for the user.
+    hub_id : str or None
+        ``owner/name`` where it came from the hub.
+    """
+
+    path: Path
+    index_file: str | None = None
+    index_metadata: Mapping[str, Any] = field(default_factory=dict)
+    weight_map: Mapping[str, str] | None = None
+    config: Mapping[str, Any] | None = None
+    notes: tuple[str, ...] = ()
+    hub_id: str | None = None
 
 
 def find_weights(folder: Path, stem: str | None = None) -> tuple[tuple[Path, ...], Place]:
@@ -197,15 +227,20 @@ def is_plain_name(name: object) -> bool:
     return not name.startswith(".") and name.endswith(WEIGHT_SUFFIXES)
 
 
-def check_shards(place: Place, files: Sequence[WeightFile]) -> None:
+def check_shards(place: Place, held: Mapping[str, Collection[str]]) -> None:
     """Check that each shard holds what the index says.
+
+    Parameters
+    ----------
+    place : Place
+    held : mapping of str to collection of str
+        Name of each shard to the names of its tensors.
 
     Raises
     ------
     CheckpointError
         If a tensor of the index is not in its shard.
     """
-    held = {file.path.name: file.infos for file in files}
     weight_map = place.weight_map or {}
     missing = [name for name, file in weight_map.items() if name not in held[file]]
     if missing:

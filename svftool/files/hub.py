@@ -7,8 +7,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from types import ModuleType
 
-from svftool.checkpoints.folder import WEIGHT_SUFFIXES, weight_candidates
 from svftool.errors import CheckpointError, MissingDependencyError
+from svftool.files.folder import WEIGHT_SUFFIXES, weight_candidates
 
 _ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 _SIDE_FILES = (

@@ -15,8 +15,8 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
-from svftool.checkpoints.folder import WEIGHT_SUFFIXES
 from svftool.errors import ResourceError, UsageError, write_errors
+from svftool.files.folder import WEIGHT_SUFFIXES
 
 logger = logging.getLogger(__name__)
 
