@@ -19,7 +19,6 @@ from svftool.cli.common import (
 if TYPE_CHECKING:
     from svftool.stages.decompose import DecomposeOptions
 
-NAME = "decompose"
 EXAMPLE = "Example: svftool decompose resnet50.safetensors -o factors"
 
 

@@ -16,7 +16,6 @@ from svftool.cli.common import (
 )
 from svftool.cli.signature import TaskFlags, options_of
 
-NAME = "evaluate"
 EXAMPLE = (
     "Example: svftool evaluate factors --tuned birds.svf.safetensors --data test "
     "--model timm:resnet50 --predictions birds.jsonl"

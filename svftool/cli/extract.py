@@ -14,7 +14,6 @@ from svftool.cli.common import (
     leave_to_first_process,
 )
 
-NAME = "extract"
 EXAMPLE = "Example: svftool extract base.safetensors tuned.safetensors -o small.svf.safetensors"
 
 
@@ -27,7 +26,7 @@ def command(
     display: Display,
 ) -> None:
     """Turn a dense fine-tune into the tuned file that approximates it best."""
-    leave_to_first_process(NAME)
+    leave_to_first_process("extract")
     from svftool.report import extract as report
     from svftool.stages.extract import extract
 

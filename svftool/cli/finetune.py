@@ -23,7 +23,6 @@ from svftool.cli.signature import TaskFlags, options_of
 if TYPE_CHECKING:
     from svftool.training import Settings
 
-NAME = "finetune"
 EXAMPLE = (
     "Example: svftool finetune factors -o birds.svf.safetensors --data images --shots 10 "
     "--model timm:resnet50"

@@ -15,7 +15,6 @@ from svftool.cli.common import (
     IncludeOption,
 )
 
-NAME = "inspect"
 EXAMPLE = "Example: svftool inspect base.safetensors merged.safetensors --html report.html"
 
 

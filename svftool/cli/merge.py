@@ -15,7 +15,6 @@ from svftool.cli.common import (
     leave_to_first_process,
 )
 
-NAME = "merge"
 EXAMPLE = "Example: svftool merge factors birds.svf.safetensors@0.7 -o merged.safetensors --verify"
 
 
@@ -45,7 +44,7 @@ def command(
     display: Display,
 ) -> None:
     """Fold tuned singular values back into dense weights."""
-    leave_to_first_process(NAME)
+    leave_to_first_process("merge")
     from svftool.report import merge as report
     from svftool.stages.merge import merge
 
