@@ -16,12 +16,14 @@ from svftool.files.folder import (
     PICKLE_SUFFIXES,
     STEMS,
     Place,
+    check_exists,
     check_shards,
     find_weights,
+    looks_like_hub_id,
     read_config,
 )
 from svftool.files.header import announces_header, describe_start
-from svftool.files.hub import fetch, looks_like_hub_id
+from svftool.files.hub import fetch
 
 _SHARD = re.compile(r".+-(\d{5})-of-(\d{5})\.\w+")
 
@@ -68,8 +70,8 @@ def open_checkpoint(path: str | os.PathLike[str], *, stem: str | None = None) ->
     except OSError as error:
         reason = error.strerror or error
         raise CheckpointError(f"{text}: {reason}, expected a readable checkpoint.") from error
-    found = "a link that leads nowhere" if place.is_symlink() else "no such file or folder"
-    raise CheckpointError(f"{text}: {found}, expected a checkpoint. Check the path.")
+    check_exists(text)
+    raise CheckpointError(f"{text}: neither a file nor a folder, expected a checkpoint.")
 
 
 def _open_file(path: Path) -> Checkpoint:

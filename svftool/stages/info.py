@@ -13,10 +13,10 @@ from typing import Any
 from svftool.adapters.layouts import adapter_kind, adapter_layout
 from svftool.errors import CheckpointError, SvftoolError, shortlist
 from svftool.files.contents import Contents, TensorEntry, read_contents, storage_of, tied_names
-from svftool.files.hub import looks_like_hub_id
+from svftool.files.folder import FACTORS_FILE, check_exists, looks_like_hub_id
 from svftool.progress import SILENT, Progress
 
-FACTORS_FILE, ADAPTER_FILE, TUNED_KEY = "svf_config.json", "adapter_config.json", "svftool"
+ADAPTER_FILE, TUNED_KEY = "adapter_config.json", "svftool"
 _CHUNK = 1 << 22
 
 
@@ -93,10 +93,7 @@ def _local(text: str) -> Path:
         from svftool.files.hub import fetch
 
         return fetch(text)
-    if not place.exists():
-        raise CheckpointError(
-            f"{text}: no such file or folder, expected a checkpoint. Check the path."
-        )
+    check_exists(text)
     return place
 
 
