@@ -14,9 +14,9 @@ from types import FrameType
 from typing import Annotated, Any
 
 import typer
-from typer.core import TyperGroup
 
 from svftool.cli.common import lasting_streams, stderr
+from svftool.cli.help import Command, Group
 from svftool.errors import SvftoolError, refused
 from svftool.report.text import safe
 
@@ -59,12 +59,13 @@ def _build(name: str) -> Any:
     from svftool.cli.signature import expanded
 
     module = import_module(f"svftool.cli.{name}")
-    single = typer.Typer(**_STYLE)
-    single.command(name, epilog=module.EXAMPLE)(expanded(module.command))
+    single = typer.Typer(add_completion=False, **_STYLE)
+    kind = type("Command", (Command,), {"first": getattr(module, "FIRST", ())})
+    single.command(name, cls=kind, epilog=module.EXAMPLE)(expanded(module.command))
     return typer.main.get_command(single)
 
 
-class ErrorBoundary(TyperGroup):
+class ErrorBoundary(Group):
     """Turn expected failures into one line on stderr and the exit code of their class."""
 
     def __init__(self, **settings: Any) -> None:
@@ -113,7 +114,7 @@ def _say_error(message: str) -> None:
 _STYLE: dict[str, Any] = {
     "pretty_exceptions_enable": False,
     "rich_markup_mode": "rich",
-    "context_settings": {"help_option_names": ["-h", "--help"]},
+    "context_settings": {"help_option_names": ["-h", "--help"], "max_content_width": 100},
 }
 
 app = typer.Typer(name="svftool", cls=ErrorBoundary, no_args_is_help=True, **_STYLE)

@@ -22,6 +22,9 @@ EXAMPLE = (
     "--model timm:resnet50 --predictions birds.jsonl"
 )
 
+FIRST = ("data", "tuned", "task", "model", "predictions", "device", "json", "quiet")
+"""What most need; the help shows the others on request."""
+
 
 def command(
     checkpoint: Annotated[

@@ -29,6 +29,11 @@ EXAMPLE = (
     "Example: svftool finetune factors -o birds.svf.safetensors --data images --shots 10 "
     "--model timm:resnet50"
 )
+FIRST = (
+    "output", "data", "evaluation", "model", "task", "regime", "shots", "seeds", "steps", "lr",
+)  # fmt: skip
+"""What most need; the help shows the others on request."""
+
 SIGNAL_EXIT = 128
 
 TRAINING = "Training"

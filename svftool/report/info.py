@@ -15,6 +15,8 @@ from svftool.report.text import display_names, plain_table, safe, shape, size
 from svftool.stages.info import Info
 
 MOST_ROWS = 40
+_TRAINING = ("regime", "seed", "metrics", "learning_rates", "steps", "trainable_parameters")
+"""What a person wants to know first of a fine-tune."""
 _LONGEST = 160
 _CONFIG = (
     "model_type", "architecture", "architectures", "hidden_size", "num_hidden_layers",
@@ -59,12 +61,14 @@ def document(found: Info) -> dict[str, Any]:
 def view(found: Info, *, all_rows: bool = False) -> RenderableType:
     """Return the result for people: what it is, then its tensors."""
     tensors = found.contents.tensors
-    shown = tensors if all_rows or len(tensors) <= MOST_ROWS else tensors[: MOST_ROWS // 2]
+    few = tensors[: MOST_ROWS // 2] if found.kind == "checkpoint" else []
+    shown = tensors if all_rows or (few and len(tensors) <= MOST_ROWS) else few
     parts: list[RenderableType] = [_headline(found), _facts(found)]
     if shown:
         parts += ["", _table(shown)]
     if len(shown) < len(tensors):
-        parts.append(Text(f"and {len(tensors) - len(shown)} more tensors; --all shows them", "dim"))
+        more = f"and {len(tensors) - len(shown)} more tensors; " if shown else ""
+        parts += ["", Text(f"{more}--all shows every tensor", "dim")]
     for problem in found.contents.problems:
         parts += ["", Text.assemble(("does not hold together: ", "bold red"), safe(problem))]
     return Group(*parts)
@@ -116,10 +120,23 @@ def _fact(key: str, value: Any) -> Iterator[tuple[str, str]]:
     if value in (None, [], {}, ""):
         return
     if key == "training" and isinstance(value, Mapping):
-        for name, part in value.items():
-            yield from _fact(str(name).replace("_", " "), part)
+        for name in (*_TRAINING, *(one for one in value if one not in _TRAINING)):
+            yield from _fact(str(name), value.get(name))
+    elif key == "metrics" and isinstance(value, Mapping):
+        yield "scores", _scores(value)
+    elif key.endswith("fingerprint"):
+        yield key.replace("_", " "), str(value)[:12]
     else:
         yield key.replace("_", " "), _brief(value)
+
+
+def _scores(metrics: Mapping[str, Any]) -> str:
+    """Write each metric before and after training."""
+    before, after = (
+        part if isinstance(part, Mapping) else {}
+        for part in (metrics.get("before"), metrics.get("after"))
+    )
+    return ", ".join(f"{k} {_brief(before.get(k, '?'))} → {_brief(after[k])}" for k in after)
 
 
 def _brief(value: Any) -> str:
