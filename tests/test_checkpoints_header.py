@@ -14,8 +14,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from svftool.checkpoints import open_checkpoint
-from svftool.checkpoints.header import MAX_HEADER, format_header, read_header
+from svftool.checkpoints.dtypes import code_of
 from svftool.errors import CheckpointError
+from svftool.files.header import MAX_HEADER, format_header, read_header
 
 
 def raw_file(header: bytes | dict[str, Any] | str, data: bytes = b"") -> bytes:
@@ -71,7 +72,7 @@ BROKEN: dict[str, tuple[bytes, str]] = {
     ),
     "unknown dtype": (
         raw_file({"a": entry("F6_E2M3", [4], 0, 3)}, bytes(3)),
-        r"a: the dtype is 'F6_E2M3', expected one that this torch knows",
+        r"a: the dtype is F6_E2M3, expected one that torch .* knows",
     ),
     "dtype no text": (
         raw_file({"a": {"dtype": [], "shape": [1], "data_offsets": [0, 4]}}, bytes(4)),
@@ -178,7 +179,7 @@ def test_one_wrong_byte_is_refused_or_harmless(position: int, value: int) -> Non
 
 def test_the_bytes_of_a_header_are_these() -> None:
     raw, spans = format_header(
-        {"b": (torch.int64, (2,)), "ä": (torch.float8_e4m3fn, ())}, {"z": "2", "format": "pt"}
+        {"b": ("I64", (2,)), "ä": ("F8_E4M3", ())}, {"z": "2", "format": "pt"}
     )
     text = (
         '{"__metadata__":{"format":"pt","z":"2"},'
@@ -195,7 +196,7 @@ NAMES = st.text(st.characters(codec="utf-8"), max_size=20).filter(lambda n: n !=
 LAYOUTS = st.dictionaries(
     NAMES,
     st.tuples(
-        st.sampled_from([torch.float32, torch.bfloat16, torch.bool, torch.int64]),
+        st.sampled_from(["F32", "BF16", "BOOL", "I64"]),
         st.lists(st.integers(0, 4), max_size=4).map(tuple),
     ),
     max_size=6,
@@ -204,27 +205,27 @@ LAYOUTS = st.dictionaries(
 
 @given(LAYOUTS, st.dictionaries(NAMES, st.text(st.characters(codec="utf-8"), max_size=9)))
 def test_what_is_written_is_read(
-    layout: dict[str, tuple[torch.dtype, tuple[int, ...]]], metadata: dict[str, str]
+    layout: dict[str, tuple[str, tuple[int, ...]]], metadata: dict[str, str]
 ) -> None:
     raw, spans = format_header(layout, metadata)
     size = max((end for _, end in spans.values()), default=len(raw))
     content = raw.ljust(size, b"\0")
     header = read_header(io.BytesIO(content), Path("x.safetensors"), len(content))
     assert header.metadata == metadata
-    assert {one.name: (one.dtype, one.shape) for one in header.entries} == layout
+    assert {one.name: (one.code, one.shape) for one in header.entries} == layout
     assert {one.name: (one.begin, one.end) for one in header.entries} == spans
 
 
 @pytest.mark.parametrize("metadata", [None, {}])
 def test_no_metadata_is_left_out(metadata: dict[str, str] | None) -> None:
-    assert b"__metadata__" not in format_header({"a": (torch.float32, (1,))}, metadata)[0]
+    assert b"__metadata__" not in format_header({"a": ("F32", (1,))}, metadata)[0]
 
 
 def test_a_dtype_without_a_code_is_named() -> None:
     with pytest.raises(CheckpointError, match=r"w: the dtype is torch.qint8, expected one that"):
-        format_header({"w": (torch.qint8, (1,))}, None)
+        code_of("w", torch.qint8)
 
 
 def test_the_name_of_the_metadata_is_taken() -> None:
     with pytest.raises(CheckpointError, match="safetensors' own, expected another name"):
-        format_header({"__metadata__": (torch.float32, (1,))}, None)
+        format_header({"__metadata__": ("F32", (1,))}, None)

@@ -16,9 +16,9 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from svftool.checkpoints import open_checkpoint, side_files, wrapper_prefix
-from svftool.checkpoints.folder import is_plain_name
-from svftool.checkpoints.hub import looks_like_hub_id, wanted_files
 from svftool.errors import CheckpointError, MissingDependencyError, ResourceError
+from svftool.files.folder import is_plain_name, looks_like_hub_id
+from svftool.files.hub import wanted_files
 
 Tiny = Callable[..., Path]
 ONE = {"a": torch.ones(2, 3)}

@@ -17,8 +17,8 @@ import pytest
 import torch
 
 from svftool.checkpoints import SafetensorsWriter, open_checkpoint, replace_output
-from svftool.checkpoints.output import overlap
 from svftool.errors import ResourceError, UsageError, write_errors
+from svftool.files.output import overlap
 
 OLD, NEW = torch.zeros(5), torch.ones(5)
 LAYOUT = {"w": (torch.float32, (5,))}
@@ -321,7 +321,7 @@ def test_of_many_writers_one_writes(tmp_path: Path) -> None:
 CHILD = """
 import sys, time
 from pathlib import Path
-from svftool.checkpoints.output import replace_output
+from svftool.files.output import replace_output
 with replace_output(Path(sys.argv[1]), force=False, inputs=[]) as partial:
     partial.mkdir()
     (partial / "half").write_text("x")

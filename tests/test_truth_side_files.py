@@ -13,8 +13,8 @@ from safetensors.torch import save_file
 
 import svftool
 from svftool.checkpoints import side_files
-from svftool.checkpoints.folder import _MOST
 from svftool.factors.config_shapes import follow_shapes
+from svftool.files.folder import _MOST
 
 
 @pytest.fixture

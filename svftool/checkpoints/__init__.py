@@ -8,9 +8,7 @@ from svftool.checkpoints.fingerprint import (
     fingerprint_checkpoint,
     tensor_digest,
 )
-from svftool.checkpoints.folder import PICKLE_SUFFIXES, WEIGHT_SUFFIXES, SideFiles, side_files
 from svftool.checkpoints.opening import open_checkpoint
-from svftool.checkpoints.output import PARTIAL, replace_output
 from svftool.checkpoints.pickle_writer import save_pickled
 from svftool.checkpoints.selection import (
     Choice,
@@ -27,6 +25,8 @@ from svftool.checkpoints.sharding import parse_size, plan_shards, shard_names, w
 from svftool.checkpoints.views import View, from_matrix, matrix_shape, to_matrix
 from svftool.checkpoints.writer import CheckpointWriter, SafetensorsWriter
 from svftool.errors import write_errors
+from svftool.files.folder import PICKLE_SUFFIXES, WEIGHT_SUFFIXES, SideFiles, side_files
+from svftool.files.output import PARTIAL, replace_output
 
 __all__ = [
     "PARTIAL",

@@ -5,15 +5,16 @@ from __future__ import annotations
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Collection, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from types import MappingProxyType, TracebackType
-from typing import Any, Literal, Protocol, Self
+from typing import Literal, Protocol, Self
 
 import torch
 from torch import Tensor
 
 from svftool.checkpoints.dtypes import byte_size
+from svftool.files.folder import Place
 from svftool.progress import Progress
 
 # Things that are open and must be closed.
@@ -101,37 +102,6 @@ class WeightFile(Protocol):
 
     def close(self) -> None:
         """Give the file back; reading is over."""
-
-
-@dataclass(frozen=True)
-class Place:
-    """Where a checkpoint was found.
-
-    Attributes
-    ----------
-    path : Path
-        The file or folder.
-    index_file : str or None
-        Name of the shard index.
-    index_metadata : mapping
-        What the index says beside its weight map.
-    weight_map : mapping of str to str, or None
-        Tensor name to shard name, where there is an index.
-    config : mapping or None
-        ``config.json`` beside the weights.
-    notes : tuple of str
-        Sentences for the user.
-    hub_id : str or None
-        ``owner/name`` where it came from the hub.
-    """
-
-    path: Path
-    index_file: str | None = None
-    index_metadata: Mapping[str, Any] = field(default_factory=dict)
-    weight_map: Mapping[str, str] | None = None
-    config: Mapping[str, Any] | None = None
-    notes: tuple[str, ...] = ()
-    hub_id: str | None = None
 
 
 class Checkpoint(Closing):

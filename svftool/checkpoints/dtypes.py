@@ -7,30 +7,11 @@ from collections.abc import Sequence
 
 import torch
 
-_CODES: dict[str, str] = {
-    "BOOL": "bool",
-    "F4": "float4_e2m1fn_x2",
-    "U8": "uint8",
-    "I8": "int8",
-    "F8_E5M2": "float8_e5m2",
-    "F8_E4M3": "float8_e4m3fn",
-    "F8_E8M0": "float8_e8m0fnu",
-    "F8_E5M2FNUZ": "float8_e5m2fnuz",
-    "F8_E4M3FNUZ": "float8_e4m3fnuz",
-    "I16": "int16",
-    "U16": "uint16",
-    "F16": "float16",
-    "BF16": "bfloat16",
-    "I32": "int32",
-    "U32": "uint32",
-    "F32": "float32",
-    "C64": "complex64",
-    "F64": "float64",
-    "I64": "int64",
-    "U64": "uint64",
-}
+from svftool.errors import CheckpointError
+from svftool.files.header import DTYPES
+
 DTYPE_OF_CODE: dict[str, torch.dtype] = {
-    code: getattr(torch, name) for code, name in _CODES.items() if hasattr(torch, name)
+    code: getattr(torch, name) for code, (name, _) in DTYPES.items() if hasattr(torch, name)
 }
 CODE_OF_DTYPE: dict[torch.dtype, str] = {dtype: code for code, dtype in DTYPE_OF_CODE.items()}
 
@@ -81,6 +62,22 @@ def stored_shape(dtype: torch.dtype, shape: Sequence[int]) -> tuple[int, ...]:
     if CODE_OF_DTYPE.get(dtype) == _PACKED and shape:
         return (*shape[:-1], 2 * shape[-1])
     return tuple(shape)
+
+
+def code_of(name: str, dtype: torch.dtype) -> str:
+    """Return the code that a safetensors header has for the dtype of tensor `name`.
+
+    Raises
+    ------
+    CheckpointError
+        If the format has none.
+    """
+    if dtype not in CODE_OF_DTYPE:
+        raise CheckpointError(
+            f"{name}: the dtype is {dtype}, expected one that safetensors can hold. "
+            "Write a .pth file instead, or leave the tensor out."
+        )
+    return CODE_OF_DTYPE[dtype]
 
 
 def torch_shape(code: str, shape: Sequence[int]) -> tuple[int, ...]:

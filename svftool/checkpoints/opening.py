@@ -8,19 +8,22 @@ from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
-from svftool.checkpoints.base import Checkpoint, Format, Place, WeightFile
-from svftool.checkpoints.folder import (
-    PICKLE_SUFFIXES,
-    STEMS,
-    check_shards,
-    find_weights,
-    read_config,
-)
-from svftool.checkpoints.header import announces_header, describe_start
-from svftool.checkpoints.hub import fetch, looks_like_hub_id
+from svftool.checkpoints.base import Checkpoint, Format, WeightFile
 from svftool.checkpoints.pickle_file import ZIP_MAGIC, PickleFile
 from svftool.checkpoints.safetensors_file import SafetensorsFile
 from svftool.errors import CheckpointError, ResourceError
+from svftool.files.folder import (
+    PICKLE_SUFFIXES,
+    STEMS,
+    Place,
+    check_exists,
+    check_shards,
+    find_weights,
+    looks_like_hub_id,
+    read_config,
+)
+from svftool.files.header import announces_header, describe_start
+from svftool.files.hub import fetch
 
 _SHARD = re.compile(r".+-(\d{5})-of-(\d{5})\.\w+")
 
@@ -67,8 +70,8 @@ def open_checkpoint(path: str | os.PathLike[str], *, stem: str | None = None) ->
     except OSError as error:
         reason = error.strerror or error
         raise CheckpointError(f"{text}: {reason}, expected a readable checkpoint.") from error
-    found = "a link that leads nowhere" if place.is_symlink() else "no such file or folder"
-    raise CheckpointError(f"{text}: {found}, expected a checkpoint. Check the path.")
+    check_exists(text)
+    raise CheckpointError(f"{text}: neither a file nor a folder, expected a checkpoint.")
 
 
 def _open_file(path: Path) -> Checkpoint:
@@ -104,7 +107,7 @@ def _open_all(paths: Sequence[Path], place: Place) -> Checkpoint:
     try:
         for path in paths:
             files.append(_weight_file(path))
-        check_shards(place, files)
+        check_shards(place, {file.path.name: file.infos for file in files})
     except BaseException:
         for file in files:
             file.close()

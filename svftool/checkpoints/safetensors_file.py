@@ -11,9 +11,10 @@ import torch
 from torch import Tensor
 
 from svftool.checkpoints.base import TensorInfo
-from svftool.checkpoints.header import read_header
+from svftool.checkpoints.dtypes import DTYPE_OF_CODE, torch_shape
 from svftool.checkpoints.positions import fill
 from svftool.errors import CheckpointError
+from svftool.files.header import Entry, read_header
 
 
 class SafetensorsFile:
@@ -28,16 +29,12 @@ class SafetensorsFile:
         self._file = path.open("rb")
         try:
             header = read_header(self._file, path, os.fstat(self._file.fileno()).st_size)
+            infos = [_info(entry, path) for entry in header.entries]
         except BaseException:
             self._file.close()
             raise
         self._spans = {entry.name: (entry.begin, entry.end) for entry in header.entries}
-        self.infos: Mapping[str, TensorInfo] = MappingProxyType(
-            {
-                entry.name: TensorInfo(entry.name, entry.dtype, entry.shape, path.name)
-                for entry in header.entries
-            }
-        )
+        self.infos: Mapping[str, TensorInfo] = MappingProxyType({info.name: info for info in infos})
         self.metadata = header.metadata
         self.nesting: tuple[str, ...] = ()
         self.notes: tuple[str, ...] = ()
@@ -69,3 +66,21 @@ class SafetensorsFile:
     def close(self) -> None:
         """Close the file."""
         self._file.close()
+
+
+def _info(entry: Entry, path: Path) -> TensorInfo:
+    """Say what an entry is in torch's terms."""
+    dtype = DTYPE_OF_CODE.get(entry.code)
+    try:
+        shape = torch_shape(entry.code, entry.shape)
+    except ValueError as error:
+        raise CheckpointError(
+            f"{path}: {entry.name}: {error}, expected an even last dimension. "
+            "Copy or download the file again."
+        ) from None
+    if dtype is None:
+        raise CheckpointError(
+            f"{path}: {entry.name}: the dtype is {entry.code}, expected one that torch "
+            f"{torch.__version__} knows. Install a newer torch."
+        )
+    return TensorInfo(entry.name, dtype, shape, path.name)

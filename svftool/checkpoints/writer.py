@@ -14,10 +14,10 @@ import torch
 from torch import Tensor
 
 from svftool.checkpoints.base import TensorInfo
-from svftool.checkpoints.dtypes import byte_size
-from svftool.checkpoints.header import format_header
+from svftool.checkpoints.dtypes import byte_size, code_of, stored_shape
 from svftool.checkpoints.sharding import shard_names, write_index
 from svftool.errors import ResourceError, shortlist, write_errors
+from svftool.files.header import format_header
 
 Layout = Mapping[str, tuple[torch.dtype, tuple[int, ...]]]
 
@@ -60,7 +60,11 @@ class SafetensorsWriter:
         keep_order: bool = False,
     ) -> None:
         ordered = dict(layout) if keep_order else _aligned(layout)
-        header, self._spans = format_header(ordered, metadata)
+        stated = {
+            name: (code_of(name, dtype), stored_shape(dtype, shape))
+            for name, (dtype, shape) in ordered.items()
+        }
+        header, self._spans = format_header(stated, metadata)
         self.path = path
         self.layout: Layout = ordered
         self._left = set(ordered)

@@ -1,23 +1,27 @@
 """The command line: one file a command; each parses, calls one stage, hands the result to report.
 
-No module here imports torch at its top, so that ``svftool --help`` answers at once.
+A command is imported when it is called or listed, and none imports torch at its top, so that
+``svftool --help`` and the refusal of a wrong option come at once.
 """
 
 from __future__ import annotations
 
 import signal
 import sys
+from collections.abc import Iterator, MutableMapping
+from importlib import import_module
 from types import FrameType
 from typing import Annotated, Any
 
 import typer
-from typer.core import TyperGroup
 
-from svftool.cli import decompose, demo, evaluate, extract, finetune, inspect, merge
 from svftool.cli.common import lasting_streams, stderr
-from svftool.cli.signature import expanded
+from svftool.cli.help import Command, Group
 from svftool.errors import SvftoolError, refused
 from svftool.report.text import safe
+
+NAMES = ("decompose", "finetune", "evaluate", "merge", "inspect", "info", "extract", "demo")
+"""The commands, in the order of the help; each is a module here."""
 
 INTERRUPTED = 130
 TERMINATED = 143
@@ -27,8 +31,46 @@ class Terminated(BaseException):
     """SIGTERM as an exception, so that cleaning up runs as for Ctrl-C."""
 
 
-class ErrorBoundary(TyperGroup):
+class Commands(MutableMapping[str, Any]):
+    """The commands by name, each built when it is asked for."""
+
+    def __init__(self) -> None:
+        self._built: dict[str, Any] = dict.fromkeys(NAMES)
+
+    def __getitem__(self, name: str) -> Any:
+        if self._built[name] is None:
+            self._built[name] = _build(name)
+        return self._built[name]
+
+    def __setitem__(self, name: str, command: Any) -> None:
+        self._built[name] = command
+
+    def __delitem__(self, name: str) -> None:
+        del self._built[name]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._built)
+
+    def __len__(self) -> int:
+        return len(self._built)
+
+
+def _build(name: str) -> Any:
+    from svftool.cli.signature import expanded
+
+    module = import_module(f"svftool.cli.{name}")
+    single = typer.Typer(add_completion=False, **_STYLE)
+    kind = type("Command", (Command,), {"first": getattr(module, "FIRST", ())})
+    single.command(name, cls=kind, epilog=module.EXAMPLE)(expanded(module.command))
+    return typer.main.get_command(single)
+
+
+class ErrorBoundary(Group):
     """Turn expected failures into one line on stderr and the exit code of their class."""
+
+    def __init__(self, **settings: Any) -> None:
+        super().__init__(**settings)
+        self.commands = Commands()
 
     def invoke(self, ctx: Any) -> Any:
         """Run the command."""
@@ -69,14 +111,13 @@ def _say_error(message: str) -> None:
     console.print(safe(message), markup=False)
 
 
-app = typer.Typer(
-    name="svftool",
-    cls=ErrorBoundary,
-    no_args_is_help=True,
-    pretty_exceptions_enable=False,
-    rich_markup_mode="rich",
-    context_settings={"help_option_names": ["-h", "--help"]},
-)
+_STYLE: dict[str, Any] = {
+    "pretty_exceptions_enable": False,
+    "rich_markup_mode": "rich",
+    "context_settings": {"help_option_names": ["-h", "--help"], "max_content_width": 100},
+}
+
+app = typer.Typer(name="svftool", cls=ErrorBoundary, no_args_is_help=True, **_STYLE)
 
 
 def _print_version(value: bool) -> None:
@@ -100,10 +141,6 @@ def svftool(
 
     Each weight is written as U diag(S) Vh; only the singular values S are trained.
     """
-
-
-for module in (decompose, finetune, evaluate, merge, inspect, extract, demo):
-    app.command(module.NAME, epilog=module.EXAMPLE)(expanded(module.command))
 
 
 def main() -> None:

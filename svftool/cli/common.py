@@ -12,26 +12,15 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from types import TracebackType
-from typing import Annotated, Any, Self, TextIO
+from typing import Annotated, Any, TextIO
 
 import typer
 from rich.console import Console, RenderableType
-from rich.logging import RichHandler
-from rich.progress import (
-    BarColumn,
-    MofNCompleteColumn,
-    TaskProgressColumn,
-    TextColumn,
-    TimeElapsedColumn,
-    TimeRemainingColumn,
-)
-from rich.progress import Progress as RichProgress
 
+from svftool.cli.progress import ConsoleProgress
 from svftool.errors import ResourceError
 from svftool.progress import SILENT, Progress
 from svftool.report.json import to_json
-from svftool.report.text import safe
 from svftool.tasks.option import TaskName
 
 # stdout and stderr that outlast their readers: a closed pipe, a full disk, a narrow encoding.
@@ -157,85 +146,14 @@ def progress_for(*, quiet: bool = False, verbose: int = 0) -> Progress:
         0 shows warnings of the log, 1 its information, 2 everything.
     """
     level = [logging.WARNING, logging.INFO, logging.DEBUG][min(verbose, 2)]
+    from rich.logging import RichHandler
+
     handler = RichHandler(console=stderr(), show_path=False, show_time=False, markup=False)
     logging.getLogger("svftool").handlers[:] = [handler]
     logging.getLogger("svftool").setLevel(level)
     if int(os.environ.get("RANK", "0")) > 0:
         return SILENT
     return ConsoleProgress(stderr(), quiet=quiet)
-
-
-class ConsoleProgress:
-    """Draws bars with time left on a terminal; notes and warnings as lines.
-
-    Parameters
-    ----------
-    console : Console
-        Where to draw. Bars appear only when it is a terminal.
-    quiet : bool
-        Leave out bars and notes; warnings are still shown.
-    """
-
-    def __init__(self, console: Console, *, quiet: bool = False) -> None:
-        self._console = console
-        self._quiet = quiet
-
-    def task(self, description: str, total: float | None = None, *, unit: str = "") -> ConsoleTask:
-        """Begin a bar of `total` units."""
-        visible = self._console.is_terminal and not self._quiet
-        return ConsoleTask(self._console, description, total, unit, visible=visible)
-
-    def note(self, message: str) -> None:
-        """Print one dim line."""
-        if not self._quiet:
-            self._console.print(safe(message), style="dim", markup=False)
-
-    def warn(self, message: str) -> None:
-        """Print one yellow line."""
-        self._console.print("warning:", style="bold yellow", end=" ")
-        self._console.print(safe(message), markup=False)
-
-
-class ConsoleTask:
-    """One bar; see `svftool.progress.Task`."""
-
-    def __init__(
-        self, console: Console, description: str, total: float | None, unit: str, *, visible: bool
-    ) -> None:
-        counted = unit != "" and total is not None and float(total).is_integer()
-        self._bar = RichProgress(
-            TextColumn("{task.description}", markup=False),
-            BarColumn(bar_width=24),
-            MofNCompleteColumn() if counted else TaskProgressColumn(),
-            TextColumn(unit, markup=False),
-            TimeElapsedColumn(),
-            TextColumn("left", style="dim"),
-            TimeRemainingColumn(),
-            TextColumn("{task.fields[detail]}", style="dim", markup=False),
-            console=console,
-            transient=True,
-            disable=not visible,
-        )
-        self._id = self._bar.add_task(description, total=total, detail="")
-
-    def advance(self, amount: float = 1.0, *, detail: str | None = None) -> None:
-        """Move the bar by `amount`."""
-        if detail is None:
-            self._bar.update(self._id, advance=amount)
-        else:
-            self._bar.update(self._id, advance=amount, detail=detail)
-
-    def __enter__(self) -> Self:
-        self._bar.start()
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
-        self._bar.stop()
 
 
 OutputOption = Annotated[

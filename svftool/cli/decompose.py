@@ -15,11 +15,12 @@ from svftool.cli.common import (
     ForceOption,
     IncludeOption,
 )
+from svftool.files.folder import check_exists
+from svftool.files.output import check_output
 
 if TYPE_CHECKING:
     from svftool.stages.decompose import DecomposeOptions
 
-NAME = "decompose"
 EXAMPLE = "Example: svftool decompose resnet50.safetensors -o factors"
 
 
@@ -85,6 +86,9 @@ def command(
     display: Display,
 ) -> None:
     """Decompose a checkpoint's layers by singular value decomposition."""
+    check_exists(checkpoint)
+    if not dry_run:
+        check_output(output, force=force)
     from svftool.report import decompose as report
     from svftool.stages.decompose import decompose, plan
 

@@ -9,7 +9,6 @@ import typer
 
 from svftool.cli.common import Display, ForceOption, stdout
 
-NAME = "demo"
 EXAMPLE = "Example: svftool demo digits"
 
 

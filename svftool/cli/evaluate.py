@@ -15,12 +15,15 @@ from svftool.cli.common import (
     TaskOption,
 )
 from svftool.cli.signature import TaskFlags, options_of
+from svftool.files.folder import check_data, check_exists
 
-NAME = "evaluate"
 EXAMPLE = (
     "Example: svftool evaluate factors --tuned birds.svf.safetensors --data test "
     "--model timm:resnet50 --predictions birds.jsonl"
 )
+
+FIRST = ("data", "tuned", "task", "model", "predictions", "device", "json", "quiet")
+"""What most need; the help shows the others on request."""
 
 
 def command(
@@ -62,6 +65,8 @@ def command(
     display: Display,
 ) -> None:
     """Measure a checkpoint, or factors with a tuned file, on a data set."""
+    check_exists(checkpoint)
+    check_data(data)
     from svftool.report import evaluate as report
     from svftool.stages.evaluate import evaluate
 

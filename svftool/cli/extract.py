@@ -13,8 +13,9 @@ from svftool.cli.common import (
     OutputOption,
     leave_to_first_process,
 )
+from svftool.files.folder import check_exists
+from svftool.files.output import check_output
 
-NAME = "extract"
 EXAMPLE = "Example: svftool extract base.safetensors tuned.safetensors -o small.svf.safetensors"
 
 
@@ -27,7 +28,10 @@ def command(
     display: Display,
 ) -> None:
     """Turn a dense fine-tune into the tuned file that approximates it best."""
-    leave_to_first_process(NAME)
+    leave_to_first_process("extract")
+    check_exists(base)
+    check_exists(tuned)
+    check_output(output, force=force)
     from svftool.report import extract as report
     from svftool.stages.extract import extract
 

@@ -19,15 +19,21 @@ from svftool.cli.common import (
     is_first_process,
 )
 from svftool.cli.signature import TaskFlags, options_of
+from svftool.files.folder import check_data, check_factors
+from svftool.files.output import check_output
 
 if TYPE_CHECKING:
     from svftool.training import Settings
 
-NAME = "finetune"
 EXAMPLE = (
     "Example: svftool finetune factors -o birds.svf.safetensors --data images --shots 10 "
     "--model timm:resnet50"
 )
+FIRST = (
+    "output", "data", "evaluation", "model", "task", "regime", "shots", "seeds", "steps", "lr",
+)  # fmt: skip
+"""What most need; the help shows the others on request."""
+
 SIGNAL_EXIT = 128
 
 TRAINING = "Training"
@@ -228,6 +234,10 @@ def command(
     display: Display,
 ) -> None:
     """Train singular values on a few examples, beside other regimes if asked for."""
+    check_factors(factors)
+    check_data(data)
+    if is_first_process():
+        check_output(output, force=force, resume=resume)
     from svftool.report.finetune import document, view
     from svftool.report.training import ReportFile
     from svftool.stages.finetune import finetune

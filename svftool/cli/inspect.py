@@ -14,8 +14,8 @@ from svftool.cli.common import (
     ExcludeOption,
     IncludeOption,
 )
+from svftool.files.folder import check_exists
 
-NAME = "inspect"
 EXAMPLE = "Example: svftool inspect base.safetensors merged.safetensors --html report.html"
 
 
@@ -90,6 +90,8 @@ def command(
     display: Display,
 ) -> None:
     """Say what fine-tunes did to a checkpoint, layer by layer."""
+    for one in (base, *(tuned or ())):
+        check_exists(one)
     from svftool.auditing.policy import Gatekeeper
     from svftool.report import inspect as report
     from svftool.report.inspect.files import Files, MapsFile

@@ -14,8 +14,9 @@ from svftool.cli.common import (
     OutputOption,
     leave_to_first_process,
 )
+from svftool.files.folder import check_factors, check_tuned_exist
+from svftool.files.output import check_output
 
-NAME = "merge"
 EXAMPLE = "Example: svftool merge factors birds.svf.safetensors@0.7 -o merged.safetensors --verify"
 
 
@@ -45,7 +46,10 @@ def command(
     display: Display,
 ) -> None:
     """Fold tuned singular values back into dense weights."""
-    leave_to_first_process(NAME)
+    leave_to_first_process("merge")
+    check_factors(factors)
+    check_tuned_exist(tuned or ())
+    check_output(output, force=force)
     from svftool.report import merge as report
     from svftool.stages.merge import merge
 

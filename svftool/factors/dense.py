@@ -18,11 +18,11 @@ from svftool.checkpoints import (
     side_files,
     write_errors,
 )
-from svftool.checkpoints.folder import named
 from svftool.errors import shortlist
 from svftool.factors import CONFIG_FILE
 from svftool.factors.config_shapes import follow_classes, follow_shapes, is_output_head
 from svftool.factors.mixture import LayerChange, Mixture
+from svftool.files.folder import named
 from svftool.progress import Progress
 
 

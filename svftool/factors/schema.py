@@ -11,9 +11,10 @@ from typing import Any
 from svftool.checkpoints import Selection, dtype_named
 from svftool.checkpoints.views import View, matrix_shape
 from svftool.errors import FactorsError
+from svftool.files.folder import FACTORS_FILE, check_factors
 
 SCHEMA_VERSION = 1
-CONFIG_FILE = "svf_config.json"
+CONFIG_FILE = FACTORS_FILE
 
 
 @dataclass(frozen=True)
@@ -146,11 +147,7 @@ def read_config(folder: Path) -> FactorConfig:
         If it is missing, is not JSON, or does not follow the schema.
     """
     path = folder / CONFIG_FILE
-    if not path.is_file():
-        raise FactorsError(
-            f"{folder}: no {CONFIG_FILE}, expected a folder written by 'svftool decompose'. "
-            "Run 'svftool decompose CHECKPOINT -o FACTORS' first."
-        )
+    check_factors(folder)
     try:
         document = json.loads(path.read_text(encoding="utf-8"))
         if not isinstance(document, dict):

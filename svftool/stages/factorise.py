@@ -28,7 +28,6 @@ from svftool.checkpoints import (
     dtype_name,
     side_files,
 )
-from svftool.checkpoints.folder import named
 from svftool.engine import Job, RankRule, run_svds, share
 from svftool.engine.examine import LARGEST, SMALLEST, Examination, examine
 from svftool.errors import NumericalError, shortlist
@@ -46,6 +45,7 @@ from svftool.factors import (
     plan_factor_shards,
     write_shard,
 )
+from svftool.files.folder import named
 from svftool.numerics import Method, Svd, reconstruct
 from svftool.processes import Processes
 from svftool.progress import Progress

@@ -14,9 +14,9 @@ from torch import nn
 
 from svftool.attaching import Parametrisation, Regime, parse_regime
 from svftool.checkpoints import Checkpoint
-from svftool.checkpoints.output import overlap
 from svftool.errors import UsageError
 from svftool.factors import open_factors
+from svftool.files.output import overlap
 from svftool.models import build_model
 from svftool.progress import SILENT, Progress
 from svftool.stages.catalogue import ModelFacts, make_tasks

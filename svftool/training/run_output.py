@@ -9,11 +9,11 @@ from typing import Any
 
 from svftool.attaching import Regime, Trainable
 from svftool.checkpoints import WEIGHT_SUFFIXES, Checkpoint, write_errors
-from svftool.checkpoints.output import remove
 from svftool.errors import UsageError
 from svftool.factors import FactorStore, TunedFile, write_tuned
 from svftool.factors.dense import write_dense
 from svftool.factors.mixture import Expert, Mixture
+from svftool.files.output import remove
 from svftool.progress import SILENT
 from svftool.tasks.base import Task
 from svftool.training.plan import Run, file_stem

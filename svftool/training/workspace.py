@@ -17,8 +17,8 @@ from pathlib import Path
 from typing import Any
 
 from svftool.checkpoints import PARTIAL, replace_output, write_errors
-from svftool.checkpoints.output import remove
 from svftool.errors import UsageError, shortlist
+from svftool.files.output import remove
 from svftool.training.plan import Run, run_from_plain, run_to_plain
 from svftool.training.state import StateFile, replace_safely
 

@@ -7,8 +7,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from svftool.checkpoints import replace_output
-from svftool.checkpoints.output import overlap
 from svftool.errors import UsageError
+from svftool.files.output import overlap
 from svftool.training.results import FinetuneResult
 
 SUFFIXES = (".html", ".png", ".svg", ".pdf")

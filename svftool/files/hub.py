@@ -2,29 +2,16 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Sequence
 from pathlib import Path
 from types import ModuleType
 
-from svftool.checkpoints.folder import WEIGHT_SUFFIXES, weight_candidates
 from svftool.errors import CheckpointError, MissingDependencyError
+from svftool.files.folder import weight_candidates
 
-_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 _SIDE_FILES = (
     ".json", ".txt", ".model", ".py", ".md", ".jinja", ".vocab", ".tiktoken", "LICENSE",
 )  # fmt: skip
-
-
-def looks_like_hub_id(text: str) -> bool:
-    """Tell whether `text` can be a repository on the hub: ``owner/name``, no weight file.
-
-    Examples
-    --------
-    >>> looks_like_hub_id("timm/resnet18.a1_in1k"), looks_like_hub_id("folder/model.safetensors")
-    (True, False)
-    """
-    return bool(_ID.fullmatch(text)) and not text.endswith(WEIGHT_SUFFIXES)
 
 
 def fetch(hub_id: str) -> Path:

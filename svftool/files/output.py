@@ -15,8 +15,8 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
-from svftool.checkpoints.folder import WEIGHT_SUFFIXES
 from svftool.errors import ResourceError, UsageError, write_errors
+from svftool.files.folder import WEIGHT_SUFFIXES
 
 logger = logging.getLogger(__name__)
 
@@ -91,6 +91,15 @@ def replace_output(
                 else:
                     remove(place.partial)
             raise
+
+
+def check_output(
+    target: Path, *, force: bool, resume: bool = False, inputs: Sequence[Path] = ()
+) -> None:
+    """Refuse beforehand what `replace_output` would refuse; takes no lock and writes nothing."""
+    place = _Place(target)
+    place.check_apart(inputs)
+    place.check_free(force or resume)
 
 
 @contextmanager

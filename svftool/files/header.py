@@ -10,16 +10,53 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO
 
-import torch
-
-from svftool.checkpoints.dtypes import (
-    CODE_OF_DTYPE,
-    DTYPE_OF_CODE,
-    byte_size,
-    stored_shape,
-    torch_shape,
-)
 from svftool.errors import CheckpointError
+
+DTYPES: dict[str, tuple[str, int]] = {
+    "BOOL": ("bool", 8),
+    "F4": ("float4_e2m1fn_x2", 4),
+    "F6_E2M3": ("float6_e2m3fn", 6),
+    "F6_E3M2": ("float6_e3m2fn", 6),
+    "U8": ("uint8", 8),
+    "I8": ("int8", 8),
+    "F8_E5M2": ("float8_e5m2", 8),
+    "F8_E4M3": ("float8_e4m3fn", 8),
+    "F8_E8M0": ("float8_e8m0fnu", 8),
+    "F8_E5M2FNUZ": ("float8_e5m2fnuz", 8),
+    "F8_E4M3FNUZ": ("float8_e4m3fnuz", 8),
+    "I16": ("int16", 16),
+    "U16": ("uint16", 16),
+    "F16": ("float16", 16),
+    "BF16": ("bfloat16", 16),
+    "I32": ("int32", 32),
+    "U32": ("uint32", 32),
+    "F32": ("float32", 32),
+    "C64": ("complex64", 64),
+    "F64": ("float64", 64),
+    "I64": ("int64", 64),
+    "U64": ("uint64", 64),
+}
+"""The codes of the format: what torch calls each (or would), and its bits a value."""
+
+
+def stored_bytes(code: str, shape: Sequence[int]) -> int:
+    """Return the bytes that values of one code take.
+
+    Raises
+    ------
+    ValueError
+        If values of less than a byte do not fill whole bytes.
+
+    Examples
+    --------
+    >>> stored_bytes("BF16", [3, 5]), stored_bytes("F4", [3, 6])
+    (30, 9)
+    """
+    bits = math.prod(shape) * DTYPES[code][1]
+    if bits % 8:
+        raise ValueError(f"shape {list(shape)} does not fill whole bytes")
+    return bits // 8
+
 
 # Saying what a file that is no checkpoint seems to be.
 
@@ -72,10 +109,10 @@ _WAY_OUT = "Copy or download the file again."
 
 @dataclass(frozen=True)
 class Entry:
-    """One tensor of a header; `begin` and `end` are bytes from the start of the file."""
+    """One tensor of a header: its code, the shape as stated, and its bytes in the file."""
 
     name: str
-    dtype: torch.dtype
+    code: str
     shape: tuple[int, ...]
     begin: int
     end: int
@@ -176,9 +213,8 @@ def _entry(name: str, value: object, path: Path, base: int) -> Entry:
     if not isinstance(value, dict) or set(value) != {"dtype", "shape", "data_offsets"}:
         raise _fault(path, "an odd entry in the header", "dtype, shape, data_offsets", name=name)
     code, shape, offsets = value["dtype"], value["shape"], value["data_offsets"]
-    dtype = DTYPE_OF_CODE.get(code) if isinstance(code, str) else None
-    if dtype is None:
-        raise _fault(path, f"the dtype is {_brief(code)}", "one that this torch knows", name=name)
+    if not isinstance(code, str) or code not in DTYPES:
+        raise _fault(path, f"the dtype is {_brief(code)}", "a code of the format", name=name)
     if not _are_counts(shape):
         raise _fault(
             path, f"the shape is {_brief(shape)}", "a list of numbers from 0 up", name=name
@@ -188,17 +224,17 @@ def _entry(name: str, value: object, path: Path, base: int) -> Entry:
             path, f"data_offsets is {_brief(offsets)}", "a begin and a later end", name=name
         )
     try:
-        inner = torch_shape(code, shape)
+        size = stored_bytes(code, shape)
     except ValueError as error:
         raise _fault(path, str(error), "an even last dimension", name=name) from None
     begin, end = offsets
-    if byte_size(dtype, inner) != end - begin:
-        expected = f"{byte_size(dtype, inner)} for {code} {shape}"
+    if size != end - begin:
+        expected = f"{size} for {code} {_brief(shape)}"
         raise _fault(path, f"{end - begin} bytes of data", expected, name=name)
     # An empty tensor has no bytes, whatever its other sides: torch counts strides with them too.
-    if len(shape) > _MOST_DIMENSIONS or math.prod(side for side in inner if side) >= _MOST:
+    if len(shape) > _MOST_DIMENSIONS or math.prod(side for side in shape if side) >= _MOST:
         raise _fault(path, f"the shape is {_brief(shape)}", "one that torch can hold", name=name)
-    return Entry(name, dtype, inner, base + begin, base + end)
+    return Entry(name, code, tuple(shape), base + begin, base + end)
 
 
 def _are_counts(value: object) -> bool:
@@ -229,14 +265,14 @@ def _check_cover(entries: Sequence[Entry], path: Path, base: int, size: int) -> 
 
 
 def format_header(
-    layout: Mapping[str, tuple[torch.dtype, tuple[int, ...]]], metadata: Mapping[str, str] | None
+    layout: Mapping[str, tuple[str, tuple[int, ...]]], metadata: Mapping[str, str] | None
 ) -> tuple[bytes, dict[str, tuple[int, int]]]:
     """Write the canonical header for tensors that lie in the order of `layout`.
 
     Parameters
     ----------
-    layout : mapping of str to (dtype, shape)
-        Every tensor of the file.
+    layout : mapping of str to (code, shape)
+        Every tensor of the file, its shape as the format states it.
     metadata : mapping of str to str, or None
         Written sorted by key; None and an empty mapping leave it out.
 
@@ -250,27 +286,17 @@ def format_header(
     Raises
     ------
     CheckpointError
-        If the format has no code for a dtype, or the name is taken by the format.
+        If a name is taken by the format.
     """
     fields: dict[str, Any] = {_METADATA: dict(sorted(metadata.items()))} if metadata else {}
     offsets: dict[str, tuple[int, int]] = {}
     reached = 0
-    for name, (dtype, shape) in layout.items():
+    for name, (code, shape) in layout.items():
         if name == _METADATA:
             raise CheckpointError(f"{name}: the name is safetensors' own, expected another name")
-        if dtype not in CODE_OF_DTYPE:
-            raise CheckpointError(
-                f"{name}: the dtype is {dtype}, expected one that safetensors can hold. "
-                "Write a .pth file instead, or leave the tensor out."
-            )
-        end = reached + byte_size(dtype, shape)
-        stored = list(stored_shape(dtype, shape))
+        end = reached + stored_bytes(code, shape)
         offsets[name] = (reached, end)
-        fields[name] = {
-            "dtype": CODE_OF_DTYPE[dtype],
-            "shape": stored,
-            "data_offsets": [reached, end],
-        }
+        fields[name] = {"dtype": code, "shape": list(shape), "data_offsets": [reached, end]}
         reached = end
     text = json.dumps(fields, ensure_ascii=False, separators=(",", ":")).encode("utf-8")
     text += b" " * (-len(text) % 8)

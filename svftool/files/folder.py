@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from svftool.checkpoints.base import Place, WeightFile
-from svftool.errors import CheckpointError, shortlist, write_errors
+from svftool.errors import CheckpointError, DataError, FactorsError, shortlist, write_errors
 
 PICKLE_SUFFIXES = (".pt", ".pth", ".bin", ".th", ".tar", ".ckpt")
 WEIGHT_SUFFIXES = (".safetensors", *PICKLE_SUFFIXES)
@@ -24,6 +24,114 @@ _TRAINING_STATE = (
 )  # fmt: skip
 _MAX_JSON = 256_000_000
 _AGAIN = "Copy or download the file again."
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where a checkpoint was found.
+
+    Attributes
+    ----------
+    path : Path
+        The file or folder.
+    index_file : str or None
+        Name of the shard index.
+    index_metadata : mapping
+        What the index says beside its weight map.
+    weight_map : mapping of str to str, or None
+        Tensor name to shard name, where there is an index.
+    config : mapping or None
+        ``config.json`` beside the weights.
+    notes : tuple of str
+        Sentences for the user.
+    hub_id : str or None
+        ``owner/name`` where it came from the hub.
+    """
+
+    path: Path
+    index_file: str | None = None
+    index_metadata: Mapping[str, Any] = field(default_factory=dict)
+    weight_map: Mapping[str, str] | None = None
+    config: Mapping[str, Any] | None = None
+    notes: tuple[str, ...] = ()
+    hub_id: str | None = None
+
+
+FACTORS_FILE = "svf_config.json"
+"""What makes a folder a factor checkpoint."""
+
+
+def check_exists(text: str | os.PathLike[str]) -> None:
+    """Refuse a name that is neither here nor can be a hub id.
+
+    Raises
+    ------
+    CheckpointError
+        If there is no such file or folder.
+    """
+    place = Path(text)
+    if place.exists() or (not place.parent.exists() and looks_like_hub_id(os.fspath(text))):
+        return
+    found = "a link that leads nowhere" if place.is_symlink() else "no such file or folder"
+    raise CheckpointError(f"{text}: {found}, expected a checkpoint. Check the path.")
+
+
+def check_factors(folder: Path) -> None:
+    """Refuse a folder that holds no factors.
+
+    Raises
+    ------
+    FactorsError
+        If it has no ``svf_config.json``.
+    """
+    if not (folder / FACTORS_FILE).is_file():
+        raise FactorsError(
+            f"{folder}: no {FACTORS_FILE}, expected a folder written by 'svftool decompose'. "
+            "Run 'svftool decompose CHECKPOINT -o FACTORS' first."
+        )
+
+
+def check_tuned_exist(names: Iterable[str]) -> None:
+    """Refuse tuned files that are not there; each may carry a weight, ``FILE@0.5``.
+
+    Raises
+    ------
+    FactorsError
+        If one is missing.
+    """
+    for name in names:
+        path = name if Path(name).exists() else name.rpartition("@")[0] or name
+        if not Path(path).exists():
+            raise FactorsError(
+                f"{path}: no such file, expected a tuned file of 'svftool finetune'. "
+                "Check the path."
+            )
+
+
+def check_data(path: Path) -> None:
+    """Refuse data that is not there.
+
+    Raises
+    ------
+    DataError
+        If there is no such file or folder.
+    """
+    if not path.exists():
+        raise DataError(f"{path}: no such file or folder, expected a data set. Check the path.")
+
+
+_HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
+
+
+def looks_like_hub_id(text: str) -> bool:
+    """Tell whether `text` can be a repository on the hub: ``owner/name``, no weight file.
+
+    Examples
+    --------
+    >>> looks_like_hub_id("timm/resnet18.a1_in1k"), looks_like_hub_id("folder/model.safetensors")
+    (True, False)
+    """
+    return bool(_HUB_ID.fullmatch(text)) and not text.endswith(WEIGHT_SUFFIXES)
 
 
 def find_weights(folder: Path, stem: str | None = None) -> tuple[tuple[Path, ...], Place]:
@@ -197,15 +305,20 @@ def is_plain_name(name: object) -> bool:
     return not name.startswith(".") and name.endswith(WEIGHT_SUFFIXES)
 
 
-def check_shards(place: Place, files: Sequence[WeightFile]) -> None:
+def check_shards(place: Place, held: Mapping[str, Collection[str]]) -> None:
     """Check that each shard holds what the index says.
+
+    Parameters
+    ----------
+    place : Place
+    held : mapping of str to collection of str
+        Name of each shard to the names of its tensors.
 
     Raises
     ------
     CheckpointError
         If a tensor of the index is not in its shard.
     """
-    held = {file.path.name: file.infos for file in files}
     weight_map = place.weight_map or {}
     missing = [name for name, file in weight_map.items() if name not in held[file]]
     if missing:

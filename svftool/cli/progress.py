@@ -1,0 +1,90 @@
+"""Bars, notes and warnings on stderr."""
+
+from __future__ import annotations
+
+from types import TracebackType
+from typing import TYPE_CHECKING, Self
+
+from svftool.progress import SILENT, ProgressTask
+from svftool.report.text import safe
+
+if TYPE_CHECKING:
+    from rich.console import Console
+    from rich.progress import Progress as RichProgress
+
+
+class ConsoleProgress:
+    """Draws bars with time left on a terminal; notes and warnings as lines.
+
+    Parameters
+    ----------
+    console : Console
+        Where to draw. Bars appear only when it is a terminal.
+    quiet : bool
+        Leave out bars and notes; warnings are still shown.
+    """
+
+    def __init__(self, console: Console, *, quiet: bool = False) -> None:
+        self._console = console
+        self._quiet = quiet
+
+    def task(self, description: str, total: float | None = None, *, unit: str = "") -> ProgressTask:
+        """Begin a bar of `total` units."""
+        if self._quiet or not self._console.is_terminal:
+            return SILENT.task(description, total, unit=unit)
+        return ConsoleTask(_bar(self._console, total, unit), description, total)
+
+    def note(self, message: str) -> None:
+        """Print one dim line."""
+        if not self._quiet:
+            self._console.print(safe(message), style="dim", markup=False)
+
+    def warn(self, message: str) -> None:
+        """Print one yellow line."""
+        self._console.print("warning:", style="bold yellow", end=" ")
+        self._console.print(safe(message), markup=False)
+
+
+def _bar(console: Console, total: float | None, unit: str) -> RichProgress:
+    from rich import progress  # only a terminal needs it, and it takes long to import
+
+    counted = unit != "" and total is not None and float(total).is_integer()
+    return progress.Progress(
+        progress.TextColumn("{task.description}", markup=False),
+        progress.BarColumn(bar_width=24),
+        progress.MofNCompleteColumn() if counted else progress.TaskProgressColumn(),
+        progress.TextColumn(unit, markup=False),
+        progress.TimeElapsedColumn(),
+        progress.TextColumn("left", style="dim"),
+        progress.TimeRemainingColumn(),
+        progress.TextColumn("{task.fields[detail]}", style="dim", markup=False),
+        console=console,
+        transient=True,
+    )
+
+
+class ConsoleTask:
+    """One bar; see `svftool.progress.ProgressTask`."""
+
+    def __init__(self, bar: RichProgress, description: str, total: float | None) -> None:
+        self._bar = bar
+        self._id = bar.add_task(description, total=total, detail="")
+
+    def advance(self, amount: float = 1.0, *, detail: str | None = None) -> None:
+        """Move the bar by `amount`."""
+        if detail is None:
+            self._bar.update(self._id, advance=amount)
+        else:
+            self._bar.update(self._id, advance=amount, detail=detail)
+
+    def __enter__(self) -> Self:
+        self._bar.start()
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self._bar.stop()

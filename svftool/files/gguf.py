@@ -1,0 +1,197 @@
+"""The header of a GGUF file: its metadata, and where each tensor lies.
+
+Layout and types: https://github.com/ggml-org/ggml/blob/master/docs/gguf.md
+"""
+
+from __future__ import annotations
+
+import math
+import os
+import struct
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, BinaryIO
+
+from svftool.errors import CheckpointError
+
+MAGIC = b"GGUF"
+
+BLOCKS: dict[int, tuple[str, int, int]] = {
+    0: ("F32", 1, 4),
+    1: ("F16", 1, 2),
+    2: ("Q4_0", 32, 18),
+    3: ("Q4_1", 32, 20),
+    6: ("Q5_0", 32, 22),
+    7: ("Q5_1", 32, 24),
+    8: ("Q8_0", 32, 34),
+    9: ("Q8_1", 32, 40),
+    10: ("Q2_K", 256, 84),
+    11: ("Q3_K", 256, 110),
+    12: ("Q4_K", 256, 144),
+    13: ("Q5_K", 256, 176),
+    14: ("Q6_K", 256, 210),
+    15: ("Q8_K", 256, 292),
+    16: ("IQ2_XXS", 256, 66),
+    17: ("IQ2_XS", 256, 74),
+    18: ("IQ3_XXS", 256, 98),
+    19: ("IQ1_S", 256, 50),
+    20: ("IQ4_NL", 32, 18),
+    21: ("IQ3_S", 256, 110),
+    22: ("IQ2_S", 256, 82),
+    23: ("IQ4_XS", 256, 136),
+    24: ("I8", 1, 1),
+    25: ("I16", 1, 2),
+    26: ("I32", 1, 4),
+    27: ("I64", 1, 8),
+    28: ("F64", 1, 8),
+    29: ("IQ1_M", 256, 56),
+    30: ("BF16", 1, 2),
+    34: ("TQ1_0", 256, 54),
+    35: ("TQ2_0", 256, 66),
+    39: ("MXFP4", 32, 17),
+}
+"""Types of tensors by number: name, values of a block, bytes of a block."""
+
+_SCALARS = dict(zip((0, 1, 2, 3, 4, 5, 6, 7, 10, 11, 12), "BbHhIif?Qqd", strict=True))
+_STRING, _ARRAY = 8, 9
+_VERSIONS = (2, 3)
+_LONGEST = 1 << 20
+_MOST = 1 << 20
+_MOST_DIMENSIONS = 8
+_WAY_OUT = "Copy or download the file again."
+
+
+@dataclass(frozen=True)
+class GGUFEntry:
+    """One tensor; `shape` has the order of torch, the opposite of the file's."""
+
+    name: str
+    kind: str
+    shape: tuple[int, ...]
+    begin: int
+    nbytes: int
+
+
+@dataclass(frozen=True)
+class GGUFHeader:
+    """Entries in the order of the file, and the metadata.
+
+    Attributes
+    ----------
+    version : int
+    metadata : dict of str to object
+        Numbers and texts as they are; of a list, its length as ``"[N values]"``.
+    entries : tuple of GGUFEntry
+    """
+
+    version: int
+    metadata: dict[str, Any]
+    entries: tuple[GGUFEntry, ...]
+
+
+def read_gguf_header(path: Path) -> GGUFHeader:
+    """Read and check the header of a GGUF file.
+
+    Raises
+    ------
+    CheckpointError
+        If it is none, contradicts itself, or tensors lie outside of the file.
+    """
+    with path.open("rb") as file:
+        size = os.fstat(file.fileno()).st_size
+        try:
+            return _Reader(file, path, size).header()
+        except (struct.error, UnicodeDecodeError, OverflowError, ValueError) as error:
+            raise CheckpointError(
+                f"{path}: the GGUF header is not readable ({str(error)[:100]}). {_WAY_OUT}"
+            ) from None
+
+
+class _Reader:
+    """Reads values one after another."""
+
+    def __init__(self, file: BinaryIO, path: Path, size: int) -> None:
+        self._file, self._path, self._size = file, path, size
+
+    def header(self) -> GGUFHeader:
+        if self._file.read(4) != MAGIC:
+            raise ValueError("no GGUF magic at its start")
+        version = self._number("I")
+        if version not in _VERSIONS:
+            raise ValueError(f"version {version}, expected {' or '.join(map(str, _VERSIONS))}")
+        tensors, fields = self._count(_MOST), self._count(_MOST)
+        metadata = {}
+        for _ in range(fields):
+            key = self._text()
+            metadata[key] = self._value(self._number("I"))
+        entries = [self._entry() for _ in range(tensors)]
+        return GGUFHeader(version, metadata, self._placed(entries, metadata))
+
+    def _number(self, code: str) -> Any:
+        (value,) = struct.unpack(f"<{code}", self._file.read(struct.calcsize(code)))
+        return value
+
+    def _count(self, most: int) -> int:
+        count = int(self._number("Q"))
+        if count > most:
+            raise ValueError(f"a count of {count}, expected at most {most}")
+        return count
+
+    def _text(self) -> str:
+        raw = self._file.read(self._count(_LONGEST))
+        return raw.decode("utf-8", "replace")
+
+    def _value(self, kind: int) -> Any:
+        if kind in _SCALARS:
+            return self._number(_SCALARS[kind])
+        if kind == _STRING:
+            return self._text()
+        if kind == _ARRAY:
+            inner, count = self._number("I"), self._count(self._size)
+            self._skip(inner, count)
+            return f"[{count} values]"
+        raise ValueError(f"a value of kind {kind}, which GGUF does not have")
+
+    def _skip(self, kind: int, count: int) -> None:
+        """Pass over a list: vocabularies are long, and nothing here needs them."""
+        if kind in _SCALARS:
+            self._file.seek(count * struct.calcsize(_SCALARS[kind]), os.SEEK_CUR)
+        elif kind == _STRING:
+            for _ in range(count):
+                self._file.seek(self._count(_LONGEST), os.SEEK_CUR)
+        else:
+            raise ValueError(f"a list of kind {kind}, expected numbers or texts")
+        if self._file.tell() > self._size:
+            raise ValueError("a list that ends behind the file")
+
+    def _entry(self) -> GGUFEntry:
+        name, dimensions = self._text(), self._number("I")
+        if dimensions > _MOST_DIMENSIONS:
+            raise ValueError(f"{name[:80]}: {dimensions} dimensions")
+        sides = [self._count(1 << 40) for _ in range(dimensions)]
+        kind, offset = self._number("I"), self._number("Q")
+        known, block, size = BLOCKS.get(kind, (f"type {kind}", 1, 0))
+        values = math.prod(sides)
+        if size and (sides[0] if sides else 1) % block:
+            raise ValueError(f"{name[:80]}: rows of {sides[0]} values, expected blocks of {block}")
+        return GGUFEntry(name, known, tuple(reversed(sides)), offset, values // block * size)
+
+    def _placed(self, entries: list[GGUFEntry], metadata: dict[str, Any]) -> tuple[GGUFEntry, ...]:
+        """Turn offsets in the data into places in the file, all inside of it."""
+        alignment = metadata.get("general.alignment", 32)
+        if not isinstance(alignment, int) or not 0 < alignment <= _MOST:
+            raise ValueError(f"general.alignment is {alignment!r}")
+        base = -(-self._file.tell() // alignment) * alignment
+        placed = []
+        for one in entries:
+            if base + one.begin + one.nbytes > self._size:
+                raise CheckpointError(
+                    f"{self._path}: {one.name[:200]}: ends at byte "
+                    f"{base + one.begin + one.nbytes}, but the file is cut off at byte "
+                    f"{self._size}, expected all of it. {_WAY_OUT}"
+                )
+            placed.append(GGUFEntry(one.name, one.kind, one.shape, base + one.begin, one.nbytes))
+        twice = len(placed) - len({one.name for one in placed})
+        if twice:
+            raise ValueError(f"{twice} names of tensors stand there twice")
+        return tuple(placed)
