@@ -205,6 +205,15 @@ class LoraFolder(Closing):
         self.base = config.get("base_model_name_or_path")
         self.notes = (*tensors.notes, *self._own_base(), *self._unknown())
 
+    def bytes_of(self, name: str) -> int:
+        """Return the bytes of everything that the file holds for a tensor or module."""
+        part = f".{name.removesuffix('.weight')}."
+        return sum(
+            info.nbytes
+            for key, info in self._tensors.infos.items()
+            if key == name or part in f".{key}."
+        )
+
     def info(self, name: str) -> TensorInfo:
         """Dtype and shape of a tensor of the adapter file."""
         return self._tensors.infos[name]

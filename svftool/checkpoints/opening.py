@@ -17,7 +17,7 @@ from svftool.checkpoints.folder import (
     read_config,
 )
 from svftool.checkpoints.header import announces_header, describe_start
-from svftool.checkpoints.hub import fetch, looks_like_hub_id
+from svftool.checkpoints.hub import fetch, looks_like_hub_id, named_in_cache
 from svftool.checkpoints.pickle_file import ZIP_MAGIC, PickleFile
 from svftool.checkpoints.safetensors_file import SafetensorsFile
 from svftool.errors import CheckpointError, ResourceError
@@ -58,7 +58,7 @@ def open_checkpoint(path: str | os.PathLike[str], *, stem: str | None = None) ->
         if place.is_dir():
             return _open_folder(place, stem)
         if place.is_file():
-            return _open_file(place)
+            return _open_file(named_in_cache(place))
     except PermissionError as error:
         raise ResourceError(
             f"{error.filename or text}: no permission to read, expected a readable checkpoint. "

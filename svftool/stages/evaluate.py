@@ -185,7 +185,9 @@ def _open(
                     f"{path}: a dense checkpoint, expected factors from 'svftool decompose' "
                     f"for {option}"
                 )
-        return _Source(stack.enter_context(open_checkpoint(path)))
+        checkpoint = stack.enter_context(open_checkpoint(path))
+        checkpoint.tell(progress)
+        return _Source(checkpoint)
     store = stack.enter_context(open_factors(path))
     expert = None if tuned is None else read_tuned(tuned)
     if expert is not None:
