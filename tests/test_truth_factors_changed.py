@@ -12,18 +12,15 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
-from svftool import FactorsError, audit, decompose, extract, merge, open_factors
+from svftool import CheckpointError, FactorsError, audit, decompose, extract, merge, open_factors
 from svftool.checkpoints import open_checkpoint
 from svftool.factors import is_tuned, read_tuned, write_tuned
 
 
 def model(seed: int, dtype: torch.dtype = torch.float32) -> dict[str, torch.Tensor]:
     torch.manual_seed(seed)
-    tensors = {
-        "a.weight": torch.randn(6, 5),
-        "b.weight": torch.randn(4, 6),
-        "b.bias": torch.ones(4),
-    }
+    tensors = {"a.weight": torch.randn(6, 5), "b.weight": torch.randn(4, 6)}
+    tensors["b.bias"] = torch.ones(4)
     return {name: value.to(dtype) for name, value in tensors.items()}
 
 
@@ -91,15 +88,14 @@ def test_changed_factors_are_found_before_anything_is_written(
     output = tmp_path / "out.safetensors"
     fine = tmp_path / "fine.safetensors"
     save_file({name: value * 1.5 for name, value in model(0).items()}, fine)
+    uses: dict[str, Callable[[], object]] = {
+        "merge": lambda: merge(factors, [tuned], output=output),
+        "without base": lambda: merge(factors, [tuned], output=output, without_base=True),
+        "inspect": lambda: audit(factors, [tuned]),
+        "extract": lambda: extract(factors, fine, output=output),
+    }
     with pytest.raises(FactorsError, match=r"svf_config\.json says"):
-        if use == "merge":
-            merge(factors, [tuned], output=output)
-        elif use == "without base":
-            merge(factors, [tuned], output=output, without_base=True)
-        elif use == "inspect":
-            audit(factors, [tuned])
-        else:
-            extract(factors, fine, output=output)
+        uses[use]()
     assert not output.exists()
     assert not list(tmp_path.glob("*.partial*"))
 
@@ -177,8 +173,9 @@ def test_which_of_several_files_was_read_is_said(
 def test_files_that_cannot_be_told_apart_are_refused(
     names: tuple[str, ...], tmp_path: Path
 ) -> None:
-    with pytest.raises(Exception, match="weight files and no index"):
-        open_checkpoint(put(tmp_path / "m", *names))
+    folder = put(tmp_path / "m", *names)
+    with pytest.raises(CheckpointError, match="weight files and no index"):
+        open_checkpoint(folder)
 
 
 def test_training_state_is_no_second_candidate(tmp_path: Path) -> None:

@@ -198,9 +198,8 @@ def test_what_lies_beside_the_tensors_is_read_by_position(tmp_path: Path) -> Non
     state = new["optimizer"]["state"][0]
     assert torch.equal(state["exp_avg"], moment)
     assert torch.equal(state["view"], moment[2:4])
-    assert (
-        state["view"].untyped_storage().data_ptr() == state["exp_avg"].untyped_storage().data_ptr()
-    )
+    places = {state[key].untyped_storage().data_ptr() for key in ("view", "exp_avg")}
+    assert len(places) == 1
     assert torch.equal(new["extra"][0][0], torch.eye(2))
     assert type(new["extra"][1]) is torch.nn.Parameter
     assert new["args"].mean.tolist() == [3.0, 3.0]
@@ -223,9 +222,8 @@ def test_what_lies_beside_the_tensors_is_read_by_position(tmp_path: Path) -> Non
 )
 def test_a_merged_pickle_loads_as_merged(tree: Any, left: str, tmp_path: Path) -> None:
     weights = {"w": torch.randn(4, 3), "b": torch.ones(4)}
-    base = save(
-        tmp_path / "x.pth", {**tree(weights), "epoch": 3, "optimizer": {"m": torch.ones(2)}}
-    )
+    state = {"epoch": 3, "optimizer": {"m": torch.ones(2)}}
+    base = save(tmp_path / "x.pth", {**tree(weights), **state})
     factors = decompose(base, tmp_path / "f", exclude=["b"]).output
     with open_factors(factors) as store:
         S = {name: store.read_S(name) * 2 for name in store.layers}

@@ -30,9 +30,9 @@ def looks_like_hub_id(text: str) -> bool:
 def named_in_cache(path: Path) -> Path:
     """Return a file of a hub cache under the name that its repository gives it.
 
-    The cache holds each file once, under its hash (``models--x--y/blobs/SHA``), and links to it from
-    every revision (``snapshots/REVISION/model.safetensors``). The name, the configuration and the
-    tokenizer are beside the link alone. Of several revisions, the one of ``refs/main`` comes first.
+    The cache holds each file once, under its hash (``models--x--y/blobs/SHA``). Every revision has
+    a link to it (``snapshots/REVISION/model.safetensors``), and the name, the configuration and the
+    tokenizer are beside the link alone. Of several revisions that of ``refs/main`` comes first.
 
     Parameters
     ----------

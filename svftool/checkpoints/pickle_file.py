@@ -492,7 +492,6 @@ def other_weights(tree: Any, nesting: tuple[str, ...]) -> list[tuple[str, ...]]:
             (*nesting[:depth], key)
             for key, value in here.items()
             if key != own
-            and isinstance(key, str)
             and isinstance(value, Mapping)
             and not is_training_state(key)
             and _bytes(value, _DEPTH)
