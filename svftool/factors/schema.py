@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from svftool.checkpoints import Selection, dtype_named
+from svftool.checkpoints.header import json_text
 from svftool.checkpoints.views import View, matrix_shape
 from svftool.errors import FactorsError
 
@@ -138,7 +139,7 @@ def config_to_json(config: FactorConfig, *, version: str) -> str:
         "left_whole": [{"name": k, "reason": v} for k, v in config.left_whole.items()],
         "digests": dict(config.digests),
     }
-    return json.dumps(document, indent=2, ensure_ascii=False) + "\n"
+    return json_text(document, indent=2) + "\n"
 
 
 def read_config(folder: Path) -> FactorConfig:

@@ -89,8 +89,8 @@ def _factory(transformers: ModuleType, checkpoint: Checkpoint, trust_remote_code
     kernel = _foreign_kernel(config, _NESTED)
     if kernel is not None and not trust_remote_code:
         raise ModelError(
-            f"{checkpoint.path}: config.json takes the kernel {kernel[:60]!r} from the hub, which is "
-            "code. Remove it from config.json, or allow it with --trust-remote-code."
+            f"{checkpoint.path}: config.json takes the kernel {kernel[:60]!r} from the hub, which "
+            "is code. Remove it from config.json, or allow it with --trust-remote-code."
         )
     own = transformers.AutoModel if name is None else _own_class(transformers, name)
     if own is not None:

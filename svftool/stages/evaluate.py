@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import re
 import time
@@ -17,6 +16,7 @@ from torch import nn
 
 from svftool.attaching import attach, detach, load_tuned, map_names
 from svftool.checkpoints import Checkpoint, open_checkpoint, replace_output
+from svftool.checkpoints.header import json_text
 from svftool.errors import DataError, ModelError, UsageError, shortlist
 from svftool.factors import (
     FactorStore,
@@ -456,7 +456,7 @@ class Output:
             folder.mkdir(exist_ok=True)
         with self.partial.open("a", encoding="utf-8") as file:
             for row in _rows(draw, model, folder, root):
-                file.write(json.dumps({**task.facts, **row}, ensure_ascii=False) + "\n")
+                file.write(json_text({**task.facts, **row}) + "\n")
 
 
 def _rows(draw: Predicts, model: nn.Module, folder: Path, root: Path) -> Iterator[dict[str, Any]]:
