@@ -3,14 +3,20 @@
 from __future__ import annotations
 
 import itertools
+import json
+from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from svftool import audit, decompose, open_factors
 from svftool.auditing.compare import BaseMatrix, Found, Tuned, compare_vectors
 from svftool.auditing.metrics import choose_metrics
 from svftool.auditing.verdicts import judge, judge_tensor
+from svftool.checkpoints import fingerprint, tensor_digest
+from svftool.factors import write_tuned
 from svftool.numerics import ThreadPool
 
 LARGE = {
@@ -81,3 +87,63 @@ def test_zeros_that_became_something_have_no_singular_vectors_to_share(value: fl
         name, found = matrix(base, tuned)
         assert name == "unrelated"
         assert found.measured.change["weight_drift"] == float("inf")
+
+
+# Tuned files of two decompositions of one base.
+
+
+def two_files(folder: Path, turn: bool, scale: float) -> tuple[Path, Path]:
+    """Tune the same singular values in two decompositions, of which one may be turned."""
+    torch.manual_seed(0)
+    q = torch.linalg.qr(torch.randn(6, 6, dtype=torch.float64)).Q
+    # Two equal singular values: any rotation of their vectors is a decomposition too.
+    weight = (q[:, :4] @ torch.diag(torch.tensor([3.0, 2.0, 2.0, 1.0]).double()) @ q[:4, :]).float()
+    save_file({"a.weight": weight}, folder / "base.safetensors")
+    paths = []
+    for name, dtype in (("one", "float32"), ("two", "float32" if turn else "bfloat16")):
+        factors = decompose(folder / "base.safetensors", folder / name, dtype=dtype).output
+        if turn and name == "two":
+            rotate(factors)
+        with open_factors(factors) as store:
+            S = store.read_S("a.weight") * torch.tensor([1.0, scale, 1.0, 1.0, 1.0, 1.0])
+            write_tuned(folder / f"{name}.safetensors", store=store, S={"a.weight": S})
+        paths.append(folder / f"{name}.safetensors")
+    return paths[0], paths[1]
+
+
+def rotate(factors: Path) -> None:
+    (file,) = factors.glob("*.safetensors")
+    tensors = load_file(file)
+    half = torch.tensor([[0.6, -0.8], [0.8, 0.6]])
+    tensors["a.weight.U"][:, 1:3] = tensors["a.weight.U"][:, 1:3] @ half
+    tensors["a.weight.Vh"][1:3] = half.mT @ tensors["a.weight.Vh"][1:3]
+    save_file(tensors, file)
+    config = json.loads((factors / "svf_config.json").read_text())
+    config["digests"] |= {name: tensor_digest(value) for name, value in tensors.items()}
+    config["fingerprint"] = fingerprint(tensors.items())
+    (factors / "svf_config.json").write_text(json.dumps(config))
+
+
+def test_the_same_values_on_other_vectors_are_not_compared(tmp_path: Path) -> None:
+    one, two = two_files(tmp_path, turn=True, scale=1.5)
+    (found,) = audit(one, [two]).comparisons
+    assert found.verdict is not None
+    assert found.verdict.name == "undecided"
+    assert "other singular vectors" in found.unmatched_base[0].reason
+
+
+def test_the_same_values_on_vectors_rounded_otherwise_are_not_equal(tmp_path: Path) -> None:
+    one, two = two_files(tmp_path, turn=False, scale=1.5)
+    (found,) = audit(one, [two]).comparisons
+    assert found.verdict is not None
+    assert found.verdict.name == "rounding noise"
+
+
+@pytest.mark.parametrize("turn", [False, True])
+def test_files_that_both_change_nothing_are_equal_whatever_the_vectors(
+    turn: bool, tmp_path: Path
+) -> None:
+    one, two = two_files(tmp_path, turn=turn, scale=1.0)
+    (found,) = audit(one, [two]).comparisons
+    assert found.verdict is not None
+    assert found.verdict.name == "untouched"

@@ -137,7 +137,7 @@ def judge_tensor(found: Evidence) -> Verdict:
     return Verdict(CHANGED, "high", _moved_by(found))
 
 
-_UNFELT = "values differ, by less than float64 can square beside the largest"
+_UNFELT = "what differs is smaller than can be measured beside the rest"
 
 
 def _moved_by(found: Evidence) -> str:
