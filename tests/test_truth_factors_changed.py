@@ -12,7 +12,16 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
-from svftool import CheckpointError, FactorsError, audit, decompose, extract, merge, open_factors
+from svftool import (
+    CheckpointError,
+    FactorsError,
+    attach,
+    audit,
+    decompose,
+    extract,
+    merge,
+    open_factors,
+)
 from svftool.checkpoints import open_checkpoint
 from svftool.factors import is_tuned, read_tuned, write_tuned
 
@@ -258,3 +267,22 @@ def test_the_blob_of_a_tuned_file_is_one(tuned: Path, tmp_path: Path) -> None:
     assert read_tuned(root / "blobs" / "77").S.keys() == {"a.weight", "b.weight"}
     with safe_open(root / "blobs" / "77", "pt") as file:
         assert "svftool" in file.metadata()
+
+
+class Two(torch.nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.b = torch.nn.Linear(5, 6, bias=False), torch.nn.Linear(6, 4)
+
+
+@pytest.mark.parametrize("change", [one_value, one_bit_of_S, two_swapped])
+def test_changed_factors_are_never_attached(change: Callable[..., None], factors: Path) -> None:
+    net = Two()
+    net.load_state_dict(model(0))
+    attach(net, factors)
+    (file,) = factors.glob("*.safetensors")
+    change(file, load_file(file))
+    net = Two()
+    net.load_state_dict(model(0))
+    with pytest.raises(FactorsError, match=r"svf_config\.json says"):
+        attach(net, factors)
