@@ -10,6 +10,7 @@ import pytest
 import torch
 
 from svftool import FactorsError, decompose, open_factors, read_tuned
+from svftool.checkpoints import fingerprint, tensor_digest
 from svftool.factors import LayerFactors, add_delta, check_tuned, is_tuned, rebuild, write_tuned
 from svftool.factors.tuned import probe
 
@@ -147,7 +148,10 @@ def alter(folder: Path, name: str, change) -> None:
     save_file(tensors, folder / "svf.safetensors", {"format": "pt"})
     path = folder / "svf_config.json"
     document = json.loads(path.read_text())
-    document["fingerprint"] = "0" * 64
+    document["digests"] |= {key: tensor_digest(value) for key, value in tensors.items()}
+    document["fingerprint"] = fingerprint(
+        (key, value) for key, value in tensors.items() if key.endswith((".U", ".S", ".Vh"))
+    )
     path.write_text(json.dumps(document))
 
 

@@ -212,3 +212,53 @@ def test_what_is_part_of_nothing_is_not_written_as_a_tensor(tmp_path: Path) -> N
         f"{PREFIX}{MODULE}.lora_A.default.weight": "part of no LoRA layer",
         "score.weight": "not in the base",
     }
+
+
+# Adapters whose merge changes more than the layer that they are named after.
+
+
+def head_adapter(folder: Path, head: str, *, in_file: bool, tied: bool | None) -> tuple[Path, Path]:
+    """Write a language model of one embedding and one layer, and an adapter of its head."""
+    base, own = folder / "base", folder / "adapter"
+    base.mkdir()
+    own.mkdir()
+    tensors = {"model.embed_tokens.weight": torch.randn(12, 6), "q_proj.weight": torch.randn(6, 6)}
+    if in_file:
+        tensors[f"{head}.weight"] = tensors["model.embed_tokens.weight"].clone()
+    save_file(tensors, base / "model.safetensors")
+    config = {} if tied is None else {"tie_word_embeddings": tied}
+    (base / "config.json").write_text(json.dumps(config))
+    pairs = {}
+    for name, rows in ((head, 12), ("q_proj", 6)):
+        pairs[f"{PREFIX}{name}.lora_A.weight"] = torch.randn(2, 6)
+        pairs[f"{PREFIX}{name}.lora_B.weight"] = torch.randn(rows, 2)
+    save_file(pairs, own / "adapter_model.safetensors")
+    facts = {"peft_type": "LORA", "r": 2, "lora_alpha": 4, "target_modules": [head, "q_proj"]}
+    (own / "adapter_config.json").write_text(json.dumps(facts))
+    return base, own
+
+
+@pytest.mark.parametrize(
+    ("in_file", "tied"), [(False, None), (False, True), (False, False), (True, True)]
+)
+@pytest.mark.parametrize("head", ["lm_head", "embed_out"])
+def test_an_adapter_of_a_tied_head_is_refused(
+    head: str, in_file: bool, tied: bool | None, tmp_path: Path
+) -> None:
+    base, own = head_adapter(tmp_path, head, in_file=in_file, tied=tied)
+    with pytest.raises(CheckpointError, match="output head that is tied to the embedding"):
+        compare(base, own)
+
+
+def test_an_adapter_of_a_head_of_its_own_is_read(tmp_path: Path) -> None:
+    base, own = head_adapter(tmp_path, "lm_head", in_file=True, tied=False)
+    assert set(compare(base, own).changes) == {"lm_head.weight", "q_proj.weight"}
+
+
+def test_an_adapter_of_attention_with_parts_inside_is_refused(tmp_path: Path) -> None:
+    peft = pytest.importorskip("peft")
+    model = torch.nn.Sequential(torch.nn.MultiheadAttention(8, 2))
+    wrapped = peft.get_peft_model(model, peft.LoraConfig(r=2, target_modules=["0"]))
+    wrapped.save_pretrained(tmp_path)
+    with pytest.raises(CheckpointError, match=r"nn\.MultiheadAttention"):
+        open_lora(tmp_path)

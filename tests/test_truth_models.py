@@ -5,7 +5,9 @@ from __future__ import annotations
 import io
 import json
 import pickle
+import socket
 import sys
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -13,9 +15,11 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
+from svftool import audit
 from svftool.checkpoints import open_checkpoint
-from svftool.errors import CheckpointError, ModelError
+from svftool.errors import CheckpointError, ModelError, SvftoolError
 from svftool.models import build_model, find_preprocessing
+from svftool.tasks.tokens import load_tokenizer
 
 transformers = pytest.importorskip("transformers")
 timm = pytest.importorskip("timm")
@@ -196,3 +200,173 @@ def test_values_of_a_timm_configuration_are_one_line(facts: Any, tmp_path: Path)
     place = folder(tmp_path, {"architecture": "resnet10t", "pretrained_cfg": facts})
     with open_checkpoint(place) as opened, pytest.raises(CheckpointError, match=r"config\.json"):
         find_preprocessing(opened)
+
+
+@pytest.mark.parametrize(
+    "extra",
+    [
+        {"attn_implementation": "a/b"},
+        {"_attn_implementation": "a/b@main:c"},
+        {"attn_implementation": {"text_config": "a/b"}},
+        {"text_config": {"experts_implementation": "a/b"}},
+    ],
+)
+def test_kernels_of_the_hub_are_code(extra: dict[str, Any], tmp_path: Path) -> None:
+    config = {"model_type": "llama", "architectures": ["LlamaForCausalLM"], **SMALL, **extra}
+    refuse(folder(tmp_path, config), "takes the kernel 'a/b")
+
+
+# No value of any settings file reaches the network, runs code, or asks on the terminal.
+
+
+TIMM = ("hf-hub:a/b", "hf_hub:a/b", "local-dir:{bait}", "{bait}")
+TRANSFORMERS = ("{bait}", "a/b", "a/b--evil.C", "evil.C")
+"""What values may name: the hub by its spellings, a folder with a planted pickle, code."""
+
+OF_TIMM = ("architecture", "pretrained_cfg", "hf_hub_id")
+
+KEYS = {
+    "config.json": (
+        "architecture",
+        "pretrained_cfg.hf_hub_id",
+        "pretrained_cfg.url",
+        "pretrained_cfg.file",
+        "pretrained_cfg.source",
+        "hf_hub_id",
+        "_name_or_path",
+        "name_or_path",
+        "base_model_name_or_path",
+        "model_type",
+        "tokenizer_class",
+        "architectures.0",
+        "auto_map.AutoConfig",
+        "auto_map.AutoModel",
+        "auto_map.AutoModelForCausalLM",
+        "auto_map.AutoTokenizer",
+        "backbone",
+        "transformers_weights",
+        "attn_implementation",
+        "_attn_implementation",
+        "quantization_config.quant_method",
+    ),
+    "tokenizer_config.json": (
+        "tokenizer_class",
+        "auto_map.AutoTokenizer",
+        "name_or_path",
+        "vocab_file",
+        "tokenizer_file",
+        "fix_mistral_regex",
+    ),
+    "preprocessor_config.json": (
+        "image_processor_type",
+        "processor_class",
+        "feature_extractor_type",
+        "auto_map.AutoImageProcessor",
+        "_name_or_path",
+    ),
+    "processor_config.json": ("processor_class", "auto_map.AutoProcessor"),
+    "generation_config.json": ("_from_model_config", "custom_generate"),
+    "adapter_config.json": ("base_model_name_or_path", "auto_mapping.parent_library", "revision"),
+}
+
+
+@pytest.fixture
+def sealed(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """Note every attempt to reach another machine or the user, and let none through."""
+    touched: list[str] = []
+
+    def noted(kind: str) -> Any:
+        def refuse(*given: Any, **_: Any) -> Any:
+            touched.append(f"{kind}: {given[1:2] or given}")
+            raise OSError(f"{kind} is sealed off")
+
+        return refuse
+
+    monkeypatch.setattr(socket.socket, "connect", noted("connect"))
+    monkeypatch.setattr(socket, "getaddrinfo", noted("getaddrinfo"))
+    monkeypatch.setattr("builtins.input", noted("input"))
+    monkeypatch.setattr(sys, "stdin", io.StringIO("y\n" * 99))
+    for name in ("HF_HUB_OFFLINE", "TRANSFORMERS_OFFLINE"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", False)
+    return touched
+
+
+def planted(tmp_path: Path) -> tuple[Path, Path]:
+    """Make a folder with code and a pickle that leave a mark where they run."""
+    place, mark = tmp_path / "m", tmp_path / "owned"
+    place.mkdir()
+    bait = tmp_path / "bait"
+    bait.mkdir()
+    for where in (place, bait):
+        (where / "evil.py").write_text(f"open({str(mark)!r}, 'w').close()\nclass C: pass\n")
+        (where / "pytorch_model.bin").write_bytes(pickle.dumps(Planted(mark)))
+    (bait / "config.json").write_text('{"architecture": "resnet10t"}')
+    return place, mark
+
+
+def with_value(facts: dict[str, Any], key: str, value: str) -> dict[str, Any]:
+    outer, _, inner = key.partition(".")
+    if not inner:
+        return {**facts, outer: value}
+    held = facts.get(outer, {})
+    return {**facts, outer: [value] if inner == "0" else {**held, inner: value}}
+
+
+def read_everything(place: Path) -> None:
+    """Read a folder in every way that takes settings from it."""
+    ways = [
+        lambda opened: build_model("auto", checkpoint=opened),
+        find_preprocessing,
+        lambda _: load_tokenizer(place),
+    ]
+    if (place / "adapter_config.json").exists():
+        with suppress(SvftoolError):
+            audit(place / "model.safetensors", [place])
+        return
+    with open_checkpoint(place) as opened:
+        for way in ways:
+            with suppress(SvftoolError):
+                way(opened)
+
+
+@pytest.mark.parametrize("file", KEYS)
+def test_no_value_reaches_the_network_or_runs_code(
+    file: str, tmp_path: Path, sealed: list[str]
+) -> None:
+    place, mark = planted(tmp_path)
+    language = {"model_type": "llama", "architectures": ["LlamaForCausalLM"], **SMALL}
+    vision = {"architecture": "test_vit", "pretrained_cfg": {"input_size": [3, 32, 32]}}
+    own = {
+        "tokenizer_config.json": {"tokenizer_class": "PreTrainedTokenizerFast"},
+        "preprocessor_config.json": {"image_processor_type": "ViTImageProcessor"},
+        "adapter_config.json": {"peft_type": "LORA", "r": 2, "target_modules": ["q_proj"]},
+    }
+    save_file({"fc.weight": torch.ones(4, 4)}, place / "model.safetensors")
+    if file == "adapter_config.json":
+        save_file({"a": torch.ones(2, 2)}, place / "adapter_model.safetensors")
+    for key in KEYS[file]:
+        config, values = (vision, TIMM) if key.startswith(OF_TIMM) else (language, TRANSFORMERS)
+        facts = {
+            "config.json": config,
+            **({} if file == "config.json" else {file: own.get(file, {})}),
+        }
+        for text in values:
+            value = text.format(bait=tmp_path / "bait")
+            for name, held in facts.items():
+                changed = with_value(held, key, value) if name == file else held
+                (place / name).write_text(json.dumps(changed))
+            read_everything(place)
+            assert not sealed, (key, value, sealed)
+            assert not mark.exists(), (key, value)
+
+
+def test_the_seal_notices(sealed: list[str]) -> None:
+    from huggingface_hub import HfApi
+
+    with suppress(Exception):
+        HfApi().model_info("a/b")
+    assert sealed
+    with suppress(OSError):
+        input("y?")
+    assert any("input" in one for one in sealed)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import os
 import pathlib
 import zipfile
@@ -12,8 +13,10 @@ import numpy as np
 import pytest
 import torch
 
+from svftool import decompose, merge, open_factors
 from svftool.checkpoints import open_checkpoint, save_pickled
 from svftool.errors import CheckpointError
+from svftool.factors import write_tuned
 
 
 def save(path: Path, tree: object) -> Path:
@@ -124,3 +127,114 @@ def test_a_storage_larger_than_its_record_is_refused(tmp_path: Path) -> None:
     path.write_bytes(raw.replace(count, b"K\xff"))
     with pytest.raises(CheckpointError, match="not in the file"):
         open_checkpoint(path)
+
+
+# Nothing is mapped, however a pickle is stored.
+
+
+def awkward(kind: str) -> dict[str, torch.Tensor]:
+    weight = torch.arange(12.0).reshape(3, 4)
+    if kind == "sparse":
+        return {"w": weight, "s": torch.eye(3).to_sparse()}
+    if kind == "quantised":
+        return {"w": weight, "q": torch.quantize_per_tensor(weight, 0.1, 0, torch.qint8)}
+    return {"w": weight}
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("kind", ["sparse", "quantised", "big-endian", "writing"])
+def test_no_pickle_is_mapped(kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = tmp_path / "x.pth"
+    torch.save(awkward(kind), path)
+    if kind == "big-endian":
+        path = swapped(path)
+    given: list[bool] = []
+    load = torch.load
+
+    def spy(*args: Any, **options: Any) -> Any:
+        given.append(bool(options.get("mmap")))
+        return load(*args, **options)
+
+    monkeypatch.setattr(torch, "load", spy)
+    with open_checkpoint(path) as found:
+        assert torch.equal(found.read("w"), torch.arange(12.0).reshape(3, 4))
+        if kind == "writing":
+            save_pickled(tmp_path / "y.pth", found, {"w": torch.zeros(3, 4)})
+        else:
+            assert any("loaded into memory as a whole" in note for note in found.notes)
+    assert given
+    assert not any(given)
+
+
+def swapped(path: Path) -> Path:
+    """Rewrite a pickle as a machine of the other byte order would have saved it."""
+    target = path.with_name("swapped.pth")
+    with zipfile.ZipFile(path) as old, zipfile.ZipFile(target, "w") as new:
+        for entry in old.infolist():
+            data = old.read(entry)
+            if "/data/" in entry.filename:
+                data = np.frombuffer(data, "<f4").astype(">f4").tobytes()
+            new.writestr(entry.filename, b"big" if "byteorder" in entry.filename else data)
+    return target
+
+
+def test_what_lies_beside_the_tensors_is_read_by_position(tmp_path: Path) -> None:
+    moment = torch.arange(6.0)
+    tree = {
+        "state_dict": {"w": torch.ones(2, 3)},
+        "optimizer": {"state": {0: {"exp_avg": moment, "view": moment[2:4]}}, "lr": [0.1]},
+        "extra": [(torch.eye(2), "text"), torch.nn.Parameter(torch.ones(2))],
+        "args": argparse.Namespace(mean=torch.full((2,), 3.0)),
+        "stats": np.arange(3),
+    }
+    path = save(tmp_path / "x.pth", tree)
+    with open_checkpoint(path) as found:
+        save_pickled(tmp_path / "y.pth", found, {"w": torch.zeros(2, 3)})
+        with path.open("r+b") as file:
+            file.truncate(path.stat().st_size // 2)
+        with pytest.raises(CheckpointError, match="expected a whole file"):
+            save_pickled(tmp_path / "z.pth", found, {"w": torch.zeros(2, 3)})
+    new = torch.load(tmp_path / "y.pth", weights_only=False)
+    state = new["optimizer"]["state"][0]
+    assert torch.equal(state["exp_avg"], moment)
+    assert torch.equal(state["view"], moment[2:4])
+    places = {state[key].untyped_storage().data_ptr() for key in ("view", "exp_avg")}
+    assert len(places) == 1
+    assert torch.equal(new["extra"][0][0], torch.eye(2))
+    assert type(new["extra"][1]) is torch.nn.Parameter
+    assert new["args"].mean.tolist() == [3.0, 3.0]
+    assert new["stats"].tolist() == [0, 1, 2]
+    assert not new["state_dict"]["w"].any()
+
+
+# Other weights of the model do not outlive a merge.
+
+
+@pytest.mark.parametrize(
+    ("tree", "left"),
+    [
+        (lambda s: {"state_dict": s, "state_dict_ema": s}, "state_dict_ema"),
+        (lambda s: {"model": s, "model_ema": {"module": s, "decay": 0.9}}, "model_ema"),
+        (lambda s: {"a": {"model": s, "best": {"module.w": s["w"]}}}, "a > best"),
+        (lambda s: {**s, "swa": {"module": s}}, "swa"),
+        (lambda s: {"state_dict": s, "swa": s}, "swa"),
+    ],
+)
+def test_a_merged_pickle_loads_as_merged(tree: Any, left: str, tmp_path: Path) -> None:
+    weights = {"w": torch.randn(4, 3), "b": torch.ones(4)}
+    state = {"epoch": 3, "optimizer": {"m": torch.ones(2)}}
+    base = save(tmp_path / "x.pth", {**tree(weights), **state})
+    factors = decompose(base, tmp_path / "f", exclude=["b"]).output
+    with open_factors(factors) as store:
+        S = {name: store.read_S(name) * 2 for name in store.layers}
+        write_tuned(tmp_path / "t.safetensors", store=store, S=S)
+    result = merge(factors, [tmp_path / "t.safetensors"], output=tmp_path / "m.pth", verify=True)
+    assert list(result.dropped) == [left]
+    assert result.dropped[left] >= weights["w"].nbytes
+    new = torch.load(tmp_path / "m.pth")
+    assert new["epoch"] == 3
+    assert new["optimizer"]["m"].tolist() == [1.0, 1.0]
+    timm = pytest.importorskip("timm.models")
+    if "a" not in new:
+        loaded = timm.load_state_dict(str(tmp_path / "m.pth"), weights_only=True)
+        assert torch.allclose(loaded["w"], weights["w"] * 2, atol=1e-5)

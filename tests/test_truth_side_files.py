@@ -15,6 +15,7 @@ import svftool
 from svftool.checkpoints import side_files
 from svftool.factors.config_shapes import follow_shapes
 from svftool.files.folder import _MOST
+from svftool.progress import Silent
 
 
 @pytest.fixture
@@ -101,3 +102,49 @@ def test_the_configuration_follows_new_shapes(
 def test_a_shape_that_nothing_explains_is_named() -> None:
     config = {"a_size": 4, "b_size": 4}
     assert follow_shapes(config, {"x.weight": ((4, 2), (6, 2))}) == (config, ["x.weight"])
+
+
+# What every writing command leaves out stands in its JSON, with its bytes.
+
+
+def test_decompose_names_what_it_leaves_out(folder: Path) -> None:
+    from svftool.report.decompose import document
+
+    said = Heard()
+    result = svftool.decompose(folder, folder.with_name("factors"), progress=said)
+    dropped = {one["name"]: one["bytes"] for one in document(result)["dropped"]}
+    assert dropped.keys() == {"elsewhere", "large.txt", "notes.txt", "pytorch_model.bin"}
+    assert dropped["large.txt"] == _MOST + 1
+    (warning,) = [text for text in said.warnings if "not copied" in text]
+    assert all(f"{name} ({size:,} bytes)" in warning for name, size in dropped.items())
+
+
+def test_decompose_names_the_entries_of_a_pickle(tmp_path: Path) -> None:
+    tree = {"state_dict": {"a.weight": torch.ones(4, 3)}, "state_dict_ema": {"x": torch.ones(5)}}
+    torch.save(tree, tmp_path / "x.pth")
+    result = svftool.decompose(tmp_path / "x.pth", tmp_path / "f")
+    assert result.dropped == {"state_dict_ema": 20}
+
+
+def test_extract_names_the_entries_of_a_pickle(tmp_path: Path) -> None:
+    from svftool.report.extract import document
+
+    torch.manual_seed(0)
+    weight = torch.randn(4, 3)
+    save_file({"a.weight": weight}, tmp_path / "base.safetensors")
+    torch.save({"model": {"a.weight": weight * 2}, "ema": {"b": weight}}, tmp_path / "t.pth")
+    result = svftool.extract(
+        tmp_path / "base.safetensors", tmp_path / "t.pth", output=tmp_path / "s.safetensors"
+    )
+    (dropped,) = document(result)["dropped"]
+    assert dropped == {"name": "ema", "reason": "not among the tensors", "bytes": 48}
+
+
+class Heard(Silent):
+    """Keeps the warnings."""
+
+    def __init__(self) -> None:
+        self.warnings: list[str] = []
+
+    def warn(self, message: str) -> None:
+        self.warnings.append(message)

@@ -43,6 +43,8 @@ _ROWS = re.compile(r"(?P<module>.+)\.token_adapter\.trainable_tokens_delta(\.def
 _ADAPTER_PART = re.compile(
     r"(^|\.)(lora_\w+|token_adapter|original_module|trainable_tokens_\w+)\.?"
 )
+_INSIDE = re.compile(r"\.base_layer\.(?!base_layer\.)\w+\.lora_")
+"""An adapter inside an adapted module: attention, with its projections apart."""
 _OWN_BASE = ("pissa", "olora", "corda", "loftq", "lora_ga")
 
 
@@ -160,6 +162,13 @@ class LoraFolder(Closing):
         self._config = config
         self._tensors = tensors
         self._check_filled()
+        inner = next(filter(_INSIDE.search, tensors.infos), None)
+        if inner is not None:
+            raise self._fault(
+                inner,
+                "an adapter of nn.MultiheadAttention, which PEFT merges in a way of its own",
+                "one of plain layers",
+            )
         gathered, rest = self._modules()
         pairs = [(module, self._pair(module, parts)) for (module, _), parts in gathered.items()]
         self.wrapped = wrapped_modules(pairs, config.get("target_parameters") or ())
@@ -204,6 +213,20 @@ class LoraFolder(Closing):
         )
         self.base = config.get("base_model_name_or_path")
         self.notes = (*tensors.notes, *self._own_base(), *self._unknown())
+
+    def bytes_of(self, name: str) -> int:
+        """Return the bytes of everything that the file holds for a tensor or module."""
+        part = f".{name.removesuffix('.weight')}."
+        return sum(
+            info.nbytes
+            for key, info in self._tensors.infos.items()
+            if key == name or part in f".{key}."
+        )
+
+    def sides(self, name: str) -> tuple[int, int]:
+        """Return the outputs and inputs of a layer, a key of `layers`, as its adapter has them."""
+        up, down = (self.info(key).shape for key in (self.layers[name].up, self.layers[name].down))
+        return up[0] if up else 0, down[1] if len(down) > 1 else 0
 
     def info(self, name: str) -> TensorInfo:
         """Dtype and shape of a tensor of the adapter file."""

@@ -181,6 +181,7 @@ def adapter_changes(base: AuditSource, lora: LoraFolder) -> AdapterChanges:
     shapes |= {name: stack.shape for name, stack in live.items()}
     matching = _matched(base, lora, shapes)
     found = {pair.tuned: pair.base for pair in matching.pairs}
+    _refuse_tied_heads(base, lora, found)
     placed = lora.place(
         {mine: shapes[name] for mine, name in found.items()},
         None if base.config is None else base.config.get("model_type"),
@@ -276,6 +277,29 @@ def _tie(base: AuditSource, others: dict[str, str], changes: dict[str, Change]) 
         for head in heads:
             if head not in others and base.infos[head].shape == info.shape:
                 others[head], changes[head] = others[name], changes[name]
+
+
+def _refuse_tied_heads(base: AuditSource, lora: LoraFolder, found: Mapping[str, str]) -> None:
+    """Refuse an adapter of a head that is the embedding: PEFT's merge changes both, or one twice.
+
+    A tied head is often in no file: then it has the embedding's shape and no counterpart.
+    """
+    embeddings = {
+        info.shape for info in base.infos.values() if table_role(info) == "token embedding"
+    }
+    heads = set(output_heads(base.infos.values()))
+    tied = base.config is not None and base.config.get("tie_word_embeddings") is True
+    wrong = [
+        name
+        for name in lora.layers
+        if (found[name] in heads and tied if name in found else lora.sides(name) in embeddings)
+    ]
+    if wrong:
+        raise CheckpointError(
+            f"{lora.path}: {wrong[0]!r}: an adapter of an output head that is tied to the "
+            "embedding, which its merge changes too, expected a head of its own. Merge the "
+            "adapter with PEFT and inspect the merged checkpoint."
+        )
 
 
 def _token_rows(lora: LoraFolder, name: str, base: Tensor) -> Tuned:

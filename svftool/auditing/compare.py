@@ -184,7 +184,8 @@ class BaseMatrix:
             pair = None if exponent else self._single
             pair = (pair or self._pair(weight)).with_tuned(other, change)
             parts.append(self._part(pair, weight, other))
-        return _multiplied(_joined(parts), exponent)
+        found = _multiplied(_joined(parts), exponent)
+        return found if not exponent else _told_apart(found, self._weights, tuned)
 
     def _pair(self, weight: Tensor) -> MatrixPair:
         return MatrixPair(weight, vectors=self._vectors, pool=self._pool)
@@ -208,6 +209,20 @@ class BaseMatrix:
     def _unusable(self, broken: str) -> Found:
         m, n = self._weights.shape[-2:]
         return Found(Measured(), Evidence(m, n, count=len(self._weights), broken=broken))
+
+
+def _told_apart(found: Found, base: Tensor, tuned: Tuned) -> Found:
+    """Correct what was called identical after a division that took the smallest entries to zero."""
+    if found.evidence is None or not found.evidence.identical:
+        return found
+    change, weight = tuned.whole_change, tuned.weight
+    if change is not None:
+        equal = not bool(change.any())
+    else:
+        equal = weight is None or torch.equal(base.double().flatten(), weight.double().flatten())
+    if equal:
+        return found
+    return replace(found, evidence=replace(found.evidence, identical=False))
 
 
 def _joined(parts: Sequence[_Part]) -> Found:
@@ -341,13 +356,16 @@ def compare_vectors(base: Tensor, tuned: Tensor | None, change: Tensor | None = 
         if bad:
             broken = f"{side}: {bad} of {n} entries are NaN or infinite"
             return Found(Measured(), Evidence(1, n, broken=broken))
+    whole = tuned is not None and not (_has_point(base) or _has_point(tuned))
+    same = torch.equal(W, T) and _equal_beyond_float64(base, tuned)
     exponent = _exponent([W, T])
     W, T = _divided(W, exponent), _divided(T, exponent)
-    D = T - W
+    D = _difference(base, tuned) if whole else T - W
     found = Evidence(
         1,
         n,
-        identical=not bool(D.any()),
+        identical=same,
+        whole=whole,
         base_energy=float(W.square().sum()),
         tuned_energy=float(T.square().sum()),
         change_energy=float(D.square().sum()),
@@ -360,6 +378,43 @@ def compare_vectors(base: Tensor, tuned: Tensor | None, change: Tensor | None = 
     if exponent:
         base, tuned = W, T
     return Found(measured, _with_noise(found, base, tuned))
+
+
+def _has_point(tensor: Tensor) -> bool:
+    return tensor.dtype.is_floating_point or tensor.dtype.is_complex
+
+
+def _equal_beyond_float64(base: Tensor, tuned: Tensor | None) -> bool:
+    """Whether values that are equal as float64 are equal: only it rounds large whole numbers."""
+    whole = [one for one in (base, tuned) if one is not None and not _has_point(one)]
+    if len(whole) == 2:
+        return not bool(_difference(base, tuned).any())
+    return all(torch.equal(one.double().to(torch.int64), one.to(torch.int64)) for one in whole)
+
+
+def _difference(base: Tensor, tuned: Tensor | None) -> Tensor:
+    """Return the difference of whole numbers as float64, not zero where they are not equal.
+
+    float64 holds whole numbers up to 2^53 alone, so that both halves of their bits are subtracted.
+    """
+    upper, lower = (
+        after - before
+        for before, after in zip(_halves(base), _halves(_must_be(tuned)), strict=True)
+    )
+    return upper * 2.0**32 + lower
+
+
+def _halves(tensor: Tensor) -> tuple[Tensor, Tensor]:
+    bits = tensor.view(torch.int64) if tensor.dtype == torch.uint64 else tensor.to(torch.int64)
+    upper = bits >> 32
+    if tensor.dtype == torch.uint64:
+        upper = upper & 0xFFFFFFFF
+    return upper.double(), (bits & 0xFFFFFFFF).double()
+
+
+def _must_be(tensor: Tensor | None) -> Tensor:
+    assert tensor is not None
+    return tensor
 
 
 def _with_noise(found: Evidence, base: Tensor, tuned: Tensor) -> Evidence:

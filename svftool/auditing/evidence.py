@@ -75,6 +75,8 @@ class Evidence:
         What cannot be right; empty where nothing is.
     exponent : int
         Power of two that entries were divided by before their squares were summed.
+    whole : bool
+        Both sides are whole numbers, which nothing rounds.
     """
 
     m: int
@@ -95,6 +97,7 @@ class Evidence:
     rearranged: str = ""
     broken: str = ""
     exponent: int = 0
+    whole: bool = False
 
     @property
     def side(self) -> int:

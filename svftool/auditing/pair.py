@@ -337,6 +337,8 @@ class MatrixPair:
             H = _symmetric(self._H)
             rest = ((V @ H) * V).sum(dim=1) - (rows @ V.mT).square().sum(dim=0)
             outside, null = float(rest[:r].sum()), float(rest[r:].sum())
+        if max(inside, 0.0) + max(outside, 0.0) + max(null, 0.0) == 0.0:
+            return None  # smaller than the root of what float64 holds
         return divide(
             (rows * V[:r]).sum(dim=1),
             [rows[a:b] @ V[a:b].mT for a, b in groups(S[:r]) if b - a > 1],

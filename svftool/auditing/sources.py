@@ -66,6 +66,8 @@ class AuditSource:
         Of a LoRA folder: its layers are known by their change alone.
     warnings : tuple of str
         Those of the notes that say what was left out and may be missed.
+    passed_over : mapping of str to int
+        Entries of pickles that hold tensors and are not read, with their bytes.
     file : context manager
         What is closed at the end.
     """
@@ -82,6 +84,7 @@ class AuditSource:
     tuned: TunedFile | None = None
     lora: LoraFolder | None = None
     warnings: tuple[str, ...] = ()
+    passed_over: Mapping[str, int] = field(default_factory=dict)
     file: AbstractContextManager[object] = field(default_factory=nullcontext)
 
     def __enter__(self) -> Self:
@@ -128,6 +131,7 @@ def open_source(path: str | os.PathLike[str]) -> AuditSource:
         fingerprint,
         notes=file.notes,
         warnings=file.warnings,
+        passed_over=file.passed_over,
         config=file.config,
         file=file,
     )

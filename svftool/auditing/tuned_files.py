@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -17,13 +18,14 @@ from svftool.auditing.ways import way_to_compare
 from svftool.checkpoints import TensorInfo, dtype_name, matrix_shape
 from svftool.errors import FactorsError
 from svftool.factors import TunedFile
-from svftool.factors.tuned import S_TOLERANCE
+from svftool.factors.tuned import PROBE_TOLERANCE, S_TOLERANCE, Probe
 
 WholeMatrix = Callable[[Tensor, Tensor], Found]
 """Compares two matrices that both files hold whole."""
 
 _NO_BASE = "only one file holds it, and its base is not here"
 _TWO_WAYS = "singular values in one file, whole in the other; its base is not here"
+_OTHER_VECTORS = "the files belong to factors with other singular vectors of this layer"
 _OTHER_VALUES = "the files start from other singular values: they belong to other factors"
 
 
@@ -34,6 +36,7 @@ class _Side:
     S: Mapping[str, Tensor]
     S_base: Mapping[str, Tensor]
     whole: Mapping[str, Tensor]
+    file: TunedFile
 
     @property
     def names(self) -> dict[str, None]:
@@ -68,8 +71,10 @@ def compare_tuned(
             f"{first.base_fingerprint[:12]} as {first.path}. Compare each with its own base."
         )
     alone = first is second
-    before = _Side(first.S_base if alone else first.S, first.S_base, {} if alone else first.whole)
-    after = _Side(second.S, second.S_base, second.whole)
+    before = _Side(
+        first.S_base if alone else first.S, first.S_base, {} if alone else first.whole, first
+    )
+    after = _Side(second.S, second.S_base, second.whole, second)
     rows: list[Row] = []
     lists: dict[str, list[Unread]] = {"base": [], "tuned": []}
     for name in before.names | after.names:
@@ -107,7 +112,13 @@ def _compared(
     spectra = _spectra(name, before, after)
     if isinstance(spectra, str):
         return spectra
+    turned = _turned(name, before, after)
+    if turned > PROBE_TOLERANCE:
+        return _OTHER_VECTORS
     found = compare_spectra(*spectra, sides=None, metrics=metrics)
+    if turned and found.evidence is not None:
+        # The same values on vectors that were rounded in another way make other weights.
+        found = replace(found, evidence=replace(found.evidence, identical=False))
     return judged_row(Row(name, "batch" if spectra[0].ndim == 2 else "matrix"), found)
 
 
@@ -142,6 +153,29 @@ def _spectra(name: str, before: _Side, after: _Side) -> tuple[Tensor, Tensor] | 
         for side in (before, after)
     )
     return first, second
+
+
+def _turned(name: str, before: _Side, after: _Side) -> float:
+    """Return the share of the changes that lies on other vectors; 0 for one and the same factors.
+
+    Files of one base may belong to two decompositions of it. Where values are close to each other,
+    the vectors of the two can be others altogether, and the same values mean other weights.
+    """
+    files = before.file, after.file
+    both = name in before.S and name in after.S
+    if not both or files[0].factors_fingerprint == files[1].factors_fingerprint:
+        return 0.0
+    rank = min(one.S[name].shape[-1] for one in files)
+    deltas = [one.delta(name)[..., :rank].numpy() for one in files]
+    moved = np.sqrt(np.square(deltas[0]) + np.square(deltas[1]))
+    if not moved.any():
+        return 0.0
+    cut = [
+        Probe(one.probes[name].left[..., :rank], one.probes[name].right[..., :rank])
+        for one in files
+    ]
+    # Probes are rounded to half precision: that no difference is seen does not say there is none.
+    return max(cut[0].mismatch(cut[1], moved), float(np.finfo(np.float64).tiny))
 
 
 def _extended(S: Tensor, start: Tensor) -> Tensor:

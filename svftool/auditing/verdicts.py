@@ -110,6 +110,10 @@ def judge(found: Evidence) -> Verdict:
         return Verdict(UNTOUCHED, "high", "every value is equal")
     if found.tuned_energy == 0.0:
         return Verdict(BROKEN, "high", "all values became zero")
+    if found.change_energy == 0.0:
+        return Verdict(ROUNDING, "medium", _UNFELT)
+    if found.base_energy == 0.0:
+        return Verdict(UNRELATED, "medium", _moved_by(found))
     for rule in (_rearranged, _rounding, _spectrum_only, _unrelated, _low_rank):
         verdict = rule(found)
         if verdict is not None:
@@ -123,12 +127,17 @@ def judge_tensor(found: Evidence) -> Verdict:
         return Verdict(BROKEN, "high", found.broken)
     if found.identical:
         return Verdict(UNTOUCHED, "high", "every value is equal")
-    rounded = _rounding(found)
+    if found.change_energy == 0.0:
+        return Verdict(ROUNDING, "medium", _UNFELT)
+    rounded = None if found.whole else _rounding(found)
     if rounded is not None:
         return rounded
     if found.rearranged:
         return Verdict(REARRANGED, "medium", found.rearranged)
     return Verdict(CHANGED, "high", _moved_by(found))
+
+
+_UNFELT = "what differs is smaller than can be measured beside the rest"
 
 
 def _moved_by(found: Evidence) -> str:
@@ -203,8 +212,6 @@ def _noises(found: Evidence) -> Iterable[Noise | None]:
 
 
 def _unrelated(found: Evidence) -> Verdict | None:
-    if found.base_energy == 0.0:
-        return Verdict(UNRELATED, "medium", _moved_by(found))
     cosine = found.cosine
     entries = found.m * found.n * found.count
     limit = max(COSINE, 3.0 / math.sqrt(entries))

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from svftool.checkpoints.dtypes import byte_size
-from svftool.files.folder import Place
+from svftool.files.folder import Place, side_files
 from svftool.progress import Progress
 
 # Things that are open and must be closed.
@@ -191,6 +191,17 @@ class Checkpoint(Closing):
         """Names of its weight files and its index."""
         index = () if self.index_file is None else (self.index_file,)
         return (*(shard.file for shard in self.shards), *index)
+
+    def dropped(self) -> dict[str, int]:
+        """Return what is not taken over where its folder is copied, with its bytes.
+
+        These are entries of pickles that hold tensors and are not read, and files beside the
+        weights.
+        """
+        found = dict(self.passed_over)
+        if self.is_folder:
+            found |= side_files(self.path, weights=self.own_files).left
+        return found
 
     def tell(self, progress: Progress) -> None:
         """Say the notes, and warn of what may be missed."""

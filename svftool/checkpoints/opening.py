@@ -23,7 +23,7 @@ from svftool.files.folder import (
     read_config,
 )
 from svftool.files.header import announces_header, describe_start
-from svftool.files.hub import fetch
+from svftool.files.hub import fetch, named_in_cache
 
 _SHARD = re.compile(r".+-(\d{5})-of-(\d{5})\.\w+")
 
@@ -61,7 +61,7 @@ def open_checkpoint(path: str | os.PathLike[str], *, stem: str | None = None) ->
         if place.is_dir():
             return _open_folder(place, stem)
         if place.is_file():
-            return _open_file(place)
+            return _open_file(named_in_cache(place))
     except PermissionError as error:
         raise ResourceError(
             f"{error.filename or text}: no permission to read, expected a readable checkpoint. "

@@ -22,7 +22,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from svftool.checkpoints.base import Layout, TensorInfo
+from svftool.checkpoints.base import Layout, TensorInfo, plain_name
 from svftool.checkpoints.positions import Records, extent
 from svftool.errors import CheckpointError, ResourceError, SvftoolError, shortlist
 
@@ -243,7 +243,7 @@ class PickleFile:
         if self._zipped:
             self._records, self._tree = _open_records(path)
         if self._tree is None:
-            self._tree = _load(path, self._zipped)
+            self._tree = _load(path)
         try:
             self.nesting, passed_over = find_tensors(self._tree, str(path))
             self._tensors = _at(self._tree, self.nesting)
@@ -260,13 +260,36 @@ class PickleFile:
         self.metadata: Mapping[str, str] = {}
         self.tied = _tied(self._weights)
         self.passed_over: Mapping[str, int] = passed_over
+        self.rivals = {
+            place: _bytes(_at(self._tree, place), _DEPTH)
+            for place in other_weights(self._tree, self.nesting)
+        }
         self.warnings = tuple(_warnings(path.name, self.passed_over))
-        self.notes = (*_notes(path.name, self._zipped, self.nesting, passed_over), *self.warnings)
+        whole = "" if self._records is not None else _why_whole(self._zipped, self.infos)
+        self.notes = (*_notes(path.name, whole, self.nesting, passed_over), *self.warnings)
 
     @property
     def tree(self) -> Any:
-        """Everything in the pickle, with values."""
-        return self._tree if self._records is None else _load(self.path, self._zipped)
+        """Everything in the pickle; tensors that are read by position are without values."""
+        return self._tree
+
+    def filled(self, tree: Any) -> Any:
+        """Return a tree made from `tree` with the values of all its tensors.
+
+        Raises
+        ------
+        CheckpointError
+            If the file has been cut off since it was opened, or cannot be read.
+        """
+        if self._records is None:
+            return tree
+        try:
+            return self._records.filled(tree)
+        except OSError as error:
+            raise CheckpointError(
+                f"{self.path}: reading what lies beside the tensors failed "
+                f"({error.strerror or error}), expected a whole file. {_AGAIN}"
+            ) from error
 
     def read(self, name: str) -> Tensor:
         """Return one tensor that the caller owns; sparse and quantised ones as they are.
@@ -366,10 +389,10 @@ def _open_records(path: Path) -> tuple[Records | None, Any]:
     return None, None
 
 
-def _load(path: Path, lazy: bool) -> Any:
-    # Mapped, so that what is not touched costs no memory.
+def _load(path: Path) -> Any:
+    # Never mapped: a file that is cut off meanwhile would end the process.
     try:
-        return _unpickle(path, map_location="cpu", mmap=lazy)
+        return _unpickle(path, map_location="cpu")
     except PermissionError:
         raise
     except Exception as error:  # noqa: BLE001 - a broken pickle can raise anything at all
@@ -445,8 +468,57 @@ def _warnings(file: str, passed_over: Mapping[str, int]) -> Iterator[str]:
     yield text
 
 
+def _why_whole(zipped: bool, infos: Mapping[str, TensorInfo]) -> str:
+    """Say why a pickle could not be read by position."""
+    if not zipped:
+        return "a pickle in torch's old format"
+    if any(info.layout != "dense" for info in infos.values()):
+        return "a pickle with sparse or quantised tensors"
+    return "a pickle that cannot be read by position"
+
+
+def other_weights(tree: Any, nesting: tuple[str, ...]) -> list[tuple[str, ...]]:
+    """Return the places of entries that a loader may take in place of the tensors found.
+
+    These are dictionaries beside the chosen one, at any depth, whose key is one that loaders look
+    for, or with tensors of the same names and shapes: moving averages, the best state so far.
+    timm prefers ``state_dict_ema``.
+    """
+    chosen = _plain_shapes(_at(tree, nesting))
+    found = []
+    for depth, own in enumerate((*nesting, None)):
+        here = _at(tree, nesting[:depth])
+        found += [
+            (*nesting[:depth], key)
+            for key, value in here.items()
+            if key != own
+            and isinstance(value, Mapping)
+            and not is_training_state(key)
+            and _bytes(value, _DEPTH)
+            and (key in KNOWN_KEYS or _rivals(value, chosen, _DEPTH))
+        ]
+    return found
+
+
+def _plain_shapes(mapping: Mapping[Any, Any]) -> set[tuple[str, tuple[int, ...]]]:
+    return {
+        (plain_name(name), tuple(value.shape))
+        for name, value in mapping.items()
+        if isinstance(name, str) and isinstance(value, Tensor | np.ndarray)
+    }
+
+
+def _rivals(value: Mapping[Any, Any], chosen: set[tuple[str, tuple[int, ...]]], depth: int) -> bool:
+    """Tell whether at least half of the tensors somewhere in an entry are named like the chosen."""
+    own = _plain_shapes(value)
+    if own and 2 * len(own & chosen) >= len(own):
+        return True
+    inner = [item for item in value.values() if isinstance(item, Mapping)]
+    return depth > 0 and any(_rivals(item, chosen, depth - 1) for item in inner)
+
+
 def _notes(
-    file: str, zipped: bool, nesting: tuple[str, ...], passed_over: Mapping[str, int]
+    file: str, whole: str, nesting: tuple[str, ...], passed_over: Mapping[str, int]
 ) -> list[str]:
     notes = []
     if nesting:
@@ -454,6 +526,6 @@ def _notes(
     state = [repr(key) for key in passed_over if is_training_state(key)]
     if state:
         notes.append(f"{file}: training state under {shortlist(state, 8)} was not used")
-    if not zipped:
-        notes.append(f"{file}: a pickle in torch's old format, loaded into memory as a whole")
+    if whole:
+        notes.append(f"{file}: {whole}, loaded into memory as a whole")
     return notes

@@ -26,9 +26,9 @@ def save_pickled(
 ) -> None:
     """Write tensors as a pickle that is nested like the checkpoint they came from.
 
-    Everything else that a pickled template holds (epoch, optimizer, moving averages) is kept, as
-    are the types of its dictionaries, parameters, and storages that several names share, where
-    their new values agree. All tensors are held in memory.
+    Everything else that a pickled template holds (epoch, optimizer) is kept, as are the types of
+    its dictionaries, parameters, and storages that several names share, where their new values
+    agree. Other weights of the same model (`rivals`) are left out. All tensors are held in memory.
 
     Parameters
     ----------
@@ -50,7 +50,9 @@ def save_pickled(
     single = template.files[0] if len(template.files) == 1 else None
     if isinstance(single, PickleFile):
         values = _share(template.tied, tensors)
-        tree = _replaced(single.tree, single.nesting, values, removed)
+        tree = single.filled(
+            _replaced(single.tree, single.nesting, values, removed, rivals=set(single.rivals))
+        )
     else:
         flat = dict.fromkeys([*template.infos, *tensors])
         tree = {
@@ -66,6 +68,18 @@ def save_pickled(
             if file.failure is None:
                 raise
             raise file.failure from None
+
+
+def rivals(template: Checkpoint) -> dict[str, int]:
+    """Return the entries of a pickle that `save_pickled` leaves out, with their bytes.
+
+    They hold other weights of the same model, such as moving averages. A loader that prefers them
+    would load the model from before the change.
+    """
+    single = template.files[0] if len(template.files) == 1 else None
+    if not isinstance(single, PickleFile):
+        return {}
+    return {" > ".join(place): size for place, size in single.rivals.items()}
 
 
 class _Recorder(io.FileIO):
@@ -117,13 +131,23 @@ def _same(one: Tensor, other: Tensor) -> bool:
 
 
 def _replaced(
-    tree: Any, nesting: tuple[str, ...], values: Mapping[str, Tensor], removed: Collection[str]
+    tree: Any,
+    nesting: tuple[str, ...],
+    values: Mapping[str, Tensor],
+    removed: Collection[str],
+    *,
+    rivals: Collection[tuple[str, ...]],
 ) -> Any:
     """Return a copy of the dictionaries on the way to the tensors, with the tensors replaced."""
     # A shallow copy keeps the class, and what state_dict() hangs onto its dictionary.
     here = copy.copy(tree)
+    for place in rivals:
+        if len(place) == 1:
+            del here[place[0]]
     if nesting:
-        here[nesting[0]] = _replaced(tree[nesting[0]], nesting[1:], values, removed)
+        key, *rest = nesting
+        inner = [place[1:] for place in rivals if place[0] == key and len(place) > 1]
+        here[key] = _replaced(tree[key], tuple(rest), values, removed, rivals=inner)
         return here
     for name, value in values.items():
         here[name] = _like(value, here.get(name))

@@ -6,12 +6,16 @@ the process.
 
 from __future__ import annotations
 
+import argparse
+import copy
 import os
 import zipfile
+from collections.abc import MutableMapping
 from pathlib import Path
+from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 # Linux reads at most this many bytes in one call.
 _CHUNK = 1 << 30
@@ -109,9 +113,80 @@ class Records:
         values = torch._neg_view(values) if tensor.is_neg() else values
         return values.resolve_conj().resolve_neg().contiguous()
 
+    def filled(self, tree: Any) -> Any:
+        """Return what a pickle holds with values in place of its ``meta`` tensors.
+
+        Tensors of one storage share one again, and what the pickle holds twice is one object again.
+
+        Raises
+        ------
+        OSError
+            If the file has been cut off since it was opened, or cannot be read.
+        """
+        return _Filler(self).value(tree)
+
+    def storage(self, tensor: Tensor) -> torch.UntypedStorage:
+        """Return the whole storage of a tensor that was loaded as ``meta``.
+
+        Raises
+        ------
+        OSError
+            As `read`.
+        """
+        begin = self.place(tensor)
+        if begin is None or not self.holds(tensor):
+            raise OSError("the values of a tensor are not in the file")
+        raw = torch.empty(tensor.untyped_storage().nbytes(), dtype=torch.uint8)
+        fill(self._file.fileno(), raw.numpy().data, begin)
+        return raw.untyped_storage()
+
     def close(self) -> None:
         """Close the file."""
         self._file.close()
+
+
+class _Filler:
+    """Walks through what a pickle of torch can hold: dictionaries, lists, tensors, namespaces."""
+
+    def __init__(self, records: Records) -> None:
+        self._records = records
+        self._storages: dict[int | None, torch.UntypedStorage] = {}
+        # The old object is kept beside the new one, so that its identity stays taken.
+        self._done: dict[int, tuple[Any, Any]] = {}
+
+    def value(self, old: Any) -> Any:
+        known = self._done.get(id(old))
+        if known is not None:
+            return known[1]
+        new = self._built(old)
+        self._done[id(old)] = old, new
+        return new
+
+    def _built(self, old: Any) -> Any:
+        if isinstance(old, Tensor):
+            return self._tensor(old) if old.device.type == "meta" else old
+        if isinstance(old, MutableMapping):
+            new = copy.copy(old)
+            for key, item in old.items():
+                new[key] = self.value(item)
+            return new
+        if isinstance(old, argparse.Namespace):
+            return argparse.Namespace(**{key: self.value(item) for key, item in vars(old).items()})
+        if type(old) in (list, tuple, set):
+            return type(old)(map(self.value, old))
+        return old
+
+    def _tensor(self, old: Tensor) -> Tensor:
+        place = Records.place(old)
+        if place not in self._storages:
+            self._storages[place] = self._records.storage(old)
+        new = torch.empty(0, dtype=old.dtype)
+        new.set_(self._storages[place], old.storage_offset(), old.shape, old.stride())
+        new = new.conj() if old.is_conj() else new
+        new = torch._neg_view(new) if old.is_neg() else new
+        if isinstance(old, nn.Parameter):
+            return nn.Parameter(new, requires_grad=old.requires_grad)
+        return new.requires_grad_(old.requires_grad)
 
 
 def extent(tensor: Tensor) -> int:

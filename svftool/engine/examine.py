@@ -32,6 +32,8 @@ class Examination:
     ----------
     fingerprint : str
         Of the whole checkpoint.
+    digests : dict of str to str
+        SHA-256 of each tensor's bytes.
     non_finite : dict of str to str
         Checked tensors that hold NaN or infinity, with what they hold.
     out_of_range : dict of str to str
@@ -39,6 +41,7 @@ class Examination:
     """
 
     fingerprint: str
+    digests: dict[str, str]
     non_finite: dict[str, str]
     out_of_range: dict[str, str]
 
@@ -98,7 +101,8 @@ def examine(
         total.add_digest(info.name, dtype_name(info.dtype), info.shape, found[info.name][0])
     bad = {name: found[name][1] for name in source.infos if found[name][1]}
     far = {name: found[name][2] for name in source.infos if found[name][2]}
-    return Examination(total.hexdigest(), bad, far)
+    digests = {name: seen[0] for name, seen in found.items()}
+    return Examination(total.hexdigest(), digests, bad, far)
 
 
 def _not_finite(tensor: Tensor) -> str:

@@ -12,6 +12,7 @@ from svftool.checkpoints import Selection, dtype_named
 from svftool.checkpoints.views import View, matrix_shape
 from svftool.errors import FactorsError
 from svftool.files.folder import FACTORS_FILE, check_factors
+from svftool.files.header import json_text
 
 SCHEMA_VERSION = 1
 CONFIG_FILE = FACTORS_FILE
@@ -106,6 +107,8 @@ class FactorConfig:
         The decomposed tensors in file order.
     left_whole : mapping of str to str
         Every other tensor of the base, with the reason.
+    digests : mapping of str to str
+        SHA-256 of each tensor in the folder; empty in folders of older versions.
     """
 
     base: BaseRecord
@@ -117,6 +120,7 @@ class FactorConfig:
     layers_only: bool
     layers: Mapping[str, LayerRecord]
     left_whole: Mapping[str, str] = field(default_factory=dict)
+    digests: Mapping[str, str] = field(default_factory=dict)
 
 
 def config_to_json(config: FactorConfig, *, version: str) -> str:
@@ -134,8 +138,9 @@ def config_to_json(config: FactorConfig, *, version: str) -> str:
         "plan": {},  # a key of schema 1 that nothing reads
         "layers": [asdict(layer) for layer in config.layers.values()],
         "left_whole": [{"name": k, "reason": v} for k, v in config.left_whole.items()],
+        "digests": dict(config.digests),
     }
-    return json.dumps(document, indent=2, ensure_ascii=False) + "\n"
+    return json_text(document, indent=2) + "\n"
 
 
 def read_config(folder: Path) -> FactorConfig:
@@ -190,6 +195,7 @@ def _config_from(document: Mapping[str, Any]) -> FactorConfig:
         layers_only=_typed(document, "layers_only", bool),
         layers={layer.name: layer for layer in layers},
         left_whole={_typed(item, "name", str): _typed(item, "reason", str) for item in left},
+        digests=_digests(document),
     )
     if len(config.layers) < len(layers):
         raise ValueError("layers names one tensor twice, expected each once")
@@ -202,6 +208,12 @@ def _typed(item: Mapping[str, Any], key: str, kind: type) -> Any:
         found, expected = type(value).__name__, kind.__name__
         raise TypeError(f"{key} is a JSON {found}, expected {expected}")
     return value
+
+
+def _digests(document: Mapping[str, Any]) -> dict[str, str]:
+    """Return the digests; folders of older versions have none."""
+    digests = _typed({"digests": {}, **document}, "digests", dict)
+    return {name: _typed(digests, name, str) for name in digests}
 
 
 def _check_base(base: BaseRecord) -> None:

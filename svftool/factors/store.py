@@ -11,10 +11,13 @@ from torch import Tensor
 
 from svftool.checkpoints import (
     Checkpoint,
+    Fingerprint,
     TensorInfo,
+    dtype_name,
     dtype_named,
     fingerprint_checkpoint,
     open_checkpoint,
+    tensor_digest,
 )
 from svftool.checkpoints.base import Closing
 from svftool.errors import CheckpointError, FactorsError, shortlist
@@ -102,6 +105,7 @@ class FactorStore(Closing):
         factor_names = {f"{name}.{part}" for name in self.layers for part in ("U", "S", "Vh")}
         self.whole = tuple(name for name in tensors.infos if name not in factor_names)
         self._check(factor_names)
+        self._seal = _Seal(config, self._tensors, factor_names)
 
     @property
     def base_fingerprint(self) -> str:
@@ -120,12 +124,12 @@ class FactorStore(Closing):
 
     def read(self, name: str) -> LayerFactors:
         """Read the factors of one layer."""
-        parts = (self._tensors.read(f"{name}.{part}") for part in ("U", "S", "Vh"))
+        parts = (self._seal.read(f"{name}.{part}") for part in ("U", "S", "Vh"))
         return LayerFactors(*parts)
 
     def read_S(self, name: str) -> Tensor:
         """Read the singular values of one layer, shape (k,) or (E, k)."""
-        return self._tensors.read(f"{name}.S")
+        return self._seal.read(f"{name}.S")
 
     def info(self, name: str) -> TensorInfo:
         """Dtype and shape of a tensor of the base, decomposed or kept whole."""
@@ -136,7 +140,7 @@ class FactorStore(Closing):
 
     def read_whole(self, name: str) -> Tensor:
         """Read a tensor that was not decomposed."""
-        return self._tensors.read(name)
+        return self._seal.read(name)
 
     def open_base(
         self, override: str | os.PathLike[str] | None = None, *, progress: Progress = SILENT
@@ -172,8 +176,9 @@ class FactorStore(Closing):
         base = self.config.base
         if base.hub:
             return base.place
-        # The place is relative to the folder itself, which a link may stand for.
-        folders = (self.path.resolve(), self.path)
+        # The place is relative to the folder itself, which links may stand for, as may its files.
+        own = (self.path / CONFIG_FILE).resolve().parent
+        folders = (self.path.resolve(), own, self.path)
         places = [Path(os.path.normpath(folder / base.place)) for folder in folders]
         path = next((one for one in places if one.exists()), None)
         if path is None:
@@ -208,3 +213,61 @@ class FactorStore(Closing):
     def close(self) -> None:
         """Close the files."""
         self._tensors.close()
+
+
+class _Seal:
+    """Reads the tensors of a factor folder and holds each against what `decompose` wrote.
+
+    What is never read is never hashed, and nothing is claimed of it. Folders of older versions
+    record one fingerprint of all factors: there it is checked once the last of them was read.
+    """
+
+    def __init__(self, config: FactorConfig, tensors: Checkpoint, factor_names: set[str]) -> None:
+        self._tensors = tensors
+        self._expected = config.digests
+        self._total = config.fingerprint
+        self._factors = factor_names
+        self._seen: dict[str, str] = {}
+        if self._expected:
+            self._check_record()
+
+    def read(self, name: str) -> Tensor:
+        tensor = self._tensors.read(name)
+        digest = tensor_digest(tensor)
+        if self._expected:
+            expected = self._expected.get(name, "none")
+            if digest != expected:
+                raise self._changed(
+                    f"{name!r} has the SHA-256 {digest[:12]}, expected {expected[:12]}"
+                )
+        elif name in self._factors and name not in self._seen:
+            self._seen[name] = digest
+            if len(self._seen) == len(self._factors):
+                self._check_total(self._seen)
+        return tensor
+
+    def _check_record(self) -> None:
+        missing = sorted(name for name in self._tensors.infos if name not in self._expected)
+        if missing:
+            raise self._changed(
+                f"{shortlist(map(repr, missing), 3)}: not recorded, expected only tensors that "
+                "decompose wrote"
+            )
+        self._check_total(self._expected)
+
+    def _check_total(self, digests: Mapping[str, str]) -> None:
+        total = Fingerprint()
+        for name in self._factors:
+            info = self._tensors.infos[name]
+            total.add_digest(name, dtype_name(info.dtype), info.shape, digests[name])
+        if total.hexdigest() != self._total:
+            raise self._changed(
+                f"the factors have the fingerprint {total.hexdigest()[:12]}, expected "
+                f"{self._total[:12]}"
+            )
+
+    def _changed(self, found: str) -> FactorsError:
+        return FactorsError(
+            f"{self._tensors.path}: {found} as {CONFIG_FILE} says. The files changed after they "
+            "were decomposed: restore them, or run 'svftool decompose' again."
+        )

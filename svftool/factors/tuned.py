@@ -22,6 +22,7 @@ from torch import Tensor
 from svftool.checkpoints import Checkpoint, SafetensorsWriter, dtype_name, open_checkpoint
 from svftool.errors import CheckpointError, FactorsError, shortlist
 from svftool.factors.store import FactorStore
+from svftool.files.hub import named_in_cache
 
 # A seeded probe of each layer's singular vectors, small enough to travel in a tuned file.
 
@@ -168,7 +169,7 @@ class TunedFile:
 
 def is_tuned(path: str | os.PathLike[str]) -> bool:
     """Whether a path looks like a tuned file."""
-    file = Path(path)
+    file = named_in_cache(Path(path))
     if not file.is_file() or file.suffix != ".safetensors":
         return False
     try:

@@ -82,7 +82,7 @@ def check_storable(infos: Iterable[TensorInfo], *, where: str, way_out: str) -> 
 
 
 def check_names(layers: Iterable[str], whole: Iterable[str], *, where: str) -> None:
-    """Refuse tensors whose name is that of another's factors.
+    """Refuse tensors whose name no safetensors can hold, or is that of another's factors.
 
     Parameters
     ----------
@@ -96,7 +96,13 @@ def check_names(layers: Iterable[str], whole: Iterable[str], *, where: str) -> N
     CheckpointError
         Naming each such tensor.
     """
-    kept = set(whole)
+    layers, kept = list(layers), set(whole)
+    broken = [name for name in (*layers, *kept) if name.encode(errors="ignore").decode() != name]
+    if broken:
+        raise CheckpointError(
+            f"{where}: {shortlist(map(repr, broken), 4)}: half of a surrogate pair in the name, "
+            "expected Unicode. Save the checkpoint with other names."
+        )
     taken = [
         f"{name}{suffix}"
         for name in layers

@@ -161,16 +161,27 @@ def find_weights(folder: Path, stem: str | None = None) -> tuple[tuple[Path, ...
     if not candidates:
         raise CheckpointError(_nothing_found(folder, names))
     chosen = candidates[0]
-    notes: tuple[str, ...] = ()
-    if len(candidates) > 1:
-        others = shortlist(candidates[1:], 3)
-        notes = (f"{folder.name}: the folder also holds {others}; {chosen} was read",)
     config = read_config(folder)
     if not chosen.endswith(".json"):
-        return (folder / chosen,), Place(folder, config=config, notes=notes)
+        place = Place(folder, config=config, notes=_others(folder, names, (chosen,), stem))
+        return (folder / chosen,), place
     weight_map, metadata = read_index(folder / chosen)
-    files = tuple(folder / name for name in sorted(set(weight_map.values())))
+    shards = sorted(set(weight_map.values()))
+    notes = _others(folder, names, (chosen, *shards), stem)
+    files = tuple(folder / name for name in shards)
     return files, Place(folder, chosen, metadata, weight_map, config, notes)
+
+
+def _others(
+    folder: Path, names: Sequence[str], read: Sequence[str], stem: str | None
+) -> tuple[str, ...]:
+    """Say which files of a folder were taken for its weights, and which were not."""
+    if stem is not None:
+        return ()
+    rest = [name for name in names if name not in read and (_is_index(name) or _is_weights(name))]
+    if not rest:
+        return ()
+    return (f"{folder.name}: the folder also holds {shortlist(rest, 3)}; {read[0]} was read",)
 
 
 def weight_candidates(names: Sequence[str], stem: str | None = None) -> list[str]:
@@ -194,12 +205,20 @@ def weight_candidates(names: Sequence[str], stem: str | None = None) -> list[str
 
 
 def _unusual(names: Sequence[str]) -> list[str]:
-    """Return what can only be the weights where no usual name is: a sole index, a sole file."""
+    """Return what can only be the weights where no usual name is: a sole index, a sole file.
+
+    The first kind that is there decides: one of several safetensors is not passed over for the sole
+    pickle beside them.
+    """
     indexes = [name for name in names if _is_index(name)]
-    safetensors = [name for name in names if name.endswith(".safetensors")]
-    pickles = [name for name in names if name.endswith(PICKLE_SUFFIXES)]
-    pickles = [name for name in pickles if not name.startswith(_TRAINING_STATE)]
-    return next((kind for kind in (indexes, safetensors, pickles) if len(kind) == 1), [])
+    weights = [name for name in names if _is_weights(name)]
+    safetensors = [name for name in weights if name.endswith(".safetensors")]
+    first = indexes or safetensors or weights
+    return first if len(first) == 1 else []
+
+
+def _is_weights(name: str) -> bool:
+    return name.endswith(WEIGHT_SUFFIXES) and not name.startswith(_TRAINING_STATE)
 
 
 def _is_index(name: str) -> bool:

@@ -185,6 +185,23 @@ def _read_text(file: BinaryIO, path: Path, size: int) -> bytes:
     return raw
 
 
+def json_text(value: Any, *, indent: int | None = None) -> str:
+    r"""Serialise a value for a file in UTF-8, whatever its strings hold.
+
+    A file name that is no UTF-8 comes as halves of surrogate pairs; then everything beyond ASCII is
+    written as JSON's escapes, and is the same name when it is read.
+
+    Examples
+    --------
+    >>> json_text(["\udcff"])
+    '["\\udcff"]'
+    """
+    text = json.dumps(value, indent=indent, ensure_ascii=False)
+    if text.isprintable() or not any("\ud800" <= one <= "\udfff" for one in text):
+        return text
+    return json.dumps(value, indent=indent)
+
+
 def _parse(raw: bytes, path: Path) -> dict[str, Any]:
     def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
         counts = Counter(key for key, _ in pairs)

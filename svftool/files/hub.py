@@ -14,6 +14,42 @@ _SIDE_FILES = (
 )  # fmt: skip
 
 
+def named_in_cache(path: Path) -> Path:
+    """Return a file of a hub cache under the name that its repository gives it.
+
+    The cache holds each file once, under its hash (``models--x--y/blobs/SHA``). Every revision has
+    a link to it (``snapshots/REVISION/model.safetensors``), and the name, the configuration and the
+    tokenizer are beside the link alone. Of several revisions that of ``refs/main`` comes first.
+
+    Parameters
+    ----------
+    path : Path
+        Any path; one that is not the blob of a cache is returned as it is.
+    """
+    blob = path.resolve()
+    cache = blob.parent.parent
+    if path.is_symlink() or blob.parent.name != "blobs" or not (cache / "snapshots").is_dir():
+        return path
+    main = cache / "refs" / "main"
+    first = main.read_text(encoding="utf-8", errors="replace").strip() if main.is_file() else ""
+    links = [link for link in (cache / "snapshots").rglob("*") if link.resolve() == blob]
+    links.sort(key=lambda link: (first not in link.parts, str(link)))
+    return links[0] if links else path
+
+
+def lasting_path(path: Path) -> Path:
+    """Return the absolute path to record of a checkpoint: that of the file itself, not of a link.
+
+    A link is kept where what belongs to the file lies beside the link alone, as in a hub cache.
+    """
+    target = path.resolve()
+    link = path.parent.resolve() / path.name
+    beside_link = (link.parent / "config.json").is_file()
+    beside_file = (target.parent / "config.json").is_file()
+    in_cache = target.parent.name == "blobs"
+    return link if path.is_file() and (in_cache or (beside_link and not beside_file)) else target
+
+
 def fetch(hub_id: str) -> Path:
     """Return the local folder of a repository, downloading what a checkpoint needs of it.
 

@@ -86,6 +86,12 @@ def _quiet(transformers: ModuleType) -> Iterator[None]:
 def _factory(transformers: ModuleType, checkpoint: Checkpoint, trust_remote_code: bool) -> Any:
     config = checkpoint.config or {}
     name = _architecture(checkpoint, config)
+    kernel = _foreign_kernel(config, _NESTED)
+    if kernel is not None and not trust_remote_code:
+        raise ModelError(
+            f"{checkpoint.path}: config.json takes the kernel {kernel[:60]!r} from the hub, which "
+            "is code. Remove it from config.json, or allow it with --trust-remote-code."
+        )
     own = transformers.AutoModel if name is None else _own_class(transformers, name)
     if own is not None:
         return own
@@ -101,6 +107,23 @@ def _factory(transformers: ModuleType, checkpoint: Checkpoint, trust_remote_code
             "Read that code, then allow it with --trust-remote-code."
         )
     return remote
+
+
+_NESTED = 4
+
+
+def _foreign_kernel(config: Mapping[str, Any], depth: int) -> str | None:
+    """Return the repository that an ``..._implementation`` of a configuration names, if any."""
+    for key, value in config.items():
+        inner = value if isinstance(value, Mapping) else {}
+        if "implementation" in key:
+            named = [one for one in (value, *inner.values()) if isinstance(one, str) and "/" in one]
+            if named:
+                return named[0]
+        found = _foreign_kernel(inner, depth - 1) if depth else None
+        if found is not None:
+            return found
+    return None
 
 
 def _architecture(checkpoint: Checkpoint, config: Mapping[str, Any]) -> str | None:

@@ -44,6 +44,7 @@ def document(result: DecomposeResult) -> dict[str, Any]:
         skipped=_skipped(result.config.left_whole),
         seconds=result.seconds,
         peak_memory_bytes=result.peak_memory_bytes,
+        dropped=json.sizes(result.dropped),
     )
 
 

@@ -25,7 +25,7 @@ def document(result: ExtractResult) -> dict[str, Any]:
         error=result.error,
         whole=result.whole,
         missing=result.missing,
-        dropped=[{"name": one.name, "reason": one.reason} for one in result.dropped],
+        dropped=[asdict(one) for one in result.dropped],
     )
 
 

@@ -18,6 +18,17 @@ def document(command: str, **fields: Any) -> dict[str, Any]:
     return {"schema_version": SCHEMA_VERSION, "command": command, **fields}
 
 
+def sizes(found: Mapping[str, int]) -> list[dict[str, Any]]:
+    """Return what was left out, as a list of names with their bytes.
+
+    Examples
+    --------
+    >>> sizes({"optimizer.bin": 12})
+    [{'name': 'optimizer.bin', 'bytes': 12}]
+    """
+    return [{"name": name, "bytes": size} for name, size in found.items()]
+
+
 def to_json(value: Any) -> str:
     """Serialise a document; floats that are not finite become null.
 

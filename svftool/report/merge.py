@@ -38,7 +38,7 @@ def document(result: MergeResult) -> dict[str, Any]:
         verified=result.verified,
         rebuilt_error=result.rebuilt_error,
         clipped=[{"name": name, "values": count} for name, count in result.clipped.items()],
-        dropped=[{"name": name, "bytes": size} for name, size in result.dropped.items()],
+        dropped=json.sizes(result.dropped),
     )
 
 

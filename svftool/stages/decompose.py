@@ -8,7 +8,7 @@ import time
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TypedDict, Unpack, cast
 
@@ -94,6 +94,9 @@ class DecomposeResult:
         Wall time in all.
     peak_memory_bytes : int
         Largest resident memory, mapped files included.
+    dropped : mapping of str to int
+        What the checkpoint holds and the factors do not, with bytes: entries of a pickle beside
+        the tensors, and files beside the weights.
     """
 
     output: Path
@@ -101,6 +104,7 @@ class DecomposeResult:
     layer_seconds: Mapping[str, float]
     seconds: float
     peak_memory_bytes: int
+    dropped: Mapping[str, int] = field(default_factory=dict)
 
 
 def plan(
@@ -195,12 +199,14 @@ def decompose(
                 progress=progress,
             )
             config, layer_seconds = run.run(resume=resume)
+            dropped = source.dropped()
     return DecomposeResult(
         output=target,
         config=config,
         layer_seconds=layer_seconds,
         seconds=time.perf_counter() - started,
         peak_memory_bytes=peak_memory_bytes(),
+        dropped=dropped,
     )
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import re
 import time
@@ -26,6 +25,7 @@ from svftool.factors import (
     open_factors,
     read_tuned,
 )
+from svftool.files.header import json_text
 from svftool.machine import explain_out_of_memory, pick_device
 from svftool.models import build_model, is_read_whole
 from svftool.progress import SILENT, Progress
@@ -189,7 +189,9 @@ def _open(
                     f"{path}: a dense checkpoint, expected factors from 'svftool decompose' "
                     f"for {option}"
                 )
-        return _Source(stack.enter_context(open_checkpoint(path)))
+        checkpoint = stack.enter_context(open_checkpoint(path))
+        checkpoint.tell(progress)
+        return _Source(checkpoint)
     store = stack.enter_context(open_factors(path))
     expert = None if tuned is None else read_tuned(tuned)
     if expert is not None:
@@ -459,7 +461,7 @@ class Output:
             folder.mkdir(exist_ok=True)
         with self.partial.open("a", encoding="utf-8") as file:
             for row in _rows(draw, model, folder, root):
-                file.write(json.dumps({**task.facts, **row}, ensure_ascii=False) + "\n")
+                file.write(json_text({**task.facts, **row}) + "\n")
 
 
 def _rows(draw: Predicts, model: nn.Module, folder: Path, root: Path) -> Iterator[dict[str, Any]]:

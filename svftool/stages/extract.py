@@ -14,7 +14,6 @@ import torch
 from torch import Tensor
 
 from svftool.auditing import AuditSource, Counterparts, counterparts, open_source
-from svftool.auditing.results import Unread
 from svftool.checkpoints import (
     TensorInfo,
     dtype_name,
@@ -60,6 +59,15 @@ class LayerExtract:
 
 
 @dataclass(frozen=True)
+class Dropped:
+    """A part of a fine-tune that is left out: its name, why, and its bytes."""
+
+    name: str
+    reason: str
+    bytes: int
+
+
+@dataclass(frozen=True)
 class ExtractResult:
     """What `extract` did.
 
@@ -75,8 +83,8 @@ class ExtractResult:
         Tensors that are no layers, changed, and stored whole.
     missing : tuple of str
         Layers that the fine-tune does not have; they stay as the base.
-    dropped : tuple of Unread
-        What an adapter holds and the tuned file does not, with the reason.
+    dropped : tuple of Dropped
+        What the fine-tune holds and the tuned file does not.
     """
 
     output: Path
@@ -84,7 +92,7 @@ class ExtractResult:
     error: float
     whole: tuple[str, ...]
     missing: tuple[str, ...]
-    dropped: tuple[Unread, ...] = ()
+    dropped: tuple[Dropped, ...] = ()
 
 
 def extract(
@@ -256,13 +264,22 @@ def _extract(
     )
 
 
-def _dropped(side: Counterparts, progress: Progress) -> tuple[Unread, ...]:
-    """Return, and say aloud, what an adapter holds that the tuned file does not."""
-    if side.source.lora is None:
-        return ()
-    found = tuple(one for one in side.tuned_only if one.name not in side.source.infos)
+def _dropped(side: Counterparts, progress: Progress) -> tuple[Dropped, ...]:
+    """Return what a fine-tune holds that the tuned file does not; parts of adapters are said aloud.
+
+    Entries of a pickle were warned of when it was opened.
+    """
+    lora = side.source.lora
+    if lora is None:
+        beside = side.source.passed_over.items()
+        return tuple(Dropped(name, "not among the tensors", size) for name, size in beside)
+    found = tuple(
+        Dropped(one.name, one.reason, lora.bytes_of(one.name))
+        for one in side.tuned_only
+        if one.name not in side.source.infos
+    )
     if found:
-        listed = shortlist((f"{one.name} ({one.reason})" for one in found), 4)
+        listed = shortlist((f"{one.name} ({one.reason}, {one.bytes:,} bytes)" for one in found), 4)
         progress.warn(f"{side.source.path.name}: left out: {listed}")
     return found
 

@@ -46,6 +46,7 @@ from svftool.factors import (
     write_shard,
 )
 from svftool.files.folder import named
+from svftool.files.hub import lasting_path
 from svftool.numerics import Method, Svd, reconstruct
 from svftool.processes import Processes
 from svftool.progress import Progress
@@ -277,14 +278,17 @@ class Factorisation:
         self, seen: Examination, finished: Mapping[str, FinishedLayer]
     ) -> FactorConfig:
         total = Fingerprint()
+        kept = () if self.settings.layers_only else self.left_whole
+        digests = {name: seen.digests[name] for name in kept}
         for layer in finished.values():
             for info in factor_infos(layer.record, self.settings.dtype):
                 digest = layer.digests[info.name.rpartition(".")[2]]
                 total.add_digest(info.name, dtype_name(info.dtype), info.shape, digest)
+                digests[info.name] = digest
         hub, settings = self.source.hub_id, self.settings
         return FactorConfig(
             base=BaseRecord(
-                place=hub or os.path.relpath(self.source.path.resolve(), self.target.resolve()),
+                place=hub or os.path.relpath(lasting_path(self.source.path), self.target.resolve()),
                 hub=hub is not None,
                 fingerprint=seen.fingerprint,
             ),
@@ -296,6 +300,7 @@ class Factorisation:
             layers_only=settings.layers_only,
             layers={one.info.name: finished[one.info.name].record for one in self.layers},
             left_whole=self.left_whole,
+            digests=dict(sorted(digests.items())),
         )
 
     def _finish(
@@ -305,7 +310,7 @@ class Factorisation:
             beside = side_files(self.source.path, weights=self.source.own_files)
             beside.copy(self.partial)
             if beside.left:
-                self.progress.note(f"{self.source.path}: not copied: {named(beside.left)}")
+                self.progress.warn(f"{self.source.path}: not copied: {named(beside.left)}")
         finish_factors(self.partial, shards, config)
         shutil.rmtree(spool.folder)
 

@@ -16,6 +16,7 @@ from svftool.attaching import Parametrisation, Regime, parse_regime
 from svftool.checkpoints import Checkpoint
 from svftool.errors import UsageError
 from svftool.factors import open_factors
+from svftool.files.folder import named
 from svftool.files.output import overlap
 from svftool.models import build_model
 from svftool.progress import SILENT, Progress
@@ -202,6 +203,9 @@ def finetune(
         )
         request = _request(plan, group, task=task, model=model, data=Path(data), options=options)
         group.once(lambda: work.begin(request, resume=resume))
+        dropped = checkpoint.dropped() if any(one.full for one in chosen) else {}
+        if dropped and group.first:
+            progress.warn(f"{checkpoint.path}: not in dense results: {named(dropped)}")
         writer = RunWriter(target, work.outputs, itself, store, checkpoint, settings)
         runs, signum = compare(plan, writer, journal=work.journal, group=group, progress=progress)
         result = FinetuneResult(
@@ -212,6 +216,7 @@ def finetune(
             summary=tuple(summarise(runs, tasks[0].primary)),
             interrupted=signum,
             setting=common_setting([run.setting for run in runs]),
+            dropped=dropped,
         )
         work.finished = signum is None
         if group.first and work.outputs.is_dir():

@@ -17,10 +17,12 @@ from svftool.checkpoints import (
     replace_output,
     tensor_digest,
 )
+from svftool.checkpoints.pickle_writer import rivals
 from svftool.errors import NumericalError, UsageError, shortlist
 from svftool.factors import check_tuned, open_factors
 from svftool.factors.dense import write_dense
 from svftool.factors.mixture import Expert, LayerChange, Mixture
+from svftool.files.folder import named
 from svftool.progress import SILENT, Progress
 
 Weighted = str | os.PathLike[str] | tuple[str | os.PathLike[str], float]
@@ -174,10 +176,15 @@ def _tell_dropped(base: Checkpoint | None, target: Path, progress: Progress) -> 
         return {}
     for warning in base.warnings:
         progress.warn(warning)
-    kept = target.suffix in PICKLE_SUFFIXES and len(base.files) == 1
-    if kept and base.warnings:
-        progress.warn(f"{target}: keeps the entries that were not used as they are in the base")
-    return {} if kept else dict(base.passed_over)
+    if target.suffix not in PICKLE_SUFFIXES or len(base.files) > 1:
+        return dict(base.passed_over)
+    left = rivals(base)
+    if left:
+        progress.warn(
+            f"{target}: left out: {named(left)}; they are other weights of the model, which some "
+            "loaders take in place of the merged ones"
+        )
+    return left
 
 
 def _verify(mixture: Mixture, partial: Path, target: Path, progress: Progress) -> None:

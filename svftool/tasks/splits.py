@@ -231,6 +231,6 @@ def _joined(parts: Sequence[Split]) -> Split:
 
 
 def _shuffled(members: list[int], key: str) -> list[int]:
-    digest = hashlib.sha256(key.encode()).digest()
+    digest = hashlib.sha256(key.encode(errors="surrogatepass")).digest()
     generator = torch.Generator().manual_seed(int.from_bytes(digest[:8], "big"))
     return [members[i] for i in torch.randperm(len(members), generator=generator).tolist()]

@@ -27,7 +27,7 @@ def derived_seed(*parts: object) -> int:
     >>> derived_seed(0, "batch", 1) != derived_seed(0, "batch", 2)
     True
     """
-    digest = hashlib.sha256(":".join(map(str, parts)).encode()).digest()
+    digest = hashlib.sha256(":".join(map(str, parts)).encode(errors="surrogatepass")).digest()
     return int.from_bytes(digest[:8], "big") >> 1
 
 

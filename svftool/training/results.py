@@ -39,6 +39,8 @@ class FinetuneResult:
         The signal that cut the runs short.
     setting : mapping
         What all runs have in common, as the task describes it.
+    dropped : mapping of str to int
+        What the base holds and a dense result does not, with bytes.
     """
 
     output: Path
@@ -48,6 +50,7 @@ class FinetuneResult:
     summary: tuple[Summary, ...]
     interrupted: signal.Signals | None = None
     setting: Mapping[str, Any] = field(default_factory=dict)
+    dropped: Mapping[str, int] = field(default_factory=dict)
 
     @property
     def has_folds(self) -> bool:
@@ -62,6 +65,7 @@ def result_fields(result: FinetuneResult) -> dict[str, Any]:
         "output": str(result.output),
         "setting": dict(result.setting),
         "interrupted": None if result.interrupted is None else result.interrupted.name,
+        "dropped": [{"name": name, "bytes": size} for name, size in result.dropped.items()],
         "runs": [_run_fields(run) for run in result.runs],
         "summary": [_summary_fields(summary) for summary in result.summary],
     }
