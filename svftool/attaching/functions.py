@@ -7,8 +7,8 @@ input in the singular basis.
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable
-from contextlib import AbstractContextManager
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from types import FrameType
 from typing import Any, Protocol
@@ -27,6 +27,8 @@ def region() -> object | None:
 
     Two calls in one region return the same object, and each pass over a region has its own.
     """
+    if torch.compiler.is_compiling():
+        return None  # a compiler handles checkpoints itself
     if torch.is_grad_enabled():
         hooks: Any = torch._C._autograd._top_saved_tensors_default_hooks(True)
         pack = None if hooks is None else hooks[0]
@@ -55,6 +57,21 @@ def kept_apart() -> AbstractContextManager[None]:
     A composed weight may come from outside the region the first time and from inside it the second.
     """
     return torch.autograd.graph.saved_tensors_hooks(_as_is, _as_is)  # type: ignore[no-any-return, unused-ignore]
+
+
+@contextmanager
+def untraced() -> Iterator[None]:
+    """Compute constants that a trace of ``torch.jit`` takes as they are."""
+    state = None if torch.compiler.is_compiling() else torch._C._get_tracing_state()
+    if state is None:
+        yield
+        return
+    resume: Any = getattr(torch._C, "_set_tracing_state")  # noqa: B009 (not in torch's stubs)
+    resume(None)
+    try:
+        yield
+    finally:
+        resume(state)
 
 
 def _as_is(saved: Tensor) -> Tensor:

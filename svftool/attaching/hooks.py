@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.fx._symbolic_trace import is_fx_symbolic_tracing
 
-from svftool.attaching.functions import reentrant_frame, region
+from svftool.attaching.functions import reentrant_frame, region, untraced
 from svftool.attaching.fusion import FusionPlan, OwnHook
 from svftool.attaching.layer import PREFIX
 from svftool.attaching.proxy import Proxy
@@ -155,28 +155,44 @@ def _values(
 ) -> list[tuple[nn.Module, str, Tensor]]:
     """Return what stands for each parameter in this pass, one value for each attached weight."""
     bases = {id(attached): (attached, base) for _, _, attached, base in fresh}
-    for attached, base in bases.values():
-        attached.check(base)
-        attached.take_back(base)
     recording = torch.is_grad_enabled()
     training = [attached for attached, _ in bases.values() if recording and attached.trains]
-    if training:
-        _check_training(bases.values())
+    if not torch.compiler.is_compiling():
+        _check(bases.values(), training=bool(training))
     still = {id(attached) for attached in training}
     rest = [attached for attached, _ in bases.values() if id(attached) not in still]
-    current = AttachedWeight.unchanged(rest)
     shared: dict[int, Tensor] = {}
-    for key, (attached, base) in bases.items():
-        if key in still:
-            attached.forget()
-            shared[key] = Proxy.of(attached, base, inside)
-        else:
-            shared[key] = attached.dense(base, current=current)
+    with untraced():
+        current = AttachedWeight.unchanged(rest)
+        for key, (attached, base) in bases.items():
+            if key in still:
+                attached.forget()
+                shared[key] = Proxy.of(attached, base, inside)
+            else:
+                shared[key] = attached.dense(base, current=current)
     return [(owner, attribute, shared[id(attached)]) for owner, attribute, attached, _ in fresh]
 
 
-def _check_training(bases: Iterable[tuple[AttachedWeight, Tensor]]) -> None:
-    """Refuse what would train wrongly, and freeze again what somebody set free."""
+def _check(bases: Collection[tuple[AttachedWeight, Tensor]], *, training: bool) -> None:
+    """Refuse what would be wrong, take over what others wrote, freeze what somebody set free."""
+    wrapped = any(torch._C._functorch.is_functorch_wrapped_tensor(base) for _, base in bases)
+    if training or wrapped:
+        _check_plain()
+    for attached, base in bases:
+        attached.check(base)
+        attached.take_back(base)
+    free = [layer.name for one, base in bases if one.freeze(base) for layer, _ in one.layers()]
+    if free:
+        logger.warning(
+            "%d attached weights were set free and are frozen again: only their singular values "
+            "train: %s",
+            len(free),
+            shortlist(free, 3),
+        )
+
+
+def _check_plain() -> None:
+    """Refuse transforms and traces that see no gradient of singular values."""
     for running, name in (
         (torch._C._functorch.peek_interpreter_stack() is not None, "a transform of torch.func"),
         (torch._C._get_tracing_state() is not None, "torch.jit.trace"),
@@ -187,14 +203,6 @@ def _check_training(bases: Iterable[tuple[AttachedWeight, Tensor]]) -> None:
                 f"{name} does not take in an attached model that trains, expected a plain call. "
                 "Call svftool.detach first, or run it under torch.no_grad()."
             )
-    free = [layer.name for one, base in bases if one.freeze(base) for layer, _ in one.layers()]
-    if free:
-        logger.warning(
-            "%d attached weights were set free and are frozen again: their singular values alone "
-            "train: %s",
-            len(free),
-            shortlist(free, 3),
-        )
 
 
 def _check_reentrant() -> None:

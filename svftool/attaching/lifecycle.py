@@ -348,7 +348,10 @@ def _attached_storages() -> Iterator[tuple[int, str]]:
     for attachment in list(LIVE):
         if attachment.model.__dict__.get(KEY) is attachment:
             for live in attachment.weights:
-                yield _storage(attachment.model.get_parameter(live)), live
+                path, _, attribute = live.rpartition(".")
+                parameter = attachment.model.get_submodule(path)._parameters.get(attribute)
+                if parameter is not None:
+                    yield _storage(parameter), live
 
 
 def _storage(parameter: torch.Tensor) -> int:

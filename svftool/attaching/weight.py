@@ -81,6 +81,16 @@ class AttachedWeight(KeepsDtype):
             composed: Tensor = ComposeWeight.apply(self, base.detach(), *deltas)
         return composed
 
+    def _constant(self, base: Tensor) -> Tensor:
+        return self._add(base.detach(), [layer.delta().detach() for layer, _ in self.layers()])
+
+    def _add(self, base: Tensor, deltas: Sequence[Tensor]) -> Tensor:
+        """Add each part's change to its region of the base's weight."""
+        composed = self.copy_of(base)
+        for (layer, region), delta in zip(self.layers(), deltas, strict=True):
+            region.of(composed).add_(layer.change(delta))
+        return composed
+
     @torch.no_grad()
     def dense(self, base: Tensor, *, current: bool = False) -> Tensor:
         """Return the weight of the present singular values, a constant kept until they change.
@@ -91,7 +101,7 @@ class AttachedWeight(KeepsDtype):
         if kept is None or kept[0].base != _place(base) or not (current or self._same(kept[0])):
             # An inference tensor would be of no use to a later pass that records gradients.
             with torch.inference_mode(False):
-                weight = self.compose(base) if self._touched() else base.detach()
+                weight = self._constant(base) if self._touched() else base.detach()
                 kept = self._dense = (self._present(base), weight)
         return kept[1]
 
@@ -310,10 +320,7 @@ class ComposeWeight(torch.autograd.Function):
     def forward(ctx: Any, weight: AttachedWeight, base: Tensor, *deltas: Tensor) -> Tensor:
         """Add each part's change to its region of the base's weight."""
         ctx.weight = weight
-        composed = weight.copy_of(base)
-        for (layer, region), delta in zip(weight.layers(), deltas, strict=True):
-            region.of(composed).add_(layer.change(delta))
-        return composed
+        return weight._add(base, deltas)
 
     @staticmethod
     @once_differentiable
