@@ -135,6 +135,12 @@ def _of_dense(base: AuditSource, other: AuditSource) -> Counterparts:
         tuned_only=(
             *(Unread(pair.tuned, why) for pair, why in misshapen.items()),
             *(Unread(name, "not in the base") for name in matching.tuned_only),
+            *(
+                Unread(
+                    pair.tuned, f"holds the values of {pair.base}, in another place of the network"
+                )
+                for pair in matching.crossed
+            ),
         ),
         misshapen={pair.base: pair.tuned for pair in matching.misshapen},
         total=len(other.infos),

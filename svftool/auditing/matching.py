@@ -94,6 +94,9 @@ class Matching:
         Renamings that fit the same tensors equally well; those tensors have no counterpart.
     moved : tuple of str
         Which layers have another number, and which tensors another last part, as sentences.
+    crossed : tuple of NamePair
+        Pairs whose base's name is that of another tensor in the fine-tune, which a program that
+        goes by names would load in its place.
     """
 
     pairs: tuple[NamePair, ...]
@@ -104,6 +107,7 @@ class Matching:
     unwrapped: int = 0
     ties: tuple[tuple[Renaming, Renaming], ...] = ()
     moved: tuple[str, ...] = ()
+    crossed: tuple[NamePair, ...] = ()
 
     @property
     def notes(self) -> tuple[str, ...]:
@@ -140,18 +144,23 @@ def match_names(
     """
     mine, theirs = _usual_names(base, tuned), _usual_names(tuned, base)
     moved: list[str] = []
+    turned: set[str] = set()
     if numbers is not None:
-        theirs, moved = _renumbered(mine, base, theirs, tuned, numbers)
+        theirs, moved, turned = _renumbered(mine, base, theirs, tuned, numbers)
 
     def like(a: str, b: str) -> tuple[float, float] | None:
         return None if likeness is None else likeness(mine[a], theirs[b])
 
     sides = [
-        {alias: replace(infos[name], name=alias) for alias, name in names.items()}
+        {alias: infos[name] for alias, name in names.items()}
         for names, infos in ((mine, base), (theirs, tuned))
     ]
     matching = _match(sides[0], sides[1], None if likeness is None else like)
-    return _by_own_names(matching, mine, theirs, base, tuned, likeness, moved)
+    found = _by_own_names(matching, mine, theirs, base, tuned, likeness, moved)
+    crossed = _crossed(found, tuned)
+    known = {one.base for one in crossed}
+    also = (one for one in found.pairs if one.tuned in turned and one.base not in known)
+    return replace(found, crossed=(*crossed, *also))
 
 
 def _match(
@@ -246,6 +255,25 @@ def _by_own_names(
     )
 
 
+def _crossed(matching: Matching, tuned: Mapping[str, TensorInfo]) -> tuple[NamePair, ...]:
+    """Return pairs where the fine-tune has the base's name, under its usual prefix, for another."""
+    most = max(matching.renamings, key=lambda one: one.count, default=None)
+    prefixes = [("", "")]
+    if most is not None and "#" not in most.base + most.tuned:
+        prefixes.append((most.base, most.tuned))
+    return tuple(
+        pair
+        for pair in matching.pairs
+        if pair.base != pair.tuned
+        and any(
+            pair.base.startswith(mine)
+            and (same := theirs + pair.base.removeprefix(mine)) != pair.tuned
+            and same in tuned
+            for mine, theirs in prefixes
+        )
+    )
+
+
 def _last(name: str) -> str:
     return name.rpartition(".")[2]
 
@@ -320,10 +348,20 @@ def _renumbered(
     theirs: Mapping[str, str],
     tuned: Mapping[str, TensorInfo],
     numbers: Numbers,
-) -> tuple[dict[str, str], list[str]]:
-    """Give layers of the fine-tune the numbers of those of the base that hold their values."""
+) -> tuple[dict[str, str], list[str], set[str]]:
+    """Give layers of the fine-tune the numbers of those of the base that hold their values.
+
+    Returns
+    -------
+    renamed : dict of str to str
+        `theirs` under those numbers.
+    said : list of str
+        What was renumbered, as sentences.
+    turned : set of str
+        Tensors of series in which a later layer of the base comes earlier.
+    """
     ours, others = _all_series(mine), _all_series(theirs)
-    renamed, said = dict(theirs), []
+    renamed, said, turned = dict(theirs), [], set()
     for prefix, other in _series_pairs(ours, others):
         one = ours[prefix]
         shape = {tail: base[mine[name]] for layer in one.values() for tail, name in layer.items()}
@@ -340,6 +378,9 @@ def _renumbered(
         order = _order(first, second, shape[tail].numel, numbers)
         if not order:
             continue
+        path = [int(order[index]) for index in sorted(order, key=int)]
+        if path != sorted(path):
+            turned |= {theirs[name] for layer in others[other].values() for name in layer.values()}
         # What holds no layer of the base gets a number that no layer of it has.
         renamed |= {
             _at(name, other, order.get(index, f"{index}'")): renamed.pop(name)
@@ -351,7 +392,7 @@ def _renumbered(
             f"{len(order)} layers of {other.rstrip('.')} matched in another order: "
             f"{shortlist(changes, 4)}"
         )
-    return renamed, said
+    return renamed, said, turned
 
 
 def _all_series(names: Iterable[str]) -> dict[str, _Series]:
@@ -492,10 +533,12 @@ class _Name:
     def splits(self) -> Iterator[tuple[int, tuple[str, ...], str]]:
         """Yield where the tail begins, the numbers before it, and the tail."""
         numbers: tuple[str, ...] = ()
-        for index in range(len(self.parts)):
-            yield index, numbers, ".".join(self.parts[index:])
-            if self.parts[index].isdecimal():
-                numbers = (*numbers, self.parts[index])
+        tail = ".".join(self.parts)
+        for index, part in enumerate(self.parts):
+            yield index, numbers, tail
+            tail = tail[len(part) + 1 :]
+            if part.isdecimal():
+                numbers = (*numbers, part)
 
     def prefix(self, end: int, *, literal: bool) -> str:
         """Return the parts before a tail, numbers as ``#`` unless asked for literally."""
