@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -192,7 +193,7 @@ def fused_step(attached: Attachment, new: list[Tensor]) -> None:
 WRITES: dict[str, Callable[[nn.Parameter, Tensor], Any]] = {
     "data.copy_": lambda theta, new: theta.data.copy_(new),
     "data =": lambda theta, new: setattr(theta, "data", new),
-    "set_": lambda theta, new: theta.data.set_(new),
+    "set_": lambda theta, new: torch.no_grad()(theta.set_)(new),
     "foreach": lambda theta, new: torch._foreach_copy_([theta.data], [new]),
     "swap": lambda theta, new: torch.utils.swap_tensors(theta, nn.Parameter(new)),
     "numpy": lambda theta, new: theta.data.numpy().__setitem__(..., new.numpy()),
@@ -202,7 +203,10 @@ WRITES: dict[str, Callable[[nn.Parameter, Tensor], Any]] = {
 @pytest.mark.parametrize("write", [*WRITES, "fused"])
 def test_evaluation_follows_values_however_they_were_written(write: str) -> None:
     model, attached, x = small()
-    before, state = evaluated(model, x), copy.deepcopy(model.state_dict())
+    # Memory of its own, however the values get there.
+    for theta in attached.parameters():
+        theta.data = theta.data.clone()
+    before, state = evaluated(model, x).clone(), copy.deepcopy(model.state_dict())
     new = [p.detach() + 0.5 for p in attached.parameters()]
     if write == "fused":
         fused_step(attached, new)
@@ -263,7 +267,7 @@ def test_averages_of_parameters_are_averages() -> None:
 
 
 def test_writing_something_else_to_a_state_dictionary_is_refused() -> None:
-    model, attached, x = small()
+    model, _, x = small()
     model.state_dict()["0.weight"].normal_()
     with pytest.raises(ModelError, match=r"0\.weight: what was written"):
         model(x)
@@ -274,14 +278,17 @@ def test_writing_something_else_to_a_state_dictionary_is_refused() -> None:
 def test_other_weights_under_an_attached_layer_are_refused(change: str) -> None:
     model, _, x = small()
     model(x)
-    with pytest.raises(ModelError, match=r"0\.weight: the weight in the model"), torch.no_grad():
+    call: Callable[[Tensor], Tensor] = model
+    with torch.no_grad():
         if change == "in place":
             model[0].weight.mul_(1.001)
         elif change == "replaced":
             model[0].weight = nn.Parameter(torch.randn(6, 6))
         else:
-            torch.func.functional_call(model, dict(model.state_dict()), (x,))
-        model(x)
+            state = dict(model.state_dict())
+            call = partial(torch.func.functional_call, model, state)
+    with pytest.raises(ModelError, match=r"0\.weight: the weight in the model"):
+        call(x)
 
 
 def test_what_is_frozen_stays_frozen(caplog: pytest.LogCaptureFixture) -> None:

@@ -171,8 +171,8 @@ class AttachedWeight(KeepsDtype):
         if share > 1.0:
             raise ModelError(
                 f"{self.layers()[0][0].name}: what was written to the tensor of the state "
-                "dictionary differs from the base by more than singular values, expected an average "
-                "of weights of this model. Call svftool.detach before changing weights."
+                "dictionary differs from the base by more than singular values, expected an "
+                "average of weights of this model. Call svftool.detach before changing weights."
             )
 
     def check(self, base: Tensor) -> None:
