@@ -392,3 +392,22 @@ def test_old_and_new_names_of_weight_norm_are_one(tmp_path: Path) -> None:
         (r"weight_g$", "parametrizations.weight.original0"),
     )
     assert drifts(compared(tmp_path, old, tuned(new))) == pytest.approx([0.01] * 32, rel=1e-3)
+
+
+@pytest.mark.parametrize("prefix", ["", "x.b.", "z."])
+def test_an_adapter_that_fits_two_towers_is_refused_with_both(prefix: str, tmp_path: Path) -> None:
+    base = write(tmp_path / "b.safetensors", {**under("a.", ONE), **under("b.", TWO)})
+    parts = {}
+    for name in ONE:
+        path = f"base_model.model.{prefix}{name.removesuffix('.weight')}"
+        parts[f"{path}.lora_A.weight"] = torch.ones(2, 12)
+        parts[f"{path}.lora_B.weight"] = ONE[name][:, :2]
+    (tmp_path / "adapter").mkdir()
+    write(tmp_path / "adapter" / "adapter_model.safetensors", parts)
+    config = {"peft_type": "LORA", "r": 2, "lora_alpha": 2, "target_modules": ["query"]}
+    (tmp_path / "adapter" / "adapter_config.json").write_text(json.dumps(config))
+    found = run("inspect", base, tmp_path / "adapter", "-q")
+    assert found.exit_code == 3
+    assert len(found.stderr.strip().splitlines()) == 1
+    assert "two ways" in found.stderr
+    assert "'a." in found.stderr
