@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -262,3 +263,151 @@ def test_decompose_warns_where_there_is_no_layer(
     assert found.exit_code == 0
     assert "warning:" in found.stderr
     assert words in " ".join(found.stderr.split())
+
+
+def block(seed: int = 1, layers: int = 3) -> dict[str, Tensor]:
+    """Return tensors of a network with norms, biases, heads and matrices of equal shapes."""
+    chance = torch.Generator().manual_seed(seed)
+    found = {"embeddings.word.weight": torch.randn(20, 12, generator=chance)}
+    for i in range(layers):
+        for name in ("attn.query", "attn.key", "attn.value", "out"):
+            found[f"encoder.layer.{i}.{name}.weight"] = torch.randn(12, 12, generator=chance)
+            found[f"encoder.layer.{i}.{name}.bias"] = 0.1 * torch.randn(12, generator=chance)
+        found[f"encoder.layer.{i}.LayerNorm.weight"] = 1 + 0.1 * torch.randn(12, generator=chance)
+        found[f"encoder.layer.{i}.LayerNorm.bias"] = 0.1 * torch.randn(12, generator=chance)
+    return found | {"head.weight": torch.randn(5, 12, generator=chance)}
+
+
+def renamed(tensors: Mapping[str, Tensor], *changes: tuple[str, Any]) -> dict[str, Tensor]:
+    found = {}
+    for name, value in tensors.items():
+        for pattern, text in changes:
+            name = re.sub(pattern, text, name)
+        found[name] = value
+    return found
+
+
+def numbered(change: Any) -> tuple[str, Any]:
+    return r"layer\.(\d)", lambda match: f"layer.{change(int(match[1]))}"
+
+
+NORMS = (r"Norm\.weight$", "Norm.gamma"), (r"Norm\.bias$", "Norm.beta")
+ENDS = {
+    "gamma and beta": NORMS,
+    "gamma under a prefix": (*NORMS, ("^", "bert.")),
+    "one letter": ((r"weight$", "w"), (r"bias$", "b")),
+    "one letter, under a prefix": ((r"weight$", "w"), (r"bias$", "b"), ("^", "model.")),
+    "words that nobody uses": ((r"weight$", "matrix"), (r"bias$", "offset")),
+    "norms that nobody names so": ((r"Norm\.weight$", "Norm.q"), (r"Norm\.bias$", "Norm.r")),
+    "the wrong way round": ((r"Norm\.weight$", "Norm.beta"), (r"Norm\.bias$", "Norm.gamma")),
+    "other numbers": (numbered(lambda i: i + 1),),
+    "numbers far off": (numbered(lambda i: i + 10),),
+    "layers turned round": (numbered(lambda i: 2 - i),),
+    "other numbers, another list": (
+        numbered(lambda i: i + 1), (r"encoder\.layer", "blocks"),
+    ),
+    "a list without its name": ((r"encoder\.layer\.", "encoder."),),
+    "queries and keys changed places": (
+        ("query", "x"), ("key", "query"), (r"attn\.x", "attn.key"),
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("side", ["base", "tuned"])
+@pytest.mark.parametrize("kind", ENDS)
+def test_other_ends_and_numbers_find_their_own_by_values(
+    kind: str, side: str, tmp_path: Path
+) -> None:
+    plain, other = block(), renamed(block(), *ENDS[kind])
+    base, fine = (plain, other) if side == "tuned" else (other, plain)
+    one = compared(tmp_path, base, tuned(fine))
+    assert drifts(one) == pytest.approx([0.01] * len(plain), rel=1e-3)
+
+
+MOVED = ["layers turned round", "queries and keys changed places", "other numbers"]
+
+
+@pytest.mark.parametrize("kind", MOVED)
+def test_equal_values_in_other_places_are_not_called_untouched(kind: str, tmp_path: Path) -> None:
+    one = compared(tmp_path, block(), renamed(block(), *ENDS[kind]))
+    assert one["verdict"] == "undecided"
+    assert one["coverage"]["not_compared"]
+    turned = renamed(block(), numbered(lambda i: 2 - i), (r"encoder\.layer", "blocks"))
+    assert compared(tmp_path, block(), turned)["verdict"] == "undecided"
+
+
+def test_layers_that_were_cut_out_are_missing_and_the_rest_is_found(tmp_path: Path) -> None:
+    kept = {"0": "0", "2": "1", "3": "2"}
+    short = {
+        re.sub(r"layer\.(\d)", lambda m: f"layer.{kept[m[1]]}", name): value
+        for name, value in block(layers=4).items()
+        if "layer.1" not in name
+    }
+    one = compared(tmp_path, block(layers=4), tuned(short))
+    assert drifts(one) == pytest.approx([0.01] * len(short), rel=1e-3)
+    missing = {row["name"] for row in one["coverage"]["not_compared"]}
+    assert {name for name in block(layers=4) if "layer.1." in name} <= missing
+
+
+def fused(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    found = {name: value for name, value in tensors.items() if "attn" not in name}
+    for name in tensors:
+        if "query" in name:
+            parts = [tensors[name.replace("query", one)] for one in ("query", "key", "value")]
+            found[name.replace("query", "qkv")] = torch.cat(parts)
+    return found
+
+
+@pytest.mark.parametrize(
+    ("base", "other", "left"),
+    [
+        (block(), fused(block()), "attn.query"),
+        (fused(block()), block(), "attn.qkv"),
+        ({**block(), "lm_head.weight": block()["embeddings.word.weight"]}, block(), "lm_head"),
+        (block(), {**block(), "lm_head.weight": block()["embeddings.word.weight"]}, "lm_head"),
+        (block(), {n: v for n, v in block().items() if "Norm" not in n}, "LayerNorm.weight"),
+    ],
+)
+def test_what_has_no_counterpart_keeps_the_verdict_open(
+    base: dict[str, Tensor], other: dict[str, Tensor], left: str, tmp_path: Path
+) -> None:
+    one = compared(tmp_path, base, other)
+    assert one["verdict"] == "undecided"
+    assert any(left in row["name"] for row in one["coverage"]["not_compared"])
+
+
+def test_a_norm_under_another_name_that_changed_is_seen(tmp_path: Path) -> None:
+    other = renamed(block(), *NORMS)
+    other["encoder.layer.1.LayerNorm.gamma"] = other["encoder.layer.1.LayerNorm.gamma"] * 100
+    one = compared(tmp_path, block(), other)
+    assert one["verdict"] == "changed"
+    assert max(drifts(one)) == pytest.approx(99.0, rel=1e-3)
+
+
+def test_old_and_new_names_of_weight_norm_are_one(tmp_path: Path) -> None:
+    old = renamed(block(), (r"out\.weight$", "out.weight_v"), (r"out\.bias$", "out.weight_g"))
+    new = renamed(
+        old,
+        (r"weight_v$", "parametrizations.weight.original1"),
+        (r"weight_g$", "parametrizations.weight.original0"),
+    )
+    assert drifts(compared(tmp_path, old, tuned(new))) == pytest.approx([0.01] * 32, rel=1e-3)
+
+
+@pytest.mark.parametrize("prefix", ["", "x.b.", "z."])
+def test_an_adapter_that_fits_two_towers_is_refused_with_both(prefix: str, tmp_path: Path) -> None:
+    base = write(tmp_path / "b.safetensors", {**under("a.", ONE), **under("b.", TWO)})
+    parts = {}
+    for name in ONE:
+        path = f"base_model.model.{prefix}{name.removesuffix('.weight')}"
+        parts[f"{path}.lora_A.weight"] = torch.ones(2, 12)
+        parts[f"{path}.lora_B.weight"] = ONE[name][:, :2]
+    (tmp_path / "adapter").mkdir()
+    write(tmp_path / "adapter" / "adapter_model.safetensors", parts)
+    config = {"peft_type": "LORA", "r": 2, "lora_alpha": 2, "target_modules": ["query"]}
+    (tmp_path / "adapter" / "adapter_config.json").write_text(json.dumps(config))
+    found = run("inspect", base, tmp_path / "adapter", "-q")
+    assert found.exit_code == 3
+    assert len(found.stderr.strip().splitlines()) == 1
+    assert "two ways" in found.stderr
+    assert "'a." in found.stderr

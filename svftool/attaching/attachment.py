@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import os
+import weakref
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 import torch
 from torch import Tensor, nn
@@ -27,6 +28,9 @@ from svftool.factors import (
 KEY = "_svf_attachment"
 """Attribute under which a model keeps its attachment."""
 
+LIVE: weakref.WeakSet[Attachment] = weakref.WeakSet()
+"""Every attachment that there is, copies too."""
+
 
 class Attachment:
     """Trainable singular values of a live model; made by `attach`.
@@ -46,6 +50,12 @@ class Attachment:
     replaced : mapping of str to Tensor
         What a tuned file's whole tensors replaced, by name in the file; kept for the next swap.
     """
+
+    def __new__(cls, *args: Any, **kwargs: Any) -> Self:
+        """Make an attachment that others find, also as a copy or out of a pickle."""
+        made = super().__new__(cls)
+        LIVE.add(made)
+        return made
 
     def __init__(
         self,
@@ -84,6 +94,8 @@ class Attachment:
     @torch.no_grad()
     def singular_values(self) -> dict[str, Tensor]:
         """Return the present singular values by tensor name, on the CPU."""
+        for live, weight in self.weights.items():
+            weight.take_back(self.model.get_parameter(live))
         return {name: layer.values().cpu() for name, layer in self.layers.items()}
 
     def set_singular_values(self, values: Mapping[str, Tensor]) -> None:
@@ -162,11 +174,17 @@ def require_attachment(model: nn.Module) -> Attachment:
     Raises
     ------
     ModelError
-        If the model has none.
+        If the model has none, or holds several.
     """
     found = find_attachment(model)
     if found is None:
         raise ModelError("the model has no attached singular values. Call svftool.attach first.")
+    paths = [path for path, part in model.named_modules() if KEY in part.__dict__]
+    if len(paths) > 1:
+        raise ModelError(
+            f"{len(paths)} parts have singular values of their own ({shortlist(paths)}), expected "
+            "one. Call this on each of them."
+        )
     return found
 
 

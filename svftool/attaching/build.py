@@ -8,15 +8,17 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from svftool.attaching.layer import AttachedLayer, Band, Parametrisation, Region
+from svftool.attaching.layer import (
+    EXACT,
+    AttachedLayer,
+    Band,
+    Parametrisation,
+    Region,
+    belongs,
+    rounding_of,
+)
 from svftool.attaching.weight import AttachedWeight, Mode
 from svftool.factors import FactorStore, LayerFactors, LayerRecord
-
-EXACT = 1e-5
-"""Largest reconstruction error, relative to the weight, of factors that may replace the weight."""
-
-_SINGLE, _HALF = 1e-3, 5e-2
-"""How far a projection of the live weight may be from the factors': rounding, no other weight."""
 
 
 @dataclass(frozen=True)
@@ -81,7 +83,7 @@ def build_weight(
             continue
         factors = store.read(name)
         layer = _build_layer(live, record, factors, options)
-        if not _same_weight(live, factors, _exact(record)):
+        if not _same_weight(live, record, factors):
             faults.append(f"{name} (other weights)")
         regions.append(region)
         layers.append(layer)
@@ -111,23 +113,15 @@ def _build_layer(
 
 
 def agrees(live: Tensor, record: LayerRecord, store: FactorStore) -> bool:
-    """Whether a live weight of the layer's shape is the one that the factors were computed from.
-
-    Compares ``U' W h`` with ``S Vh h`` for a fixed random vector h, which are equal at any rank.
-    """
-    return _same_weight(live, store.read(record.name), _exact(record))
+    """Whether a live weight of the layer's shape is the one that the factors were computed from."""
+    return _same_weight(live, record, store.read(record.name))
 
 
 def _exact(record: LayerRecord) -> bool:
+    """Whether factors may replace the weight."""
     return record.reconstruction_error <= EXACT
 
 
-def _same_weight(live: Tensor, factors: LayerFactors, exact: bool) -> bool:
-    U, S, Vh = (part.to(live.device, torch.float32) for part in (factors.U, factors.S, factors.Vh))
-    generator = torch.Generator().manual_seed(0)
-    h = torch.randn(Vh.shape[-1], 1, generator=generator).to(live.device)
-    matrix = live.detach().reshape(*U.shape[:-1], Vh.shape[-1]).float()
-    difference = (U.mT @ (matrix @ h)).squeeze(-1) - S * (Vh @ h).squeeze(-1)
-    precise = exact and live.dtype.itemsize >= 4 and factors.U.dtype.itemsize >= 4
-    tolerance = (_SINGLE if precise else _HALF) * S.norm(dim=-1)
-    return bool((difference.norm(dim=-1) <= tolerance).all())
+def _same_weight(live: Tensor, record: LayerRecord, factors: LayerFactors) -> bool:
+    stored = getattr(torch, record.dtype, None)
+    return belongs(live, factors, rounding_of(live.dtype, stored))

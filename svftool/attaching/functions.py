@@ -6,14 +6,77 @@ input in the singular basis.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
+from types import FrameType
 from typing import Any, Protocol
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
+from torch.utils.checkpoint import CheckpointFunction
+
+# Activation checkpointing: a region of the pass that is computed again during the backward pass.
+
+
+def region() -> object | None:
+    """Return what stands for the innermost checkpointed region that is running; None outside.
+
+    Two calls in one region return the same object, and each pass over a region has its own.
+    """
+    if torch.compiler.is_compiling():
+        return None  # a compiler handles checkpoints itself
+    if torch.is_grad_enabled():
+        hooks: Any = torch._C._autograd._top_saved_tensors_default_hooks(True)
+        pack = None if hooks is None else hooks[0]
+        # Other hooks, which move what is saved to the CPU say, compute nothing again.
+        return pack if getattr(pack, "__module__", None) == CheckpointFunction.__module__ else None
+    frame = reentrant_frame()
+    return None if frame is None else id(frame.f_locals["ctx"])
+
+
+def reentrant_frame() -> FrameType | None:
+    """Return the frame of the reentrant checkpoint whose function is running, without gradients."""
+    frame: FrameType | None = sys._getframe(1)
+    while frame is not None and frame.f_code is not CheckpointFunction.forward.__code__:
+        frame = frame.f_back
+    return frame
+
+
+def recomputing() -> bool:
+    """Whether a backward pass is running, which computes checkpointed regions again."""
+    return bool(torch._C._current_graph_task_id() != -1)
+
+
+def kept_apart() -> AbstractContextManager[None]:
+    """Keep what autograd saves from a checkpoint, which compares two passes over a region by it.
+
+    A composed weight may come from outside the region the first time and from inside it the second.
+    """
+    return torch.autograd.graph.saved_tensors_hooks(_as_is, _as_is)  # type: ignore[no-any-return, unused-ignore]
+
+
+@contextmanager
+def untraced() -> Iterator[None]:
+    """Compute constants that a trace of ``torch.jit`` takes as they are."""
+    state = None if torch.compiler.is_compiling() else torch._C._get_tracing_state()
+    if state is None:
+        yield
+        return
+    resume: Any = getattr(torch._C, "_set_tracing_state")  # noqa: B009 (not in torch's stubs)
+    resume(None)
+    try:
+        yield
+    finally:
+        resume(state)
+
+
+def _as_is(saved: Tensor) -> Tensor:
+    return saved
+
 
 # A layer's linear map split at its singular values: right vectors, left vectors, adjoints.
 

@@ -17,14 +17,14 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 
-from svftool.attaching.functions import Rectify
+from svftool.attaching.functions import Rectify, recomputing, region
 from svftool.attaching.layer import PREFIX
 
 # Fuse a frozen batch norm and a ReLU with the layer before them.
 
 
 NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)
-_DONE, _RECTIFIED, _KEPT = "_svf_fused", "_svf_rectified", "_svf_affine"
+_DONE, _RECTIFIED = "_svf_fused", "_svf_rectified"
 
 
 @dataclass(frozen=True)
@@ -67,12 +67,8 @@ def affine_in(norm: nn.Module | None, dtype: torch.dtype) -> Affine | None:
     parts = [mean, variance, *norm.parameters(recurse=False)]
     if any(part.requires_grad for part in parts):
         return None
-    key = (dtype, *[(part.data_ptr(), part._version) for part in parts])
-    kept = norm.__dict__.get(_KEPT)
-    if kept is None or kept[0] != key:
-        kept = norm.__dict__[_KEPT] = (key, _affine(norm, mean, variance, dtype))
-    affine: Affine = kept[1]
-    return affine
+    # Made anew in every pass: statistics may be written to without a trace, by averages say.
+    return _affine(norm, mean, variance, dtype)
 
 
 @torch.no_grad()
@@ -86,32 +82,58 @@ def _affine(
     return Affine(norm, scale.to(dtype), shift.to(dtype))
 
 
-class PassFused:
+class Pass:
+    """Knows an input in which the module's work was done by the layer before it.
+
+    Where the layer is outside a checkpointed region and the module inside, the region is computed
+    again from an input that is just as it was, without its mark.
+    """
+
+    mark: str
+    crossed = False
+
+    def done(self, x: Tensor, module: nn.Module) -> bool:
+        """Whether there is nothing left to do."""
+        if x.__dict__.pop(self.mark, None) is module:
+            self.crossed = region() is not None
+            return True
+        if recomputing():
+            return self.crossed
+        if torch.is_grad_enabled() or region() is not None:
+            self.crossed = False
+        return False
+
+
+class PassFused(Pass):
     """The forward of a batch norm that lets through what it was fused into."""
+
+    mark = _DONE
 
     def __init__(self, norm: nn.Module) -> None:
         self.norm = norm
 
     def __call__(self, x: Tensor) -> Tensor:
         """Normalise `x`, unless that is done."""
-        if x.__dict__.pop(_DONE, None) is self.norm:
+        if self.done(x, self.norm):
             return x
         result: Tensor = type(self.norm).forward(self.norm, x)
         return result
 
 
-class PassRectified:
+class PassRectified(Pass):
     """The forward of a ReLU that lets through what it was fused into.
 
     Otherwise it computes the same, and keeps less of it for the backward pass.
     """
+
+    mark = _RECTIFIED
 
     def __init__(self, relu: nn.Module) -> None:
         self.relu = relu
 
     def __call__(self, x: Tensor) -> Tensor:
         """Clamp `x` at zero, unless that is done."""
-        if x.__dict__.pop(_RECTIFIED, None) is self.relu:
+        if self.done(x, self.relu):
             return x
         if not x.requires_grad or not torch.is_grad_enabled() or x._is_view():
             result: Tensor = type(self.relu).forward(self.relu, x)
@@ -131,7 +153,6 @@ def install_passes(modules: Iterable[nn.Module]) -> None:
 def unfuse(model: nn.Module) -> None:
     """Give every norm and ReLU its own forward back."""
     for module in model.modules():
-        module.__dict__.pop(_KEPT, None)
         if isinstance(module.__dict__.get("forward"), (PassFused, PassRectified)):
             del module.__dict__["forward"]
 

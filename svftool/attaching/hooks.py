@@ -3,17 +3,19 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.fx._symbolic_trace import is_fx_symbolic_tracing
 
+from svftool.attaching.functions import reentrant_frame, region, untraced
 from svftool.attaching.fusion import FusionPlan, OwnHook
 from svftool.attaching.layer import PREFIX
 from svftool.attaching.proxy import Proxy
 from svftool.attaching.weight import AttachedWeight
-from svftool.errors import shortlist
+from svftool.errors import ModelError, shortlist
 
 logger = logging.getLogger(__name__)
 
@@ -52,15 +54,23 @@ class Enter(Places):
         self._place(module)
 
     def _place(self, module: nn.Module) -> None:
-        shared: dict[int, Tensor] = {}
         placed: list[tuple[nn.Module, str, Any]] = []
         module.__dict__.setdefault(_STACK, []).append(placed)
+        covered: list[Proxy] = []
+        fresh: list[tuple[nn.Module, str, AttachedWeight, Tensor]] = []
         for owner, attribute, attached in self.of(module):
-            if attribute in owner.__dict__:
-                continue
-            if id(attached) not in shared:
-                shared[id(attached)] = _present(owner._parameters[attribute], attached)
-            owner.__dict__[attribute] = shared[id(attached)]
+            base = _base(owner, attribute)
+            if attribute not in owner.__dict__:
+                fresh.append((owner, attribute, attached, base))
+            elif isinstance(owner.__dict__[attribute], Proxy):
+                covered.append(owner.__dict__[attribute])
+        inside = region() if fresh or covered else None
+        if inside is not None and not torch.is_grad_enabled():
+            _check_reentrant()
+        for proxy in covered:
+            proxy.region = inside
+        for owner, attribute, value in _values(fresh, inside):
+            owner.__dict__[attribute] = value
             placed.append((owner, attribute, None))
         recurrent = {owner for owner, _, _ in placed if isinstance(owner, nn.RNNBase)}
         for owner in recurrent:
@@ -124,13 +134,86 @@ class LeaveRoot(Leave):
         super().__call__(module, args, output)
 
 
-def _present(base: Tensor | None, attached: AttachedWeight) -> Tensor:
-    if base is None:
-        raise RuntimeError("the parameter of an attached layer was removed")
-    if torch.is_grad_enabled() and attached.trains:
-        attached.forget()
-        return Proxy.of(attached, base)
-    return attached.dense(base)
+def _base(owner: nn.Module, attribute: str) -> Tensor:
+    """Return the base's parameter, which anybody may have taken away since."""
+    base = owner._parameters.get(attribute)
+    if base is not None:
+        return base
+    if getattr(owner, "_is_replica", False):
+        raise ModelError(
+            "replicas of torch.nn.DataParallel do not train singular values, expected one model a "
+            "process. Use torch.nn.parallel.DistributedDataParallel."
+        )
+    raise ModelError(
+        f"{type(owner).__name__}.{attribute} is no parameter any more (pruned, parametrised or "
+        "removed), expected the one that was attached to. Call svftool.detach before changing it."
+    )
+
+
+def _values(
+    fresh: Sequence[tuple[nn.Module, str, AttachedWeight, Tensor]], inside: object
+) -> list[tuple[nn.Module, str, Tensor]]:
+    """Return what stands for each parameter in this pass, one value for each attached weight."""
+    bases = {id(attached): (attached, base) for _, _, attached, base in fresh}
+    recording = torch.is_grad_enabled()
+    training = [attached for attached, _ in bases.values() if recording and attached.trains]
+    if not torch.compiler.is_compiling():
+        _check(bases.values(), training=bool(training))
+    still = {id(attached) for attached in training}
+    rest = [attached for attached, _ in bases.values() if id(attached) not in still]
+    shared: dict[int, Tensor] = {}
+    with untraced():
+        current = AttachedWeight.unchanged(rest)
+        for key, (attached, base) in bases.items():
+            if key in still:
+                attached.forget()
+                shared[key] = Proxy.of(attached, base, inside)
+            else:
+                shared[key] = attached.dense(base, current=current)
+    return [(owner, attribute, shared[id(attached)]) for owner, attribute, attached, _ in fresh]
+
+
+def _check(bases: Collection[tuple[AttachedWeight, Tensor]], *, training: bool) -> None:
+    """Refuse what would be wrong, take over what others wrote, freeze what somebody set free."""
+    wrapped = any(torch._C._functorch.is_functorch_wrapped_tensor(base) for _, base in bases)
+    if training or wrapped:
+        _check_plain()
+    for attached, base in bases:
+        attached.check(base)
+        attached.take_back(base)
+    free = [layer.name for one, base in bases if one.freeze(base) for layer, _ in one.layers()]
+    if free:
+        logger.warning(
+            "%d attached weights were set free and are frozen again: only their singular values "
+            "train: %s",
+            len(free),
+            shortlist(free, 3),
+        )
+
+
+def _check_plain() -> None:
+    """Refuse transforms and traces that see no gradient of singular values."""
+    for running, name in (
+        (torch._C._functorch.peek_interpreter_stack() is not None, "a transform of torch.func"),
+        (torch._C._get_tracing_state() is not None, "torch.jit.trace"),
+        (is_fx_symbolic_tracing(), "torch.fx.symbolic_trace"),
+    ):
+        if running:
+            raise ModelError(
+                f"{name} does not take in an attached model that trains, expected a plain call. "
+                "Call svftool.detach first, or run it under torch.no_grad()."
+            )
+
+
+def _check_reentrant() -> None:
+    """Refuse a reentrant checkpoint through which no gradient would come."""
+    frame = reentrant_frame()
+    given = () if frame is None else frame.f_locals.get("args", ())
+    if not any(isinstance(one, Tensor) and one.requires_grad for one in given):
+        raise ModelError(
+            "a reentrant checkpoint of inputs that need no gradient trains nothing, expected "
+            "torch.utils.checkpoint.checkpoint(..., use_reentrant=False) or inputs that need one."
+        )
 
 
 class SaveMerged(Places):
@@ -142,7 +225,7 @@ class SaveMerged(Places):
         """Replace the base's weights; parameters that are tied stay tied."""
         for owner, attribute, attached in self.of(module):
             if prefix + attribute in state:
-                state[prefix + attribute] = attached.merged(owner.get_parameter(attribute))
+                state[prefix + attribute] = attached.lend(owner.get_parameter(attribute))
 
 
 class LoadMerged(Places):

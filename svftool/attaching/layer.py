@@ -10,6 +10,7 @@ from typing import Any, Literal, Self, get_args
 import torch
 from torch import Tensor, nn
 
+from svftool.attaching.functions import kept_apart, region
 from svftool.checkpoints import View
 from svftool.errors import UsageError
 from svftool.factors import LayerFactors
@@ -198,8 +199,16 @@ class AttachedLayer(KeepsDtype):
         return f"{self.name}, rank={self.rank}, {self.parametrisation}"
 
     def delta(self) -> Tensor:
-        """Return ``S - S_base``, (..., k), differentiable in `theta`; zero where untouched."""
-        base = self.S_base if self._all else self.S_base[..., self.band]
+        """Return ``S - S_base``, (..., k), differentiable in `theta` alone; zero if untouched."""
+        if torch.is_grad_enabled() and region() is not None:
+            with kept_apart():
+                return self._delta()
+        return self._delta()
+
+    def _delta(self) -> Tensor:
+        # Detached, so that no ``requires_grad_(True)`` on the whole model trains what is frozen.
+        frozen = self.S_base.detach()
+        base = frozen if self._all else frozen[..., self.band]
         if self.parametrisation == "scale":
             change = self.theta * base
         else:
@@ -207,15 +216,24 @@ class AttachedLayer(KeepsDtype):
         if not self._all:
             change = nn.functional.pad(change, (self.band.start, self.rank - self.band.stop))
         if self._beside:
-            change = change + self.offset
+            change = change + self.offset.detach()
         if self.nonnegative:
             # Clamped in value, not in gradient, so that a value at zero can come back.
-            change = torch.maximum(change, -self.S_base).detach() + (change - change.detach())
+            change = torch.maximum(change, -frozen).detach() + (change - change.detach())
         return change
 
     def values(self) -> Tensor:
-        """Return the singular values, shape (..., k), differentiable in `theta`."""
-        return self.S_base + self.delta()
+        """Return the singular values, shape (..., k), differentiable in `theta` alone."""
+        return self.S_base.detach() + self.delta()
+
+    def moving(self) -> tuple[Tensor, ...]:
+        """Return the small tensors that the singular values follow."""
+        theta = self.theta.detach()
+        return (theta, self.offset.detach()) if self._beside else (theta,)
+
+    def frozen(self) -> tuple[nn.Parameter, ...]:
+        """Return what is never trained."""
+        return self.U, self.Vh, self.S_base, self.offset
 
     @property
     def rank(self) -> int:
@@ -263,6 +281,91 @@ class AttachedLayer(KeepsDtype):
 
 def _frozen(values: Tensor) -> nn.Parameter:
     return nn.Parameter(values, requires_grad=False)
+
+
+# Whether a live weight is the one that was decomposed.
+
+
+EXACT = 1e-5
+"""What factors may be off by, relative to the weight, beside the rounding of what stores them."""
+
+_PROBES, _CHUNK = 16, 1 << 22
+
+
+@torch.no_grad()
+def belongs(live: Tensor, factors: LayerFactors, roundoff: float) -> bool:
+    """Whether a weight, seen as matrices, is what factors were computed from, up to rounding.
+
+    Compares ``W V z`` with ``U S z``, and ``U' W`` with ``S V'`` likewise, for fixed random vectors
+    z. Singular vectors satisfy both at any rank, and those of truncated factors the better one to
+    single precision.
+
+    Parameters
+    ----------
+    live : (..., m, n) Tensor
+        The weight, or of the shape of a tensor that is such a matrix.
+    factors : LayerFactors
+        U (..., m, k), S (..., k) and Vh (..., k, n).
+    roundoff : float
+        How far the weight's numbers may be rounded, relative to its Frobenius norm.
+    """
+    U, Vh = (part.to(live.device) for part in (factors.U, factors.Vh))
+    matrices = live.detach().reshape(*U.shape[:-1], Vh.shape[-1])
+    if matrices.ndim == 2:
+        matrices, U, Vh = matrices[None], U[None], Vh[None]
+    S = factors.S.to(live.device, torch.float64).reshape(len(U), -1)
+    stored = 0.0 if U.dtype.itemsize >= 4 else 2.0 * unit_roundoff(U.dtype)
+    every = (
+        _one_belongs(*parts, roundoff, EXACT + stored)
+        for parts in zip(matrices, U, S, Vh, strict=True)
+    )
+    return all(every)
+
+
+def _one_belongs(
+    W: Tensor, U: Tensor, S: Tensor, Vh: Tensor, roundoff: float, exact: float
+) -> bool:
+    k = len(S)
+    z = torch.randn(k, _PROBES, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    z = z.to(W.device)
+    if k <= _PROBES:
+        z = torch.eye(k, dtype=torch.float64, device=W.device) * k**0.5
+    # Only what is as long as a vector is in double precision; a wide Vh would fill the memory.
+    probe = (Vh.float().mT @ z.float()).double()
+    left, right, squares = torch.zeros_like(probe), [], 0.0
+    step = max(1, _CHUNK // max(1, W.shape[1]))
+    for start in range(0, len(W), step):
+        rows, basis = W[start : start + step].double(), U[start : start + step].double()
+        right.append(rows @ probe - basis @ (S[:, None] * z))
+        left += rows.mT @ (basis @ z)
+        squares += float(rows.square().sum())
+    left -= (Vh.float().mT @ (S[:, None] * z).float()).double()
+    off = min(float(torch.cat(right).norm()), float(left.norm())) / z.shape[1] ** 0.5
+    kind = torch.finfo(W.dtype)
+    underflow = 0.5 * kind.smallest_normal * kind.eps * W.numel() ** 0.5 if roundoff else 0.0
+    return bool(off <= roundoff * squares**0.5 + underflow + exact * float(S.norm()))
+
+
+def unit_roundoff(dtype: torch.dtype) -> float:
+    """Return the largest relative error of rounding to a dtype."""
+    return torch.finfo(dtype).eps / 2
+
+
+def rounding_of(live: torch.dtype, file: torch.dtype | None) -> float:
+    """Return how far a weight of a file's dtype may be rounded in a live one; 0 if it is not.
+
+    Examples
+    --------
+    >>> rounding_of(torch.bfloat16, torch.float32)
+    0.00390625
+    >>> rounding_of(torch.float32, torch.bfloat16)
+    0.0
+    """
+    if file is None or not file.is_floating_point:
+        return unit_roundoff(live)
+    mine, theirs = torch.finfo(live), torch.finfo(file)
+    holds = mine.eps <= theirs.eps and mine.smallest_normal <= theirs.smallest_normal
+    return 0.0 if holds else unit_roundoff(live)
 
 
 # Where a tensor of the file lies in a live parameter, and which names are svftool's own.

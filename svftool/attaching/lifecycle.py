@@ -2,18 +2,19 @@
 
 from __future__ import annotations
 
+import gc
 import logging
 import os
 import tempfile
 from collections import defaultdict
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import get_args
 
 import torch
 from torch import nn
 
-from svftool.attaching.attachment import KEY, Attachment, find_attachment, require_attachment
+from svftool.attaching.attachment import KEY, LIVE, Attachment, require_attachment
 from svftool.attaching.build import BuildOptions, build_weight
 from svftool.attaching.fusion import FusionPlan, unfuse
 from svftool.attaching.hooks import Enter, EnterRoot, Leave, LeaveRoot, LoadMerged, SaveMerged
@@ -84,8 +85,9 @@ def install(model: nn.Module, weights: Mapping[nn.Parameter, AttachedWeight]) ->
     """Register attached weights beside their parameters, with the hooks that use them.
 
     The forward pass of the model places them all, so that code which reads a submodule's weight
-    without calling it (attention, tied heads, fused fast paths) meets them too. The owner and its
-    parent do so again, for callers that run a part of the model.
+    without calling it (attention, tied heads, fused fast paths) meets them too. Every module that
+    holds the owner does so again, for callers that run a part of the model, and for checkpoints
+    that run it again during the backward pass.
 
     Parameters
     ----------
@@ -99,9 +101,9 @@ def install(model: nn.Module, weights: Mapping[nn.Parameter, AttachedWeight]) ->
         for attribute, parameter in owner._parameters.items():
             if parameter is None or parameter not in weights:
                 continue
-            parent = path.rpartition(".")[0]
-            for place in {"", parent, path}:
-                places[place].append((path[len(place) :].lstrip("."), attribute))
+            parts = path.split(".") if path else []
+            for end in range(len(parts) + 1):
+                places[".".join(parts[:end])].append((".".join(parts[end:]), attribute))
     for path, owner in list(model.named_modules()):
         own = [attribute for place, attribute in places.get(path, []) if not place]
         for attribute in own:
@@ -217,8 +219,7 @@ def attach(
     if mode not in get_args(Mode):
         raise UsageError(f"mode {mode!r}, expected one of {', '.join(get_args(Mode))}.")
     options = BuildOptions(parametrisation, mode, parse_band(train_rank), nonnegative)
-    if find_attachment(model) is not None:
-        raise ModelError("the model has attached singular values already. Call detach first.")
+    _refuse_attached(model)
     opened = factors if isinstance(factors, FactorStore) else open_factors(factors)
     try:
         chosen = choose_layers(opened, include, exclude, skip)
@@ -238,7 +239,8 @@ def _offload(attachment: Attachment) -> None:
                 offload(attachment.model.get_parameter(live))
             except ResourceError as error:
                 logger.info("the base's weights stay in memory: %s", error)
-                return
+                break
+    _accept(attachment)
 
 
 def choose_layers(
@@ -308,7 +310,52 @@ def _attach(
     model.requires_grad_(False)
     install(model, {model.get_parameter(live): weight for live, weight in weights.items()})
     model.__dict__[KEY] = attachment
+    _accept(attachment)
     return attachment
+
+
+def _accept(attachment: Attachment) -> None:
+    for live, weight in attachment.weights.items():
+        weight.accept(attachment.model.get_parameter(live))
+
+
+def _refuse_attached(model: nn.Module) -> None:
+    """Refuse a model of which any part is attached to, as a whole, a part or under another name.
+
+    Raises
+    ------
+    ModelError
+        If it is; the part is named.
+    """
+    for path, module in model.named_modules():
+        root = isinstance(module.__dict__.get(KEY), Attachment)
+        if root or any(isinstance(one, AttachedWeight) for one in module._modules.values()):
+            part = f"its part {path}" if path else "the model"
+            raise ModelError(f"{part} has attached singular values already. Call detach first.")
+    mine = {_storage(p): name for name, p in model.named_parameters() if p.numel()}
+    if any(storage in mine for storage, _ in _attached_storages()):
+        gc.collect()  # of a model that nobody has any more
+    for storage, name in _attached_storages():
+        if storage in mine:
+            raise ModelError(
+                f"{mine[storage]} is the same tensor as {name} of another model, which has "
+                "attached singular values already. Call detach on that one first, or copy the "
+                "tensor."
+            )
+
+
+def _attached_storages() -> Iterator[tuple[int, str]]:
+    for attachment in list(LIVE):
+        if attachment.model.__dict__.get(KEY) is attachment:
+            for live in attachment.weights:
+                path, _, attribute = live.rpartition(".")
+                parameter = attachment.model.get_submodule(path)._parameters.get(attribute)
+                if parameter is not None:
+                    yield _storage(parameter), live
+
+
+def _storage(parameter: torch.Tensor) -> int:
+    return parameter.untyped_storage().data_ptr()
 
 
 def _without_buffers(
@@ -368,6 +415,7 @@ def detach(model: nn.Module, *, merge: bool = True) -> None:
         parameter = attachment.model.get_parameter(live)
         if merge:
             with torch.no_grad():
+                weight.take_back(parameter)
                 parameter.copy_(weight.merged(parameter))
     uninstall(attachment.model)
     del attachment.model.__dict__[KEY]

@@ -21,10 +21,12 @@ from svftool.attaching.functions import (
     SplitLayer,
     SplitMap,
     TransposedConvMap,
+    region,
 )
 from svftool.attaching.fusion import affine_in, mark_rectified
 from svftool.attaching.layer import AttachedLayer
 from svftool.attaching.weight import AttachedWeight, choose_way
+from svftool.errors import ModelError
 
 Kernels = Callable[[AttachedLayer, torch.dtype], tuple[Tensor, Tensor]]
 Plain = Callable[[Tensor, Tensor, Tensor | None], Tensor]
@@ -45,20 +47,43 @@ class Proxy(Tensor):
     next_norm: nn.Module | None
     next_relu: nn.Module | None
     used: bool
+    region: object
     _composed: Tensor | None
 
     @staticmethod
-    def of(attached: AttachedWeight, base: Tensor) -> Proxy:
-        """Make the proxy of `base`, a frozen parameter."""
+    def of(attached: AttachedWeight, base: Tensor, inside: object = None) -> Proxy:
+        """Make the proxy of `base`, a frozen parameter, in a checkpointed region or in none."""
         self = base.detach().as_subclass(Proxy)
         self.attached, self.base = attached, base.detach()
         self.next_norm = self.next_relu = self._composed = None
-        self.used = False
+        self.used, self.region = False, inside
         return self
+
+    def meet(self) -> object:
+        """Note that an operation met the proxy; return the checkpointed region it is in.
+
+        Raises
+        ------
+        ModelError
+            If the region would find the base's weight when it is computed again, because no module
+            that the weight lies in is called inside it.
+        """
+        self.used = True
+        here = region()
+        if here is not None and here is not self.region and here != self.region:
+            raise ModelError(
+                f"{self.attached.layers()[0][0].name}: a checkpointed function reads the weight of "
+                "a module that it does not call, expected a call of the module. Checkpoint the "
+                "module, or the one that holds it."
+            )
+        return here
 
     def composed(self) -> Tensor:
         """Return the dense weight, differentiable in the singular values."""
-        self.used = True
+        self.meet()
+        if not torch.is_grad_enabled():
+            # Nothing to keep: a later operation of the pass may need the gradient.
+            return self.attached.compose(self.base) if self._composed is None else self._composed
         if self._composed is None:
             self._composed = self.attached.compose(self.base)
         return self._composed
@@ -121,7 +146,9 @@ def _run(
     positions: int = 0,
 ) -> Tensor:
     """Run a layer the cheapest way, with the norm and ReLU behind it fused in where there are."""
-    weight.used = True
+    if weight.meet() is not None:
+        # What follows may lie outside the region, and nothing is fused when it is computed again.
+        weight.next_norm = weight.next_relu = None
     way = "composed" if split is None else choose_way(weight.attached, positions)
     layer = weight.attached.single
     dtype = _compute_dtype(x, weight.base)

@@ -7,13 +7,17 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Sequence
+from contextlib import nullcontext
+from dataclasses import dataclass
 from typing import Any, Literal, cast
 
 import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
-from svftool.attaching.layer import AttachedLayer, KeepsDtype, Region
+from svftool.attaching import functions
+from svftool.attaching.layer import AttachedLayer, KeepsDtype, Region, belongs, unit_roundoff
+from svftool.errors import ModelError
 from svftool.factors import add_delta
 
 Mode = Literal["auto", "factored", "composed", "residual"]
@@ -39,11 +43,13 @@ class AttachedWeight(KeepsDtype):
         self.parts = nn.ModuleList(parts)
         self.regions = tuple(regions)
         self.mode: Mode = mode
-        self._dense: tuple[object, Tensor] | None = None
-        self._merged: tuple[object, weakref.ref[Tensor]] | None = None
+        self._dense: tuple[Present, Tensor] | None = None
+        self._merged: tuple[Present, weakref.ref[Tensor]] | None = None
+        self._lent: Lent | None = None
+        self._base: object = None
 
     def __getstate__(self) -> dict[str, Any]:
-        return self.__dict__ | {"_dense": None, "_merged": None}
+        return self.__dict__ | {"_dense": None, "_merged": None, "_lent": None, "_base": None}
 
     def layers(self) -> list[tuple[AttachedLayer, Region]]:
         """Return each part with the region it lies in."""
@@ -70,18 +76,34 @@ class AttachedWeight(KeepsDtype):
     def compose(self, base: Tensor) -> Tensor:
         """Return the weight of the present singular values, differentiable in them."""
         deltas = [layer.delta() for layer, _ in self.layers()]
-        composed: Tensor = ComposeWeight.apply(self, base.detach(), *deltas)
+        apart = torch.is_grad_enabled() and functions.region() is not None
+        with functions.kept_apart() if apart else nullcontext():
+            composed: Tensor = ComposeWeight.apply(self, base.detach(), *deltas)
+        return composed
+
+    def _constant(self, base: Tensor) -> Tensor:
+        return self._add(base.detach(), [layer.delta().detach() for layer, _ in self.layers()])
+
+    def _add(self, base: Tensor, deltas: Sequence[Tensor]) -> Tensor:
+        """Add each part's change to its region of the base's weight."""
+        composed = self.copy_of(base)
+        for (layer, region), delta in zip(self.layers(), deltas, strict=True):
+            region.of(composed).add_(layer.change(delta))
         return composed
 
     @torch.no_grad()
-    def dense(self, base: Tensor) -> Tensor:
-        """Return the weight of the present singular values, a constant kept until they change."""
-        key = self._key(base)
-        if self._dense is None or self._dense[0] != key:
+    def dense(self, base: Tensor, *, current: bool = False) -> Tensor:
+        """Return the weight of the present singular values, a constant kept until they change.
+
+        With `current` the caller has seen that they did not, see `unchanged`.
+        """
+        kept = self._dense
+        if kept is None or kept[0].base != _place(base) or not (current or self._same(kept[0])):
             # An inference tensor would be of no use to a later pass that records gradients.
             with torch.inference_mode(False):
-                self._dense = (key, self.compose(base) if self._touched() else base.detach())
-        return self._dense[1]
+                weight = self._constant(base) if self._touched() else base.detach()
+                kept = self._dense = (self._present(base), weight)
+        return kept[1]
 
     def forget(self) -> None:
         """Drop what `dense` keeps."""
@@ -96,10 +118,12 @@ class AttachedWeight(KeepsDtype):
         """
         if not self._touched():
             return base.detach()
-        key = self._key(base)
-        kept = self._merged[1]() if self._merged is not None and self._merged[0] == key else None
-        if kept is not None:
-            return kept
+        before = self._merged
+        kept = None if before is None else before[1]()
+        if before is not None and kept is not None:
+            known = before[0]
+            if known.base == _place(base) and self._same(known):
+                return kept
         merged = self.copy_of(base)
         for layer, region in self.layers():
             view = region.of(merged)
@@ -107,8 +131,81 @@ class AttachedWeight(KeepsDtype):
             base_values = layer.S_base.float().double()
             delta = layer.values().float().double() - base_values
             view.copy_(add_delta(view, layer.factors(), delta, view=layer.view).weight)
-        self._merged = (key, weakref.ref(merged))
+        self._merged = (self._present(base), weakref.ref(merged))
         return merged
+
+    def lend(self, base: Tensor) -> Tensor:
+        """Return the merged weight for a state dictionary, whose tensors others may write to.
+
+        What they wrote is found when the weight is used next, see `take_back`. A weight that was
+        not trained is a copy too, so that nobody writes to the base.
+        """
+        self.take_back(base)
+        kept = None if self._lent is None else self._lent.ref()
+        if self._lent is not None and kept is not None and self._same(self._lent.present):
+            return kept
+        merged = self.merged(base)
+        own = self.copy_of(base) if merged.data_ptr() == base.data_ptr() else merged
+        self._lent = Lent.of(own, self._present(base))
+        return own
+
+    def take_back(self, base: Tensor) -> None:
+        """Take over what was written to a lent weight; averages of weights work so.
+
+        Raises
+        ------
+        ModelError
+            If it is no weight of other singular values.
+        """
+        lent, self._lent = self._lent, None
+        if lent is None:
+            return
+        weight = lent.ref()
+        if weight is None:
+            return
+        if not lent.written(weight):
+            # Others may hold it still, but it is no longer held for them.
+            self._lent = Lent(lent.ref, lent.version, lent.sample, lent.present)
+            return
+        share = self.absorb(base, weight)
+        if share > 1.0:
+            raise ModelError(
+                f"{self.layers()[0][0].name}: what was written to the tensor of the state "
+                "dictionary differs from the base by more than singular values, expected an "
+                "average of weights of this model. Call svftool.detach before changing weights."
+            )
+
+    def check(self, base: Tensor) -> None:
+        """Refuse a weight in the model that is no longer the one attached to.
+
+        Raises
+        ------
+        ModelError
+            If its values are others.
+        """
+        here = _place(base)
+        if here == self._base:
+            return
+        for layer, part in self.layers():
+            if not belongs(part.of(base), layer.factors(), unit_roundoff(base.dtype)):
+                raise ModelError(
+                    f"{layer.name}: the weight in the model is not the one that was attached to, "
+                    "expected the base's. Call svftool.detach before changing or replacing weights "
+                    "(also those that torch.func.functional_call is given)."
+                )
+        self._base = here
+
+    def accept(self, base: Tensor) -> None:
+        """Take the weight in the model for the base's, as one that was checked."""
+        self._base = _place(base)
+
+    def freeze(self, base: Tensor) -> bool:
+        """Freeze the base and the singular vectors; return whether anything was free."""
+        frozen = (base, *(one for layer, _ in self.layers() for one in layer.frozen()))
+        free = [one for one in frozen if one.requires_grad and one.is_leaf]
+        for one in free:
+            one.requires_grad_(False)
+        return bool(free)
 
     @torch.no_grad()
     def absorb(self, base: Tensor, weight: Tensor) -> float:
@@ -137,13 +234,83 @@ class AttachedWeight(KeepsDtype):
     def _touched(self) -> bool:
         return any(bool(layer.delta().any()) for layer, _ in self.layers())
 
-    def _key(self, base: Tensor) -> tuple[object, ...]:
-        versions = [
-            (x.data_ptr(), x._version)
-            for layer, _ in self.layers()
-            for x in (layer.theta, layer.offset)
-        ]
-        return (base.data_ptr(), base._version, base.dtype, *versions)
+    def _present(self, base: Tensor) -> Present:
+        return Present(_place(base), tuple(value.clone() for value in self._moving()))
+
+    def _moving(self) -> list[Tensor]:
+        return [value for layer, _ in self.layers() for value in layer.moving()]
+
+    def _same(self, known: Present) -> bool:
+        return _equal(self._moving(), known.values)
+
+    @staticmethod
+    def unchanged(weights: Sequence[AttachedWeight]) -> bool:
+        """Whether the singular values of all are those that `dense` was computed for.
+
+        Their values are compared, in one go: versions of tensors miss what was written to ``.data``
+        and what fused optimisers write.
+        """
+        now: list[Tensor] = []
+        known: list[Tensor] = []
+        for weight in weights:
+            if weight._dense is None:
+                return False
+            now += weight._moving()
+            known += weight._dense[0].values
+        return _equal(now, known)
+
+
+@dataclass(frozen=True)
+class Present:
+    """What a kept weight was computed from: where the base lies, and the numbers that train."""
+
+    base: object
+    values: tuple[Tensor, ...]
+
+
+@dataclass(frozen=True)
+class Lent:
+    """A weight that was given out in a state dictionary, as it was then.
+
+    Held until the model runs next, because some write to it and let go of it at once.
+    """
+
+    ref: weakref.ref[Tensor]
+    version: int
+    sample: Tensor
+    present: Present
+    held: Tensor | None = None
+
+    @staticmethod
+    def of(weight: Tensor, present: Present) -> Lent:
+        """Remember a weight that is given out."""
+        return Lent(weakref.ref(weight), weight._version, _sample(weight), present, weight)
+
+    def written(self, weight: Tensor) -> bool:
+        """Whether somebody wrote to it since."""
+        return weight._version != self.version or not torch.equal(_sample(weight), self.sample)
+
+
+def _sample(weight: Tensor) -> Tensor:
+    """Return some numbers of a dense weight, as bytes."""
+    count = min(weight.numel(), 64)
+    step = max(1, weight.numel() // max(1, count))
+    return weight.as_strided((count,), (step,), weight.storage_offset()).clone().view(torch.uint8)
+
+
+def _place(base: Tensor) -> object:
+    return base.data_ptr(), base._version, base.dtype, base.device
+
+
+def _equal(now: Sequence[Tensor], known: Sequence[Tensor]) -> bool:
+    kinds = [(x.shape, x.dtype, x.device) for x in now]
+    if kinds != [(x.shape, x.dtype, x.device) for x in known]:
+        return False
+    if not kinds:
+        return True
+    if len({(dtype, device) for _, dtype, device in kinds}) > 1:
+        return all(torch.equal(a, b) for a, b in zip(now, known, strict=True))
+    return torch.equal(*(torch.cat([x.reshape(-1) for x in side]) for side in (now, known)))
 
 
 class ComposeWeight(torch.autograd.Function):
@@ -153,10 +320,7 @@ class ComposeWeight(torch.autograd.Function):
     def forward(ctx: Any, weight: AttachedWeight, base: Tensor, *deltas: Tensor) -> Tensor:
         """Add each part's change to its region of the base's weight."""
         ctx.weight = weight
-        composed = weight.copy_of(base)
-        for (layer, region), delta in zip(weight.layers(), deltas, strict=True):
-            region.of(composed).add_(layer.change(delta))
-        return composed
+        return weight._add(base, deltas)
 
     @staticmethod
     @once_differentiable

@@ -22,6 +22,7 @@ from svftool.factors import TunedFile
 from svftool.progress import Progress
 
 _READABLE = 1 << 26
+_SOME = 1 << 14
 """Entries up to which a tensor is read to tell whose counterpart it is."""
 
 
@@ -113,7 +114,9 @@ def counterparts(base: AuditSource, other: AuditSource, progress: Progress) -> C
 
 
 def _of_dense(base: AuditSource, other: AuditSource) -> Counterparts:
-    matching = match_names(base.infos, other.infos, partial(_likeness, base, other))
+    matching = match_names(
+        base.infos, other.infos, partial(_likeness, base, other), partial(_numbers, base, other)
+    )
     if matching.ties:
         raise CheckpointError(
             f"{other.path}: of its names and those of {base.path}, {matching.say_tie()}. "
@@ -132,6 +135,12 @@ def _of_dense(base: AuditSource, other: AuditSource) -> Counterparts:
         tuned_only=(
             *(Unread(pair.tuned, why) for pair, why in misshapen.items()),
             *(Unread(name, "not in the base") for name in matching.tuned_only),
+            *(
+                Unread(
+                    pair.tuned, f"holds the values of {pair.base}, in another place of the network"
+                )
+                for pair in matching.crossed
+            ),
         ),
         misshapen={pair.base: pair.tuned for pair in matching.misshapen},
         total=len(other.infos),
@@ -151,6 +160,18 @@ def _likeness(
     if not all(0.0 < norm < math.inf for norm in norms):
         return None
     return float(W @ T) / norms[0] / norms[1], float((T - W).norm()) / norms[0]
+
+
+def _numbers(base: AuditSource, other: AuditSource, name: str, theirs: bool) -> Tensor | None:
+    """Return some numbers of a tensor, scaled to length 1; None where it has none."""
+    side = other if theirs else base
+    info = side.infos[name]
+    if not is_number(info) or info.numel > _READABLE:
+        return None
+    flat = side.read(name).flatten()
+    some = flat[:: max(1, len(flat) // _SOME)].double()
+    norm = float(some.norm())
+    return (some / norm).float() if 0.0 < norm < math.inf else None
 
 
 def _refuse_strangers(base: AuditSource, other: AuditSource, matching: Matching) -> None:

@@ -4,7 +4,8 @@ Names propose, values decide. Equal names match first, then names that are equal
 that wrappers put anywhere in them. What is left is matched by renamings: a prefix on one side for
 one on the other. Where two renamings fit the same tensors, or equal names hold values that have
 nothing in common, a few small matrices are read, and the renaming with the nearest values is taken.
-All steps are linear in the number of tensors.
+Before that, last parts that libraries call otherwise (``gamma`` for ``weight``) and numbers of
+layers that were moved are taken back to the base's. All steps are linear in the number of tensors.
 """
 
 from __future__ import annotations
@@ -12,9 +13,13 @@ from __future__ import annotations
 import heapq
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+
+import torch
+from torch import Tensor
 
 from svftool.checkpoints import TensorInfo, plain_name
+from svftool.errors import shortlist
 
 PREFIXES = (
     "module.", "_orig_mod.", "model.", "backbone.", "body.", "encoder.", "base_model.",
@@ -28,6 +33,9 @@ ENOUGH = 3
 Likeness = Callable[[str, str], tuple[float, float] | None]
 """Of a tensor of the base and one of the fine-tune: their cosine, and the norm of the difference
 over that of the base's. None where values cannot tell."""
+
+Numbers = Callable[[str, bool], Tensor | None]
+"""Some numbers of a tensor of the base, or of the fine-tune where True; always the same places."""
 
 _FAR, _NEAR = 0.2, 0.5
 _SAME = 0.05
@@ -84,6 +92,11 @@ class Matching:
         Tensors whose names are equal without the parts of wrappers.
     ties : tuple of (Renaming, Renaming)
         Renamings that fit the same tensors equally well; those tensors have no counterpart.
+    moved : tuple of str
+        Which layers have another number, and which tensors another last part, as sentences.
+    crossed : tuple of NamePair
+        Pairs whose base's name is that of another tensor in the fine-tune, which a program that
+        goes by names would load in its place.
     """
 
     pairs: tuple[NamePair, ...]
@@ -93,12 +106,15 @@ class Matching:
     renamings: tuple[Renaming, ...] = ()
     unwrapped: int = 0
     ties: tuple[tuple[Renaming, Renaming], ...] = ()
+    moved: tuple[str, ...] = ()
+    crossed: tuple[NamePair, ...] = ()
 
     @property
     def notes(self) -> tuple[str, ...]:
         """What was dropped, as sentences."""
         wrapped = f"{self.unwrapped} tensors matched by taking wrappers out of their names"
-        return (*((wrapped,) if self.unwrapped else ()), *map(str, self.renamings))
+        said = (*((wrapped,) if self.unwrapped else ()), *map(str, self.renamings))
+        return (*said, *self.moved)
 
     def say_tie(self) -> str:
         """Name the renamings of the first tie."""
@@ -113,6 +129,7 @@ def match_names(
     base: Mapping[str, TensorInfo],
     tuned: Mapping[str, TensorInfo],
     likeness: Likeness | None = None,
+    numbers: Numbers | None = None,
 ) -> Matching:
     """Match the tensors of two checkpoints by name, shape and, where names do not tell, values.
 
@@ -122,7 +139,33 @@ def match_names(
         Tensors of both sides.
     likeness : callable, optional
         Compares the values of two tensors of one shape; without it names decide alone.
+    numbers : callable, optional
+        Some numbers of a tensor; without it layers keep their numbers.
     """
+    mine, theirs = _usual_names(base, tuned), _usual_names(tuned, base)
+    moved: list[str] = []
+    turned: set[str] = set()
+    if numbers is not None:
+        theirs, moved, turned = _renumbered(mine, base, theirs, tuned, numbers)
+
+    def like(a: str, b: str) -> tuple[float, float] | None:
+        return None if likeness is None else likeness(mine[a], theirs[b])
+
+    sides = [
+        {alias: infos[name] for alias, name in names.items()}
+        for names, infos in ((mine, base), (theirs, tuned))
+    ]
+    matching = _match(sides[0], sides[1], None if likeness is None else like)
+    found = _by_own_names(matching, mine, theirs, base, tuned, likeness, moved)
+    crossed = _crossed(found, tuned)
+    known = {one.base for one in crossed}
+    also = (one for one in found.pairs if one.tuned in turned and one.base not in known)
+    return replace(found, crossed=(*crossed, *also))
+
+
+def _match(
+    base: Mapping[str, TensorInfo], tuned: Mapping[str, TensorInfo], likeness: Likeness | None
+) -> Matching:
     found = {name: name for name in base if name in tuned}
     wrapped = _unwrapped(base, tuned, found)
     found |= wrapped
@@ -141,6 +184,318 @@ def match_names(
         search.place_misshapen(found, left, right)
     unwrapped = sum(found.get(name) == other for name, other in wrapped.items())
     return _gathered(base, tuned, found, search, unwrapped)
+
+
+# Last parts of a name that say the same.
+
+
+_USUAL = {"gamma": "weight", "beta": "bias", "g": "weight", "b": "bias", "w": "weight"} | {
+    "scale": "weight"
+}
+_PARAMETRISED = {"original0": "_g", "original1": "_v", "original": "_orig"}
+
+
+def _usual_names(
+    infos: Mapping[str, TensorInfo], other: Mapping[str, TensorInfo]
+) -> dict[str, str]:
+    """Return own names by those they are matched under: usual ones where only the other has them.
+
+    A name that two tensors of a side would get is left to neither.
+    """
+    wanted = {name: name if name in other else _usual(name) for name in infos}
+    counts = Counter(wanted.values())
+    return {(wish if counts[wish] == 1 else name): name for name, wish in wanted.items()}
+
+
+def _usual(name: str) -> str:
+    """Return a name with the last part that most libraries use.
+
+    Examples
+    --------
+    >>> _usual("LayerNorm.gamma"), _usual("conv.parametrizations.weight.original0")
+    ('LayerNorm.weight', 'conv.weight_g')
+    """
+    *module, last = name.split(".")
+    if len(module) > 1 and module[-2] == "parametrizations" and last in _PARAMETRISED:
+        return ".".join((*module[:-2], module[-1] + _PARAMETRISED[last]))
+    return ".".join((*module, _USUAL.get(last, last)))
+
+
+def _by_own_names(
+    matching: Matching,
+    mine: Mapping[str, str],
+    theirs: Mapping[str, str],
+    base: Mapping[str, TensorInfo],
+    tuned: Mapping[str, TensorInfo],
+    likeness: Likeness | None,
+    moved: Sequence[str],
+) -> Matching:
+    """Return a matching by the tensors' own names, with last parts that values decide."""
+    values = _Values(base, likeness)
+    pairs = {mine[pair.base]: theirs[pair.tuned] for pair in matching.pairs}
+    misshapen = tuple(NamePair(mine[one.base], theirs[one.tuned]) for one in matching.misshapen)
+    changed = {a: b for a, b in pairs.items() if _last(a) != _last(b)}
+    left = [mine[name] for name in matching.base_only]
+    right = [theirs[name] for name in matching.tuned_only]
+    decided = _last_parts(changed, left, right, base, tuned, values)
+    for name in changed:
+        del pairs[name]
+    pairs |= decided
+    used = {*pairs.values(), *(one.tuned for one in misshapen)}
+    placed = {*pairs, *(one.base for one in misshapen)}
+    renamed = sum(_last(a) != _last(b) for a, b in decided.items())
+    said = f"{renamed} tensors matched whose names end otherwise, such as gamma for weight"
+    return replace(
+        matching,
+        pairs=tuple(NamePair(name, pairs[name]) for name in base if name in pairs),
+        misshapen=misshapen,
+        base_only=tuple(name for name in base if name not in placed),
+        tuned_only=tuple(name for name in tuned if name not in used),
+        moved=(*moved, *((said,) if renamed else ())),
+    )
+
+
+def _crossed(matching: Matching, tuned: Mapping[str, TensorInfo]) -> tuple[NamePair, ...]:
+    """Return pairs where the fine-tune has the base's name, under its usual prefix, for another."""
+    most = max(matching.renamings, key=lambda one: one.count, default=None)
+    prefixes = [("", "")]
+    if most is not None and "#" not in most.base + most.tuned:
+        prefixes.append((most.base, most.tuned))
+    return tuple(
+        pair
+        for pair in matching.pairs
+        if pair.base != pair.tuned
+        and any(
+            pair.base.startswith(mine)
+            and (same := theirs + pair.base.removeprefix(mine)) != pair.tuned
+            and same in tuned
+            for mine, theirs in prefixes
+        )
+    )
+
+
+def _last(name: str) -> str:
+    return name.rpartition(".")[2]
+
+
+def _module(name: str) -> str:
+    return plain_name(name).rpartition(".")[0]
+
+
+def _last_parts(
+    proposed: Mapping[str, str],
+    left: Sequence[str],
+    right: Sequence[str],
+    base: Mapping[str, TensorInfo],
+    tuned: Mapping[str, TensorInfo],
+    values: _Values,
+) -> dict[str, str]:
+    """Match tensors of one module and shape whose last parts differ; names propose, values decide.
+
+    Where values know none of them the proposal stands, and what names do not propose is left out.
+    """
+    groups: dict[tuple[str, str, tuple[int, ...]], tuple[list[str], list[str]]] = {}
+    homes = {_module(a): _module(b) for a, b in proposed.items()}
+    for a in (*proposed, *left):
+        home = homes.get(_module(a), _module(a))
+        groups.setdefault((home, "", base[a].shape), ([], []))[0].append(a)
+    for b in (*proposed.values(), *right):
+        group = groups.get((_module(b), "", tuned[b].shape))
+        if group is not None:
+            group[1].append(b)
+    found: dict[str, str] = {}
+    for firsts, seconds in groups.values():
+        if seconds and len(firsts) <= _FEW and len(seconds) <= _FEW:
+            found |= _decided(firsts, seconds, proposed, values)
+        else:
+            found |= {a: proposed[a] for a in firsts if a in proposed}
+    return found
+
+
+_FEW = 8
+
+
+def _decided(
+    firsts: Sequence[str], seconds: Sequence[str], proposed: Mapping[str, str], values: _Values
+) -> dict[str, str]:
+    known = {(a, b): one[0] for a in firsts for b in seconds if (one := values.of([(a, b)]))}
+    taken: dict[str, str] = {}
+    for a in firsts:
+        scores = {b: known[a, b] for b in seconds if (a, b) in known}
+        wish = proposed.get(a)
+        best = max(scores, key=lambda b: scores[b], default=None)
+        if wish is not None and (wish not in scores or scores[wish] >= scores[str(best)] - _SAME):
+            if scores.get(wish, 1.0) >= _FAR:
+                taken[a] = wish
+        elif best is not None and scores[best] >= _NEAR:
+            rivals = [s for b, s in scores.items() if b != best and s >= scores[best] - _SAME]
+            if not rivals:
+                taken[a] = best
+    counts = Counter(taken.values())
+    return {a: b for a, b in taken.items() if counts[b] == 1}
+
+
+# Layers that have another number in the fine-tune: moved, turned round, or some left out.
+
+
+_Series = dict[str, dict[str, str]]
+_LAYERS, _CHECKED, _SMALL = 256, 4, 1 << 16
+
+
+def _renumbered(
+    mine: Mapping[str, str],
+    base: Mapping[str, TensorInfo],
+    theirs: Mapping[str, str],
+    tuned: Mapping[str, TensorInfo],
+    numbers: Numbers,
+) -> tuple[dict[str, str], list[str], set[str]]:
+    """Give layers of the fine-tune the numbers of those of the base that hold their values.
+
+    Returns
+    -------
+    renamed : dict of str to str
+        `theirs` under those numbers.
+    said : list of str
+        What was renumbered, as sentences.
+    turned : set of str
+        Tensors of series in which a later layer of the base comes earlier.
+    """
+    ours, others = _all_series(mine), _all_series(theirs)
+    renamed, said, turned = dict(theirs), [], set()
+    for prefix, other in _series_pairs(ours, others):
+        one = ours[prefix]
+        shape = {tail: base[mine[name]] for layer in one.values() for tail, name in layer.items()}
+        rival = {
+            tail: tuned[theirs[name]]
+            for layer in others[other].values()
+            for tail, name in layer.items()
+        }
+        tail = _telling(one, others[other], shape, rival)
+        if tail is None:
+            continue
+        first = {i: mine[layer[tail]] for i, layer in one.items() if tail in layer}
+        second = {i: theirs[layer[tail]] for i, layer in others[other].items() if tail in layer}
+        order = _order(first, second, shape[tail].numel, numbers)
+        if not order:
+            continue
+        path = [int(order[index]) for index in sorted(order, key=int)]
+        if path != sorted(path):
+            turned |= {theirs[name] for layer in others[other].values() for name in layer.values()}
+        # What holds no layer of the base gets a number that no layer of it has.
+        renamed |= {
+            _at(name, other, order.get(index, f"{index}'")): renamed.pop(name)
+            for index, layer in others[other].items()
+            for name in layer.values()
+        }
+        changes = [f"{index} for {order[index]}" for index in order if order[index] != index]
+        said.append(
+            f"{len(order)} layers of {other.rstrip('.')} matched in another order: "
+            f"{shortlist(changes, 4)}"
+        )
+    return renamed, said, turned
+
+
+def _all_series(names: Iterable[str]) -> dict[str, _Series]:
+    """Return names by what stands before their first number, the number, and what follows."""
+    found: dict[str, _Series] = {}
+    for name in names:
+        parts = name.split(".")
+        at = next((i for i, part in enumerate(parts[:-1]) if part.isdecimal()), None)
+        if at is not None:
+            prefix = "".join(f"{part}." for part in parts[:at])
+            tail = plain_name(".".join(parts[at + 1 :]))
+            found.setdefault(prefix, {}).setdefault(parts[at], {})[tail] = name
+    return found
+
+
+def _series_pairs(
+    ours: Mapping[str, _Series], others: Mapping[str, _Series]
+) -> Iterator[tuple[str, str]]:
+    """Yield the series of both sides that correspond by their prefix, or else by what they hold."""
+    plain: dict[str, list[str]] = defaultdict(list)
+    for prefix in others:
+        plain[plain_name(f"{prefix}x")].append(prefix)
+    left, used = [], set()
+    for prefix in ours:
+        same = [prefix] if prefix in others else plain.get(plain_name(f"{prefix}x"), [])
+        if len(same) == 1:
+            used.add(same[0])
+            yield prefix, same[0]
+        else:
+            left.append(prefix)
+    held: dict[frozenset[str], list[str]] = defaultdict(list)
+    for prefix in others:
+        if prefix not in used:
+            held[_tails(others[prefix])].append(prefix)
+    for prefix in left:
+        alike = held.get(_tails(ours[prefix]), [])
+        if len(alike) == 1 and sum(_tails(ours[p]) == _tails(ours[prefix]) for p in left) == 1:
+            yield prefix, alike[0]
+
+
+def _tails(series: _Series) -> frozenset[str]:
+    return frozenset(tail for layer in series.values() for tail in layer)
+
+
+def _telling(
+    one: _Series,
+    other: _Series,
+    shapes: Mapping[str, TensorInfo],
+    rivals: Mapping[str, TensorInfo],
+) -> str | None:
+    """Return the smallest matrix that most layers of both sides have."""
+    if not 1 < len(one) <= _LAYERS or len(other) > _LAYERS:
+        return None
+    counts = Counter(tail for layer in (*one.values(), *other.values()) for tail in layer)
+    fit = [
+        (-counts[tail], info.numel, tail)
+        for tail, info in shapes.items()
+        if tail in rivals
+        and rivals[tail].shape == info.shape
+        and len(info.shape) > 1
+        and info.numel >= 16
+    ]
+    return min(fit)[2] if fit else None
+
+
+def _order(
+    first: Mapping[str, str], second: Mapping[str, str], size: int, numbers: Numbers
+) -> dict[str, str]:
+    """Return the base's number of each layer of the fine-tune; empty where all have their own."""
+    common = sorted(first.keys() & second.keys(), key=int)
+    step = 1 if size <= _SMALL else max(1, len(common) // _CHECKED)
+    checked = {*common[::step], *common[-1:]}
+    read: dict[tuple[str, bool], Tensor | None] = {}
+
+    def unit(name: str, side: bool) -> Tensor | None:
+        if (name, side) not in read:
+            read[name, side] = numbers(name, side)
+        return read[name, side]
+
+    def stays(index: str) -> bool:
+        a, b = unit(first[index], False), unit(second[index], True)
+        return a is None or b is None or len(a) != len(b) or abs(float(a @ b)) >= _FAR
+
+    if common and all(stays(index) for index in checked):
+        return {}
+    rows = {i: v for i, name in first.items() if (v := unit(name, False)) is not None}
+    columns = {i: v for i, name in second.items() if (v := unit(name, True)) is not None}
+    if not rows or not columns or len({len(v) for v in (*rows.values(), *columns.values())}) > 1:
+        return {}
+    cosines = (torch.stack(list(columns.values())) @ torch.stack(list(rows.values())).T).abs()
+    mine, found = list(rows), {}
+    for index, near in zip(columns, cosines, strict=True):
+        best = int(near.argmax())
+        # A tie is no order, and neither is a layer that two of the fine-tune came from.
+        rivals = (near >= near[best] - _SAME).sum() + (cosines[:, best] >= near[best] - _SAME).sum()
+        if near[best] >= _NEAR and rivals == 2:
+            found[index] = mine[best]
+    return found if any(index != other for index, other in found.items()) else {}
+
+
+def _at(name: str, prefix: str, number: str) -> str:
+    rest = name.removeprefix(prefix).partition(".")[2]
+    return f"{prefix}{number}.{rest}"
 
 
 def say_shapes(before: tuple[int, ...], after: tuple[int, ...]) -> str:
@@ -178,10 +533,12 @@ class _Name:
     def splits(self) -> Iterator[tuple[int, tuple[str, ...], str]]:
         """Yield where the tail begins, the numbers before it, and the tail."""
         numbers: tuple[str, ...] = ()
-        for index in range(len(self.parts)):
-            yield index, numbers, ".".join(self.parts[index:])
-            if self.parts[index].isdecimal():
-                numbers = (*numbers, self.parts[index])
+        tail = ".".join(self.parts)
+        for index, part in enumerate(self.parts):
+            yield index, numbers, tail
+            tail = tail[len(part) + 1 :]
+            if part.isdecimal():
+                numbers = (*numbers, part)
 
     def prefix(self, end: int, *, literal: bool) -> str:
         """Return the parts before a tail, numbers as ``#`` unless asked for literally."""
@@ -256,10 +613,8 @@ def _doubtful(
 
 
 def _stratum(name: str) -> tuple[str, ...]:
-    """Return a name's parts up to the first number, or the first part where there is none."""
-    parts = tuple(name.split("."))
-    index = next((i for i, part in enumerate(parts[:-1]) if part.isdecimal()), 1)
-    return parts[:index]
+    """Return the parts of a name's module, the same for every number in it."""
+    return tuple("#" if part.isdecimal() else part for part in name.split(".")[:-1])
 
 
 _Key = tuple[str, str]

@@ -61,6 +61,48 @@ _RULES: tuple[tuple[str, re.Pattern[str]], ...] = (
     ),
 )
 
+# Matrices that networks register as buffers: computed once or collected, never trained. A name that
+# ends in ``weight`` is a parameter, whatever its module is called.
+_BUFFERS: tuple[tuple[str, re.Pattern[str]], ...] = (
+    (
+        "fixed filters or transform, a buffer",
+        re.compile(
+            r"fb|(mel|bark|erb|linear)_?(filters?|fb|fbank|basis|filterbanks?|scale|matrix)"
+            r"|fbank|filter_?banks?|dct(_mat(rix)?)?|(stft|idft|dft)_(basis|kernel|matrix|mat)"
+            r"|(forward|inverse)_basis|(window|fourier)_(basis|matrix)|hadamard(_matrix)?"
+            r"|resample_filter|(blur|gaussian|sobel|laplacian)_(kernel|filter|weight)s?"
+            r"|(positional_encoding_)?gaussian_matrix"
+        ),
+    ),
+    (
+        "cached table of positions or rotations, a buffer",
+        re.compile(
+            r"(inv|rope|rotary)_?freqs?|freqs?_(cis|cos|sin|complex)|(.+_)?(cos|sin)_cache(d)?"
+            r"|(cos_sin|rope|rotary|pos|emb)_cache(d)?|position_ids"
+            r"|relative_(coords_table|position_index)|(rel|relative)_(coords|index)"
+            r"|(?:pos(ition)?_)?(grid|coords)(_.+)?|(base_)?pixel_coordinates"
+        ),
+    ),
+    (_MASK, re.compile(r"tril|triu|causal|masked_bias|(causal|attn|attention)_mask(s|_.+)")),
+    (
+        "anchors of a detector, a buffer",
+        re.compile(r"(cell_)?anchors?(_.+)?|(.+_)?anchors|(prior|default)_?boxes"),
+    ),
+    (
+        "codebook or its running statistics, a buffer",
+        re.compile(r"codebooks?|_?ema_(w|weights?|embed.*)|embed_(avg|sum|ema)|cluster_(sum|size)"),
+    ),
+    (
+        "queue of features, a buffer",
+        re.compile(r"queue(_.+)?|(.+_)?queue|(.+_)?memory_bank|(feature|memory)_bank(_.+)?"),
+    ),
+    (
+        "running statistics, a buffer",
+        re.compile(r"(running|moving)_.+|(inv_|inverse_)?cov(ariance)?(_mat(rix)?)?"),
+    ),
+    ("fixed noise, a buffer", re.compile(r"noise(_const|_\d+)?")),
+)
+
 # Modules around a whole network, which say nothing about the place of a layer in it.
 _WRAPPERS = frozenset({"module", "_orig_mod", "model", "net", "network", "backbone"})
 
@@ -105,7 +147,23 @@ def table_role(info: TensorInfo) -> str | None:
     """
     who = owner(info.name)
     role = next((role for role, pattern in _RULES if pattern.fullmatch(who)), None)
-    return None if role is not None and _is_layer(info, who, role) else role
+    if role is not None and not _is_layer(info, who, role):
+        return role
+    return _buffer_role(info.name)
+
+
+def _buffer_role(name: str) -> str | None:
+    """Return what a tensor is if models register it as a buffer, by its own name.
+
+    Examples
+    --------
+    >>> _buffer_role("mel_scale.fb"), _buffer_role("stem.fb.weight")
+    ('fixed filters or transform, a buffer', None)
+    """
+    *modules, own = name.split(".")
+    if own == "weights" and modules and modules[-1].endswith("positions"):
+        return "cached table of positions or rotations, a buffer"
+    return next((role for role, pattern in _BUFFERS if pattern.fullmatch(own)), None)
 
 
 def _is_layer(info: TensorInfo, who: str, role: str) -> bool:
