@@ -121,6 +121,21 @@ def shortlist(items: Iterable[object], limit: int = 10) -> str:
     return head if len(texts) <= limit else f"{head} and {len(texts) - limit} more"
 
 
+def brief(value: object, limit: int = 60) -> str:
+    """Return a value out of somebody's file as an error line can hold it.
+
+    Examples
+    --------
+    >>> brief("x" * 90, limit=8)
+    "'xxxxxxx..."
+    """
+    try:
+        text = repr(value)
+    except (ValueError, RecursionError):  # longer or deeper than Python writes
+        text = f"a huge {type(value).__name__}"
+    return text if len(text) <= limit else f"{text[:limit]}..."
+
+
 # Turning what the file system refuses into errors that name the file and the way out.
 
 
@@ -149,6 +164,26 @@ _WAYS_OUT = {
     errno.ENAMETOOLONG: ("the name is too long", "a shorter one. Choose another name"),
     errno.EIO: ("the disk reports an input or output error", "a sound disk. Choose another disk"),
 }
+
+
+@contextmanager
+def kept_work(path: Path) -> Iterator[None]:
+    """Raise FactorsError for whatever broken work of an interrupted run leads to.
+
+    Raises
+    ------
+    FactorsError
+    """
+    try:
+        yield
+    except (SvftoolError, OSError):
+        raise
+    except Exception as error:  # it may hold anything, and is used everywhere
+        reason = " ".join(str(error).split())[:200]
+        raise FactorsError(
+            f"{path}: the work of the interrupted run is broken ({type(error).__name__}: {reason})"
+            ", expected it as it was left. Start anew without --resume."
+        ) from error
 
 
 @contextmanager

@@ -8,7 +8,14 @@ from svftool.checkpoints.fingerprint import (
     fingerprint_checkpoint,
     tensor_digest,
 )
-from svftool.checkpoints.folder import PICKLE_SUFFIXES, WEIGHT_SUFFIXES, SideFiles, side_files
+from svftool.checkpoints.folder import (
+    PICKLE_SUFFIXES,
+    WEIGHT_SUFFIXES,
+    SideFiles,
+    class_labels,
+    side_files,
+)
+from svftool.checkpoints.header import parse_json
 from svftool.checkpoints.opening import open_checkpoint
 from svftool.checkpoints.output import PARTIAL, replace_output
 from svftool.checkpoints.pickle_writer import save_pickled
@@ -44,6 +51,7 @@ __all__ = [
     "TensorInfo",
     "View",
     "check_patterns",
+    "class_labels",
     "dtype_name",
     "dtype_named",
     "fingerprint",
@@ -54,6 +62,7 @@ __all__ = [
     "matrix_shape",
     "open_checkpoint",
     "output_heads",
+    "parse_json",
     "parse_size",
     "plain_name",
     "plan_shards",

@@ -17,7 +17,7 @@ from svftool.cli import decompose, demo, evaluate, extract, finetune, inspect, m
 from svftool.cli.common import lasting_streams, stderr
 from svftool.cli.signature import expanded
 from svftool.errors import SvftoolError, refused
-from svftool.report.text import safe
+from svftool.report.text import one_line
 
 INTERRUPTED = 130
 TERMINATED = 143
@@ -66,7 +66,7 @@ def _report(error: SvftoolError) -> None:
 def _say_error(message: str) -> None:
     console = stderr()
     console.print("error:", style="bold red", end=" ")
-    console.print(safe(message), markup=False)
+    console.print(one_line(message), markup=False)
 
 
 app = typer.Typer(

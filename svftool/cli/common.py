@@ -31,7 +31,7 @@ from rich.progress import Progress as RichProgress
 from svftool.errors import ResourceError
 from svftool.progress import SILENT, Progress
 from svftool.report.json import to_json
-from svftool.report.text import safe
+from svftool.report.text import one_line
 from svftool.tasks.option import TaskName
 
 # stdout and stderr that outlast their readers: a closed pipe, a full disk, a narrow encoding.
@@ -188,12 +188,12 @@ class ConsoleProgress:
     def note(self, message: str) -> None:
         """Print one dim line."""
         if not self._quiet:
-            self._console.print(safe(message), style="dim", markup=False)
+            self._console.print(one_line(message), style="dim", markup=False)
 
     def warn(self, message: str) -> None:
         """Print one yellow line."""
         self._console.print("warning:", style="bold yellow", end=" ")
-        self._console.print(safe(message), markup=False)
+        self._console.print(one_line(message), markup=False)
 
 
 class ConsoleTask:

@@ -8,7 +8,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from svftool.checkpoints import Selection, dtype_named
+from svftool.checkpoints import Selection, dtype_named, parse_json
 from svftool.checkpoints.views import View, matrix_shape
 from svftool.errors import FactorsError
 
@@ -152,7 +152,7 @@ def read_config(folder: Path) -> FactorConfig:
             "Run 'svftool decompose CHECKPOINT -o FACTORS' first."
         )
     try:
-        document = json.loads(path.read_text(encoding="utf-8"))
+        document = parse_json(path.read_bytes())
         if not isinstance(document, dict):
             raise TypeError(f"a JSON {type(document).__name__}, expected an object")  # noqa: TRY301
         _check_version(path, document["schema_version"])

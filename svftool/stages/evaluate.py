@@ -16,7 +16,7 @@ from typing import Any
 from torch import nn
 
 from svftool.attaching import attach, detach, load_tuned, map_names
-from svftool.checkpoints import Checkpoint, open_checkpoint, replace_output
+from svftool.checkpoints import Checkpoint, class_labels, open_checkpoint, replace_output
 from svftool.errors import DataError, ModelError, UsageError, shortlist
 from svftool.factors import (
     FactorStore,
@@ -226,13 +226,10 @@ def _class_names(source: _Source) -> tuple[str, ...] | None:
         return source.tuned.classes
     config = source.checkpoint.config or {}
     if isinstance(config.get("label_names"), list):
-        return tuple(map(str, config["label_names"]))
-    known = config.get("id2label")
-    if not isinstance(known, Mapping):
-        return None
-    names = tuple(str(known[key]) for key in sorted(known, key=int))
+        return tuple(map(str, config["label_names"])) or None
+    names = class_labels(config)
     # transformers' stand-ins for names that nobody gave.
-    return None if names[0] == "LABEL_0" else names
+    return None if names is None or names[0] == "LABEL_0" else names
 
 
 def _check(task: Task, source: _Source, progress: Progress, *, given: bool) -> None:

@@ -1,0 +1,190 @@
+"""Give svftool damaged inputs of every format, and keep those that it does not take as it should.
+
+::
+
+    python tests/fuzz.py --count 10000 --seed 0 [--only FORMAT] [--replay SEED:NUMBER] [--keep FOLDER]
+
+An input is right if the command succeeds, or says one line on stderr and ends with the exit code of
+an error that svftool knows. It is wrong if it ends in a traceback, a signal, more than 30 seconds,
+more than 2 GB, a half-written output, or if code out of the input runs.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import shutil
+import sys
+import tempfile
+import time
+from collections import Counter
+from dataclasses import dataclass
+from pathlib import Path
+from random import Random
+
+import mutations
+import warm
+from fuzz_seeds import FORMATS, Format, Words
+
+SECONDS = 30
+BYTES = 2_000_000_000
+KNOWN = range(2, 11)
+
+
+@dataclass(frozen=True)
+class Result:
+    """What became of one input."""
+
+    number: int
+    format: str
+    words: Words
+    ended: warm.Ended
+    fault: str
+
+    @property
+    def outcome(self) -> str:
+        """The fault, or the exit code."""
+        return self.fault or f"exit {self.ended.code}"
+
+
+class Fuzz:
+    """Sound inputs in a folder, and one damaged copy after the other.
+
+    Parameters
+    ----------
+    work : Path
+        An empty folder.
+    seed : int
+    """
+
+    def __init__(self, work: Path, seed: int) -> None:
+        self.work, self.seed = work, seed
+        self._built: set[str] = set()
+
+    def format(self, number: int) -> Format:
+        """Return the format of an input."""
+        return FORMATS[number % len(FORMATS)]
+
+    def run(self, number: int) -> Result:
+        """Make an input and run a command on it; it stays in ``case`` until the next."""
+        kind = self.format(number)
+        case = self.work / "case"
+        shutil.rmtree(case, ignore_errors=True)
+        shutil.copytree(self._sound(kind), case, symlinks=True)
+        random = Random(f"{self.seed}:{number}")
+        words = self._damage(random, kind, case)
+        before = {path.name for path in case.iterdir()}
+        ended = warm.run(words, case, seconds=SECONDS)
+        return Result(number, kind.name, words, ended, fault(ended, case, before))
+
+    def _sound(self, kind: Format) -> Path:
+        folder = self.work / "sound" / kind.name
+        if kind.name not in self._built:
+            folder.mkdir(parents=True)
+            warm.call(lambda: kind.build(folder))
+            self._built.add(kind.name)
+        return folder
+
+    def _damage(self, random: Random, kind: Format, case: Path) -> Words:
+        files = sorted(path for path in case.rglob("*") if path.is_file())
+        found = sorted(case.glob(random.choice(kind.damaged)))
+        path = random.choice([one for one in found if one.is_file()])
+        mutations.damage(random, path, [one for one in files if one != path])
+        place = str(path.relative_to(case))
+        return tuple(word.replace("{}", place) for word in random.choice(kind.commands))
+
+    def check(self) -> None:
+        """Hold that sound inputs are taken.
+
+        Raises
+        ------
+        AssertionError
+        """
+        for kind in FORMATS:
+            for words in kind.commands:
+                case = self.work / "case"
+                shutil.rmtree(case, ignore_errors=True)
+                shutil.copytree(self._sound(kind), case)
+                place = min(case.glob(kind.damaged[0])).name
+                ended = warm.run([word.replace("{}", place) for word in words], case)
+                assert ended.code in (0, 10), (words, ended)
+
+
+def fault(ended: warm.Ended, case: Path, before: set[str]) -> str:
+    """Say what is wrong with how a command ended; nothing if it is right."""
+    said = [line for line in ended.err.splitlines() if line.startswith("error:")]
+    if ended.code is None:
+        return "hang"
+    if ended.code < 0:
+        return f"signal {-ended.code}"
+    if (case / mutations.CANARY).exists() or Path(mutations.CANARY).exists():
+        return "code ran"
+    if "Traceback (most recent call last)" in ended.err or ended.code == 1:
+        return "traceback"
+    if ended.peak > BYTES:
+        return "memory"
+    if ended.code and ended.code not in KNOWN:
+        return f"unknown exit {ended.code}"
+    if ended.code and (len(said) != 1 or not ended.err.rstrip().splitlines()[-1].startswith("error:")):
+        return "not one line"
+    if ended.code not in (0, 10) and _left({path.name for path in case.iterdir()} - before):
+        return "left something"
+    return ""
+
+
+def _left(new: set[str]) -> bool:
+    return any(not name.startswith((".", "__")) for name in new)
+
+
+def keep(result: Result, case: Path, folder: Path, name: str) -> None:
+    """Keep an input that went wrong, and what was said."""
+    place = folder / name
+    shutil.rmtree(place, ignore_errors=True)
+    shutil.copytree(case, place, symlinks=True, ignore=lambda here, names: [
+        one for one in names if not (os.path.islink(f"{here}/{one}") or os.path.isdir(f"{here}/{one}")
+                                     or os.path.isfile(f"{here}/{one}"))])  # fmt: skip
+    told = f"{result.outcome}\n{' '.join(result.words)}\n{result.ended.seconds:.2f} s, "
+    told += f"{result.ended.peak / 1e6:.0f} MB, {result.ended.code}\n{result.ended.err}"
+    (place / "fuzz.txt").write_text(told)
+
+
+def main() -> int:
+    """Run the command line."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
+    parser.add_argument("--count", type=int, default=300)
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--only", choices=[one.name for one in FORMATS])
+    parser.add_argument("--replay", metavar="SEED:NUMBER")
+    parser.add_argument("--keep", type=Path, default=Path("fuzz-failures"))
+    parser.add_argument("--check", action="store_true", help="only hold that sound inputs are taken")
+    chosen = parser.parse_args()
+    seed, numbers = chosen.seed, range(chosen.count)
+    if chosen.replay:
+        seed, number = map(int, chosen.replay.split(":"))
+        numbers = range(number, number + 1)
+    warm.warm()
+    begun, counts, faults = time.monotonic(), Counter[tuple[str, str]](), 0
+    with tempfile.TemporaryDirectory(prefix="svftool-fuzz-") as name:
+        fuzz = Fuzz(Path(name), seed)
+        if chosen.check:
+            fuzz.check()
+            return 0
+        for number in numbers:
+            if chosen.only not in (None, fuzz.format(number).name):
+                continue
+            result = fuzz.run(number)
+            counts[result.format, result.outcome] += 1
+            if result.fault or chosen.replay:
+                last = (result.ended.err.strip().splitlines() or [""])[-1][:200]
+                print(f"{seed}:{number} {result.format}: {result.outcome}: {last}", flush=True)
+            if result.fault:
+                faults += 1
+                keep(result, fuzz.work / "case", chosen.keep, f"{seed}-{number}")
+    for (kind, outcome), count in sorted(counts.items()):
+        print(f"{kind:12} {outcome:16} {count:6}")
+    print(f"{sum(counts.values())} inputs, {faults} faults, {time.monotonic() - begun:.0f} s")
+    return 1 if faults else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
