@@ -2,7 +2,7 @@
 
 ::
 
-    python tests/fuzz.py --count 10000 --seed 0 [--only FORMAT] [--replay SEED:NUMBER] [--keep FOLDER]
+    python tests/fuzz.py --count 10000 --seed 0 [--start N] [--only FORMAT] [--replay SEED:NUMBER]
 
 An input is right if the command succeeds, or says one line on stderr and ends with the exit code of
 an error that svftool knows. It is wrong if it ends in a traceback, a signal, more than 30 seconds,
@@ -125,7 +125,9 @@ def fault(ended: warm.Ended, case: Path, before: set[str]) -> str:
         return "memory"
     if ended.code and ended.code not in KNOWN:
         return f"unknown exit {ended.code}"
-    if ended.code and (len(said) != 1 or not ended.err.rstrip().splitlines()[-1].startswith("error:")):
+    if ended.code and (
+        len(said) != 1 or not ended.err.rstrip().splitlines()[-1].startswith("error:")
+    ):
         return "not one line"
     if ended.code not in (0, 10) and _left({path.name for path in case.iterdir()} - before):
         return "left something"
@@ -150,15 +152,20 @@ def keep(result: Result, case: Path, folder: Path, name: str) -> None:
 
 def main() -> int:
     """Run the command line."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawTextHelpFormatter
+    )
     parser.add_argument("--count", type=int, default=300)
+    parser.add_argument("--start", type=int, default=0, help="first number")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--only", choices=[one.name for one in FORMATS])
     parser.add_argument("--replay", metavar="SEED:NUMBER")
     parser.add_argument("--keep", type=Path, default=Path("fuzz-failures"))
-    parser.add_argument("--check", action="store_true", help="only hold that sound inputs are taken")
+    parser.add_argument(
+        "--check", action="store_true", help="only hold that sound inputs are taken"
+    )
     chosen = parser.parse_args()
-    seed, numbers = chosen.seed, range(chosen.count)
+    seed, numbers = chosen.seed, range(chosen.start, chosen.start + chosen.count)
     if chosen.replay:
         seed, number = map(int, chosen.replay.split(":"))
         numbers = range(number, number + 1)

@@ -77,7 +77,9 @@ class Format:
 
 def _save(tensors: dict[str, torch.Tensor], path: Path) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
-    save_file({k: v.detach().clone().contiguous() for k, v in tensors.items()}, path, {"format": "pt"})
+    save_file(
+        {k: v.detach().clone().contiguous() for k, v in tensors.items()}, path, {"format": "pt"}
+    )
 
 
 def _svftool(folder: Path, *words: str, **options: Any) -> None:
@@ -117,7 +119,12 @@ def _index(folder: Path) -> None:
 
 def _pickles(folder: Path) -> None:
     state = Plain().state_dict()
-    nested = {"state_dict": _other(state), "epoch": 3, "args": {"lr": 0.1}, "best": [state["fc.bias"]]}
+    nested = {
+        "state_dict": _other(state),
+        "epoch": 3,
+        "args": {"lr": 0.1},
+        "best": [state["fc.bias"]],
+    }
     torch.save(dict(state), folder / "zip.pt")
     torch.save(nested, folder / "nested.pth")
     torch.save(dict(state), folder / "old.pt", _use_new_zipfile_serialization=False)

@@ -69,7 +69,9 @@ def _double(random: Random, data: bytes) -> bytes:
 
 def _insert(random: Random, data: bytes) -> bytes:
     begin, _ = _span(random, data)
-    more = random.choice((b"\0" * 8, b"\xff" * 8, b"\xed\xa0\x80", b"[" * 5000, b"\r\n", b'"', b"{"))
+    more = random.choice(
+        (b"\0" * 8, b"\xff" * 8, b"\xed\xa0\x80", b"[" * 5000, b"\r\n", b'"', b"{")
+    )
     return data[:begin] + more + data[begin:]
 
 
@@ -117,7 +119,9 @@ def changed(random: Random, value: Any) -> Any:
     elif what == 6:
         del holder[key]
     elif what == 7 and isinstance(holder, dict):
-        name = random.choice(("", "x" * 5000, "\ud800", "__metadata__", "__class__", "a\r\n=b", "."))
+        name = random.choice(
+            ("", "x" * 5000, "\ud800", "__metadata__", "__class__", "a\r\n=b", ".")
+        )
         holder[name] = holder.pop(key)
     elif what == 8:
         other, name = random.choice(places)
@@ -132,7 +136,9 @@ def _places(value: Any) -> list[tuple[Any, Any]]:
     todo = [value]
     while todo:
         one = todo.pop()
-        keys = list(one) if isinstance(one, dict) else range(len(one)) if isinstance(one, list) else ()
+        keys = (
+            list(one) if isinstance(one, dict) else range(len(one)) if isinstance(one, list) else ()
+        )
         found += [(one, key) for key in keys]
         todo += [one[key] for key in keys]
         if len(found) > 2000:
@@ -146,11 +152,18 @@ def _other(random: Random, value: Any) -> Any:
             return dumped(random, changed(random, json.loads(value))).decode(errors="replace")
         except ValueError:
             pass
-    if isinstance(value, int) and random.random() < 0.4:
-        return random.choice((value + 1, value - 1, -value, value * 2, value // 2, value * 10**6))
-    if isinstance(value, str) and random.random() < 0.2:
-        return value + random.choice(("x", "\n", " ", ".0", "/..", "\ud800"))
-    if isinstance(value, list) and random.random() < 0.4:
+    alike = random.random() < 0.6
+    if alike and isinstance(value, bool):
+        return not value
+    if alike and isinstance(value, int):
+        near = (value + 1, value - 1, -value, value * 2, value // 2, value * 1000, value * 10**6)
+        return random.choice((*near, *(one for one in ODD if type(one) is int)))
+    if alike and isinstance(value, float):
+        return random.choice((value * 2, -value, *(one for one in ODD if type(one) is float)))
+    if alike and isinstance(value, str):
+        added = value + random.choice(("x", "\n", " ", ".0", "/..", "\ud800"))
+        return random.choice((added, value[1:], *(one for one in ODD if type(one) is str)))
+    if alike and isinstance(value, list):
         return random.choice((value[:-1], value + value, value[::-1], value[:1]))
     return random.choice(ODD)
 
@@ -166,9 +179,12 @@ def safetensors_of(random: Random, data: bytes) -> bytes:
     if kind < 4:
         raw = json_of(random, raw)
     elif kind == 4:
-        return random.choice((0, 1, size - 1, size + 1, 1 << 31, 1 << 62, (1 << 64) - 1)).to_bytes(
-            8, "little"
-        ) + data[8:]
+        return (
+            random.choice((0, 1, size - 1, size + 1, 1 << 31, 1 << 62, (1 << 64) - 1)).to_bytes(
+                8, "little"
+            )
+            + data[8:]
+        )
     elif kind == 5:
         body = _numbers(random, body)
     elif kind == 6:
@@ -250,10 +266,40 @@ def hostile(random: Random) -> bytes:
     return pickle.dumps(value, protocol=random.choice((2, 4)))
 
 
+def odd_checkpoint(random: Random) -> bytes:
+    """Return a checkpoint as torch can save it, with what few checkpoints hold."""
+    import numpy as np
+    import torch
+
+    w = torch.randn(4, 6)
+    odd: tuple[Callable[[], Any], ...] = (
+        lambda: w.to_sparse(), lambda: w.to_sparse_csr(), lambda: w.to(torch.complex64),
+        lambda: torch.quantize_per_tensor(w, 0.1, 3, torch.qint8), lambda: torch.tensor(1.0),
+        lambda: torch.zeros(1).expand(22_000, 22_000), lambda: torch.zeros(1).expand(1 << 40),
+        lambda: w.to(torch.float8_e4m3fn), lambda: torch.empty(0, 4), lambda: torch.nn.Parameter(w),
+        lambda: w.T[1:, ::2], lambda: w.numpy(), lambda: np.float32(3), lambda: [w, [w, {"x": w}]],
+        lambda: w.double() * 1e300, lambda: w * float("nan"), lambda: {"w": w}, lambda: None,
+        lambda: torch.empty(4, 4, device="meta"), lambda: w.to(torch.int64), lambda: w.bool(),
+        lambda: "text", lambda: Path("x"), lambda: range(3), lambda: {1, 2}, lambda: torch.float32,
+        lambda: torch.Size([3]), lambda: torch.randn([1] * 40), lambda: w.conj().to(torch.complex128),
+    )  # fmt: skip
+    names = ("conv.weight", "fc.weight", "fc", "a.b.c", "q", "q.S", "x" * 3000, "", "\n", "\u202e")
+    found: dict[Any, Any] = {random.choice(names): random.choice(odd)() for _ in range(3)}
+    found |= {"mix.weight": w} if random.random() < 0.7 else {random.choice((1, None, (1, 2))): w}
+    for key in random.choice(((), (), ("state_dict",), ("model",), ("model", "state_dict"))):
+        found = {key: found, "epoch": 1}
+    target = io.BytesIO()
+    torch.save(found, target, _use_new_zipfile_serialization=random.random() < 0.8)
+    return target.getvalue()
+
+
 def pickle_of(random: Random, data: bytes) -> bytes:
     """Damage a pickle of torch, or put another in its place."""
-    if random.random() < 0.2:
+    kind = random.random()
+    if kind < 0.15:
         return hostile(random)
+    if kind < 0.4:
+        return odd_checkpoint(random)
     return zip_of(random, data) if data.startswith(b"PK") else bytes_of(random, data)
 
 
@@ -270,7 +316,9 @@ def zip_of(random: Random, data: bytes) -> bytes:
         name, part = entries[at % len(entries)]
         kind = random.randrange(6)
         if kind < 3:
-            part = hostile(random) if kind == 0 and name.endswith(".pkl") else bytes_of(random, part)
+            part = (
+                hostile(random) if kind == 0 and name.endswith(".pkl") else bytes_of(random, part)
+            )
             entries[at] = name, part
         elif kind == 3:
             entries[at] = random.choice(("../x", name + "x", "/x", "x" * 300)), part
@@ -292,6 +340,7 @@ def zip_of(random: Random, data: bytes) -> bytes:
 _WORDS = (
     "\0", "\ufeff", "\r", "\r\n", '"', "'", ",", ",,,", "x" * 5000, "\ud800", "../" * 9, "/etc/passwd",
     "-1", "1e999", "nan", "9" * 5000, "[" * 2000, "[[", "]]", "{", "=", "true", "\u2028", "\x1b[2J", "#",
+    '"*"', "[]", "[1]", "{}", "{a = 1}", "inf", "-inf", "1979-05-27", '"x"', "9" * 400, "a.b", "[" * 90,
 )  # fmt: skip
 
 
@@ -363,7 +412,9 @@ def image_of(random: Random, data: bytes) -> bytes:
 def _announced(random: Random) -> bytes:
     """Return a PNG whose header announces more pixels than it has."""
     size = random.choice(((100_000, 100_000), (1 << 31, 1), (0, 0), (20_000, 9_000), (60_000, 3)))
-    head = struct.pack(">IIBBBBB", *size, random.choice((1, 8, 16)), random.choice((0, 2, 3, 6)), 0, 0, 0)
+    head = struct.pack(
+        ">IIBBBBB", *size, random.choice((1, 8, 16)), random.choice((0, 2, 3, 6)), 0, 0, 0
+    )
     parts = [b"\x89PNG\r\n\x1a\n"]
     for name, part in ((b"IHDR", head), (b"IDAT", zlib.compress(b"\0" * 1000)), (b"IEND", b"")):
         check = zlib.crc32(name + part)

@@ -216,11 +216,11 @@ def _rule(path: Path, table: Any) -> Rule:
     allow, deny = (_texts(path, table, key) for key in ("allow", "deny"))
     for name in (*allow, *deny):
         if name not in VERDICTS:
-            raise UsageError(f"{path}: verdict {brief(name)}, expected one of {', '.join(VERDICTS)}.")
+            raise UsageError(
+                f"{path}: verdict {brief(name)}, expected one of {', '.join(VERDICTS)}."
+            )
     limits = table.get("limits", {})
-    if not isinstance(limits, dict) or not all(
-        _is_limit(value) for value in limits.values()
-    ):
+    if not isinstance(limits, dict) or not all(_is_limit(value) for value in limits.values()):
         raise UsageError(f"{path}: limits = {brief(limits)}, expected metrics with numbers.")
     for metric in limits:
         check_metric(metric)

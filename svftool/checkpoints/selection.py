@@ -306,7 +306,9 @@ def check_patterns(patterns: Iterable[str], names: Iterable[str]) -> None:
         # All of nothing is nothing, and nobody's mistake.
         if pattern == "*" or any(fnmatchcase(name, pattern) for name in known):
             continue
-        expected = f"names such as {_closest(pattern, known)}" if known else "a checkpoint with some"
+        expected = (
+            f"names such as {_closest(pattern, known)}" if known else "a checkpoint with some"
+        )
         raise UsageError(
             f"pattern {brief(pattern)} matches none of {len(known)} tensors, expected {expected}. "
             "A pattern is for whole names: * stands for any part."

@@ -115,7 +115,7 @@ _TIMES = 4
 """Values that a network may have for each of its file: tied tensors are made twice, and loaded."""
 _MORE_VALUES = 1 << 25
 _MORE_BUFFERS = 1 << 27
-_MORE_MODULES = 20_000
+_MORE_MODULES = 2_000
 
 
 @contextmanager
@@ -134,7 +134,7 @@ def no_larger_than(checkpoint: Checkpoint) -> Iterator[None]:
     room = {
         "parameters": _TIMES * held + _MORE_VALUES,
         "buffers": _TIMES * held + _MORE_BUFFERS,
-        "modules": 40 * len(checkpoint.infos) + _MORE_MODULES,
+        "modules": 10 * len(checkpoint.infos) + _MORE_MODULES,
     }
 
     def count(kind: str, amount: int) -> None:
