@@ -12,7 +12,6 @@ more than 2 GB, a half-written output, or if code out of the input runs.
 from __future__ import annotations
 
 import argparse
-import os
 import shutil
 import sys
 import tempfile
@@ -112,39 +111,34 @@ class Fuzz:
 
 def fault(ended: warm.Ended, case: Path, before: set[str]) -> str:
     """Say what is wrong with how a command ended; nothing if it is right."""
-    said = [line for line in ended.err.splitlines() if line.startswith("error:")]
-    if ended.code is None:
-        return "hang"
-    if ended.code < 0:
-        return f"signal {-ended.code}"
-    if (case / mutations.CANARY).exists() or Path(mutations.CANARY).exists():
-        return "code ran"
-    if "Traceback (most recent call last)" in ended.err or ended.code == 1:
-        return "traceback"
-    if ended.peak > BYTES:
-        return "memory"
-    if ended.code and ended.code not in KNOWN:
-        return f"unknown exit {ended.code}"
-    if ended.code and (
-        len(said) != 1 or not ended.err.rstrip().splitlines()[-1].startswith("error:")
-    ):
-        return "not one line"
-    if ended.code not in (0, 10) and _left({path.name for path in case.iterdir()} - before):
-        return "left something"
-    return ""
+    lines = ended.err.rstrip().splitlines() or [""]
+    said = [line for line in lines if line.startswith("error:")]
+    new = {path.name for path in case.iterdir()} - before
+    code = ended.code
+    faults = {
+        "hang": code is None,
+        f"signal {code}": code is not None and code < 0,
+        "code ran": mutations.CANARY in new or Path(mutations.CANARY).exists(),
+        "traceback": code == 1 or "Traceback (most recent call last)" in ended.err,
+        "memory": ended.peak > BYTES,
+        "unknown exit": code not in (0, *KNOWN),
+        "not one line": bool(code) and said != lines[-1:],
+        "left something": code not in (0, 10) and any(one[0] not in "._" for one in new),
+    }
+    return next((name for name, found in faults.items() if found), "")
 
 
-def _left(new: set[str]) -> bool:
-    return any(not name.startswith((".", "__")) for name in new)
+def _pipes(folder: str, names: list[str]) -> list[str]:
+    """Return what cannot be copied."""
+    places = {name: Path(folder, name) for name in names}
+    return [name for name, place in places.items() if not place.is_symlink() and place.is_fifo()]
 
 
 def keep(result: Result, case: Path, folder: Path, name: str) -> None:
     """Keep an input that went wrong, and what was said."""
     place = folder / name
     shutil.rmtree(place, ignore_errors=True)
-    shutil.copytree(case, place, symlinks=True, ignore=lambda here, names: [
-        one for one in names if not (os.path.islink(f"{here}/{one}") or os.path.isdir(f"{here}/{one}")
-                                     or os.path.isfile(f"{here}/{one}"))])  # fmt: skip
+    shutil.copytree(case, place, symlinks=True, ignore=_pipes)
     told = f"{result.outcome}\n{' '.join(result.words)}\n{result.ended.seconds:.2f} s, "
     told += f"{result.ended.peak / 1e6:.0f} MB, {result.ended.code}\n{result.ended.err}"
     (place / "fuzz.txt").write_text(told)
@@ -152,9 +146,8 @@ def keep(result: Result, case: Path, folder: Path, name: str) -> None:
 
 def main() -> int:
     """Run the command line."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawTextHelpFormatter
-    )
+    shape = argparse.RawTextHelpFormatter
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=shape)
     parser.add_argument("--count", type=int, default=300)
     parser.add_argument("--start", type=int, default=0, help="first number")
     parser.add_argument("--seed", type=int, default=0)

@@ -144,19 +144,34 @@ def _trained(folder: Path) -> None:
     _svftool(folder, "finetune", "factors", "-o", "trained.svf.safetensors", *words)
 
 
-def _stop_before_the_rename() -> None:
-    from svftool.checkpoints import output
+def _stop_in_decompose() -> None:
+    from svftool.stages.factorise import Factorisation
 
-    output._Place.finish = lambda self: os._exit(0)  # type: ignore[method-assign]
+    Factorisation._assemble = lambda *_: os._exit(0)  # type: ignore[method-assign]
+
+
+def _stop_in_finetune() -> None:
+    from svftool.training.workspace import Journal
+
+    finish = Journal.finish
+
+    def second(self: Journal, run: Any) -> None:
+        if self.holds_work and list(self.folder.glob("records/*")):
+            os._exit(0)
+        finish(self, run)
+
+    Journal.finish = second  # type: ignore[method-assign]
+
+
+_RESUMED = ("finetune", "factors", "-o", "runs", "--regime", "head,svf", "--data", "data")
+_RESUMED += ("--model", "net.py:Plain", "--shots", "1", "--steps", "3", "--save-every", "2")
 
 
 def _resumed(folder: Path) -> None:
     write_factors(folder)
     words = ("decompose", "base.safetensors", "-o", "again")
-    _svftool(folder, *words, before=_stop_before_the_rename)
-    training = ("--data", "data", "--model", "net.py:Plain", "--shots", "1", "--steps", "2")
-    words = ("finetune", "factors", "-o", "runs", "--regime", "svf,head", *training)
-    _svftool(folder, *words, before=_stop_before_the_rename)
+    _svftool(folder, *words, before=_stop_in_decompose)
+    _svftool(folder, *_RESUMED, before=_stop_in_finetune)
 
 
 def _adapter(folder: Path) -> None:
@@ -248,7 +263,7 @@ def _segformer(folder: Path) -> None:
     _masks(folder, (32, 32))
     config = SegformerConfig(
         depths=[1] * 4, hidden_sizes=[4] * 4, num_attention_heads=[1] * 4, decoder_hidden_size=8,
-        mlp_ratios=[1] * 4, id2label=dict(enumerate("abc")), label2id=dict(zip("abc", range(3), strict=True)),
+        mlp_ratios=[1] * 4, id2label=dict(enumerate("abc")), label2id={"a": 0, "b": 1, "c": 2},
     )  # fmt: skip
     torch.manual_seed(0)
     SegformerForSemanticSegmentation(config).save_pretrained(folder / "model")
@@ -302,22 +317,22 @@ FORMATS = (
     Format("factors", write_factors, ("factors/svf_config.json", "factors/*"), (
         ("merge", "factors", "t.svf.safetensors", "-o", "out"), ("inspect", "factors"),
         ("merge", "factors", "--without-base", "-o", "out.safetensors"),
-        ("inspect", "factors", "t.svf.safetensors"), ("extract", "factors", "tuned.safetensors", "-o",
-                                                      "out.svf.safetensors"),
+        ("inspect", "factors", "t.svf.safetensors"),
+        ("extract", "factors", "tuned.safetensors", "-o", "out.svf.safetensors"),
     )),
     Format("tuned", _trained, ("t.svf.safetensors", "trained.svf.safetensors"), (
         ("merge", "factors", "{}", "-o", "out", "--verify"), ("inspect", "factors", "{}"),
-        ("inspect", "{}"), ("merge", "factors", "t.svf.safetensors@0.5", "trained.svf.safetensors@0.5",
-                            "-o", "out.safetensors"),
+        ("inspect", "{}"),
+        ("merge", "factors", "t.svf.safetensors@0.5", "trained.svf.safetensors@0.5", "-o", "out"),
         ("evaluate", "factors", "--tuned", "{}", "--data", "data", "--model", "net.py:Plain"),
     )),
-    Format("resumed", _resumed, ("again.partial/*.json", "again.partial/*", "runs.partial/**/*"), (
+    Format("resumed", _resumed, ("again.partial/layers/*", "runs.partial.runs/**/*"), (
         ("decompose", "base.safetensors", "-o", "again", "--resume"),
-        ("finetune", "factors", "-o", "runs", "--regime", "svf,head", "--data", "data", "--model",
-         "net.py:Plain", "--shots", "1", "--steps", "2", "--resume"),
+        (*_RESUMED, "--resume"),
     )),
     Format("adapter", _adapter, ("adapter/*.json", "adapter/*"), (
-        ("inspect", "base.safetensors", "adapter"), ("inspect", "base.safetensors", "adapter", "--json"),
+        ("inspect", "base.safetensors", "adapter"),
+        ("inspect", "base.safetensors", "adapter", "--json"),
     )),
     Format("timm", _timm, ("model/config.json",), (
         ("evaluate", "model", "--data", "data"), ("decompose", "model", "-o", "out"),
@@ -342,7 +357,8 @@ FORMATS = (
     )),
     Format("few-shot", _few_shot, ("pairs/*/*.png", "pairs/*/*.jpg"), (
         ("evaluate", "base.safetensors", "--task", "few-shot-segmentation", "--data", "pairs",
-         "--model", "net.py:SmallNet", "--test-episodes", "2", "--image-size", "49", "--width", "8"),
+         "--model", "net.py:SmallNet", "--test-episodes", "2", "--image-size", "49",
+         "--width", "8"),
     )),
     Format("policy", _policy, ("policy.toml",), (
         ("inspect", "base.safetensors", "tuned.safetensors", "--policy", "policy.toml"),

@@ -62,14 +62,15 @@ COMMANDS = (
     Command("finetune regimes", (*_FINETUNE, "-o", "out", "--regime", "svf,head", "--report",
                                  "report.html"), ("out", "report.html"), True),
     Command("inspect", ("inspect", "base.safetensors", "tuned.safetensors", "--csv", "out.csv",
-                        "--html", "out.html", "--plot", "out.svg"), ("out.csv", "out.html", "out.svg")),
-    Command("evaluate", ("evaluate", "base.safetensors", "--data", "data", "--model", "net.py:Plain",
-                         "--predictions", "out.jsonl"), ("out.jsonl",)),
+                        "--html", "out.html", "--plot", "out.svg"),
+            ("out.csv", "out.html", "out.svg")),
+    Command("evaluate", ("evaluate", "base.safetensors", "--data", "data", "--model",
+                         "net.py:Plain", "--predictions", "out.jsonl"), ("out.jsonl",)),
 )  # fmt: skip
 
 
 def digest(path: Path) -> str:
-    """Return what a file or a folder holds, as a hash; of a file with times, that it is complete."""
+    """Return what a file or a folder holds, as a hash; of one with times, that it is complete."""
     if path.is_dir():
         parts = [f"{one.name} {digest(one)}" for one in sorted(path.iterdir())]
         return hashlib.sha256("\n".join(parts).encode()).hexdigest()
@@ -207,9 +208,8 @@ class Kills:
 
 def main() -> int:
     """Run the command line."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawTextHelpFormatter
-    )
+    shape = argparse.RawTextHelpFormatter
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=shape)
     parser.add_argument("--count", type=int, default=20)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--only", choices=[one.name for one in COMMANDS])

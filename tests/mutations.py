@@ -20,8 +20,9 @@ CANARY = "canary"
 _DEEP = "\0deep\0"
 ODD: tuple[Any, ...] = (
     None, True, False, -1, 0, 1, 2, 7, 255, 1 << 16, 100_000, (1 << 31) - 1, 1 << 31, 1 << 40,
-    (1 << 63) - 1, 1 << 63, 1 << 64, 10**30, -(10**30), 10**4200, 0.0, -0.0, 0.5, 1.5, 1e-320, 1e300,
-    -1e300, float("nan"), float("inf"), float("-inf"), "", " ", "0", "1", "-1", "nan", "1e999",
+    (1 << 63) - 1, 1 << 63, 1 << 64, 10**30, -(10**30), 10**4200, 0.0, -0.0, 0.5, 1.5, 1e-320,
+    1e300, -1e300, float("nan"), float("inf"), float("-inf"), "", " ", "0", "1", "-1", "nan",
+    "1e999",
     "true", "null", "x" * 5000, "\ud800", "\udcff", "\x00", "\r\n=cmd|' /C calc'!A0", "\u202e",
     "../../../../etc/passwd", "/etc/passwd", "/dev/zero", ".", "hf-hub:owner/name", "F32", "F64",
     "float16", "gelu", "LORA", "weight", "(a|a)*b", "(", "*", "%s", "{}", [], [[]], [None], ["a"],
@@ -210,26 +211,9 @@ def _repacked(random: Random, raw: bytes, body: bytes) -> bytes:
         for name, one in header.items()
     }
     for _ in range(random.choice((1, 2, len(tensors)))):
-        if not tensors:
-            break
-        name = random.choice(sorted(tensors))
-        dtype, shape, part = tensors.pop(name)
-        kind = random.randrange(7)
-        if kind == 1:
-            tensors[random.choice(("x" * 5000, "a\r\n=b", "q.S", "", "\u202e", name + ".S"))] = (
-                dtype, shape, part,
-            )  # fmt: skip
-        elif kind == 2:
-            tensors[name] = dtype, shape[::-1], part
-        elif kind == 3:
-            tensors[name] = dtype, [len(part) // 4] if dtype == "F32" else shape, part
-        elif kind == 4:
-            width, code = random.choice(((8, "F64"), (4, "I32"), (1, "F8_E4M3"), (1, "BOOL")))
-            tensors[name] = code, [len(part) // width], part[: len(part) // width * width]
-        elif kind == 5:
-            tensors[name] = dtype, random.choice(([0], [0, 5], [5, 0, 1 << 40])), b""
-        elif kind == 6:
-            tensors[name] = dtype, [1] * random.choice((1, 30, 70)) + shape, part
+        if tensors:
+            name = random.choice(sorted(tensors))
+            tensors |= _other_tensor(random, name, *tensors.pop(name))
     fields, parts, end = {"__metadata__": metadata}, [], 0
     for name, (dtype, shape, part) in tensors.items():
         fields[name] = {"dtype": dtype, "shape": shape, "data_offsets": [end, end + len(part)]}
@@ -237,6 +221,23 @@ def _repacked(random: Random, raw: bytes, body: bytes) -> bytes:
         end += len(part)
     text = json.dumps(fields).encode()
     return len(text).to_bytes(8, "little") + text + b"".join(parts)
+
+
+def _other_tensor(
+    random: Random, name: str, dtype: str, shape: list[int], part: bytes
+) -> dict[str, tuple[str, list[int], bytes]]:
+    names = ("x" * 5000, "a\r\n=b", "q.S", "", "\u202e", name + ".S")
+    width, code = random.choice(((8, "F64"), (4, "I32"), (1, "F8_E4M3"), (1, "BOOL")))
+    flat = [len(part) // 4] if dtype == "F32" else shape
+    return random.choice((
+        {},
+        {random.choice(names): (dtype, shape, part)},
+        {name: (dtype, shape[::-1], part)},
+        {name: (dtype, flat, part)},
+        {name: (code, [len(part) // width], part[: len(part) // width * width])},
+        {name: (dtype, random.choice(([0], [0, 5], [5, 0, 1 << 40])), b"")},
+        {name: (dtype, [1] * random.choice((1, 30, 70)) + shape, part)},
+    ))  # fmt: skip
 
 
 # ---- pickles
@@ -261,8 +262,9 @@ def hostile(random: Random) -> bytes:
     deep: Any = []
     for _ in range(300):
         deep = [deep]
-    value = random.choice((call, {"w": call}, {"state_dict": {"w": call}}, deep, 5, None, {}, [], {
-        "w": {"w": {}}}, {"state_dict": 3}, {1: 2}, {"a": "\ud800"}, {"w": 10**3000}, b"x" * 99))  # fmt: skip
+    value = random.choice((call, {"w": call}, {"state_dict": {"w": call}}, deep, 5, None, {}, [],
+        {"w": {"w": {}}}, {"state_dict": 3}, {1: 2}, {"a": "\ud800"}, {"w": 10**3000},
+    ))  # fmt: skip
     return pickle.dumps(value, protocol=random.choice((2, 4)))
 
 
@@ -281,7 +283,8 @@ def odd_checkpoint(random: Random) -> bytes:
         lambda: w.double() * 1e300, lambda: w * float("nan"), lambda: {"w": w}, lambda: None,
         lambda: torch.empty(4, 4, device="meta"), lambda: w.to(torch.int64), lambda: w.bool(),
         lambda: "text", lambda: Path("x"), lambda: range(3), lambda: {1, 2}, lambda: torch.float32,
-        lambda: torch.Size([3]), lambda: torch.randn([1] * 40), lambda: w.conj().to(torch.complex128),
+        lambda: torch.Size([3]), lambda: torch.randn([1] * 40),
+        lambda: w.conj().to(torch.complex128),
     )  # fmt: skip
     names = ("conv.weight", "fc.weight", "fc", "a.b.c", "q", "q.S", "x" * 3000, "", "\n", "\u202e")
     found: dict[Any, Any] = {random.choice(names): random.choice(odd)() for _ in range(3)}
@@ -338,9 +341,10 @@ def zip_of(random: Random, data: bytes) -> bytes:
 
 
 _WORDS = (
-    "\0", "\ufeff", "\r", "\r\n", '"', "'", ",", ",,,", "x" * 5000, "\ud800", "../" * 9, "/etc/passwd",
-    "-1", "1e999", "nan", "9" * 5000, "[" * 2000, "[[", "]]", "{", "=", "true", "\u2028", "\x1b[2J", "#",
-    '"*"', "[]", "[1]", "{}", "{a = 1}", "inf", "-inf", "1979-05-27", '"x"', "9" * 400, "a.b", "[" * 90,
+    "\0", "\ufeff", "\r", "\r\n", '"', "'", ",", ",,,", "x" * 5000, "\ud800", "../" * 9,
+    "/etc/passwd", "-1", "1e999", "nan", "9" * 5000, "[" * 2000, "[[", "]]", "{", "=", "true",
+    "\u2028", "\x1b[2J", "#", '"*"', "[]", "[1]", "{}", "{a = 1}", "inf", "-inf", "1979-05-27",
+    '"x"', "9" * 400, "a.b", "[" * 90,
 )  # fmt: skip
 
 

@@ -23,14 +23,15 @@ IMPORTED = (
     "accelerate.state", "peft", "safetensors.torch", "svftool.auditing.policy", "svftool.cli",
     "svftool.report.decompose", "svftool.report.evaluate", "svftool.report.extract",
     "svftool.report.finetune", "svftool.report.inspect", "svftool.report.inspect.files",
-    "svftool.report.inspect.page", "svftool.report.merge", "svftool.report.training", "svftool.stages.audit",
-    "svftool.stages.decompose", "svftool.stages.evaluate", "svftool.stages.extract",
-    "svftool.stages.finetune", "svftool.stages.merge", "svftool.tasks.classification",
-    "svftool.tasks.few_shot_segmentation", "svftool.tasks.language",
-    "svftool.tasks.segmentation", "threadpoolctl", "timm", "torch.optim.adamw", "torchmetrics.classification",
-    "torchvision.transforms.v2", "transformers.models.llama.modeling_llama",
-    "transformers.models.segformer.modeling_segformer", "transformers.models.vit.modeling_vit",
-    "transformers.tokenization_utils_tokenizers", "typer._adapters", "rich._emoji_codes",
+    "svftool.report.inspect.page", "svftool.report.merge", "svftool.report.training",
+    "svftool.stages.audit", "svftool.stages.decompose", "svftool.stages.evaluate",
+    "svftool.stages.extract", "svftool.stages.finetune", "svftool.stages.merge",
+    "svftool.tasks.classification", "svftool.tasks.few_shot_segmentation", "svftool.tasks.language",
+    "svftool.tasks.segmentation", "threadpoolctl", "timm", "torch.optim.adamw",
+    "torchmetrics.classification", "torchvision.transforms.v2",
+    "transformers.models.llama.modeling_llama", "transformers.models.segformer.modeling_segformer",
+    "transformers.models.vit.modeling_vit", "transformers.tokenization_utils_tokenizers",
+    "rich._emoji_codes",
 )  # fmt: skip
 
 NAMES = ("AutoConfig", "AutoModel", "AutoTokenizer")
@@ -55,6 +56,11 @@ def warm() -> None:
     for name in IMPORTED:
         importlib.import_module(name)
     import transformers
+    from typer.main import get_command
+
+    from svftool.cli import app
+
+    get_command(app).make_context("svftool", ["inspect", "x"])  # what typer imports late
 
     for name in NAMES:
         getattr(transformers, name)
@@ -73,7 +79,7 @@ def start(words: Sequence[str], folder: Path, before: Callable[[], object] | Non
     code = 1
     try:
         code = _run(words, folder, before)
-    except BaseException:
+    except BaseException:  # noqa: BLE001
         traceback.print_exc()
     finally:
         for stream in (sys.stdout, sys.stderr):
@@ -118,7 +124,7 @@ def call(function: Callable[[], object]) -> None:
         try:
             function()
             code = 0
-        except BaseException:
+        except BaseException:  # noqa: BLE001
             traceback.print_exc()
         finally:
             os._exit(code)

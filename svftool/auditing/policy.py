@@ -172,9 +172,8 @@ def read_policy(path: Path) -> Policy:
     except (OSError, ValueError, RecursionError) as error:
         raise UsageError(f"{path}: {_reason(error)}, expected a policy in TOML.") from error
     if document.get("schema_version", SCHEMA_VERSION) != SCHEMA_VERSION:
-        raise UsageError(
-            f"{path}: schema version {brief(document['schema_version'])}, expected {SCHEMA_VERSION}."
-        )
+        found = brief(document["schema_version"])
+        raise UsageError(f"{path}: schema version {found}, expected {SCHEMA_VERSION}.")
     _only(path, document, {"schema_version", "rule", "tensors"}, "the file")
     rules = document.get("rule")
     if not isinstance(rules, list) or not rules:

@@ -224,8 +224,9 @@ def _read_facts(path: Path, metadata: Mapping[str, str]) -> dict[str, Any]:
             "Train again."
         )
     if facts.get("schema_version") != SCHEMA_VERSION:
+        found = brief(facts.get("schema_version"))
         raise FactorsError(
-            f"{path}: schema version {brief(facts.get('schema_version'))}, expected {SCHEMA_VERSION}. "
+            f"{path}: schema version {found}, expected {SCHEMA_VERSION}. "
             "Use the svftool version that wrote it."
         )
     return facts

@@ -297,8 +297,8 @@ class _Run:
         if saved is not None:
             self._buffers = {name: one.clone() for name, one in self._model.named_buffers()}
         state = self._ranks.once(lambda: None if saved is None else saved.read())
-        if state is not None:
-            with kept_work(Path("the state of the interrupted run")):
+        if saved is not None and state is not None:
+            with kept_work(saved.path):
                 self._restore(state)
         training_mode(self._model)
 
