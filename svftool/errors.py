@@ -202,8 +202,40 @@ def write_errors(path: Path) -> Iterator[None]:
         raise refused(error, path) from error
 
 
-def refused(error: OSError, path: object) -> ResourceError:
+_OF_THE_NAME = {
+    errno.ENOENT, errno.ENOTDIR, errno.EISDIR, errno.ELOOP, errno.ENAMETOOLONG, errno.EINVAL,
+    errno.EOVERFLOW, None,
+}  # fmt: skip
+"""What is wrong with a path or with a file's content, and not with the system."""
+
+
+def system_fault(error: BaseException, path: object) -> None:
+    """Raise ResourceError where the system, and not the file, is why it could not be read.
+
+    Raises
+    ------
+    ResourceError
+        For a disk with errors, a missing permission, too many open files ...
+
+    Examples
+    --------
+    >>> system_fault(FileNotFoundError(errno.ENOENT, "No such file"), "x")
+    >>> system_fault(ValueError("no number"), "x")
+    """
+    if isinstance(error, OSError) and error.errno not in _OF_THE_NAME:
+        raise refused(error, path, reading=True) from error
+
+
+def refused(error: OSError, path: object, *, reading: bool = False) -> ResourceError:
     """Return the error that says in one line what the system refused at `path`.
+
+    Parameters
+    ----------
+    error : OSError
+    path : object
+        Named where the error names no file.
+    reading : bool
+        It was to be read, not written.
 
     Examples
     --------
@@ -214,8 +246,11 @@ def refused(error: OSError, path: object) -> ResourceError:
     code = error.errno
     if code in _WAYS_OUT:
         found, expected = _WAYS_OUT[code]
+        expected = expected.replace("to write. Choose", "to read. Choose") if reading else expected
     else:
         name = "" if code is None else f" ({errno.errorcode.get(code, code)})"
         found = f"{error.strerror or error}{name}"
         expected = "a place that can be written. Choose another place"
+        if reading:
+            expected = "a file that can be read. Try again, or copy it to another disk"
     return ResourceError(f"{named}: {found}, expected {expected}.")

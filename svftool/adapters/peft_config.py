@@ -11,7 +11,7 @@ from re import _parser  # type: ignore[attr-defined]
 from typing import Any
 
 from svftool.checkpoints import parse_json
-from svftool.errors import CheckpointError, shortlist
+from svftool.errors import CheckpointError, shortlist, system_fault
 
 # Match a regular expression in time that grows with the text, whatever the pattern is.
 #
@@ -303,6 +303,7 @@ def _read(path: Path) -> dict[str, Any]:
             raw = file.read(_MAX_BYTES)
         config = parse_json(raw)
     except (OSError, ValueError) as error:
+        system_fault(error, path)
         reason = str(error).partition("\n")[0][:160]
         raise CheckpointError(f"{path}: {reason}, expected PEFT's configuration.") from error
     if not isinstance(config, dict):

@@ -39,7 +39,7 @@ from svftool.auditing.gates import Gate, check_metric, parse_gate, tripped
 from svftool.auditing.metrics import METRICS
 from svftool.auditing.results import AuditResult, Comparison, Row, Unread
 from svftool.auditing.verdicts import UNDECIDED, VERDICTS
-from svftool.errors import GateError, UsageError, brief, shortlist
+from svftool.errors import GateError, UsageError, brief, shortlist, system_fault
 
 SCHEMA_VERSION = 1
 NOT_COMPARED = "not compared"
@@ -170,6 +170,7 @@ def read_policy(path: Path) -> Policy:
     try:
         document = tomllib.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError, RecursionError) as error:
+        system_fault(error, path)
         raise UsageError(f"{path}: {_reason(error)}, expected a policy in TOML.") from error
     if document.get("schema_version", SCHEMA_VERSION) != SCHEMA_VERSION:
         found = brief(document["schema_version"])

@@ -20,7 +20,7 @@ from svftool.checkpoints.header import announces_header, describe_start
 from svftool.checkpoints.hub import fetch, looks_like_hub_id
 from svftool.checkpoints.pickle_file import ZIP_MAGIC, PickleFile
 from svftool.checkpoints.safetensors_file import SafetensorsFile
-from svftool.errors import CheckpointError, ResourceError
+from svftool.errors import CheckpointError, ResourceError, system_fault
 
 _SHARD = re.compile(r".+-(\d{5})-of-(\d{5})\.\w+")
 
@@ -65,6 +65,7 @@ def open_checkpoint(path: str | os.PathLike[str], *, stem: str | None = None) ->
             "Change the permissions."
         ) from error
     except OSError as error:
+        system_fault(error, text)
         reason = error.strerror or error
         raise CheckpointError(f"{text}: {reason}, expected a readable checkpoint.") from error
     found = "a link that leads nowhere" if place.is_symlink() else "no such file or folder"

@@ -25,6 +25,7 @@ PARTIAL = ".partial"
 _LOCK = ".partial.lock"
 _REPLACED = ".svftool-replaced"
 _MARK = ".svftool-partial"
+_PROBES = (".partial.probe", ".partial.probed")
 
 
 @contextmanager
@@ -75,6 +76,8 @@ def replace_output(
         with write_errors(place.partial):
             place.clear_partial(force=force, resume=resume)
         try:
+            with write_errors(place.target):
+                place.probe()
             with write_errors(place.partial):
                 yield place.partial
                 restrict(place.partial, inputs)
@@ -178,6 +181,22 @@ class _Place:
                 remove(self.replaced)
             else:
                 self.replaced.rename(self.target)
+
+    def probe(self) -> None:
+        """Do before the work what its end will need, so that a file system that cannot says so now.
+
+        A small file is written, put on the disk and renamed.
+        """
+        one, other = (self._beside(suffix) for suffix in _PROBES)
+        try:
+            one.write_bytes(b"svftool")
+            sync(one)
+            one.replace(other)
+            sync(other.parent)
+        finally:
+            for path in (one, other):
+                with contextlib.suppress(OSError):
+                    path.unlink(missing_ok=True)
 
     def finish(self) -> None:
         """Put the finished work in its place; the old one stands until the new one does."""
@@ -331,6 +350,9 @@ def _weights(path: Path) -> list[Path]:
     return [path] if path.is_file() else []
 
 
+_NO_SYNC = (errno.EINVAL, errno.ENOTSUP, errno.ENOSYS)
+
+
 def sync(path: Path) -> None:
     """Ask the system to put a file or a folder's entries on the disk."""
     handle = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
@@ -338,7 +360,7 @@ def sync(path: Path) -> None:
         os.fsync(handle)
     except OSError as error:
         # Some file systems cannot do this for folders; files must be safe.
-        if not (path.is_dir() and error.errno in (errno.EINVAL, errno.ENOTSUP)):
+        if not (path.is_dir() and error.errno in _NO_SYNC):
             raise
     finally:
         os.close(handle)

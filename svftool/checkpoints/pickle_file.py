@@ -24,7 +24,7 @@ from torch import Tensor
 
 from svftool.checkpoints.base import Layout, TensorInfo
 from svftool.checkpoints.positions import Records, extent
-from svftool.errors import CheckpointError, ResourceError, SvftoolError, shortlist
+from svftool.errors import CheckpointError, ResourceError, SvftoolError, shortlist, system_fault
 
 # Finding the tensors in what a pickle holds: dictionaries within dictionaries.
 
@@ -243,7 +243,7 @@ class PickleFile:
         if self._zipped:
             self._records, self._tree = _open_records(path)
         if self._tree is None:
-            self._tree = _load(path, self._zipped)
+            self._tree = _load(path)
         try:
             self.nesting, passed_over = find_tensors(self._tree, str(path))
             self._tensors = _at(self._tree, self.nesting)
@@ -266,7 +266,7 @@ class PickleFile:
     @property
     def tree(self) -> Any:
         """Everything in the pickle, with values."""
-        return self._tree if self._records is None else _load(self.path, self._zipped)
+        return self._tree if self._records is None else _load(self.path)
 
     def read(self, name: str) -> Tensor:
         """Return one tensor that the caller owns; sparse and quantised ones as they are.
@@ -284,6 +284,7 @@ class PickleFile:
         try:
             return self._records.read(tensor)
         except OSError as error:
+            system_fault(error, self.path)
             raise CheckpointError(
                 f"{self.path}: {name}: reading failed ({error.strerror or error}), expected "
                 f"{tensor.nbytes} bytes. {_AGAIN}"
@@ -366,13 +367,14 @@ def _open_records(path: Path) -> tuple[Records | None, Any]:
     return None, None
 
 
-def _load(path: Path, lazy: bool) -> Any:
-    # Mapped, so that what is not touched costs no memory.
+def _load(path: Path) -> Any:
+    # Not mapped: a file that is cut off while it is mapped ends the process.
     try:
-        return _unpickle(path, map_location="cpu", mmap=lazy)
+        return _unpickle(path, map_location="cpu")
     except PermissionError:
         raise
     except Exception as error:  # noqa: BLE001 - a broken pickle can raise anything at all
+        system_fault(error, path)
         raise _refusal(path, error) from None
 
 

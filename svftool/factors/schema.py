@@ -10,7 +10,7 @@ from typing import Any
 
 from svftool.checkpoints import Selection, dtype_named, parse_json
 from svftool.checkpoints.views import View, matrix_shape
-from svftool.errors import FactorsError
+from svftool.errors import FactorsError, system_fault
 
 SCHEMA_VERSION = 1
 CONFIG_FILE = "svf_config.json"
@@ -158,6 +158,7 @@ def read_config(folder: Path) -> FactorConfig:
         _check_version(path, document["schema_version"])
         return _config_from(document)
     except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+        system_fault(error, path)
         reason = str(error).partition("\n")[0][:200]
         raise FactorsError(
             f"{path}: not a valid configuration ({type(error).__name__}: {reason}). "

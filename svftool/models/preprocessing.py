@@ -12,7 +12,7 @@ from typing import Any
 from torch import nn
 
 from svftool.checkpoints import Checkpoint, parse_json
-from svftool.errors import ModelError
+from svftool.errors import ModelError, system_fault
 
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
@@ -124,6 +124,7 @@ def _understood(where: str) -> Iterator[None]:
     try:
         yield
     except (OSError, LookupError, TypeError, ValueError, *_OVERFLOWS) as error:
+        system_fault(error, where)
         text = " ".join(str(error).split())[:200]
         raise ModelError(
             f"{where}: unreadable ({type(error).__name__}: {text}), expected the settings of an "

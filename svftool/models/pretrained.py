@@ -12,7 +12,7 @@ import torch
 from torch import nn
 
 from svftool.checkpoints import Checkpoint
-from svftool.errors import MissingDependencyError, ModelError, brief
+from svftool.errors import MissingDependencyError, ModelError, brief, system_fault
 from svftool.models.load import no_larger_than, refuse_differences
 
 
@@ -62,6 +62,7 @@ def load_transformers(
     except ModelError:
         raise
     except Exception as error:
+        system_fault(error, checkpoint.path)
         text = (str(error).splitlines() or [""])[0]
         raise ModelError(
             f"{checkpoint.path}: transformers cannot load it ({type(error).__name__}: {text}). "

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
 
-from svftool.errors import DataError, MissingDependencyError
+from svftool.errors import DataError, MissingDependencyError, system_fault
 from svftool.tasks.saved_datasets import StoredImage, is_saved_dataset, stored_images
 
 if TYPE_CHECKING:
@@ -263,6 +263,7 @@ def _pillow() -> Any:
 
 
 def _unreadable(path: ImagePath, error: Exception) -> DataError:
+    system_fault(error, path)
     return DataError(
         f"{path}: {type(error).__name__} while decoding, expected an image. "
         "Replace the file or remove it"
@@ -327,6 +328,7 @@ def _read_classes(file: Path) -> tuple[str, ...]:
     try:
         lines = file.read_text(encoding="utf-8-sig").splitlines()
     except (OSError, UnicodeDecodeError) as error:
+        system_fault(error, file)
         raise DataError(f"{file}: {error}, expected a text file of class names") from error
     names = tuple(line.strip() for line in lines if line.strip())
     twice = sorted({name for name in names if names.count(name) > 1})

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from svftool.errors import MissingDependencyError, ModelError, brief
+from svftool.errors import MissingDependencyError, ModelError, brief, system_fault
 from svftool.tasks.texts import Text
 
 LONGEST_DEFAULT = 1024
@@ -60,6 +60,7 @@ def load_tokenizer(place: str | os.PathLike[str] | None, *, trust_remote_code: b
             os.fspath(place), local_files_only=True, trust_remote_code=trust_remote_code
         )
     except Exception as error:
+        system_fault(error, place)
         text = (str(error).splitlines() or [""])[0]
         raise ModelError(
             f"{place}: no tokenizer ({type(error).__name__}: {text}), expected tokenizer.json "
