@@ -150,6 +150,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=shape)
     parser.add_argument("--count", type=int, default=300)
     parser.add_argument("--start", type=int, default=0, help="first number")
+    parser.add_argument("--seconds", type=float, default=1e9, help="stop after so many")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--only", choices=[one.name for one in FORMATS])
     parser.add_argument("--replay", metavar="SEED:NUMBER")
@@ -163,23 +164,29 @@ def main() -> int:
         seed, number = map(int, chosen.replay.split(":"))
         numbers = range(number, number + 1)
     warm.warm()
-    begun, counts, faults = time.monotonic(), Counter[tuple[str, str]](), 0
     with tempfile.TemporaryDirectory(prefix="svftool-fuzz-") as name:
         fuzz = Fuzz(Path(name), seed)
         if chosen.check:
             fuzz.check()
             return 0
-        for number in numbers:
-            if chosen.only not in (None, fuzz.format(number).name):
-                continue
-            result = fuzz.run(number)
-            counts[result.format, result.outcome] += 1
-            if result.fault or chosen.replay:
-                last = (result.ended.err.strip().splitlines() or [""])[-1][:200]
-                print(f"{seed}:{number} {result.format}: {result.outcome}: {last}", flush=True)
-            if result.fault:
-                faults += 1
-                keep(result, fuzz.work / "case", chosen.keep, f"{seed}-{number}")
+        wanted = [one for one in numbers if chosen.only in (None, fuzz.format(one).name)]
+        return report(fuzz, wanted, chosen.keep, until=time.monotonic() + chosen.seconds)
+
+
+def report(fuzz: Fuzz, numbers: list[int], kept: Path, *, until: float) -> int:
+    """Run inputs, print what went wrong and the counts, and return the exit code."""
+    begun, counts, faults = time.monotonic(), Counter[tuple[str, str]](), 0
+    for number in numbers:
+        if time.monotonic() > until:
+            break
+        result = fuzz.run(number)
+        counts[result.format, result.outcome] += 1
+        if result.fault or len(numbers) == 1:
+            last = (result.ended.err.strip().splitlines() or [""])[-1][:200]
+            print(f"{fuzz.seed}:{number} {result.format}: {result.outcome}: {last}", flush=True)
+        if result.fault:
+            faults += 1
+            keep(result, fuzz.work / "case", kept, f"{fuzz.seed}-{number}")
     for (kind, outcome), count in sorted(counts.items()):
         print(f"{kind:12} {outcome:16} {count:6}")
     print(f"{sum(counts.values())} inputs, {faults} faults, {time.monotonic() - begun:.0f} s")

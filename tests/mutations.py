@@ -456,6 +456,6 @@ def _replace(random: Random, path: Path) -> None:
     elif kind == 2:
         path.symlink_to("nowhere")
     elif kind == 3:
-        os.mkfifo(path)
+        path.touch()
     elif kind == 4:
         path.symlink_to(path.name)

@@ -16,6 +16,7 @@ from typing import Any
 
 from svftool.checkpoints import (
     SafetensorsWriter,
+    TensorInfo,
     open_checkpoint,
     parse_json,
     tensor_digest,
@@ -127,14 +128,24 @@ class LayerSpool:
                     found[name] = FinishedLayer(record, digests, seconds)
         return found
 
-    def intact(self, layer: FinishedLayer) -> bool:
-        """Whether a finished layer's factors are here and hold what was written."""
+    def intact(self, layer: FinishedLayer, infos: Sequence[TensorInfo]) -> bool:
+        """Whether a finished layer's factors are here and hold what was written.
+
+        Parameters
+        ----------
+        layer : FinishedLayer
+        infos : sequence of TensorInfo
+            Of its ``U``, ``S`` and ``Vh``.
+        """
         path = self._path(layer.record.name, "safetensors")
         if not path.is_file():
             return False
         try:
             factors = self.read(layer.record.name)
-        except CheckpointError:
+        except (CheckpointError, KeyError):
+            return False
+        found = [(part.dtype, tuple(part.shape)) for part in (factors.U, factors.S, factors.Vh)]
+        if found != [(info.dtype, info.shape) for info in infos]:
             return False
         return digests_of(factors) == dict(layer.digests)
 
