@@ -128,6 +128,7 @@ def main() -> int:
     shape = argparse.RawTextHelpFormatter
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=shape)
     parser.add_argument("--count", type=int, default=20)
+    parser.add_argument("--seconds", type=float, default=1e9, help="stop after so many")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--replay", metavar="SEED:NUMBER")
     chosen = parser.parse_args()
@@ -140,6 +141,8 @@ def main() -> int:
     with tempfile.TemporaryDirectory(prefix="svftool-faults-") as name:
         tried = Faults(Path(name), seed)
         for number in numbers:
+            if time.monotonic() - begun > chosen.seconds:
+                break
             try:
                 counts[tried.run(number)] += 1
             except AssertionError as error:

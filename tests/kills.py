@@ -211,6 +211,7 @@ def main() -> int:
     shape = argparse.RawTextHelpFormatter
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=shape)
     parser.add_argument("--count", type=int, default=20)
+    parser.add_argument("--seconds", type=float, default=1e9, help="stop after so many")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--only", choices=[one.name for one in COMMANDS])
     parser.add_argument("--replay", metavar="SEED:NUMBER")
@@ -224,6 +225,8 @@ def main() -> int:
     with tempfile.TemporaryDirectory(prefix="svftool-kills-") as name:
         kills = Kills(Path(name), seed)
         for number in numbers:
+            if time.monotonic() - begun > chosen.seconds:
+                break
             command = COMMANDS[number % len(COMMANDS)].name
             if chosen.only not in (None, command):
                 continue
