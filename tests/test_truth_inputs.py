@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 import torch
+from PIL import Image
 from safetensors.torch import save_file
 from typer.testing import CliRunner
 
@@ -18,6 +19,7 @@ from svftool.auditing.policy import read_policy
 from svftool.checkpoints import class_labels, open_checkpoint, output, parse_json, replace_output
 from svftool.cli import app
 from svftool.errors import (
+    DataError,
     FactorsError,
     ModelError,
     ResourceError,
@@ -130,6 +132,13 @@ def test_messages_cut_endless_names() -> None:
     assert len(text) < 1500
     assert text.count("names") == 200
     assert len(brief(["x"] * 1000)) < 70
+
+
+def test_a_picture_that_grows_beyond_memory_is_refused(tmp_path: Path) -> None:
+    Image.new("RGB", (3000, 1)).save(tmp_path / "x.png")
+    with pytest.raises(DataError, match="sides more alike"):
+        open_image(tmp_path / "x.png", short_side=224)
+    assert open_image(tmp_path / "x.png", short_side=32).size == (3000, 1)
 
 
 READS = (errno.EIO, errno.ESTALE, errno.EMFILE, errno.EACCES, errno.ENOTCONN, 9999)

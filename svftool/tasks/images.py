@@ -181,14 +181,33 @@ def short_name(path: ImagePath) -> str:
     return f"{path.parent.name}/{path.name}"
 
 
-def open_image(path: ImagePath) -> Image:
+_MOST_PIXELS = 1 << 26
+"""Pixels of an image whose short side was resized, at most."""
+
+
+def open_image(path: ImagePath, *, short_side: int | None = None) -> Image:
     """Decode an image to RGB, turned upright by its EXIF orientation.
+
+    Parameters
+    ----------
+    path : ImagePath
+    short_side : int, optional
+        What the short side will be resized to.
 
     Raises
     ------
     DataError
-        If the file is no image, or only a part of one.
+        If the file is no image, or only a part of one, or so long that memory would not hold it
+        once it is resized.
     """
+    if short_side is not None:
+        short, long = sorted(image_size(path))
+        if short_side * short_side * long > _MOST_PIXELS * short:
+            raise DataError(
+                f"{path}: {short} pixels by {long}, expected sides more alike: with a short side "
+                f"of {short_side} it has more than {_MOST_PIXELS:,} pixels. Remove it, or give a "
+                "smaller --image-size"
+            )
     pillow = _pillow()
     from PIL import ImageOps
 
