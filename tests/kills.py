@@ -31,7 +31,7 @@ LATE = 1.1
 """Share of an undisturbed run within which the kill comes."""
 TIMED = ("results.json", "report.html")
 """Outputs that hold how long something took: these are only held to be complete."""
-REMAINS = (".partial", ".partial.lock", ".svftool-replaced")
+REMAINS = (".partial", ".partial.scratch", ".partial.lock", ".svftool-replaced")
 
 _TRAINING = ("--data", "data", "--model", "net.py:Plain", "--shots", "1", "--steps", "3")
 _FINETUNE = ("finetune", "factors", *_TRAINING)
@@ -170,8 +170,8 @@ class Kills:
     @staticmethod
     def _others(case: Path, command: Command) -> dict[str, str]:
         """Return what everything holds that is no output and no work in progress."""
-        mine = command.outputs
-        kept = [path for path in case.iterdir() if not path.name.startswith((*mine, "__"))]
+        mine = (*command.outputs, *(f".{name}.partial" for name in command.outputs), "__")
+        kept = [path for path in case.iterdir() if not path.name.startswith(mine)]
         return {path.name: digest(path) for path in kept}
 
     @staticmethod

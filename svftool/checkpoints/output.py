@@ -327,6 +327,40 @@ def _acquire(place: _Place) -> int:
         os.close(handle)
 
 
+@contextmanager
+def scratch_folder(partial: Path) -> Iterator[Path]:
+    """Make a folder beside work in progress, for what is not kept; one of a killed process goes.
+
+    Parameters
+    ----------
+    partial : Path
+        As `replace_output` yields it, whose lock keeps other processes away.
+
+    Raises
+    ------
+    UsageError
+        If something of that name is there that no earlier call made.
+    ResourceError
+        If the system refuses it.
+    """
+    folder = partial.with_name(f".{partial.name}.scratch")
+    with write_errors(folder):
+        ours = folder.is_dir() and not folder.is_symlink()
+        if ours and (os.path.lexists(folder / _MARK) or not any(folder.iterdir())):
+            remove(folder)
+        if os.path.lexists(folder):
+            raise UsageError(
+                f"{folder}: may be somebody else's, expected nothing there. Remove it."
+            )
+        folder.mkdir()
+        (folder / _MARK).touch()
+    try:
+        yield folder
+    finally:
+        with _best_effort():
+            remove(folder)
+
+
 def remove(path: Path) -> None:
     """Remove a file, a link, or a whole folder; nothing there is fine."""
     if path.is_dir() and not path.is_symlink():

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 import os
-import tempfile
 from collections.abc import Collection, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
@@ -21,8 +20,8 @@ from svftool.checkpoints import (
     replace_output,
     table_role,
     to_matrix,
-    write_errors,
 )
+from svftool.checkpoints.output import scratch_folder
 from svftool.errors import CheckpointError, FactorsError, NumericalError, UsageError, shortlist
 from svftool.factors import (
     FactorStore,
@@ -201,12 +200,9 @@ def _factors(
     base: str | os.PathLike[str], partial: Path, progress: Progress
 ) -> Iterator[FactorStore]:
     """Decompose the base beside the output: the system's folder may be in memory, or small."""
-    with (
-        write_errors(partial.parent),
-        tempfile.TemporaryDirectory(dir=partial.parent, prefix=f".{partial.name}-") as folder,
-    ):
-        decompose(base, Path(folder) / "factors", progress=progress)
-        with open_factors(Path(folder) / "factors") as store:
+    with scratch_folder(partial) as folder:
+        decompose(base, folder / "factors", progress=progress)
+        with open_factors(folder / "factors") as store:
             yield store
 
 
