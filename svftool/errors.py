@@ -139,6 +139,21 @@ def shortlist(items: Iterable[object], limit: int = 10) -> str:
     return head if len(texts) <= limit else f"{head} and {len(texts) - limit} more"
 
 
+def brief(value: object, limit: int = 60) -> str:
+    """Return a value out of somebody's file as an error line can hold it.
+
+    Examples
+    --------
+    >>> brief("x" * 90, limit=8)
+    "'xxxxxxx..."
+    """
+    try:
+        text = repr(value)
+    except (ValueError, RecursionError):  # longer or deeper than Python writes
+        text = f"a huge {type(value).__name__}"
+    return text if len(text) <= limit else f"{text[:limit]}..."
+
+
 # Turning what the file system refuses into errors that name the file and the way out.
 
 
@@ -170,6 +185,26 @@ _WAYS_OUT = {
 
 
 @contextmanager
+def kept_work(path: Path) -> Iterator[None]:
+    """Raise FactorsError for whatever broken work of an interrupted run leads to.
+
+    Raises
+    ------
+    FactorsError
+    """
+    try:
+        yield
+    except (SvftoolError, OSError):
+        raise
+    except Exception as error:  # it may hold anything, and is used everywhere
+        reason = " ".join(str(error).split())[:200]
+        raise FactorsError(
+            f"{path}: the work of the interrupted run is broken ({type(error).__name__}: {reason})"
+            ", expected it as it was left. Start anew without --resume."
+        ) from error
+
+
+@contextmanager
 def write_errors(path: Path) -> Iterator[None]:
     """Raise ResourceError, naming `path`, for what the system refuses while writing there.
 
@@ -185,8 +220,40 @@ def write_errors(path: Path) -> Iterator[None]:
         raise refused(error, path) from error
 
 
-def refused(error: OSError, path: object) -> ResourceError:
+_OF_THE_NAME = {
+    errno.ENOENT, errno.ENOTDIR, errno.EISDIR, errno.ELOOP, errno.ENAMETOOLONG, errno.EINVAL,
+    errno.EOVERFLOW, None,
+}  # fmt: skip
+"""What is wrong with a path or with a file's content, and not with the system."""
+
+
+def system_fault(error: BaseException, path: object) -> None:
+    """Raise ResourceError where the system, and not the file, is why it could not be read.
+
+    Raises
+    ------
+    ResourceError
+        For a disk with errors, a missing permission, too many open files ...
+
+    Examples
+    --------
+    >>> system_fault(FileNotFoundError(errno.ENOENT, "No such file"), "x")
+    >>> system_fault(ValueError("no number"), "x")
+    """
+    if isinstance(error, OSError) and error.errno not in _OF_THE_NAME:
+        raise refused(error, path, reading=True) from error
+
+
+def refused(error: OSError, path: object, *, reading: bool = False) -> ResourceError:
     """Return the error that says in one line what the system refused at `path`.
+
+    Parameters
+    ----------
+    error : OSError
+    path : object
+        Named where the error names no file.
+    reading : bool
+        It was to be read, not written.
 
     Examples
     --------
@@ -197,8 +264,11 @@ def refused(error: OSError, path: object) -> ResourceError:
     code = error.errno
     if code in _WAYS_OUT:
         found, expected = _WAYS_OUT[code]
+        expected = expected.replace("to write. Choose", "to read. Choose") if reading else expected
     else:
         name = "" if code is None else f" ({errno.errorcode.get(code, code)})"
         found = f"{error.strerror or error}{name}"
         expected = "a place that can be written. Choose another place"
+        if reading:
+            expected = "a file that can be read. Try again, or copy it to another disk"
     return ResourceError(f"{named}: {found}, expected {expected}.")

@@ -12,7 +12,7 @@ from safetensors.torch import save_file
 from torch import nn
 
 from svftool.checkpoints import open_checkpoint
-from svftool.errors import CheckpointError, MissingDependencyError, ModelError
+from svftool.errors import MissingDependencyError, ModelError
 from svftool.models import (
     DEFAULT_PREPROCESSING,
     Preprocessing,
@@ -277,7 +277,7 @@ def test_a_broken_preprocessor_file(tmp_path: Path) -> None:
     (tmp_path / "preprocessor_config.json").write_text("{")
     with (
         open_checkpoint(tmp_path) as checkpoint,
-        pytest.raises(CheckpointError, match=r"preprocessor_config\.json: unreadable"),
+        pytest.raises(ModelError, match=r"preprocessor_config\.json: unreadable"),
     ):
         find_preprocessing(checkpoint)
 

@@ -64,6 +64,24 @@ def test_what_cannot_be_removed_does_not_hide_the_cause(
         fail()
 
 
+def test_what_a_killed_process_set_aside_goes(tmp_path: Path) -> None:
+    scratch = output.scratch_folder(tmp_path / "out.partial")
+    left = scratch.__enter__()  # and the process is killed
+    (left / "factors").touch()
+    with output.scratch_folder(tmp_path / "out.partial") as folder:
+        assert folder == left
+        assert not (folder / "factors").exists()
+    assert not folder.exists()
+    folder.mkdir()
+    (folder / "mine").touch()
+    with (
+        pytest.raises(UsageError, match="somebody else's"),
+        output.scratch_folder(tmp_path / "out.partial"),
+    ):
+        pass
+    assert (folder / "mine").exists()
+
+
 @pytest.mark.parametrize("folder", [True, False])
 def test_an_unrelated_partial_is_not_deleted(tmp_path: Path, folder: bool) -> None:
     other = tmp_path / "out.partial"

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 import re
 from collections.abc import Callable, Iterable, Mapping
@@ -11,7 +10,8 @@ from re import _constants as sre  # type: ignore[attr-defined]
 from re import _parser  # type: ignore[attr-defined]
 from typing import Any
 
-from svftool.errors import CheckpointError, shortlist
+from svftool.checkpoints import parse_json
+from svftool.errors import CheckpointError, shortlist, system_fault
 
 # Match a regular expression in time that grows with the text, whatever the pattern is.
 #
@@ -301,8 +301,9 @@ def _read(path: Path) -> dict[str, Any]:
     try:
         with path.open("rb") as file:
             raw = file.read(_MAX_BYTES)
-        config = json.loads(raw.decode("utf-8"))
-    except (OSError, ValueError, RecursionError) as error:
+        config = parse_json(raw)
+    except (OSError, ValueError) as error:
+        system_fault(error, path)
         reason = str(error).partition("\n")[0][:160]
         raise CheckpointError(f"{path}: {reason}, expected PEFT's configuration.") from error
     if not isinstance(config, dict):

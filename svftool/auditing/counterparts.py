@@ -185,8 +185,8 @@ def _refuse_strangers(base: AuditSource, other: AuditSource, matching: Matching)
         )
     raise CheckpointError(
         f"{other.path}: no tensor in common with {base.path}, expected a fine-tune of it "
-        f"(base has {shortlist(matching.base_only, 2)}; this has "
-        f"{shortlist(matching.tuned_only, 2)}). Name a fine-tune of this base."
+        f"(base has {shortlist(matching.base_only, 2) or 'none'}; this has "
+        f"{shortlist(matching.tuned_only, 2) or 'none'}). Name a fine-tune of this base."
     )
 
 

@@ -27,6 +27,7 @@ unless a rule for it allows "undecided", or it is unmatched and those are allowe
 
 from __future__ import annotations
 
+import math
 import tomllib
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -38,7 +39,7 @@ from svftool.auditing.gates import Gate, check_metric, parse_gate, tripped
 from svftool.auditing.metrics import METRICS
 from svftool.auditing.results import AuditResult, Comparison, Row, Unread
 from svftool.auditing.verdicts import UNDECIDED, VERDICTS
-from svftool.errors import GateError, UsageError, shortlist
+from svftool.errors import GateError, UsageError, brief, shortlist, system_fault
 
 SCHEMA_VERSION = 1
 NOT_COMPARED = "not compared"
@@ -168,12 +169,12 @@ def read_policy(path: Path) -> Policy:
     """
     try:
         document = tomllib.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise UsageError(f"{path}: {error}, expected a policy in TOML.") from error
+    except (OSError, ValueError, RecursionError) as error:
+        system_fault(error, path)
+        raise UsageError(f"{path}: {_reason(error)}, expected a policy in TOML.") from error
     if document.get("schema_version", SCHEMA_VERSION) != SCHEMA_VERSION:
-        raise UsageError(
-            f"{path}: schema version {document['schema_version']!r}, expected {SCHEMA_VERSION}."
-        )
+        found = brief(document["schema_version"])
+        raise UsageError(f"{path}: schema version {found}, expected {SCHEMA_VERSION}.")
     _only(path, document, {"schema_version", "rule", "tensors"}, "the file")
     rules = document.get("rule")
     if not isinstance(rules, list) or not rules:
@@ -182,17 +183,31 @@ def read_policy(path: Path) -> Policy:
     _only(path, tensors, {"unmatched"}, "[tensors]")
     unmatched = tensors.get("unmatched")
     if unmatched not in (None, "allow", "deny"):
-        raise UsageError(f"{path}: unmatched = {unmatched!r}, expected 'allow' or 'deny'.")
+        raise UsageError(f"{path}: unmatched = {brief(unmatched)}, expected 'allow' or 'deny'.")
     return Policy(path, tuple(_rule(path, rule) for rule in rules), unmatched)
+
+
+def _is_limit(value: object) -> bool:
+    """Tell whether a value is a number that another can exceed."""
+    if not isinstance(value, int | float) or isinstance(value, bool):
+        return False
+    try:
+        return not math.isnan(value)
+    except OverflowError:  # a whole number beyond all floats
+        return False
+
+
+def _reason(error: Exception) -> str:
+    return "nested too deep" if isinstance(error, RecursionError) else str(error)
 
 
 def _only(path: Path, table: Any, keys: set[str] | frozenset[str], where: str) -> None:
     if not isinstance(table, dict):
-        raise UsageError(f"{path}: {where} is {table!r}, expected a table.")
+        raise UsageError(f"{path}: {where} is {brief(table)}, expected a table.")
     unknown = sorted(table.keys() - keys)
     if unknown:
         raise UsageError(
-            f"{path}: {where} has the key {unknown[0]!r}, expected {', '.join(sorted(keys))}."
+            f"{path}: {where} has the key {brief(unknown[0])}, expected {', '.join(sorted(keys))}."
         )
 
 
@@ -201,12 +216,12 @@ def _rule(path: Path, table: Any) -> Rule:
     allow, deny = (_texts(path, table, key) for key in ("allow", "deny"))
     for name in (*allow, *deny):
         if name not in VERDICTS:
-            raise UsageError(f"{path}: verdict {name!r}, expected one of {', '.join(VERDICTS)}.")
+            raise UsageError(
+                f"{path}: verdict {brief(name)}, expected one of {', '.join(VERDICTS)}."
+            )
     limits = table.get("limits", {})
-    if not isinstance(limits, dict) or not all(
-        isinstance(value, int | float) for value in limits.values()
-    ):
-        raise UsageError(f"{path}: limits = {limits!r}, expected metrics with numbers.")
+    if not isinstance(limits, dict) or not all(_is_limit(value) for value in limits.values()):
+        raise UsageError(f"{path}: limits = {brief(limits)}, expected metrics with numbers.")
     for metric in limits:
         check_metric(metric)
     layers = _texts(path, table, "layers") or ("*",)
@@ -217,7 +232,7 @@ def _texts(path: Path, table: Mapping[str, Any], key: str) -> tuple[str, ...]:
     value = table.get(key, [])
     listed = [value] if isinstance(value, str) else value
     if not isinstance(listed, list) or not all(isinstance(one, str) for one in listed):
-        raise UsageError(f"{path}: {key} = {value!r}, expected a text or a list of texts.")
+        raise UsageError(f"{path}: {key} = {brief(value)}, expected a text or a list of texts.")
     return tuple(listed)
 
 

@@ -25,7 +25,14 @@ from svftool.checkpoints.sharding import parse_size, plan_shards, shard_names, w
 from svftool.checkpoints.views import View, from_matrix, matrix_shape, to_matrix
 from svftool.checkpoints.writer import CheckpointWriter, SafetensorsWriter
 from svftool.errors import write_errors
-from svftool.files.folder import PICKLE_SUFFIXES, WEIGHT_SUFFIXES, SideFiles, side_files
+from svftool.files.folder import (
+    PICKLE_SUFFIXES,
+    WEIGHT_SUFFIXES,
+    SideFiles,
+    class_labels,
+    side_files,
+)
+from svftool.files.header import parse_json
 from svftool.files.output import PARTIAL, replace_output
 
 __all__ = [
@@ -44,6 +51,7 @@ __all__ = [
     "TensorInfo",
     "View",
     "check_patterns",
+    "class_labels",
     "dtype_name",
     "dtype_named",
     "fingerprint",
@@ -54,6 +62,7 @@ __all__ = [
     "matrix_shape",
     "open_checkpoint",
     "output_heads",
+    "parse_json",
     "parse_size",
     "plain_name",
     "plan_shards",

@@ -11,7 +11,7 @@ from pathlib import Path
 from svftool.checkpoints.base import Checkpoint, Format, WeightFile
 from svftool.checkpoints.pickle_file import ZIP_MAGIC, PickleFile
 from svftool.checkpoints.safetensors_file import SafetensorsFile
-from svftool.errors import CheckpointError, ResourceError
+from svftool.errors import CheckpointError, ResourceError, system_fault
 from svftool.files.folder import (
     PICKLE_SUFFIXES,
     STEMS,
@@ -68,6 +68,7 @@ def open_checkpoint(path: str | os.PathLike[str], *, stem: str | None = None) ->
             "Change the permissions."
         ) from error
     except OSError as error:
+        system_fault(error, text)
         reason = error.strerror or error
         raise CheckpointError(f"{text}: {reason}, expected a readable checkpoint.") from error
     check_exists(text)

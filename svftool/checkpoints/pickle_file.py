@@ -24,7 +24,7 @@ from torch import Tensor
 
 from svftool.checkpoints.base import Layout, TensorInfo, plain_name
 from svftool.checkpoints.positions import Records, extent
-from svftool.errors import CheckpointError, ResourceError, SvftoolError, shortlist
+from svftool.errors import CheckpointError, ResourceError, SvftoolError, shortlist, system_fault
 
 # Finding the tensors in what a pickle holds: dictionaries within dictionaries.
 
@@ -307,6 +307,7 @@ class PickleFile:
         try:
             return self._records.read(tensor)
         except OSError as error:
+            system_fault(error, self.path)
             raise CheckpointError(
                 f"{self.path}: {name}: reading failed ({error.strerror or error}), expected "
                 f"{tensor.nbytes} bytes. {_AGAIN}"
@@ -396,6 +397,7 @@ def _load(path: Path) -> Any:
     except PermissionError:
         raise
     except Exception as error:  # noqa: BLE001 - a broken pickle can raise anything at all
+        system_fault(error, path)
         raise _refusal(path, error) from None
 
 

@@ -13,7 +13,7 @@ from torch import Tensor
 from svftool.checkpoints.base import TensorInfo
 from svftool.checkpoints.dtypes import DTYPE_OF_CODE, torch_shape
 from svftool.checkpoints.positions import fill
-from svftool.errors import CheckpointError
+from svftool.errors import CheckpointError, system_fault
 from svftool.files.header import Entry, read_header
 
 
@@ -57,6 +57,7 @@ class SafetensorsFile:
         try:
             fill(self._file.fileno(), raw.numpy().data, begin)
         except OSError as error:
+            system_fault(error, self.path)
             raise CheckpointError(
                 f"{self.path}: {name}: reading failed ({error.strerror or error}), "
                 f"expected {end - begin} bytes at byte {begin}. Copy or download the file again."

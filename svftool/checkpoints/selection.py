@@ -12,7 +12,7 @@ from typing import Any
 from svftool.checkpoints.base import TensorInfo
 from svftool.checkpoints.dtypes import DECOMPOSABLE, FLOAT8
 from svftool.checkpoints.views import View, matrix_shape
-from svftool.errors import UsageError
+from svftool.errors import UsageError, brief
 
 # What a tensor is for, judged by its name: embedding, output head, table, scale, experts.
 
@@ -361,18 +361,27 @@ def check_patterns(patterns: Iterable[str], names: Iterable[str]) -> None:
     """
     known = list(names)
     for pattern in patterns:
-        if not any(fnmatchcase(name, pattern) for name in known):
-            raise UsageError(
-                f"pattern {pattern!r} matches none of {len(known)} tensors, expected names such as "
-                f"{_closest(pattern, known)}. A pattern is for whole names: * stands for any part."
-            )
+        # All of nothing is nothing, and nobody's mistake.
+        if pattern == "*" or any(fnmatchcase(name, pattern) for name in known):
+            continue
+        expected = (
+            f"names such as {_closest(pattern, known)}" if known else "a checkpoint with some"
+        )
+        raise UsageError(
+            f"pattern {brief(pattern)} matches none of {len(known)} tensors, expected {expected}. "
+            "A pattern is for whole names: * stands for any part."
+        )
 
 
 def _closest(pattern: str, names: Sequence[str]) -> str:
     plain = pattern.strip("*")
     inside = [name for name in names if plain and plain in name]
     close = inside or difflib.get_close_matches(plain, names, n=3, cutoff=0.3) or names
-    return ", ".join(close[:3])
+    return ", ".join(name[:_SHOWN] for name in close[:3])
+
+
+_SHOWN = 200
+"""Characters of a name in a message."""
 
 
 def _check_views(views: Sequence[tuple[str, View]], infos: Mapping[str, TensorInfo]) -> None:

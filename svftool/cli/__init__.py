@@ -18,7 +18,7 @@ import typer
 from svftool.cli.common import lasting_streams, stderr
 from svftool.cli.help import Command, Group
 from svftool.errors import SvftoolError, refused
-from svftool.report.text import safe
+from svftool.report.text import one_line
 
 NAMES = ("decompose", "finetune", "evaluate", "merge", "inspect", "info", "extract", "demo")
 """The commands, in the order of the help; each is a module here."""
@@ -108,7 +108,7 @@ def _report(error: SvftoolError) -> None:
 def _say_error(message: str) -> None:
     console = stderr()
     console.print("error:", style="bold red", end=" ")
-    console.print(safe(message), markup=False)
+    console.print(one_line(message), markup=False)
 
 
 _STYLE: dict[str, Any] = {

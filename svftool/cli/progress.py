@@ -6,7 +6,7 @@ from types import TracebackType
 from typing import TYPE_CHECKING, Self
 
 from svftool.progress import SILENT, ProgressTask
-from svftool.report.text import safe
+from svftool.report.text import one_line
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -37,12 +37,12 @@ class ConsoleProgress:
     def note(self, message: str) -> None:
         """Print one dim line."""
         if not self._quiet:
-            self._console.print(safe(message), style="dim", markup=False)
+            self._console.print(one_line(message), style="dim", markup=False)
 
     def warn(self, message: str) -> None:
         """Print one yellow line."""
         self._console.print("warning:", style="bold yellow", end=" ")
-        self._console.print(safe(message), markup=False)
+        self._console.print(one_line(message), markup=False)
 
 
 def _bar(console: Console, total: float | None, unit: str) -> RichProgress:

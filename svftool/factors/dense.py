@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
 from torch import Tensor
 
@@ -22,7 +23,7 @@ from svftool.errors import shortlist
 from svftool.factors import CONFIG_FILE
 from svftool.factors.config_shapes import follow_classes, follow_shapes, is_output_head
 from svftool.factors.mixture import LayerChange, Mixture
-from svftool.files.folder import named
+from svftool.files.folder import named, read_config
 from svftool.progress import Progress
 
 
@@ -125,9 +126,22 @@ def _copy_side_files(mixture: Mixture, partial: Path, progress: Progress) -> dic
     return beside.left
 
 
+def _config(path: Path) -> Any:
+    """Read the copied ``config.json``.
+
+    Raises
+    ------
+    CheckpointError
+        If it is no JSON object.
+    """
+    found = read_config(path.parent)
+    assert found is not None
+    return dict(found)
+
+
 def _update(path: Path, mixture: Mixture, progress: Progress) -> None:
     """Make ``config.json`` describe the merged tensors, where they are not those of the base."""
-    before = json.loads(path.read_text(encoding="utf-8"))
+    before = _config(path)
     config = before
     if mixture.classes is not None:
         config = follow_classes(config, mixture.classes)

@@ -11,9 +11,9 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from svftool.checkpoints import Checkpoint, TensorInfo, dtype_name, dtype_named
+from svftool.checkpoints import Checkpoint, TensorInfo, class_labels, dtype_name, dtype_named
 from svftool.checkpoints.selection import table_role
-from svftool.errors import FactorsError, NumericalError, UsageError, shortlist
+from svftool.errors import FactorsError, ModelError, NumericalError, UsageError, shortlist
 from svftool.factors import FactorStore, Merged, TunedFile, add_delta, read_tuned, rebuild
 from svftool.factors.delta import norm
 from svftool.numerics.rounding import beyond, round_once
@@ -330,10 +330,12 @@ class Mixture:
         """Return the classes that the base's own head names, where it has one of this shape."""
         known = self._base_infos.get(name)
         config = None if self.base is None else self.base.config
-        names = None if config is None else config.get("id2label")
-        if known is None or known.shape != info.shape or not isinstance(names, Mapping):
+        try:
+            classes = class_labels(config or {})
+        except ModelError:  # names that nothing can read are none
             return None
-        classes = tuple(str(one) for one in names.values())
+        if known is None or known.shape != info.shape or classes is None:
+            return None
         unnamed = all(re.fullmatch(r"LABEL_\d+", one) for one in classes)
         return None if unnamed or len(classes) != known.shape[0] else classes
 

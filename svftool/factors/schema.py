@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from svftool.checkpoints import Selection, dtype_named
+from svftool.checkpoints import Selection, dtype_named, parse_json
 from svftool.checkpoints.views import View, matrix_shape
-from svftool.errors import FactorsError
+from svftool.errors import FactorsError, system_fault
 from svftool.files.folder import FACTORS_FILE, check_factors
 from svftool.files.header import json_text
 
@@ -154,12 +153,13 @@ def read_config(folder: Path) -> FactorConfig:
     path = folder / CONFIG_FILE
     check_factors(folder)
     try:
-        document = json.loads(path.read_text(encoding="utf-8"))
+        document = parse_json(path.read_bytes())
         if not isinstance(document, dict):
             raise TypeError(f"a JSON {type(document).__name__}, expected an object")  # noqa: TRY301
         _check_version(path, document["schema_version"])
         return _config_from(document)
     except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+        system_fault(error, path)
         reason = str(error).partition("\n")[0][:200]
         raise FactorsError(
             f"{path}: not a valid configuration ({type(error).__name__}: {reason}). "

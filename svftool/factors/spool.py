@@ -14,8 +14,15 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from svftool.checkpoints import SafetensorsWriter, open_checkpoint, tensor_digest, write_errors
-from svftool.errors import CheckpointError, UsageError
+from svftool.checkpoints import (
+    SafetensorsWriter,
+    TensorInfo,
+    open_checkpoint,
+    parse_json,
+    tensor_digest,
+    write_errors,
+)
+from svftool.errors import CheckpointError, UsageError, brief, kept_work
 from svftool.factors.schema import LayerRecord, layer_from_json
 from svftool.factors.store import LayerFactors
 
@@ -76,7 +83,9 @@ class LayerSpool:
         file = self.folder / RUN_FILE
         text = json.dumps(run, indent=2, sort_keys=True)
         if resume and file.is_file():
-            _check_same(file, json.loads(file.read_text(encoding="utf-8")), json.loads(text))
+            with kept_work(file):
+                found = dict(parse_json(file.read_bytes()))
+            _check_same(file, found, json.loads(text))
             return
         with write_errors(self.folder):
             self.folder.mkdir(parents=True, exist_ok=True)
@@ -112,19 +121,31 @@ class LayerSpool:
         for name in self._numbers:
             path = self._path(name, "json")
             if path.is_file():
-                item = json.loads(path.read_text(encoding="utf-8"))
-                record = layer_from_json(item["record"])
-                found[name] = FinishedLayer(record, item["digests"], item["seconds"])
+                with kept_work(path):
+                    item = parse_json(path.read_bytes())
+                    record = layer_from_json(item["record"])
+                    digests, seconds = dict(item["digests"]), float(item["seconds"])
+                    found[name] = FinishedLayer(record, digests, seconds)
         return found
 
-    def intact(self, layer: FinishedLayer) -> bool:
-        """Whether a finished layer's factors are here and hold what was written."""
+    def intact(self, layer: FinishedLayer, infos: Sequence[TensorInfo]) -> bool:
+        """Whether a finished layer's factors are here and hold what was written.
+
+        Parameters
+        ----------
+        layer : FinishedLayer
+        infos : sequence of TensorInfo
+            Of its ``U``, ``S`` and ``Vh``.
+        """
         path = self._path(layer.record.name, "safetensors")
         if not path.is_file():
             return False
         try:
             factors = self.read(layer.record.name)
-        except CheckpointError:
+        except (CheckpointError, KeyError):
+            return False
+        found = [(part.dtype, tuple(part.shape)) for part in (factors.U, factors.S, factors.Vh)]
+        if found != [(info.dtype, info.shape) for info in infos]:
             return False
         return digests_of(factors) == dict(layer.digests)
 
@@ -155,7 +176,7 @@ def _write_text(path: Path, text: str) -> None:
 def _check_same(file: Path, found: dict[str, Any], expected: dict[str, Any]) -> None:
     changed = [key for key in expected if found.get(key) != expected[key]]
     if changed:
-        what = ", ".join(f"{key} {found.get(key)!r}, now {expected[key]!r}" for key in changed)
+        what = ", ".join(f"{key} {brief(found.get(key))}, now {expected[key]!r}" for key in changed)
         raise UsageError(
             f"{file.parent.parent}: the interrupted run had another {what}. "
             "Give the same checkpoint and options to --resume, or start anew without it."

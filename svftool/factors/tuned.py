@@ -19,8 +19,14 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from svftool.checkpoints import Checkpoint, SafetensorsWriter, dtype_name, open_checkpoint
-from svftool.errors import CheckpointError, FactorsError, shortlist
+from svftool.checkpoints import (
+    Checkpoint,
+    SafetensorsWriter,
+    dtype_name,
+    open_checkpoint,
+    parse_json,
+)
+from svftool.errors import CheckpointError, FactorsError, brief, shortlist
 from svftool.factors.store import FactorStore
 from svftool.files.hub import named_in_cache
 
@@ -209,8 +215,8 @@ def _read_facts(path: Path, metadata: Mapping[str, str]) -> dict[str, Any]:
             "'svftool finetune' or 'svftool extract'."
         )
     try:
-        facts = json.loads(metadata[METADATA_KEY])
-    except (ValueError, RecursionError) as error:
+        facts = parse_json(metadata[METADATA_KEY])
+    except ValueError as error:
         raise FactorsError(f"{path}: unreadable {METADATA_KEY!r} metadata. Train again.") from error
     if not isinstance(facts, dict):
         kind = type(facts).__name__
@@ -219,8 +225,9 @@ def _read_facts(path: Path, metadata: Mapping[str, str]) -> dict[str, Any]:
             "Train again."
         )
     if facts.get("schema_version") != SCHEMA_VERSION:
+        found = brief(facts.get("schema_version"))
         raise FactorsError(
-            f"{path}: schema version {facts.get('schema_version')!r}, expected {SCHEMA_VERSION}. "
+            f"{path}: schema version {found}, expected {SCHEMA_VERSION}. "
             "Use the svftool version that wrote it."
         )
     return facts

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import Any, Never
 
-from svftool.errors import DataError, shortlist
+from svftool.errors import DataError, shortlist, system_fault
 from svftool.few_shot.masks import class_areas, mapped, read_label_map
 from svftool.progress import SILENT, Progress
 from svftool.tasks.images import image_size
@@ -302,4 +302,5 @@ def _text(path: Path) -> str:
     try:
         return path.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
+        system_fault(error, path)
         raise DataError(f"{path}: cannot be read as a list ({type(error).__name__})") from error

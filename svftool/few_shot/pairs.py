@@ -15,7 +15,7 @@ from pathlib import Path
 
 import numpy as np
 
-from svftool.errors import DataError, shortlist
+from svftool.errors import DataError, shortlist, system_fault
 from svftool.few_shot.folds import (
     ClassSplit,
     in_voc_order,
@@ -202,6 +202,7 @@ def _read_classes(path: Path, names: Sequence[str]) -> list[str]:
     try:
         lines = path.read_text(encoding="utf-8").splitlines()
     except (OSError, UnicodeDecodeError) as error:
+        system_fault(error, path)
         raise DataError(f"{path}: cannot be read ({type(error).__name__})") from error
     classes = [line.strip() for line in lines if line.strip()]
     counts = Counter(classes)

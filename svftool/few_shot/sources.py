@@ -6,7 +6,7 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Literal, Protocol
 
-from svftool.errors import DataError
+from svftool.errors import DataError, system_fault
 from svftool.few_shot.folds import COCO_CLASSES, VOC_CLASSES
 from svftool.few_shot.labelled import BamSource, HsnetSource, LabelledSource, ScannedSource
 from svftool.few_shot.list_files import Listed, Relocator, locate, read_pair_list
@@ -186,6 +186,7 @@ def _names(path: Path) -> list[str]:
     try:
         return path.read_text(encoding="utf-8").split()
     except (OSError, UnicodeDecodeError) as error:
+        system_fault(error, path)
         raise DataError(
             f"{path}: cannot be read ({type(error).__name__}), expected image names; give --lists"
         ) from error

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import re
 import shutil
@@ -11,7 +10,16 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from svftool.errors import CheckpointError, DataError, FactorsError, shortlist, write_errors
+from svftool.errors import (
+    CheckpointError,
+    DataError,
+    FactorsError,
+    ModelError,
+    brief,
+    shortlist,
+    write_errors,
+)
+from svftool.files.header import parse_json
 
 PICKLE_SUFFIXES = (".pt", ".pth", ".bin", ".th", ".tar", ".ckpt")
 WEIGHT_SUFFIXES = (".safetensors", *PICKLE_SUFFIXES)
@@ -251,8 +259,8 @@ def _read_object(path: Path, expected: str) -> dict[str, Any]:
     if size > _MAX_JSON:
         raise CheckpointError(f"{path}: {size} bytes, expected {expected} of less than {_MAX_JSON}")
     try:
-        value = json.loads(path.read_bytes())
-    except (ValueError, RecursionError) as error:
+        value = parse_json(path.read_bytes())
+    except ValueError as error:
         reason = str(error).splitlines()[0][:100]
         raise CheckpointError(
             f"{path}: not readable ({reason}), expected {expected}. {_AGAIN}"
@@ -273,6 +281,31 @@ def read_config(folder: Path) -> Mapping[str, Any] | None:
     """
     path = folder / "config.json"
     return _read_object(path, "a JSON object") if path.is_file() else None
+
+
+def class_labels(config: Mapping[str, Any]) -> tuple[str, ...] | None:
+    """Return the names of a head's outputs by ``config.json``, or None where it has none.
+
+    Raises
+    ------
+    ModelError
+        If they are not names by number.
+
+    Examples
+    --------
+    >>> class_labels({"id2label": {"10": "c", "0": "a", "9": "b"}})
+    ('a', 'b', 'c')
+    """
+    known = config.get("id2label")
+    if not isinstance(known, Mapping) or not known:
+        return None
+    numbered = all(str(key).isdecimal() and len(str(key)) < 10 for key in known)
+    if not numbered or any(isinstance(name, list | dict) for name in known.values()):
+        raise ModelError(
+            f"config.json: id2label is {brief(dict(known))}, expected names of classes by number. "
+            "Repair config.json, or give the classes with --classes."
+        )
+    return tuple(str(known[key]) for key in sorted(known, key=int))
 
 
 def read_index(path: Path) -> tuple[dict[str, str], dict[str, Any]]:
@@ -297,7 +330,7 @@ def read_index(path: Path) -> tuple[dict[str, str], dict[str, Any]]:
     for name, file in weight_map.items():
         if not is_plain_name(file):
             raise CheckpointError(
-                f"{path}: {name}: the shard is {file!r}, expected the plain name of a weight "
+                f"{path}: {name}: the shard is {brief(file)}, expected the plain name of a weight "
                 "file in the same folder. Do not trust this index."
             )
     shards = sorted(set(weight_map.values()))

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import math
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -218,6 +218,43 @@ def _parse(raw: bytes, path: Path) -> dict[str, Any]:
         reason = str(error).splitlines()[0][:100]
         raise _fault(path, f"the header is not readable ({reason})", "JSON in UTF-8") from None
     return fields
+
+
+_DEEPEST = 100
+
+
+def parse_json(text: str | bytes) -> Any:
+    """Parse JSON out of somebody's file, and nothing that later fails where it is used.
+
+    Raises
+    ------
+    ValueError
+        If it is no JSON in UTF-8, is nested deeper than 100 levels, or holds half of a surrogate
+        pair, which cannot be written down again.
+
+    Examples
+    --------
+    >>> parse_json('{"a": [1]}')
+    {'a': [1]}
+    """
+    try:
+        value = json.loads(text)
+    except RecursionError:
+        raise ValueError(f"nested deeper than {_DEEPEST} levels") from None
+    level, depth = [value], 0
+    while level:
+        if depth > _DEEPEST:
+            raise ValueError(f"nested deeper than {_DEEPEST} levels")
+        level, depth = [inner for one in level for inner in _inside(one)], depth + 1
+    return value
+
+
+def _inside(value: Any) -> Iterable[Any]:
+    if isinstance(value, str):
+        value.encode("utf-8")
+    elif isinstance(value, dict):
+        return (*value, *value.values())
+    return value if isinstance(value, list) else ()
 
 
 def _check_metadata(value: object, path: Path) -> dict[str, str]:

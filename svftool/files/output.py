@@ -25,6 +25,7 @@ PARTIAL = ".partial"
 _LOCK = ".partial.lock"
 _REPLACED = ".svftool-replaced"
 _MARK = ".svftool-partial"
+_PROBES = (".partial.probe", ".partial.probed")
 
 
 @contextmanager
@@ -75,6 +76,8 @@ def replace_output(
         with write_errors(place.partial):
             place.clear_partial(force=force, resume=resume)
         try:
+            with write_errors(place.target):
+                place.probe()
             with write_errors(place.partial):
                 yield place.partial
                 restrict(place.partial, inputs)
@@ -187,6 +190,22 @@ class _Place:
                 remove(self.replaced)
             else:
                 self.replaced.rename(self.target)
+
+    def probe(self) -> None:
+        """Do before the work what its end will need, so that a file system that cannot says so now.
+
+        A small file is written, put on the disk and renamed.
+        """
+        one, other = (self._beside(suffix) for suffix in _PROBES)
+        try:
+            one.write_bytes(b"svftool")
+            sync(one)
+            one.replace(other)
+            sync(other.parent)
+        finally:
+            for path in (one, other):
+                with contextlib.suppress(OSError):
+                    path.unlink(missing_ok=True)
 
     def finish(self) -> None:
         """Put the finished work in its place; the old one stands until the new one does."""
@@ -317,6 +336,40 @@ def _acquire(place: _Place) -> int:
         os.close(handle)
 
 
+@contextmanager
+def scratch_folder(partial: Path) -> Iterator[Path]:
+    """Make a folder beside work in progress, for what is not kept; one of a killed process goes.
+
+    Parameters
+    ----------
+    partial : Path
+        As `replace_output` yields it, whose lock keeps other processes away.
+
+    Raises
+    ------
+    UsageError
+        If something of that name is there that no earlier call made.
+    ResourceError
+        If the system refuses it.
+    """
+    folder = partial.with_name(f".{partial.name}.scratch")
+    with write_errors(folder):
+        ours = folder.is_dir() and not folder.is_symlink()
+        if ours and (os.path.lexists(folder / _MARK) or not any(folder.iterdir())):
+            remove(folder)
+        if os.path.lexists(folder):
+            raise UsageError(
+                f"{folder}: may be somebody else's, expected nothing there. Remove it."
+            )
+        folder.mkdir()
+        (folder / _MARK).touch()
+    try:
+        yield folder
+    finally:
+        with _best_effort():
+            remove(folder)
+
+
 def remove(path: Path) -> None:
     """Remove a file, a link, or a whole folder; nothing there is fine."""
     if path.is_dir() and not path.is_symlink():
@@ -340,6 +393,9 @@ def _weights(path: Path) -> list[Path]:
     return [path] if path.is_file() else []
 
 
+_NO_SYNC = (errno.EINVAL, errno.ENOTSUP, errno.ENOSYS)
+
+
 def sync(path: Path) -> None:
     """Ask the system to put a file or a folder's entries on the disk."""
     handle = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
@@ -347,7 +403,7 @@ def sync(path: Path) -> None:
         os.fsync(handle)
     except OSError as error:
         # Some file systems cannot do this for folders; files must be safe.
-        if not (path.is_dir() and error.errno in (errno.EINVAL, errno.ENOTSUP)):
+        if not (path.is_dir() and error.errno in _NO_SYNC):
             raise
     finally:
         os.close(handle)

@@ -16,7 +16,7 @@ from torch import nn
 
 from svftool.checkpoints import Checkpoint
 from svftool.errors import MissingDependencyError, ModelError
-from svftool.models.load import load_weights
+from svftool.models.load import build_within, load_weights
 from svftool.models.pretrained import load_transformers
 from svftool.models.timm_options import timm_options
 
@@ -161,9 +161,11 @@ def _build_timm(name: Any, checkpoint: Checkpoint, config: Mapping[str, Any]) ->
     options = timm_options(name, checkpoint, config)
 
     def create(**classes: int) -> nn.Module:
+        merged = {**options, **classes}
         with _explained(f"timm has no model {name!r} like this"):
-            model: nn.Module = timm.create_model(name, pretrained=False, **{**options, **classes})
-            return model
+            return build_within(
+                lambda: timm.create_model(name, pretrained=False, **merged), checkpoint
+            )
 
     return _with_classes(create, checkpoint)
 
@@ -184,8 +186,7 @@ def _build_torchvision(name: str, checkpoint: Checkpoint) -> nn.Module:
 
     def create(**classes: int) -> nn.Module:
         with _explained(f"torchvision has no model {name!r} like this"):
-            model: nn.Module = builder(**options, **classes)
-            return model
+            return build_within(lambda: builder(**options, **classes), checkpoint)
 
     return _with_classes(create, checkpoint)
 
@@ -203,14 +204,15 @@ def _with_classes(create: Callable[..., nn.Module], checkpoint: Checkpoint) -> n
         )
         return create(num_classes=0) if no_head and hasattr(model, "get_classifier") else model
     rows = model.get_submodule(head).get_parameter("weight").shape[0]
-    return model if info.shape[0] == rows else create(num_classes=info.shape[0])
+    classes = info.shape[0] if info.shape else rows
+    return model if classes == rows else create(num_classes=classes)
 
 
 def _follow_head(model: nn.Module, checkpoint: Checkpoint) -> None:
     """Give a model's head as many outputs as the checkpoint's has."""
     head = find_head(model)
     info = checkpoint.infos.get(f"{checkpoint.prefix}{head}.weight")
-    if head is None or info is None:
+    if head is None or info is None or not info.shape:
         return
     module = model.get_submodule(head)
     rows = module.get_parameter("weight").shape[0]
@@ -266,6 +268,8 @@ def _explained(what: str) -> Iterator[None]:
     """Turn whatever foreign code raises into an error that says where."""
     try:
         yield
+    except ModelError:
+        raise
     except Exception as error:
         text = (str(error).splitlines() or [""])[0]
         raise ModelError(f"{what} ({type(error).__name__}: {text}). Expected {FORMS}.") from error

@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import logging
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules import module as modules
 
-from svftool.checkpoints import Checkpoint
+from svftool.checkpoints import Checkpoint, TensorInfo
 from svftool.errors import ModelError
+
+logger = logging.getLogger(__name__)
 
 
 def load_weights(
@@ -102,6 +107,85 @@ def refuse_differences(
             f"{checkpoint.path}: does not fit {model}; tensors {'; '.join(faults)}. "
             "Name the model that the checkpoint was made for with --model."
         )
+
+
+# Refuse a network that is too large to be a checkpoint's, before memory is given to it.
+
+_TIMES = 4
+"""Values that a network may have for each of its file: tied tensors are made twice, and loaded."""
+_MORE_VALUES = 1 << 25
+_MORE_BUFFERS = 1 << 27
+_MORE_MODULES = 2_000
+
+
+@contextmanager
+def no_larger_than(checkpoint: Checkpoint) -> Iterator[None]:
+    """Stop the building of a network that is far larger than the checkpoint meant for it.
+
+    Counted while it grows: parameters, buffers and modules. A parameter is counted before its
+    memory is filled, and on the device ``meta`` before it has any.
+
+    Raises
+    ------
+    ModelError
+        Once it has more than a few times the values or modules that the checkpoint can fill.
+    """
+    held = sum(_values(info) for info in checkpoint.infos.values())
+    room = {
+        "parameters": _TIMES * held + _MORE_VALUES,
+        "buffers": _TIMES * held + _MORE_BUFFERS,
+        "modules": 10 * len(checkpoint.infos) + _MORE_MODULES,
+    }
+
+    def count(kind: str, amount: int) -> None:
+        room[kind] -= amount
+        if room[kind] < 0:
+            raise ModelError(
+                f"{checkpoint.path}: holds {held:,} values in {len(checkpoint.infos)} tensors, and "
+                f"the model that is named for it has many more {kind}, expected one that it "
+                "fills. Name the model that the checkpoint was made for with --model, or repair "
+                "config.json."
+            )
+
+    def register_value(kind: str) -> Callable[..., None]:
+        return lambda module, name, value: count(kind, 1 if value is None else value.numel())
+
+    handles = [
+        modules.register_module_parameter_registration_hook(register_value("parameters")),
+        modules.register_module_buffer_registration_hook(register_value("buffers")),
+        modules.register_module_module_registration_hook(lambda *_: count("modules", 1)),
+    ]
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def _values(info: TensorInfo) -> int:
+    """Return how many values a tensor may stand for: a byte of codes may hold two."""
+    plain = info.dtype.is_floating_point and info.dtype.itemsize > 1
+    return info.numel if plain else 2 * info.nbytes
+
+
+def build_within(create: Callable[[], nn.Module], checkpoint: Checkpoint) -> nn.Module:
+    """Build a network that may not be larger than a checkpoint: first without memory.
+
+    Raises
+    ------
+    ModelError
+        If it is.
+    """
+    with no_larger_than(checkpoint):
+        try:
+            with torch.random.fork_rng(devices=[]), torch.device("meta"):
+                create()
+        except ModelError:
+            raise
+        except Exception:  # many networks need values while they are built
+            logger.debug("no network without memory", exc_info=True)
+    with no_larger_than(checkpoint):
+        return create()
 
 
 def _main_dtype(checkpoint: Checkpoint) -> torch.dtype:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -13,8 +12,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from svftool.checkpoints import Checkpoint
-from svftool.errors import CheckpointError
+from svftool.checkpoints import Checkpoint, parse_json
+from svftool.errors import ModelError, system_fault
 
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
@@ -128,7 +127,7 @@ def find_preprocessing(checkpoint: Checkpoint, model: nn.Module | None = None) -
 
     Raises
     ------
-    CheckpointError
+    ModelError
         If a file that should say it cannot be understood.
     """
     folder = checkpoint.path if checkpoint.is_folder else checkpoint.path.parent
@@ -147,7 +146,7 @@ def find_preprocessing(checkpoint: Checkpoint, model: nn.Module | None = None) -
 
 def _read_transformers(file: Path) -> Preprocessing:
     with _understood(str(file)):
-        return _from_transformers(json.loads(file.read_text(encoding="utf-8")))
+        return _from_transformers(parse_json(file.read_bytes()))
 
 
 @contextmanager
@@ -156,8 +155,9 @@ def _understood(where: str) -> Iterator[None]:
     try:
         yield
     except (OSError, LookupError, TypeError, ValueError, *_OVERFLOWS) as error:
+        system_fault(error, where)
         text = " ".join(str(error).split())[:200]
-        raise CheckpointError(
+        raise ModelError(
             f"{where}: unreadable ({type(error).__name__}: {text}), expected the settings of an "
             "image processor. Remove the file to use ImageNet's, or repair it."
         ) from error

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from types import ModuleType
@@ -11,8 +12,8 @@ import torch
 from torch import nn
 
 from svftool.checkpoints import Checkpoint
-from svftool.errors import MissingDependencyError, ModelError
-from svftool.models.load import refuse_differences
+from svftool.errors import MissingDependencyError, ModelError, brief, system_fault
+from svftool.models.load import no_larger_than, refuse_differences
 
 
 def load_transformers(
@@ -46,9 +47,10 @@ def load_transformers(
             f"{checkpoint.path}: a single file, expected its folder for a transformers model. "
             "Give the folder that also holds config.json."
         )
+    _refuse_counts(checkpoint, checkpoint.config or {})
     factory = _factory(transformers, checkpoint, trust_remote_code)
     try:
-        with _quiet(transformers):
+        with _quiet(transformers), no_larger_than(checkpoint):
             model, report = factory.from_pretrained(
                 checkpoint.path,
                 local_files_only=True,
@@ -57,7 +59,10 @@ def load_transformers(
                 # Always said: without an answer, transformers asks on the terminal.
                 trust_remote_code=trust_remote_code,
             )
+    except ModelError:
+        raise
     except Exception as error:
+        system_fault(error, checkpoint.path)
         text = (str(error).splitlines() or [""])[0]
         raise ModelError(
             f"{checkpoint.path}: transformers cannot load it ({type(error).__name__}: {text}). "
@@ -66,6 +71,28 @@ def load_transformers(
     _check(checkpoint, report)
     loaded: nn.Module = model
     return loaded
+
+
+_COUNTED = re.compile(r"(num|n)_.*|.*(layers?|depths?|blocks?|labels|heads|size|dim)")
+_MOST = 1 << 22
+
+
+def _refuse_counts(checkpoint: Checkpoint, config: Mapping[str, Any]) -> None:
+    """Refuse counts that no model has, before a configuration makes lists of that length.
+
+    Raises
+    ------
+    ModelError
+        If there is one.
+    """
+    nested = [value for value in config.values() if isinstance(value, Mapping)]
+    for key, value in (pair for one in (config, *nested) for pair in one.items()):
+        whole = isinstance(value, int) and not isinstance(value, bool)
+        if whole and value > _MOST and _COUNTED.fullmatch(str(key)):
+            raise ModelError(
+                f"{checkpoint.path}: config.json: {key} is {brief(value)}, expected at most "
+                f"{_MOST}. Repair config.json, or name the model with --model."
+            )
 
 
 @contextmanager
@@ -98,12 +125,12 @@ def _factory(transformers: ModuleType, checkpoint: Checkpoint, trust_remote_code
     remote = _remote_class(transformers, config, str(name))
     if remote is None:
         raise ModelError(
-            f"{checkpoint.path}: config.json names {name!r}, unknown to this transformers. "
+            f"{checkpoint.path}: config.json names {brief(name)}, unknown to this transformers. "
             "Install a newer transformers, or name the model with --model FILE.py:FACTORY."
         )
     if not trust_remote_code:
         raise ModelError(
-            f"{checkpoint.path}: {name!r} needs Python code that lies beside the checkpoint. "
+            f"{checkpoint.path}: {brief(name)} needs Python code that lies beside the checkpoint. "
             "Read that code, then allow it with --trust-remote-code."
         )
     return remote
@@ -130,7 +157,7 @@ def _architecture(checkpoint: Checkpoint, config: Mapping[str, Any]) -> str | No
     names = config.get("architectures") or []
     if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
         raise ModelError(
-            f"{checkpoint.path}: config.json: architectures is {str(names)[:60]!r}, expected a "
+            f"{checkpoint.path}: config.json: architectures is {brief(names)}, expected a "
             "list of class names. Repair config.json, or name the model with --model."
         )
     return names[0] if names else None

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import unicodedata
 from collections.abc import Iterable, Mapping
 
@@ -29,6 +30,22 @@ def safe(text: str) -> str:
         return text
     return "".join(
         letter.encode("unicode_escape").decode() if is_unseen(letter) else letter for letter in text
+    )
+
+
+_LONGEST_WORD = 400
+
+
+def one_line(message: str) -> str:
+    """Return a message as a terminal can show it: safe, on one line, without endless names.
+
+    Examples
+    --------
+    >>> len(one_line("tensor " + "x" * 5000))
+    188
+    """
+    return re.sub(
+        rf"\S{{{_LONGEST_WORD},}}", lambda word: f"{word[0][:120]}…{word[0][-60:]}", safe(message)
     )
 
 

@@ -9,7 +9,7 @@ from typing import Any
 
 from torch import nn
 
-from svftool.checkpoints import Checkpoint
+from svftool.checkpoints import Checkpoint, class_labels
 from svftool.errors import UsageError
 from svftool.models import DEFAULT_PREPROCESSING, Preprocessing, find_preprocessing
 from svftool.progress import SILENT, Progress
@@ -69,21 +69,11 @@ def head_classes(config: Mapping[str, Any]) -> tuple[str, ...] | None:
         more = config.get("label_descriptions")
         described = more if isinstance(more, Mapping) else {}
         return tuple(f"{n}, {described[n]}" if n in described else str(n) for n in names)
-    known = config.get("id2label")
-    if not isinstance(known, Mapping) or not known:
+    known = class_labels(config)
+    if known is None or {int(key) for key in config["id2label"]} != set(range(len(known))):
         return None
-    numbers = [str(key) for key in known]
-    if sorted(numbers, key=_number) != [str(number) for number in range(len(numbers))]:
-        return None
-    found = {str(key): str(name) for key, name in known.items()}
-    names = [found[key] for key in sorted(numbers, key=_number)]
     # transformers' stand-ins for names that nobody gave.
-    return None if names[0] == "LABEL_0" else tuple(names)
-
-
-def _number(text: str) -> tuple[int, str]:
-    """Sort numbers by their size."""
-    return len(text), text
+    return None if known[0] == "LABEL_0" else known
 
 
 def _classification(

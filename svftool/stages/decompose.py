@@ -223,9 +223,10 @@ def _emptiness(source: Checkpoint, planned: DecompositionPlan) -> Iterator[str]:
     if not planned.layers:
         reasons = Counter(planned.left_whole.values()).most_common(3)
         listed = ", ".join(f"{count} {reason}" for reason, count in reasons)
+        found = f"all {len(source.infos)} tensors are left whole ({listed})"
         yield (
-            f"{source.path}: no layer is decomposed, all {len(source.infos)} tensors are left "
-            f"whole ({listed}). --include chooses others."
+            f"{source.path}: no layer is decomposed, "
+            + (f"{found}. --include chooses others." if source.infos else "it holds no tensor.")
         )
 
 

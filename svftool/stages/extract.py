@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 import os
-import tempfile
 from collections.abc import Collection, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
@@ -20,7 +19,6 @@ from svftool.checkpoints import (
     replace_output,
     table_role,
     to_matrix,
-    write_errors,
 )
 from svftool.errors import CheckpointError, FactorsError, NumericalError, UsageError, shortlist
 from svftool.factors import (
@@ -33,6 +31,7 @@ from svftool.factors import (
     write_tuned,
 )
 from svftool.factors.delta import norm
+from svftool.files.output import scratch_folder
 from svftool.numerics.rounding import round_once
 from svftool.progress import SILENT, Progress
 from svftool.stages.decompose import decompose, plan
@@ -209,12 +208,9 @@ def _factors(
     base: str | os.PathLike[str], partial: Path, progress: Progress
 ) -> Iterator[FactorStore]:
     """Decompose the base beside the output: the system's folder may be in memory, or small."""
-    with (
-        write_errors(partial.parent),
-        tempfile.TemporaryDirectory(dir=partial.parent, prefix=f".{partial.name}-") as folder,
-    ):
-        decompose(base, Path(folder) / "factors", progress=progress)
-        with open_factors(Path(folder) / "factors") as store:
+    with scratch_folder(partial) as folder:
+        decompose(base, folder / "factors", progress=progress)
+        with open_factors(folder / "factors") as store:
             yield store
 
 

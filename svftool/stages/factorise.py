@@ -78,6 +78,12 @@ class LayerPlan:
         """The layer as the engine takes it."""
         return Job(self.info.name, self.matrix, self.info.dtype)
 
+    def fits(self, record: LayerRecord) -> bool:
+        """Whether a record, which an interrupted run left, is of this layer."""
+        mine = (self.info.name, self.info.shape, dtype_name(self.info.dtype), self.matrix)
+        theirs = (record.name, record.shape, record.dtype, record.matrix)
+        return mine == theirs and self.rank in (None, record.rank)
+
     @property
     def factor_bytes(self) -> int:
         """Bytes of the factors in float32, at full rank where the rank is open."""
@@ -190,9 +196,19 @@ class Factorisation:
         }
 
     def _decompose(self, spool: LayerSpool) -> None:
-        found = spool.finished()
+        planned = {one.info.name: one for one in self.layers}
+        found = {
+            name: layer
+            for name, layer in spool.finished().items()
+            if planned[name].fits(layer.record)
+        }
         written = self._written_layers(found)
-        done = {name for name, layer in found.items() if name in written or spool.intact(layer)}
+        dtype = self.settings.dtype
+        done = {
+            name
+            for name, layer in found.items()
+            if name in written or spool.intact(layer, factor_infos(layer.record, dtype))
+        }
         if done:
             self.progress.note(f"resuming: {len(done)} of {len(self.layers)} layers are finished")
         plans = {one.info.name: one for one in self.layers if one.info.name not in done}

@@ -15,7 +15,7 @@ import numpy as np
 import numpy.typing as npt
 from torch import Tensor
 
-from svftool.errors import DataError, MissingDependencyError, shortlist
+from svftool.errors import DataError, MissingDependencyError, shortlist, system_fault
 from svftool.tasks.saved_datasets import StoredImage, is_saved_dataset, stored_images
 
 if TYPE_CHECKING:
@@ -204,18 +204,37 @@ def short_name(path: ImagePath) -> str:
     return f"{path.parent.name}/{path.name}"
 
 
-def open_image(path: ImagePath) -> Image:
+_MOST_PIXELS = 1 << 26
+"""Pixels of an image whose short side was resized, at most."""
+
+
+def open_image(path: ImagePath, *, short_side: int | None = None) -> Image:
     """Decode an image to RGB, turned upright by its EXIF orientation.
 
     Ordinary images become what ``PIL.Image.convert("RGB")`` makes of them: of an animation the
     first picture, of a palette its colours, without transparency. Deeper ones (12, 16 and 32 bits,
     floats) are scaled by what the file says of its range.
 
+    Parameters
+    ----------
+    path : ImagePath
+    short_side : int, optional
+        What the short side will be resized to.
+
     Raises
     ------
     DataError
-        If the file is no image, or only a part of one, or its values have no range that is known.
+        If the file is no image, or only a part of one, or its values have no range that is known,
+        or it is so long that memory would not hold it once it is resized.
     """
+    if short_side is not None:
+        short, long = sorted(image_size(path))
+        if short_side * short_side * long > _MOST_PIXELS * short:
+            raise DataError(
+                f"{path}: {short} pixels by {long}, expected sides more alike: with a short side "
+                f"of {short_side} it has more than {_MOST_PIXELS:,} pixels. Remove it, or give a "
+                "smaller --image-size"
+            )
     pillow = _pillow()
     from PIL import ImageOps
 
@@ -430,6 +449,7 @@ def _pillow() -> Any:
 
 
 def _unreadable(path: ImagePath, error: Exception) -> DataError:
+    system_fault(error, path)
     return DataError(
         f"{path}: {type(error).__name__} while decoding, expected an image. "
         "Replace the file or remove it"
@@ -494,6 +514,7 @@ def _read_classes(file: Path) -> tuple[str, ...]:
     try:
         lines = file.read_text(encoding="utf-8-sig").splitlines()
     except (OSError, UnicodeDecodeError) as error:
+        system_fault(error, file)
         raise DataError(f"{file}: {error}, expected a text file of class names") from error
     names = tuple(line.strip() for line in lines if line.strip())
     twice = sorted({name for name in names if names.count(name) > 1})

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from svftool.errors import DataError, shortlist
+from svftool.errors import DataError, shortlist, system_fault
 from svftool.tasks.images import encodable, is_hidden
 from svftool.tasks.saved_datasets import is_saved_dataset, load_saved_dataset
 
@@ -76,6 +76,7 @@ def _lines(file: Path) -> Iterator[tuple[int, Any]]:
     try:
         lines = file.read_text(encoding="utf-8-sig").split("\n")
     except (OSError, UnicodeDecodeError) as error:
+        system_fault(error, file)
         raise DataError(f"{file}: {error}, expected JSONL in UTF-8") from error
     return ((number, line) for number, line in enumerate(lines, 1) if line.strip())
 

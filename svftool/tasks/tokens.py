@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from svftool.errors import MissingDependencyError, ModelError
+from svftool.errors import MissingDependencyError, ModelError, brief, system_fault
 from svftool.tasks.texts import Text
 
 LONGEST_DEFAULT = 1024
@@ -60,6 +60,7 @@ def load_tokenizer(place: str | os.PathLike[str] | None, *, trust_remote_code: b
             os.fspath(place), local_files_only=True, trust_remote_code=trust_remote_code
         )
     except Exception as error:
+        system_fault(error, place)
         text = (str(error).splitlines() or [""])[0]
         raise ModelError(
             f"{place}: no tokenizer ({type(error).__name__}: {text}), expected tokenizer.json "
@@ -72,12 +73,24 @@ def load_tokenizer(place: str | os.PathLike[str] | None, *, trust_remote_code: b
 
 
 def length_limit(config: Mapping[str, Any], tokenizer: Any) -> int | None:
-    """Longest sequence that a model takes by its ``config.json`` and its tokenizer, if they say."""
+    """Longest sequence that a model takes by its ``config.json`` and its tokenizer, if they say.
+
+    Raises
+    ------
+    ModelError
+        If what they say is no length.
+    """
     nested = config.get("text_config")
     sources = [config, nested] if isinstance(nested, Mapping) else [config]
-    found = [source[key] for source in sources for key in _LIMITS if source.get(key)]
-    found.append(getattr(tokenizer, "model_max_length", None))
-    limits = [int(value) for value in found if value is not None and 0 < value < _NO_LIMIT]
+    said = [(key, source[key]) for source in sources for key in _LIMITS if key in source]
+    said.append(("model_max_length", getattr(tokenizer, "model_max_length", None)))
+    for key, value in said:
+        if isinstance(value, bool) or not isinstance(value, int | float | None) or value == 1:
+            raise ModelError(
+                f"{key} is {brief(value)}, expected how many tokens the model takes, two or more. "
+                "Repair config.json or the tokenizer's."
+            )
+    limits = [int(value) for _, value in said if value is not None and 0 < value < _NO_LIMIT]
     return min(limits, default=None)
 
 

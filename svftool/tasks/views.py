@@ -63,7 +63,7 @@ class ImageView:
         from torchvision.transforms.v2 import InterpolationMode
         from torchvision.transforms.v2.functional import resize
 
-        image = open_image(path)
+        image = open_image(path, short_side=None if self.sides else self.short_side)
         if self.short_side is not None:
             target = [self.short_side] if self.sides is None else list(self.sides)
             image = resize(image, target, InterpolationMode(self.interpolation))

@@ -12,6 +12,7 @@ from typing import Any, Literal, Protocol
 import torch
 from torch import Tensor, nn
 
+from svftool.errors import kept_work
 from svftool.machine import explain_out_of_memory
 from svftool.progress import SILENT, Progress
 from svftool.tasks.base import Draw, TaskMetric
@@ -296,8 +297,9 @@ class _Run:
         if saved is not None:
             self._buffers = {name: one.clone() for name, one in self._model.named_buffers()}
         state = self._ranks.once(lambda: None if saved is None else saved.read())
-        if state is not None:
-            self._restore(state)
+        if saved is not None and state is not None:
+            with kept_work(saved.path):
+                self._restore(state)
         training_mode(self._model)
 
     def stops(self, interruption: Interruption | None) -> bool:

@@ -15,6 +15,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from svftool.checkpoints import write_errors
+from svftool.errors import kept_work
 
 SECONDS = 30.0
 """Least time between two writings, where no number of steps is given."""
@@ -95,7 +96,7 @@ class StateFile:
         """Return the last state; None where there is none."""
         if not self.path.exists():
             return None
-        with safe_open(self.path, framework="pt") as file:
+        with kept_work(self.path), safe_open(self.path, framework="pt") as file:
             facts = json.loads(file.metadata()[_FACTS])
             return State({name: file.get_tensor(name) for name in file.keys()}, facts)  # noqa: SIM118
 

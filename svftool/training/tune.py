@@ -7,6 +7,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 
 from svftool.attaching import Trainable
+from svftool.errors import kept_work
 from svftool.progress import SILENT, Progress
 from svftool.tasks.base import Draw, Subdivides, TaskMetric
 from svftool.training.group import ALONE, Group, Interruption
@@ -105,7 +106,11 @@ class Tuner:
         return self._chosen(tuple(trials), steps, label)
 
     def _noted(self, record: str) -> dict[str, float | None]:
-        return {} if self.journal is None else self.journal.noted(record) or {}
+        if self.journal is None:
+            return {}
+        with kept_work(self.journal.folder / record):
+            known = self.journal.noted(record) or {}
+            return {key: None if one is None else float(one) for key, one in known.items()}
 
     def _note(self, record: str, scores: Mapping[str, float | None]) -> None:
         if self.journal is not None:

@@ -16,8 +16,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from svftool.checkpoints import PARTIAL, replace_output, write_errors
-from svftool.errors import UsageError, shortlist
+from svftool.checkpoints import PARTIAL, parse_json, replace_output, write_errors
+from svftool.errors import UsageError, kept_work, shortlist
 from svftool.files.output import remove
 from svftool.training.plan import Run, run_from_plain, run_to_plain
 from svftool.training.state import StateFile, replace_safely
@@ -62,7 +62,7 @@ class Workspace:
     def may_replace(self) -> bool:
         """Whether the target is what an interrupted process published from here."""
         try:
-            known = json.loads((self.folder / _PUBLISHED).read_text(encoding="utf-8"))
+            known = parse_json((self.folder / _PUBLISHED).read_bytes())
             return bool(known == _identity(self.target))
         except (OSError, ValueError):
             return False
@@ -78,8 +78,8 @@ class Workspace:
         path = self.folder / _REQUEST
         plain = json.loads(json.dumps(request))
         if resume and path.exists():
-            before = json.loads(path.read_text(encoding="utf-8"))
-            changed = list(_differences(before, plain))
+            with kept_work(path):
+                changed = list(_differences(dict(parse_json(path.read_bytes())), plain))
             if changed:
                 raise UsageError(
                     f"{self.target}: --resume would go on with another comparison: "
@@ -254,7 +254,8 @@ class Journal:
     def finished(self, stem: str) -> Run | None:
         """Return a finished run; None if it is not."""
         value = self.noted(stem)
-        return None if value is None else run_from_plain(value)
+        with kept_work(self.folder):
+            return None if value is None else run_from_plain(value)
 
     def note(self, name: str, value: Mapping[str, Any]) -> None:
         """Keep plain values under a name.
@@ -276,4 +277,5 @@ class Journal:
         path = self.folder / RECORDS / f"{name}.json"
         if not path.exists():
             return None
-        return dict(json.loads(path.read_text(encoding="utf-8")))
+        with kept_work(path):
+            return dict(parse_json(path.read_bytes()))

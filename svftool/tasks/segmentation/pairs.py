@@ -13,7 +13,7 @@ import numpy as np
 import numpy.typing as npt
 from torch import Tensor
 
-from svftool.errors import DataError, shortlist
+from svftool.errors import DataError, shortlist, system_fault
 from svftool.tasks.images import (
     LABELS,
     SUFFIXES,
@@ -98,6 +98,7 @@ def read_classes(file: Path) -> ClassTable:
     try:
         lines = file.read_text(encoding="utf-8-sig").splitlines()
     except (OSError, UnicodeDecodeError) as error:
+        system_fault(error, file)
         raise DataError(f"{file}: {error}, expected a text file of class names") from error
     rows = [
         (number, [cell.strip() for cell in line.split(",")])

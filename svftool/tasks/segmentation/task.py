@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from svftool.checkpoints import class_labels
 from svftool.errors import UsageError
 from svftool.models import DEFAULT_PREPROCESSING, Preprocessing
 from svftool.tasks.base import TaskMetric
@@ -169,8 +170,9 @@ def _class_table(data: Path, given: StrPath | Sequence[str] | None) -> ClassTabl
 
 def _known_names(config: Mapping[str, Any], largest: int) -> tuple[str, ...]:
     """Names of a segmentation model's own classes, where there are enough; else numbers."""
-    known = config.get("id2label")
-    kind = " ".join(config.get("architectures") or [])
-    if isinstance(known, Mapping) and "Segmentation" in kind and len(known) > largest:
-        return tuple(str(known[key]) for key in sorted(known, key=int))
+    kinds = config.get("architectures")
+    if isinstance(kinds, list) and any("Segmentation" in str(kind) for kind in kinds):
+        known = class_labels(config)
+        if known is not None and len(known) > largest:
+            return known
     return tuple(str(label) for label in range(largest + 1))

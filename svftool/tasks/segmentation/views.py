@@ -53,7 +53,7 @@ class DenseView:
         from torchvision.transforms.v2 import InterpolationMode
         from torchvision.transforms.v2.functional import resize
 
-        image = open_image(path)
+        image = open_image(path, short_side=self.short_side)
         if self.short_side is not None:
             image = resize(image, [self.short_side], InterpolationMode(self.interpolation))
         return to_tensor(image)

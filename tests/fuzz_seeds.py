@@ -1,0 +1,368 @@
+"""Sound inputs of every format, small, and the commands that read them."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import language
+import pictures
+import shapes
+import torch
+import warm
+from safetensors.torch import save_file
+from torch import nn
+
+Words = tuple[str, ...]
+NET = f"""
+import sys
+sys.path.insert(0, {str(Path(__file__).parent)!r})
+from fuzz_seeds import Pixels, Plain
+from shapes import SmallNet
+"""
+
+
+class Plain(nn.Module):
+    """A classifier of three classes."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.conv = nn.Conv2d(3, 8, 3, 2)
+        self.norm = nn.BatchNorm2d(8)
+        self.mix = nn.Linear(8, 8)
+        self.fc = nn.Linear(8, 3)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.fc(self.mix(self.norm(self.conv(x)).relu().mean((2, 3))))
+
+
+class Pixels(nn.Module):
+    """A classifier of pixels."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.conv = nn.Conv2d(3, 8, 3, padding=1)
+        self.classifier = nn.Conv2d(8, 3, 1)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.classifier(self.conv(x).relu())
+
+
+@dataclass(frozen=True)
+class Format:
+    """A kind of input.
+
+    Attributes
+    ----------
+    name : str
+    build : callable
+        Writes a folder of sound inputs.
+    damaged : tuple of str
+        Patterns of the files to damage.
+    commands : tuple of words
+        What reads them, started in the folder.
+    """
+
+    name: str
+    build: Callable[[Path], None]
+    damaged: Words
+    commands: tuple[Words, ...]
+
+
+def _save(tensors: dict[str, torch.Tensor], path: Path) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    save_file(
+        {k: v.detach().clone().contiguous() for k, v in tensors.items()}, path, {"format": "pt"}
+    )
+
+
+def _svftool(folder: Path, *words: str, **options: Any) -> None:
+    ended = warm.run(words, folder, **options)
+    assert ended.code == 0, (words, ended)
+    for stream in warm.streams(folder):
+        stream.unlink()
+
+
+def _other(tensors: dict[str, torch.Tensor], size: float = 0.1) -> dict[str, torch.Tensor]:
+    torch.manual_seed(1)
+    return {
+        key: one + size * torch.randn_like(one) if one.is_floating_point() else one
+        for key, one in tensors.items()
+    }
+
+
+def _dense(folder: Path) -> None:
+    state = Plain().state_dict()
+    _save(state, folder / "base.safetensors")
+    _save(_other(state), folder / "tuned.safetensors")
+    (folder / "net.py").write_text(NET)
+
+
+def _index(folder: Path) -> None:
+    state = Plain().state_dict()
+    names = sorted(state)
+    weight_map = {}
+    for number, some in enumerate((names[:4], names[4:]), 1):
+        file = f"model-0000{number}-of-00002.safetensors"
+        _save({name: state[name] for name in some}, folder / "model" / file)
+        weight_map |= dict.fromkeys(some, file)
+    index = {"metadata": {"total_size": 9}, "weight_map": weight_map}
+    (folder / "model" / "model.safetensors.index.json").write_text(json.dumps(index))
+    _save(_other(state), folder / "tuned.safetensors")
+
+
+def _pickles(folder: Path) -> None:
+    state = Plain().state_dict()
+    nested = {
+        "state_dict": _other(state),
+        "epoch": 3,
+        "args": {"lr": 0.1},
+        "best": [state["fc.bias"]],
+    }
+    torch.save(dict(state), folder / "zip.pt")
+    torch.save(nested, folder / "nested.pth")
+    torch.save(dict(state), folder / "old.pt", _use_new_zipfile_serialization=False)
+    _save(_other(state), folder / "tuned.safetensors")
+
+
+def write_factors(folder: Path) -> None:
+    _dense(folder)
+    _svftool(folder, "decompose", "base.safetensors", "-o", "factors")
+    _svftool(folder, "extract", "base.safetensors", "tuned.safetensors", "-o", "t.svf.safetensors")
+    pictures.write_pictures(folder / "data", count=2)
+
+
+def _trained(folder: Path) -> None:
+    write_factors(folder)
+    words = ("--data", "data", "--model", "net.py:Plain", "--shots", "1", "--steps", "1")
+    _svftool(folder, "finetune", "factors", "-o", "trained.svf.safetensors", *words)
+
+
+def _stop_in_decompose() -> None:
+    from svftool.stages.factorise import Factorisation
+
+    Factorisation._assemble = lambda *_: os._exit(0)  # type: ignore[method-assign]
+
+
+def _stop_in_finetune() -> None:
+    from svftool.training.workspace import Journal
+
+    finish = Journal.finish
+
+    def second(self: Journal, run: Any) -> None:
+        if self.holds_work and list(self.folder.glob("records/*")):
+            os._exit(0)
+        finish(self, run)
+
+    Journal.finish = second  # type: ignore[method-assign]
+
+
+_RESUMED = ("finetune", "factors", "-o", "runs", "--regime", "head,svf", "--data", "data")
+_RESUMED += ("--model", "net.py:Plain", "--shots", "1", "--steps", "3", "--save-every", "2")
+
+
+def _resumed(folder: Path) -> None:
+    write_factors(folder)
+    words = ("decompose", "base.safetensors", "-o", "again")
+    _svftool(folder, *words, before=_stop_in_decompose)
+    _svftool(folder, *_RESUMED, before=_stop_in_finetune)
+
+
+def _adapter(folder: Path) -> None:
+    _save({"a.q_proj.weight": torch.randn(6, 6), "wte.weight": torch.randn(9, 6)},
+          folder / "base.safetensors")  # fmt: skip
+    prefix = "base_model.model.a.q_proj.lora_"
+    pair = {f"{prefix}A.weight": torch.randn(2, 6), f"{prefix}B.weight": torch.ones(6, 2)}
+    _save(pair, folder / "adapter" / "adapter_model.safetensors")
+    config = {
+        "peft_type": "LORA", "r": 2, "lora_alpha": 4, "target_modules": ["q_proj"], "bias": "none",
+        "rank_pattern": {"q_proj": 2}, "alpha_pattern": {"q_proj": 8}, "use_dora": False,
+        "use_rslora": False, "fan_in_fan_out": False, "modules_to_save": None,
+        "layers_to_transform": None, "layer_replication": None, "base_model_name_or_path": "base",
+    }  # fmt: skip
+    (folder / "adapter" / "adapter_config.json").write_text(json.dumps(config))
+
+
+def _timm(folder: Path) -> None:
+    import timm
+
+    model = timm.create_model("test_vit", num_classes=3, img_size=32)
+    _save(model.state_dict(), folder / "model" / "model.safetensors")
+    config = {
+        "architecture": "test_vit", "num_classes": 3, "num_features": 64, "global_pool": "token",
+        "model_args": {"img_size": 32},
+        "pretrained_cfg": {"input_size": [3, 32, 32], "mean": [0.5] * 3, "std": [0.5] * 3,
+                           "interpolation": "bicubic", "crop_pct": 0.95, "crop_mode": "center",
+                           "label_names": ["blue", "green", "red"]},
+    }  # fmt: skip
+    (folder / "model" / "config.json").write_text(json.dumps(config))
+    pictures.write_pictures(folder / "data", count=1)
+
+
+def _vit(folder: Path) -> None:
+    from transformers import ViTConfig, ViTForImageClassification
+
+    names = dict(enumerate(pictures.COLOURS))
+    config = ViTConfig(
+        hidden_size=16, num_hidden_layers=1, num_attention_heads=2, intermediate_size=16,
+        image_size=16, patch_size=8, id2label=names, label2id={v: k for k, v in names.items()},
+    )  # fmt: skip
+    torch.manual_seed(0)
+    ViTForImageClassification(config).save_pretrained(folder / "model")
+    processor = {
+        "image_processor_type": "ViTImageProcessor", "do_resize": True, "do_normalize": True,
+        "do_rescale": True, "do_center_crop": True, "image_mean": [0.5] * 3, "image_std": [0.5] * 3,
+        "resample": 2, "rescale_factor": 1 / 255, "size": {"height": 16, "width": 16},
+        "crop_size": {"height": 16, "width": 16}, "crop_pct": 0.875,
+    }  # fmt: skip
+    (folder / "model" / "preprocessor_config.json").write_text(json.dumps(processor))
+    pictures.write_pictures(folder / "data", count=1)
+
+
+def _llama(folder: Path) -> None:
+    language.write_model(folder / "model")
+    rows: list[Any] = [{"text": "the quick brown fox"}, {"prompt": "why? ", "completion": "no."}]
+    language.write_texts(folder / "texts.jsonl", rows * 2)
+
+
+def _pictures(folder: Path) -> None:
+    _dense(folder)
+    pictures.write_pictures(folder / "data", count=1)
+    lines = ["path,label", *(f"data/{name}/00.png,{name}" for name in pictures.COLOURS)]
+    (folder / "list.csv").write_text("\n".join(lines) + "\n")
+    (folder / "classes.txt").write_text("blue\ngreen\nred\n")
+
+
+def _masks(folder: Path, size: tuple[int, int] = (12, 16)) -> None:
+    import numpy as np
+    from PIL import Image
+
+    _save(Pixels().state_dict(), folder / "base.safetensors")
+    (folder / "net.py").write_text(NET)
+    random = np.random.default_rng(0)
+    for name in ("images", "masks"):
+        (folder / "data" / name).mkdir(parents=True)
+    for index in range(2):
+        labels = random.integers(0, 3, size, np.uint8)
+        picture = np.repeat(labels[:, :, None] * 80, 3, 2)
+        Image.fromarray(picture).save(folder / "data" / "images" / f"{index}.png")
+        Image.fromarray(labels).save(folder / "data" / "masks" / f"{index}.png")
+    (folder / "classes.txt").write_text("name,red,green,blue\na,0,0,0\nb,1,1,1\nc,2,2,2\n")
+    (folder / "names.txt").write_text("a\nb\nc\n")
+
+
+def _segformer(folder: Path) -> None:
+    from transformers import SegformerConfig, SegformerForSemanticSegmentation
+
+    _masks(folder, (32, 32))
+    config = SegformerConfig(
+        depths=[1] * 4, hidden_sizes=[4] * 4, num_attention_heads=[1] * 4, decoder_hidden_size=8,
+        mlp_ratios=[1] * 4, id2label=dict(enumerate("abc")), label2id={"a": 0, "b": 1, "c": 2},
+    )  # fmt: skip
+    torch.manual_seed(0)
+    SegformerForSemanticSegmentation(config).save_pretrained(folder / "model")
+
+
+def _few_shot(folder: Path) -> None:
+    _save(shapes.SmallNet().state_dict(), folder / "base.safetensors")
+    (folder / "net.py").write_text(NET)
+    (folder / "pairs").mkdir()
+    shapes.write_shapes(folder / "pairs")
+    for place in folder.glob("pairs/*/[3-7].*"):
+        place.unlink()
+
+
+POLICY = """schema_version = 1
+[tensors]
+unmatched = "allow"
+[[rule]]
+layers = ["conv*", "fc*"]
+allow = ["full fine-tune"]
+reason = "why"
+[rule.limits]
+weight_drift = 0.5
+[[rule]]
+layers = "*"
+deny = ["spectrum only"]
+"""
+
+
+def _policy(folder: Path) -> None:
+    _dense(folder)
+    (folder / "policy.toml").write_text(POLICY)
+
+
+_EVALUATE = ("evaluate", "base.safetensors", "--model", "net.py:Plain")
+_PIXELS = ("evaluate", "base.safetensors", "--task", "segmentation", "--model", "net.py:Pixels")
+_ONE_STEP = ("--shots", "1", "--steps", "1", "--batch-size", "2")
+
+FORMATS = (
+    Format("safetensors", _dense, ("base.safetensors", "tuned.safetensors"), (
+        ("inspect", "base.safetensors", "tuned.safetensors", "--json", "--csv", "out.csv"),
+        ("inspect", "base.safetensors", "--metrics", "all", "--html", "out.html"),
+        ("decompose", "base.safetensors", "-o", "out"),
+        ("extract", "base.safetensors", "tuned.safetensors", "-o", "out.svf.safetensors"),
+    )),
+    Format("index", _index, ("model/*.json", "model/*.json", "model/*.safetensors"), (
+        ("inspect", "model", "tuned.safetensors"), ("decompose", "model", "-o", "out"),
+    )),
+    Format("pickle", _pickles, ("*.pt", "*.pth"), (
+        ("inspect", "{}", "tuned.safetensors"), ("decompose", "{}", "-o", "out"),
+        ("extract", "{}", "tuned.safetensors", "-o", "out.svf.safetensors"),
+    )),
+    Format("factors", write_factors, ("factors/svf_config.json", "factors/*"), (
+        ("merge", "factors", "t.svf.safetensors", "-o", "out"), ("inspect", "factors"),
+        ("merge", "factors", "--without-base", "-o", "out.safetensors"),
+        ("inspect", "factors", "t.svf.safetensors"),
+        ("extract", "factors", "tuned.safetensors", "-o", "out.svf.safetensors"),
+    )),
+    Format("tuned", _trained, ("t.svf.safetensors", "trained.svf.safetensors"), (
+        ("merge", "factors", "{}", "-o", "out", "--verify"), ("inspect", "factors", "{}"),
+        ("inspect", "{}"),
+        ("merge", "factors", "t.svf.safetensors@0.5", "trained.svf.safetensors@0.5", "-o", "out"),
+        ("evaluate", "factors", "--tuned", "{}", "--data", "data", "--model", "net.py:Plain"),
+    )),
+    Format("resumed", _resumed, ("again.partial/layers/*", "runs.partial.runs/**/*"), (
+        ("decompose", "base.safetensors", "-o", "again", "--resume"),
+        (*_RESUMED, "--resume"),
+    )),
+    Format("adapter", _adapter, ("adapter/*.json", "adapter/*"), (
+        ("inspect", "base.safetensors", "adapter"),
+        ("inspect", "base.safetensors", "adapter", "--json"),
+    )),
+    Format("timm", _timm, ("model/config.json",), (
+        ("evaluate", "model", "--data", "data"), ("decompose", "model", "-o", "out"),
+    )),
+    Format("vit", _vit, ("model/config.json", "model/preprocessor_config.json"), (
+        ("evaluate", "model", "--data", "data"),
+    )),
+    Format("llama", _llama, ("model/config.json", "model/*.json", "texts.jsonl"), (
+        ("evaluate", "model", "--task", "language", "--data", "texts.jsonl"),
+    )),
+    Format("segformer", _segformer, ("model/config.json",), (
+        ("evaluate", "model", "--task", "segmentation", "--data", "data", "--head", "keep"),
+        ("evaluate", "model", "--task", "segmentation", "--data", "data"),
+    )),
+    Format("images", _pictures, ("data/*/*.png", "data/*/*.png", "list.csv", "classes.txt"), (
+        (*_EVALUATE, "--data", "data"), (*_EVALUATE, "--data", "list.csv"),
+        (*_EVALUATE, "--data", "data", "--classes", "classes.txt", "--predictions", "out.jsonl"),
+    )),
+    Format("masks", _masks, ("data/masks/*.png", "data/images/*.png", "*.txt"), (
+        (*_PIXELS, "--data", "data"), (*_PIXELS, "--data", "data", "--classes", "classes.txt"),
+        (*_PIXELS, "--data", "data", "--classes", "names.txt", "--predictions", "out.jsonl"),
+    )),
+    Format("few-shot", _few_shot, ("pairs/*/*.png", "pairs/*/*.jpg"), (
+        ("evaluate", "base.safetensors", "--task", "few-shot-segmentation", "--data", "pairs",
+         "--model", "net.py:SmallNet", "--test-episodes", "2", "--image-size", "49",
+         "--width", "8"),
+    )),
+    Format("policy", _policy, ("policy.toml",), (
+        ("inspect", "base.safetensors", "tuned.safetensors", "--policy", "policy.toml"),
+    )),
+)  # fmt: skip
