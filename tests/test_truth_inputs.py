@@ -16,7 +16,7 @@ from safetensors.torch import save_file
 from typer.testing import CliRunner
 
 from svftool.auditing.policy import read_policy
-from svftool.checkpoints import class_labels, open_checkpoint, output, parse_json, replace_output
+from svftool.checkpoints import class_labels, open_checkpoint, parse_json, replace_output
 from svftool.cli import app
 from svftool.errors import (
     DataError,
@@ -29,6 +29,7 @@ from svftool.errors import (
     kept_work,
     system_fault,
 )
+from svftool.files import output
 from svftool.models.load import build_within, no_larger_than
 from svftool.models.pretrained import load_transformers
 from svftool.report.text import one_line

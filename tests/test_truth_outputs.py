@@ -10,9 +10,10 @@ import pytest
 import torch
 from typer.testing import CliRunner
 
-from svftool.checkpoints import SafetensorsWriter, output, replace_output
+from svftool.checkpoints import SafetensorsWriter, replace_output
 from svftool.cli import app
 from svftool.errors import ResourceError, UsageError
+from svftool.files import output
 
 CODES = [
     errno.EXDEV, errno.ENOSYS, errno.ESTALE, errno.EINTR, errno.EBUSY, errno.EMFILE, errno.EIO,
