@@ -123,7 +123,7 @@ class Faults(kills.Kills):
         return call[1], f"exit {ended.code}"
 
 
-def main() -> int:
+def main(words: list[str] | None = None) -> int:
     """Run the command line."""
     shape = argparse.RawTextHelpFormatter
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=shape)
@@ -131,7 +131,7 @@ def main() -> int:
     parser.add_argument("--seconds", type=float, default=1e9, help="stop after so many")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--replay", metavar="SEED:NUMBER")
-    chosen = parser.parse_args()
+    chosen = parser.parse_args(words)
     seed, numbers = chosen.seed, range(chosen.count)
     if chosen.replay:
         seed, number = map(int, chosen.replay.split(":"))

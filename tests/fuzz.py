@@ -144,7 +144,7 @@ def keep(result: Result, case: Path, folder: Path, name: str) -> None:
     (place / "fuzz.txt").write_text(told)
 
 
-def main() -> int:
+def main(words: list[str] | None = None) -> int:
     """Run the command line."""
     shape = argparse.RawTextHelpFormatter
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=shape)
@@ -158,7 +158,7 @@ def main() -> int:
     parser.add_argument(
         "--check", action="store_true", help="only hold that sound inputs are taken"
     )
-    chosen = parser.parse_args()
+    chosen = parser.parse_args(words)
     seed, numbers = chosen.seed, range(chosen.start, chosen.start + chosen.count)
     if chosen.replay:
         seed, number = map(int, chosen.replay.split(":"))

@@ -206,7 +206,7 @@ class Kills:
         assert found == known.outputs, "the next run gives something else"
 
 
-def main() -> int:
+def main(words: list[str] | None = None) -> int:
     """Run the command line."""
     shape = argparse.RawTextHelpFormatter
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=shape)
@@ -215,7 +215,7 @@ def main() -> int:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--only", choices=[one.name for one in COMMANDS])
     parser.add_argument("--replay", metavar="SEED:NUMBER")
-    chosen = parser.parse_args()
+    chosen = parser.parse_args(words)
     seed, numbers = chosen.seed, range(chosen.count)
     if chosen.replay:
         seed, number = map(int, chosen.replay.split(":"))

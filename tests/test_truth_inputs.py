@@ -84,7 +84,13 @@ def test_a_network_beyond_its_file_is_not_built(tmp_path: Path, sizes: dict[str,
 
 
 @pytest.mark.parametrize(
-    "changes", [{"hidden_size": 8192}, {"num_hidden_layers": 5000}, {"num_hidden_layers": 10**9}]
+    "changes",
+    [
+        {"hidden_size": 8192},
+        {"num_hidden_layers": 5000},
+        {"num_hidden_layers": 10**9},
+        {"depths": [1, 1 << 40]},
+    ],
 )
 def test_a_transformers_config_beside_a_small_file(tmp_path: Path, changes: dict[str, int]) -> None:
     config = {"architectures": ["LlamaForCausalLM"], "model_type": "llama", "hidden_size": 16,

@@ -73,6 +73,25 @@ def test_what_a_killed_process_set_aside_goes(tmp_path: Path) -> None:
         assert folder == left
         assert not (folder / "factors").exists()
     assert not folder.exists()
+
+
+def test_what_was_set_aside_is_known_where_it_could_not_be_removed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(*args: object, **options: object) -> None:
+        raise OSError(errno.EBUSY, "refused")
+
+    with monkeypatch.context() as patch, output.scratch_folder(tmp_path / "out.partial") as folder:
+        (folder / "factors").mkdir()
+        patch.setattr(output.os, "rmdir", refuse)
+    assert folder.exists()
+    with output.scratch_folder(tmp_path / "out.partial") as again:
+        assert not (again / "factors").exists()
+    assert not folder.exists()
+
+
+def test_what_others_set_aside_stays(tmp_path: Path) -> None:
+    folder = tmp_path / ".out.partial.scratch"
     folder.mkdir()
     (folder / "mine").touch()
     with (

@@ -356,7 +356,7 @@ def scratch_folder(partial: Path) -> Iterator[Path]:
     with write_errors(folder):
         ours = folder.is_dir() and not folder.is_symlink()
         if ours and (os.path.lexists(folder / _MARK) or not any(folder.iterdir())):
-            remove(folder)
+            _remove_marked(folder)
         if os.path.lexists(folder):
             raise UsageError(
                 f"{folder}: may be somebody else's, expected nothing there. Remove it."
@@ -367,7 +367,15 @@ def scratch_folder(partial: Path) -> Iterator[Path]:
         yield folder
     finally:
         with _best_effort():
-            remove(folder)
+            _remove_marked(folder)
+
+
+def _remove_marked(folder: Path) -> None:
+    """Remove a folder, its mark last: what the system leaves of it is known again."""
+    for entry in folder.iterdir():
+        if entry.name != _MARK:
+            remove(entry)
+    remove(folder)
 
 
 def remove(path: Path) -> None:

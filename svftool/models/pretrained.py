@@ -87,8 +87,9 @@ def _refuse_counts(checkpoint: Checkpoint, config: Mapping[str, Any]) -> None:
     """
     nested = [value for value in config.values() if isinstance(value, Mapping)]
     for key, value in (pair for one in (config, *nested) for pair in one.items()):
-        whole = isinstance(value, int) and not isinstance(value, bool)
-        if whole and value > _MOST and _COUNTED.fullmatch(str(key)):
+        numbers = value if isinstance(value, list) else [value]
+        large = any(type(one) is int and one > _MOST for one in numbers)
+        if large and _COUNTED.fullmatch(str(key)):
             raise ModelError(
                 f"{checkpoint.path}: config.json: {key} is {brief(value)}, expected at most "
                 f"{_MOST}. Repair config.json, or name the model with --model."
