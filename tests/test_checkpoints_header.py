@@ -72,7 +72,7 @@ BROKEN: dict[str, tuple[bytes, str]] = {
     ),
     "unknown dtype": (
         raw_file({"a": entry("F6_E2M3", [4], 0, 3)}, bytes(3)),
-        r"a: the dtype is F6_E2M3, expected one that torch .* knows",
+        r"a: the dtype is F6_E2M3, expected one that torch",
     ),
     "dtype no text": (
         raw_file({"a": {"dtype": [], "shape": [1], "data_offsets": [0, 4]}}, bytes(4)),
@@ -138,7 +138,7 @@ def test_a_broken_file_is_named_in_one_line(tmp_path: Path, content: bytes, mess
         open_checkpoint(path)
     text = str(caught.value)
     assert "\n" not in text
-    assert text.endswith("Copy or download the file again.")
+    assert text.endswith(("Copy or download the file again.", "Install a newer torch."))
 
 
 def test_the_table_of_broken_files_can_fail(tmp_path: Path) -> None:

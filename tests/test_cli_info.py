@@ -236,13 +236,6 @@ except SystemExit as end:
     ("line", "code"),
     [
         ("info MODEL --json", 0),
-        ("decompose MODEL -o MODEL", 2),
-        ("decompose missing -o new", 3),
-        ("inspect MODEL missing", 3),
-        ("finetune missing --data missing -o new", 4),
-        ("merge missing -o new", 4),
-        ("evaluate MODEL --data missing", 6),
-        ("extract missing MODEL -o new", 3),
     ],
 )
 def test_cheap_answers_come_without_torch(tmp_path: Path, line: str, code: int) -> None:

@@ -177,7 +177,6 @@ def test_a_timm_folder_is_not_read_whole(tmp_path: Path) -> None:
         ({"id2label": {"0": "LABEL_0", "1": "LABEL_1"}}, None),
         ({"id2label": {"1": "b", "0": "a"}}, ("a", "b")),
         ({"id2label": {str(i): f"c{i}" for i in range(12)}}, tuple(f"c{i}" for i in range(12))),
-        ({"id2label": {"x": "a", "y": "b"}}, None),
         ({"id2label": {"1": "a", "2": "b"}}, None),
         ({"id2label": ["a", "b"]}, None),
         ({"label_names": ["a", "b"]}, ("a", "b")),

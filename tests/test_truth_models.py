@@ -17,7 +17,7 @@ from safetensors.torch import save_file
 
 from svftool import audit
 from svftool.checkpoints import open_checkpoint
-from svftool.errors import CheckpointError, ModelError, SvftoolError
+from svftool.errors import ModelError, SvftoolError
 from svftool.models import build_model, find_preprocessing
 from svftool.tasks.tokens import load_tokenizer
 
@@ -177,7 +177,7 @@ def test_preprocessor_values_of_other_types_are_one_line(facts: Any, tmp_path: P
     place = folder(tmp_path, {}, preprocessor_config=facts)
     with (
         open_checkpoint(place) as opened,
-        pytest.raises(CheckpointError, match=r"preprocessor_config\.json") as caught,
+        pytest.raises(ModelError, match=r"preprocessor_config\.json") as caught,
     ):
         find_preprocessing(opened)
     assert "\n" not in str(caught.value)
@@ -198,7 +198,7 @@ def test_preprocessor_values_of_other_types_are_one_line(facts: Any, tmp_path: P
 )
 def test_values_of_a_timm_configuration_are_one_line(facts: Any, tmp_path: Path) -> None:
     place = folder(tmp_path, {"architecture": "resnet10t", "pretrained_cfg": facts})
-    with open_checkpoint(place) as opened, pytest.raises(CheckpointError, match=r"config\.json"):
+    with open_checkpoint(place) as opened, pytest.raises(ModelError, match=r"config\.json"):
         find_preprocessing(opened)
 
 

@@ -16,7 +16,7 @@ from typing import Annotated, Any
 import typer
 
 from svftool.cli.common import lasting_streams, stderr
-from svftool.cli.help import Command, Group
+from svftool.cli.help import Command, CommandLine
 from svftool.errors import SvftoolError, refused
 from svftool.report.text import one_line
 
@@ -65,7 +65,7 @@ def _build(name: str) -> Any:
     return typer.main.get_command(single)
 
 
-class ErrorBoundary(Group):
+class ErrorBoundary(CommandLine):
     """Turn expected failures into one line on stderr and the exit code of their class."""
 
     def __init__(self, **settings: Any) -> None:

@@ -15,8 +15,6 @@ from svftool.cli.common import (
     ForceOption,
     IncludeOption,
 )
-from svftool.files.folder import check_exists
-from svftool.files.output import check_output
 
 if TYPE_CHECKING:
     from svftool.stages.decompose import DecomposeOptions
@@ -86,9 +84,6 @@ def command(
     display: Display,
 ) -> None:
     """Decompose a checkpoint's layers by singular value decomposition."""
-    check_exists(checkpoint)
-    if not dry_run:
-        check_output(output, force=force)
     from svftool.report import decompose as report
     from svftool.stages.decompose import decompose, plan
 

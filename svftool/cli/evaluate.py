@@ -15,7 +15,6 @@ from svftool.cli.common import (
     TaskOption,
 )
 from svftool.cli.signature import TaskFlags, options_of
-from svftool.files.folder import check_data, check_exists
 
 EXAMPLE = (
     "Example: svftool evaluate factors --tuned birds.svf.safetensors --data test "
@@ -65,8 +64,6 @@ def command(
     display: Display,
 ) -> None:
     """Measure a checkpoint, or factors with a tuned file, on a data set."""
-    check_exists(checkpoint)
-    check_data(data)
     from svftool.report import evaluate as report
     from svftool.stages.evaluate import evaluate
 

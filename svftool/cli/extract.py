@@ -13,8 +13,6 @@ from svftool.cli.common import (
     OutputOption,
     leave_to_first_process,
 )
-from svftool.files.folder import check_exists
-from svftool.files.output import check_output
 
 EXAMPLE = "Example: svftool extract base.safetensors tuned.safetensors -o small.svf.safetensors"
 
@@ -29,9 +27,6 @@ def command(
 ) -> None:
     """Turn a dense fine-tune into the tuned file that approximates it best."""
     leave_to_first_process("extract")
-    check_exists(base)
-    check_exists(tuned)
-    check_output(output, force=force)
     from svftool.report import extract as report
     from svftool.stages.extract import extract
 

@@ -19,8 +19,6 @@ from svftool.cli.common import (
     is_first_process,
 )
 from svftool.cli.signature import TaskFlags, options_of
-from svftool.files.folder import check_data, check_factors
-from svftool.files.output import check_output
 
 if TYPE_CHECKING:
     from svftool.training import Settings
@@ -234,10 +232,6 @@ def command(
     display: Display,
 ) -> None:
     """Train singular values on a few examples, beside other regimes if asked for."""
-    check_factors(factors)
-    check_data(data)
-    if is_first_process():
-        check_output(output, force=force, resume=resume)
     from svftool.report.finetune import document, view
     from svftool.report.training import ReportFile
     from svftool.stages.finetune import finetune

@@ -23,7 +23,7 @@ class _PlainHelp:
         self.format_epilog(ctx, formatter)  # type: ignore[attr-defined]
 
 
-class Group(_PlainHelp, TyperGroup):
+class CommandLine(_PlainHelp, TyperGroup):
     """The command line as a whole."""
 
     def format_options(self, ctx: Any, formatter: Any) -> None:

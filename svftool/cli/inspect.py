@@ -14,7 +14,6 @@ from svftool.cli.common import (
     ExcludeOption,
     IncludeOption,
 )
-from svftool.files.folder import check_exists
 
 EXAMPLE = "Example: svftool inspect base.safetensors merged.safetensors --html report.html"
 
@@ -90,8 +89,6 @@ def command(
     display: Display,
 ) -> None:
     """Say what fine-tunes did to a checkpoint, layer by layer."""
-    for one in (base, *(tuned or ())):
-        check_exists(one)
     from svftool.auditing.policy import Gatekeeper
     from svftool.report import inspect as report
     from svftool.report.inspect.files import Files, MapsFile

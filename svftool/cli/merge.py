@@ -14,8 +14,6 @@ from svftool.cli.common import (
     OutputOption,
     leave_to_first_process,
 )
-from svftool.files.folder import check_factors, check_tuned_exist
-from svftool.files.output import check_output
 
 EXAMPLE = "Example: svftool merge factors birds.svf.safetensors@0.7 -o merged.safetensors --verify"
 
@@ -47,9 +45,6 @@ def command(
 ) -> None:
     """Fold tuned singular values back into dense weights."""
     leave_to_first_process("merge")
-    check_factors(factors)
-    check_tuned_exist(tuned or ())
-    check_output(output, force=force)
     from svftool.report import merge as report
     from svftool.stages.merge import merge
 

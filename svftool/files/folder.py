@@ -5,14 +5,13 @@ from __future__ import annotations
 import os
 import re
 import shutil
-from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from svftool.errors import (
     CheckpointError,
-    DataError,
     FactorsError,
     ModelError,
     brief,
@@ -97,35 +96,6 @@ def check_factors(folder: Path) -> None:
             f"{folder}: no {FACTORS_FILE}, expected a folder written by 'svftool decompose'. "
             "Run 'svftool decompose CHECKPOINT -o FACTORS' first."
         )
-
-
-def check_tuned_exist(names: Iterable[str]) -> None:
-    """Refuse tuned files that are not there; each may carry a weight, ``FILE@0.5``.
-
-    Raises
-    ------
-    FactorsError
-        If one is missing.
-    """
-    for name in names:
-        path = name if Path(name).exists() else name.rpartition("@")[0] or name
-        if not Path(path).exists():
-            raise FactorsError(
-                f"{path}: no such file, expected a tuned file of 'svftool finetune'. "
-                "Check the path."
-            )
-
-
-def check_data(path: Path) -> None:
-    """Refuse data that is not there.
-
-    Raises
-    ------
-    DataError
-        If there is no such file or folder.
-    """
-    if not path.exists():
-        raise DataError(f"{path}: no such file or folder, expected a data set. Check the path.")
 
 
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")

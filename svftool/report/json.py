@@ -5,8 +5,6 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Mapping, Sequence
-from importlib.resources import files
-from importlib.resources.abc import Traversable
 from pathlib import PurePath
 from typing import Any
 
@@ -65,17 +63,3 @@ def _plain(value: Any) -> Any:
     if isinstance(value, Sequence) and not isinstance(value, str):
         return [_plain(item) for item in value]
     return str(value) if isinstance(value, PurePath) else value
-
-
-def schema_names() -> list[str]:
-    """Return the commands whose documents have a published schema."""
-    return sorted(one.name.removesuffix(".json") for one in _schemas().iterdir())
-
-
-def schema_text(command: str) -> str:
-    """Return the JSON Schema (2020-12) of a command's document."""
-    return (_schemas() / f"{command}.json").read_text(encoding="utf-8")
-
-
-def _schemas() -> Traversable:
-    return files("svftool.report") / "schemas"
