@@ -7,7 +7,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from svftool.checkpoints import Selection, dtype_named, parse_json
+from svftool.checkpoints import Selection, dtype_named
 from svftool.checkpoints.views import View, matrix_shape
 from svftool.errors import FactorsError, system_fault
 from svftool.files.folder import FACTORS_FILE, check_factors
@@ -153,7 +153,7 @@ def read_config(folder: Path) -> FactorConfig:
     path = folder / CONFIG_FILE
     check_factors(folder)
     try:
-        document = parse_json(path.read_bytes())
+        document = json.loads(path.read_bytes())
         if not isinstance(document, dict):
             raise TypeError(f"a JSON {type(document).__name__}, expected an object")  # noqa: TRY301
         _check_version(path, document["schema_version"])
