@@ -11,7 +11,6 @@ output is absent, old or complete; and the next run works.
 
 from __future__ import annotations
 
-import argparse
 import builtins
 import errno
 import fcntl
@@ -125,17 +124,9 @@ class Faults(kills.Kills):
 
 def main(words: list[str] | None = None) -> int:
     """Run the command line."""
-    shape = argparse.RawTextHelpFormatter
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=shape)
-    parser.add_argument("--count", type=int, default=20)
-    parser.add_argument("--seconds", type=float, default=1e9, help="stop after so many")
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--replay", metavar="SEED:NUMBER")
+    parser = warm.options(__doc__, count=20)
     chosen = parser.parse_args(words)
-    seed, numbers = chosen.seed, range(chosen.count)
-    if chosen.replay:
-        seed, number = map(int, chosen.replay.split(":"))
-        numbers = range(number, number + 1)
+    seed, numbers = warm.cases(chosen)
     warm.warm()
     begun, counts, faults = time.monotonic(), Counter[tuple[str, str]](), 0
     with tempfile.TemporaryDirectory(prefix="svftool-faults-") as name:

@@ -11,7 +11,6 @@ more than 2 GB, a half-written output, or if code out of the input runs.
 
 from __future__ import annotations
 
-import argparse
 import shutil
 import sys
 import tempfile
@@ -146,23 +145,15 @@ def keep(result: Result, case: Path, folder: Path, name: str) -> None:
 
 def main(words: list[str] | None = None) -> int:
     """Run the command line."""
-    shape = argparse.RawTextHelpFormatter
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=shape)
-    parser.add_argument("--count", type=int, default=300)
+    parser = warm.options(__doc__, count=300)
     parser.add_argument("--start", type=int, default=0, help="first number")
-    parser.add_argument("--seconds", type=float, default=1e9, help="stop after so many")
-    parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--only", choices=[one.name for one in FORMATS])
-    parser.add_argument("--replay", metavar="SEED:NUMBER")
     parser.add_argument("--keep", type=Path, default=Path("fuzz-failures"))
     parser.add_argument(
         "--check", action="store_true", help="only hold that sound inputs are taken"
     )
     chosen = parser.parse_args(words)
-    seed, numbers = chosen.seed, range(chosen.start, chosen.start + chosen.count)
-    if chosen.replay:
-        seed, number = map(int, chosen.replay.split(":"))
-        numbers = range(number, number + 1)
+    seed, numbers = warm.cases(chosen, start=chosen.start)
     warm.warm()
     with tempfile.TemporaryDirectory(prefix="svftool-fuzz-") as name:
         fuzz = Fuzz(Path(name), seed)

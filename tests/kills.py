@@ -10,7 +10,6 @@ and the same command, once more, works and gives the bytes of an undisturbed run
 
 from __future__ import annotations
 
-import argparse
 import hashlib
 import json
 import os
@@ -208,18 +207,10 @@ class Kills:
 
 def main(words: list[str] | None = None) -> int:
     """Run the command line."""
-    shape = argparse.RawTextHelpFormatter
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=shape)
-    parser.add_argument("--count", type=int, default=20)
-    parser.add_argument("--seconds", type=float, default=1e9, help="stop after so many")
-    parser.add_argument("--seed", type=int, default=0)
+    parser = warm.options(__doc__, count=20)
     parser.add_argument("--only", choices=[one.name for one in COMMANDS])
-    parser.add_argument("--replay", metavar="SEED:NUMBER")
     chosen = parser.parse_args(words)
-    seed, numbers = chosen.seed, range(chosen.count)
-    if chosen.replay:
-        seed, number = map(int, chosen.replay.split(":"))
-        numbers = range(number, number + 1)
+    seed, numbers = warm.cases(chosen)
     warm.warm()
     begun, counts, faults = time.monotonic(), Counter[tuple[str, str]](), 0
     with tempfile.TemporaryDirectory(prefix="svftool-kills-") as name:

@@ -6,6 +6,7 @@ measured like any process.
 
 from __future__ import annotations
 
+import argparse
 import gc
 import importlib
 import os
@@ -48,6 +49,25 @@ class Ended:
     err: str
     seconds: float
     peak: int
+
+
+def options(description: str | None, *, count: int) -> argparse.ArgumentParser:
+    """Return a parser with what every script on numbered cases takes."""
+    shape = argparse.RawTextHelpFormatter
+    parser = argparse.ArgumentParser(description=description, formatter_class=shape)
+    parser.add_argument("--count", type=int, default=count)
+    parser.add_argument("--seconds", type=float, default=1e9, help="stop after so many")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--replay", metavar="SEED:NUMBER")
+    return parser
+
+
+def cases(chosen: argparse.Namespace, *, start: int = 0) -> tuple[int, range]:
+    """Return the seed and the numbers of the cases that were asked for."""
+    if chosen.replay:
+        seed, number = map(int, chosen.replay.split(":"))
+        return seed, range(number, number + 1)
+    return chosen.seed, range(start, start + chosen.count)
 
 
 def warm() -> None:

@@ -13,6 +13,7 @@ from svftool.checkpoints.pickle_file import ZIP_MAGIC, PickleFile
 from svftool.checkpoints.safetensors_file import SafetensorsFile
 from svftool.errors import CheckpointError, ResourceError, system_fault
 from svftool.files.folder import (
+    FACTORS_FILE,
     PICKLE_SUFFIXES,
     STEMS,
     Place,
@@ -89,7 +90,7 @@ def _open_file(path: Path) -> Checkpoint:
 
 
 def _open_folder(folder: Path, stem: str | None, *, hub_id: str | None = None) -> Checkpoint:
-    if stem is None and (folder / "svf_config.json").is_file():
+    if stem is None and (folder / FACTORS_FILE).is_file():
         raise CheckpointError(
             f"{folder}: svf_config.json says that these are factors, expected a checkpoint. "
             "Run 'svftool merge' on the folder, or name the checkpoint it was made from."

@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import signal
 import sys
-from collections.abc import Iterator, MutableMapping
+from collections.abc import Iterator, Mapping
+from functools import cache
 from importlib import import_module
 from types import FrameType
 from typing import Annotated, Any
@@ -31,38 +32,31 @@ class Terminated(BaseException):
     """SIGTERM as an exception, so that cleaning up runs as for Ctrl-C."""
 
 
-class Commands(MutableMapping[str, Any]):
+class Commands(Mapping[str, Any]):
     """The commands by name, each built when it is asked for."""
 
-    def __init__(self) -> None:
-        self._built: dict[str, Any] = dict.fromkeys(NAMES)
-
     def __getitem__(self, name: str) -> Any:
-        if self._built[name] is None:
-            self._built[name] = _build(name)
-        return self._built[name]
-
-    def __setitem__(self, name: str, command: Any) -> None:
-        self._built[name] = command
-
-    def __delitem__(self, name: str) -> None:
-        del self._built[name]
+        if name not in NAMES:
+            raise KeyError(name)
+        return _build(name)
 
     def __iter__(self) -> Iterator[str]:
-        return iter(self._built)
+        return iter(NAMES)
 
     def __len__(self) -> int:
-        return len(self._built)
+        return len(NAMES)
 
 
+@cache
 def _build(name: str) -> Any:
     from svftool.cli.signature import expanded
 
     module = import_module(f"svftool.cli.{name}")
     single = typer.Typer(add_completion=False, **_STYLE)
-    kind = type("Command", (Command,), {"first": getattr(module, "FIRST", ())})
-    single.command(name, cls=kind, epilog=module.EXAMPLE)(expanded(module.command))
-    return typer.main.get_command(single)
+    single.command(name, cls=Command, epilog=module.EXAMPLE)(expanded(module.command))
+    built: Any = typer.main.get_command(single)
+    built.first = getattr(module, "FIRST", ())
+    return built
 
 
 class ErrorBoundary(CommandLine):
@@ -70,7 +64,7 @@ class ErrorBoundary(CommandLine):
 
     def __init__(self, **settings: Any) -> None:
         super().__init__(**settings)
-        self.commands = Commands()
+        self.commands = Commands()  # type: ignore[assignment]
 
     def invoke(self, ctx: Any) -> Any:
         """Run the command."""

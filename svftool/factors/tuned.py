@@ -28,6 +28,7 @@ from svftool.checkpoints import (
 )
 from svftool.errors import CheckpointError, FactorsError, brief, shortlist
 from svftool.factors.store import FactorStore
+from svftool.files.folder import TUNED_KEY
 from svftool.files.hub import named_in_cache
 
 # A seeded probe of each layer's singular vectors, small enough to travel in a tuned file.
@@ -122,7 +123,7 @@ def _unpack(text: str, shape: tuple[int, ...]) -> Float64:
     return np.frombuffer(base64.b64decode(text), dtype="<f2").astype(np.float64).reshape(shape)
 
 
-METADATA_KEY = "svftool"
+METADATA_KEY = TUNED_KEY
 SCHEMA_VERSION = 1
 PROBE_TOLERANCE = 1e-2
 """Largest share of a delta that may land on other singular vectors, see `Probe.mismatch`."""

@@ -67,6 +67,9 @@ class Place:
 FACTORS_FILE = "svf_config.json"
 """What makes a folder a factor checkpoint."""
 
+TUNED_KEY = "svftool"
+"""Metadata of a safetensors file that makes it a tuned file."""
+
 
 def check_exists(text: str | os.PathLike[str]) -> None:
     """Refuse a name that is neither here nor can be a hub id.
@@ -224,7 +227,20 @@ def _nothing_found(folder: Path, names: Sequence[str]) -> str:
     )
 
 
-def _read_object(path: Path, expected: str) -> dict[str, Any]:
+def read_object(path: Path, expected: str) -> dict[str, Any]:
+    """Return what a JSON file holds.
+
+    Parameters
+    ----------
+    path : Path
+    expected : str
+        What it should be, for messages.
+
+    Raises
+    ------
+    CheckpointError
+        If it is no JSON object, or far too long.
+    """
     size = path.stat().st_size
     if size > _MAX_JSON:
         raise CheckpointError(f"{path}: {size} bytes, expected {expected} of less than {_MAX_JSON}")
@@ -250,7 +266,7 @@ def read_config(folder: Path) -> Mapping[str, Any] | None:
         If it is no JSON object.
     """
     path = folder / "config.json"
-    return _read_object(path, "a JSON object") if path.is_file() else None
+    return read_object(path, "a JSON object") if path.is_file() else None
 
 
 def class_labels(config: Mapping[str, Any]) -> tuple[str, ...] | None:
@@ -293,7 +309,7 @@ def read_index(path: Path) -> tuple[dict[str, str], dict[str, Any]]:
     CheckpointError
         If it is no index, or names a file outside its folder or one that is missing.
     """
-    index = _read_object(path, "a shard index")
+    index = read_object(path, "a shard index")
     weight_map = index.get("weight_map")
     if not isinstance(weight_map, dict) or not weight_map:
         raise CheckpointError(f"{path}: no weight_map, expected a shard index. {_AGAIN}")

@@ -11,12 +11,18 @@ from pathlib import Path
 from typing import Any
 
 from svftool.adapters.layouts import adapter_kind, adapter_layout
+from svftool.adapters.peft_config import CONFIG_FILE as ADAPTER_FILE
 from svftool.errors import CheckpointError, SvftoolError, shortlist
 from svftool.files.contents import Contents, TensorEntry, read_contents, storage_of, tied_names
-from svftool.files.folder import FACTORS_FILE, check_exists, looks_like_hub_id
+from svftool.files.folder import (
+    FACTORS_FILE,
+    TUNED_KEY,
+    check_exists,
+    looks_like_hub_id,
+    read_object,
+)
 from svftool.progress import SILENT, Progress
 
-ADAPTER_FILE, TUNED_KEY = "adapter_config.json", "svftool"
 _CHUNK = 1 << 22
 
 
@@ -131,22 +137,9 @@ def _pickled(place: Path) -> Contents:
         )
 
 
-def _object(path: Path) -> dict[str, Any]:
-    """Read a JSON object; what is none is said where it is shown."""
-    try:
-        value = json.loads(path.read_bytes())
-    except (ValueError, RecursionError) as error:
-        raise CheckpointError(
-            f"{path}: not readable ({str(error)[:100]}), expected a JSON object."
-        ) from None
-    if not isinstance(value, dict):
-        raise CheckpointError(f"{path}: a JSON {type(value).__name__}, expected an object.")
-    return value
-
-
 def _factors(folder: Path, path: str) -> Info:
     contents = read_contents(folder, stem="svf") or _pickled(folder)
-    config = _object(folder / FACTORS_FILE)
+    config = read_object(folder / FACTORS_FILE, "a configuration of factors")
     layers = [one for one in _list(config.get("layers")) if isinstance(one, Mapping)]
     held = {one.name for one in contents.tensors}
     missing = [
@@ -198,7 +191,7 @@ def _tuned_facts(contents: Contents) -> dict[str, Any]:
 
 
 def _adapter(folder: Path, path: str) -> Info:
-    config = _object(folder / ADAPTER_FILE)
+    config = read_object(folder / ADAPTER_FILE, "a configuration of an adapter")
     files = [folder / f"adapter_model{suffix}" for suffix in (".safetensors", ".bin")]
     file = next((one for one in files if one.is_file()), None)
     if file is None:
