@@ -6,7 +6,7 @@
 # needs. `.venv` in the clone is a thin environment on top of it that holds svftool itself.
 
 PYTHON ?= python3
-PYTEST_ARGS ?= -n 2 --dist loadgroup
+PYTEST_ARGS ?= -n 2 --dist loadfile --no-loadscope-reorder
 RUN := .venv/bin/python
 
 .PHONY: help demo test check format cov docs-check benchmark-quick clean

@@ -11,6 +11,9 @@ import pytest
 
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ.setdefault("OMP_NUM_THREADS", "2")
+# Two test processes of two threads each share two cores: a thread that spins while it waits takes
+# the core from the one it waits for.
+os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 
 import torch
 from hypothesis import HealthCheck, settings

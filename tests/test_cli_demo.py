@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import re
 import shlex
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -16,8 +18,10 @@ from svftool.cli import app
 from svftool.factors import read_tuned
 
 pytest.importorskip("sklearn")
-# What the demo made is shared, so its tests stay in one process.
-pytestmark = pytest.mark.xdist_group("demo")
+
+DOCS = Path(__file__).resolve().parents[1] / "docs"
+sys.path.insert(0, str(DOCS))
+import transcript  # noqa: E402
 
 runner = CliRunner()
 
@@ -89,3 +93,50 @@ def test_other_peoples_folders_are_left_alone(
         assert refused.exit_code == 2
         assert "holds other files" in refused.stderr
     assert (tmp_path / "thesis.txt").read_text() == "mine"
+
+
+_NUMBER = re.compile(r"-?\+?\d[\d,]*(?:\.\d+)?(?:e[-+]\d+)?")
+_VARIES = re.compile(r"\b[0-9a-f]{12}\b|\d[\d.]* (?:ms|s|min|kB|MB|GB)\b|[\u2581-\u258f\u2588]+")
+"""Times, memory, fingerprints, and the bars whose heights follow the last digits."""
+
+
+def _words_and_numbers(text: str) -> tuple[list[str], list[float]]:
+    plain = _VARIES.sub("~", " ".join(text.split()))
+    numbers = [float(one.replace(",", "")) for one in _NUMBER.findall(plain)]
+    return _NUMBER.sub("0", plain).split(), numbers
+
+
+def agrees(shown: str, output: str) -> bool:
+    """Tell whether two outputs are the same up to times, memory and last digits."""
+    (words, numbers), (others, values) = map(_words_and_numbers, (shown, output))
+    pairs = zip(numbers, values, strict=False)
+    return words == others and len(numbers) == len(values) and all(_near(a, b) for a, b in pairs)
+
+
+def _near(number: float, other: float) -> bool:
+    # What was trained on another processor differs by an image or two, in per cent.
+    room = 2.0 if abs(number) > 4 else max(0.05 * abs(number), 2e-7)
+    return abs(number - other) <= room
+
+
+def test_outputs_that_differ_are_told_apart() -> None:
+    assert agrees("head 67.6 5 ms 10.1 MB ██▅", "head  67.5 12 ms 9.3 MB █▅▅")
+    assert not agrees("head 67.6", "svf 67.6")
+    assert not agrees("head 67.6", "head 47.6")
+    assert not agrees("3 tensors changed", "30 tensors changed")
+    assert not agrees("head 67.6", "head 67.6 1")
+
+
+def test_the_readme_runs_in_order_and_prints_what_stands_there(
+    shown: tuple[Path, dict[str, Any]],
+) -> None:
+    folder, _ = shown
+    stored = (DOCS / "transcript.md").read_text(encoding="utf-8")
+    ran = list(transcript.run_all(folder.parent))
+    assert len(ran) >= 6
+    for one in ran:
+        assert one.exit_code == 0, one
+        assert not one.line.shown or agrees(one.line.shown, one.output), one
+        start = stored.index(f"$ {one.line.command}\n")
+        kept = stored[start:].partition("\n```")[0].partition("\n")[2]
+        assert agrees(kept, one.output), one

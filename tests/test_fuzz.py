@@ -20,8 +20,8 @@ FOLDER = Path(__file__).parent
 SCRIPT = """
 import sys, fuzz, kills, faults
 mains = {"fuzz": fuzz.main, "kills": kills.main, "faults": faults.main}
-few = {"fuzz": ["--count", "60", "--keep", sys.argv[1]], "kills": ["--count", "4"],
-       "faults": ["--count", "4"]}
+few = {"fuzz": ["--count", "300", "--keep", sys.argv[1]], "kills": ["--count", "20"],
+       "faults": ["--count", "10"]}
 sys.exit(max(mains[name](["--seed", "13", *words]) for name, words in few.items()))
 """
 
@@ -35,7 +35,7 @@ def test_a_few_of_each_give_no_fault(tmp_path: Path) -> None:
     )  # fmt: skip
     assert ended.returncode == 0, ended.stdout + ended.stderr[-2000:]
     last = [line for line in ended.stdout.splitlines() if "faults, " in line]
-    assert [line.partition(",")[0] for line in last] == ["60 inputs", "4 runs", "4 runs"]
+    assert [line.partition(",")[0] for line in last] == ["300 inputs", "20 runs", "10 runs"]
 
 
 @pytest.mark.parametrize(
