@@ -10,8 +10,8 @@ from re import _constants as sre  # type: ignore[attr-defined]
 from re import _parser  # type: ignore[attr-defined]
 from typing import Any
 
-from svftool.checkpoints import parse_json
 from svftool.errors import CheckpointError, shortlist, system_fault
+from svftool.files.header import parse_json
 
 # Match a regular expression in time that grows with the text, whatever the pattern is.
 #
