@@ -36,6 +36,7 @@ from svftool.report.text import one_line
 from svftool.tasks.images import open_image
 from svftool.tasks.texts import list_texts
 from svftool.tasks.tokens import length_limit
+from svftool.training.workspace import RECORDS, Journal
 
 
 def checkpoint(folder: Path, config: dict[str, Any] | None = None) -> Path:
@@ -207,3 +208,45 @@ def test_what_cannot_be_finished_is_not_begun(
         work()
     assert not begun
     assert list(tmp_path.iterdir()) == []
+
+
+LOOPS: tuple[tuple[str, ...], ...] = (
+    ("info", "a"),
+    ("inspect", "a", "sound"),
+    ("inspect", "sound", "a.safetensors"),
+    ("merge", "a.safetensors", "sound", "-o", "out"),
+    ("decompose", "a", "-o", "out"),
+    ("decompose", "sound", "-o", "a"),
+    ("extract", "sound", "a.safetensors", "-o", "out"),
+    ("evaluate", "a", "--data", "sound"),
+    ("finetune", "a", "--data", "sound", "-o", "out"),
+)
+
+
+@pytest.mark.parametrize("words", LOOPS, ids=" ".join)
+def test_links_in_a_circle_are_one_line(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, words: tuple[str, ...]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    checkpoint(tmp_path / "sound")
+    for name in ("a", "a.safetensors"):
+        (tmp_path / name).symlink_to("between")
+        (tmp_path / "between").unlink(missing_ok=True)
+        (tmp_path / "between").symlink_to(name)
+        result = CliRunner().invoke(app, [word.replace("a.safetensors", name) for word in words])
+        assert result.exit_code in (2, 3, 4), result.output
+        assert result.stderr.count("error: ") == 1
+
+
+@pytest.mark.parametrize("damage", [{"lr": "x"}, {"lr": {}}, {"more": 1}, None, 3, []])
+def test_damaged_records_of_an_interrupted_run_are_refused(tmp_path: Path, damage: Any) -> None:
+    journal = Journal(tmp_path)
+    value = {"lr": 0.1, "scores": (1.0, float("inf")), "facts": {"fold": 1}}
+    journal.note("run", value)
+    assert journal.noted("run") == {**value, "scores": [1.0, float("inf")]}
+    path = tmp_path / RECORDS / "run.json"
+    kept = json.loads(path.read_text())
+    kept["value"] = {**kept["value"], **damage} if isinstance(damage, dict) else damage
+    path.write_text(json.dumps(kept))
+    with pytest.raises(FactorsError, match="without --resume"):
+        journal.noted("run")

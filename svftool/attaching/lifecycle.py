@@ -31,6 +31,7 @@ from svftool.attaching.weight import AttachedWeight, Mode, runs_without_base
 from svftool.checkpoints import matches, write_errors
 from svftool.errors import FactorsError, ModelError, ResourceError, UsageError, shortlist
 from svftool.factors import FactorStore, open_factors
+from svftool.files.folder import real
 
 # Frozen weights wait in a file instead of in memory: nothing reads them while factors do the work.
 
@@ -305,7 +306,7 @@ def _attach(
         layers={name: layers[name] for name in chosen},
         weights=weights,
         names=names,
-        factors=store.path.resolve(),
+        factors=real(store.path),
     )
     model.requires_grad_(False)
     install(model, {model.get_parameter(live): weight for live, weight in weights.items()})

@@ -22,6 +22,7 @@ from svftool.checkpoints import (
 from svftool.checkpoints.base import Closing
 from svftool.errors import CheckpointError, FactorsError, shortlist
 from svftool.factors.schema import CONFIG_FILE, FactorConfig, LayerRecord, read_config
+from svftool.files.folder import real
 from svftool.progress import SILENT, Progress
 
 STEM = "svf"
@@ -177,8 +178,8 @@ class FactorStore(Closing):
         if base.hub:
             return base.place
         # The place is relative to the folder itself, which links may stand for, as may its files.
-        own = (self.path / CONFIG_FILE).resolve().parent
-        folders = (self.path.resolve(), own, self.path)
+        own = real(self.path / CONFIG_FILE).parent
+        folders = (real(self.path), own, self.path)
         places = [Path(os.path.normpath(folder / base.place)) for folder in folders]
         path = next((one for one in places if one.exists()), None)
         if path is None:

@@ -71,6 +71,15 @@ TUNED_KEY = "svftool"
 """Metadata of a safetensors file that makes it a tuned file."""
 
 
+def real(path: Path) -> Path:
+    """Return the absolute path with all links followed.
+
+    Unlike `Path.resolve` it raises nothing for links that lead in a circle, which Python answers
+    with a RuntimeError before 3.13; opening such a path says what is wrong.
+    """
+    return Path(os.path.realpath(path))
+
+
 def check_exists(text: str | os.PathLike[str]) -> None:
     """Refuse a name that is neither here nor can be a hub id.
 
@@ -489,7 +498,7 @@ def _is_inside(path: Path, folder: Path) -> bool:
     """Tell whether a link stays in its folder, or leads to the files of the same hub cache."""
     if not path.is_symlink():
         return True
-    target, root = path.resolve(), folder.resolve()
+    target, root = real(path), real(folder)
     caches = list(root.parents)[:_LINK_DEPTH]
     return target.is_relative_to(root) or target.parent in [one / "blobs" for one in caches]
 

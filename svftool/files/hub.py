@@ -7,7 +7,7 @@ from pathlib import Path
 from types import ModuleType
 
 from svftool.errors import CheckpointError, MissingDependencyError
-from svftool.files.folder import weight_candidates
+from svftool.files.folder import real, weight_candidates
 
 _SIDE_FILES = (
     ".json", ".txt", ".model", ".py", ".md", ".jinja", ".vocab", ".tiktoken", "LICENSE",
@@ -26,13 +26,13 @@ def named_in_cache(path: Path) -> Path:
     path : Path
         Any path; one that is not the blob of a cache is returned as it is.
     """
-    blob = path.resolve()
+    blob = real(path)
     cache = blob.parent.parent
     if path.is_symlink() or blob.parent.name != "blobs" or not (cache / "snapshots").is_dir():
         return path
     main = cache / "refs" / "main"
     first = main.read_text(encoding="utf-8", errors="replace").strip() if main.is_file() else ""
-    links = [link for link in (cache / "snapshots").rglob("*") if link.resolve() == blob]
+    links = [link for link in (cache / "snapshots").rglob("*") if real(link) == blob]
     links.sort(key=lambda link: (first not in link.parts, str(link)))
     return links[0] if links else path
 
@@ -42,8 +42,8 @@ def lasting_path(path: Path) -> Path:
 
     A link is kept where what belongs to the file lies beside the link alone, as in a hub cache.
     """
-    target = path.resolve()
-    link = path.parent.resolve() / path.name
+    target = real(path)
+    link = real(path.parent) / path.name
     beside_link = (link.parent / "config.json").is_file()
     beside_file = (target.parent / "config.json").is_file()
     in_cache = target.parent.name == "blobs"

@@ -16,7 +16,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from svftool.errors import ResourceError, UsageError, write_errors
-from svftool.files.folder import WEIGHT_SUFFIXES
+from svftool.files.folder import WEIGHT_SUFFIXES, real
 
 logger = logging.getLogger(__name__)
 
@@ -142,7 +142,7 @@ class _Place:
                 f"{self.given}: exists already, expected a new output. Use --force to replace it."
             )
         if self.target.is_dir() and (
-            os.path.ismount(self.target) or _holds(self.target.resolve(), Path.cwd(), Path.home())
+            os.path.ismount(self.target) or _holds(real(self.target), Path.cwd(), Path.home())
         ):
             raise UsageError(
                 f"{self.given}: holds the current or the home folder, expected one that may be "
@@ -238,7 +238,7 @@ def exchange(one: Path, other: Path) -> bool:
 
 
 def _holds(folder: Path, *places: Path) -> bool:
-    return any(place.resolve().is_relative_to(folder) for place in places)
+    return any(real(place).is_relative_to(folder) for place in places)
 
 
 def overlap(output: Path, path: Path) -> str:
@@ -248,7 +248,7 @@ def overlap(output: Path, path: Path) -> str:
     """
     for one, two in (
         (Path(os.path.abspath(output)), Path(os.path.abspath(path))),  # noqa: PTH100
-        (output.resolve(), path.resolve()),
+        (real(output), real(path)),
     ):
         if one == two:
             return "the same as"

@@ -16,6 +16,7 @@ from torch import nn
 
 from svftool.checkpoints import Checkpoint
 from svftool.errors import MissingDependencyError, ModelError
+from svftool.files.folder import real
 from svftool.models.load import build_within, load_weights
 from svftool.models.pretrained import load_transformers
 from svftool.models.timm_options import timm_options
@@ -249,12 +250,12 @@ def _import_file(path: Path) -> object:
     # Registered, and its folder on the path, so that dataclasses, pickling and imports of
     # neighbouring files work as in a script.
     sys.modules[key] = module
-    sys.path.insert(0, str(path.resolve().parent))
+    sys.path.insert(0, str(real(path).parent))
     try:
         with _explained(f"{path} failed to import"):
             spec.loader.exec_module(module)
     finally:
-        sys.path.remove(str(path.resolve().parent))
+        sys.path.remove(str(real(path).parent))
     return module
 
 

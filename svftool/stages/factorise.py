@@ -45,7 +45,7 @@ from svftool.factors import (
     plan_factor_shards,
     write_shard,
 )
-from svftool.files.folder import named
+from svftool.files.folder import named, real
 from svftool.files.hub import lasting_path
 from svftool.numerics import Method, Svd, reconstruct
 from svftool.processes import Processes
@@ -304,7 +304,7 @@ class Factorisation:
         hub, settings = self.source.hub_id, self.settings
         return FactorConfig(
             base=BaseRecord(
-                place=hub or os.path.relpath(lasting_path(self.source.path), self.target.resolve()),
+                place=hub or os.path.relpath(lasting_path(self.source.path), real(self.target)),
                 hub=hub is not None,
                 fingerprint=seen.fingerprint,
             ),

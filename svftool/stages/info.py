@@ -20,6 +20,7 @@ from svftool.files.folder import (
     check_exists,
     looks_like_hub_id,
     read_object,
+    real,
 )
 from svftool.progress import SILENT, Progress
 
@@ -247,7 +248,7 @@ def _blocks(path: Path) -> Iterator[bytes]:
 def _not_the_blob(contents: Contents, digests: Mapping[str, str]) -> Iterator[str]:
     """Hold files of a hub cache against their names, which are their SHA-256."""
     for name, digest in digests.items():
-        blob = (contents.folder / name).resolve()
+        blob = real(contents.folder / name)
         if blob.parent.name == "blobs" and len(blob.name) == len(digest) and blob.name != digest:
             yield f"{name}: SHA-256 {digest[:12]}, expected {blob.name[:12]} as the cache names it"
 

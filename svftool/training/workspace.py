@@ -7,6 +7,7 @@ interrupted comparison can be used and continued.
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import shutil
@@ -269,13 +270,28 @@ class Journal:
         fresh = path.with_name(f"{path.name}.new")
         with write_errors(path):
             path.parent.mkdir(parents=True, exist_ok=True)
-            fresh.write_text(json.dumps(value), encoding="utf-8")
+            fresh.write_text(json.dumps({"sha256": _digest(value), "value": value}), "utf-8")
             replace_safely(fresh, path)
 
     def noted(self, name: str) -> dict[str, Any] | None:
-        """Return the values kept under a name; None if there are none."""
+        """Return the values kept under a name; None if there are none.
+
+        Raises
+        ------
+        FactorsError
+            If they are not as `note` left them.
+        """
         path = self.folder / RECORDS / f"{name}.json"
         if not path.exists():
             return None
         with kept_work(path):
-            return dict(parse_json(path.read_bytes()))
+            kept = parse_json(path.read_bytes())
+            value = dict(kept["value"])
+            if kept["sha256"] != _digest(value):
+                raise ValueError("its values are not those that were written")
+            return value
+
+
+def _digest(value: Mapping[str, Any]) -> str:
+    """Hash plain values, so that a value of the wrong type or size is never gone on from."""
+    return hashlib.sha256(json.dumps(value).encode()).hexdigest()
