@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
@@ -174,3 +175,32 @@ def test_a_wrapped_model_is_found(factors: Path, tmp_path: Path) -> None:
     svftool.attach(model, factors)
     svftool.save_tuned(nn.Sequential(model), tmp_path / "x.svf.safetensors")
     assert "module.conv.weight" in svftool.read_tuned(tmp_path / "x.svf.safetensors").S
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"module.norm.weight": (3,)},
+        {"module.norm.running_var": (6, 1)},
+        {"module.fc.weight": (5, 7)},
+        {"module.fc.weight": (4, 8)},
+        {"module.fc.bias": (4,)},
+        {"module.fc.weight": (4, 8), "module.fc.bias": (3,)},
+        {"module.fc.weight": ()},
+    ],
+)
+def test_tensors_of_another_shape_are_refused(
+    factors: Path, tmp_path: Path, x: Tensor, changes: dict[str, tuple[int, ...]]
+) -> None:
+    path = tmp_path / "x.svf.safetensors"
+    tuned(factors, path, 1, head=True)
+    with safe_open(path, framework="pt") as file:
+        metadata = file.metadata()
+    values = load_file(path) | {name: torch.ones(shape) for name, shape in changes.items()}
+    save_file(values, path, metadata=metadata)
+    ours = network()
+    svftool.attach(ours, factors)
+    expected = ours(x)
+    with pytest.raises(FactorsError, match=r"has shape .*, expected .* as the model has it"):
+        svftool.load_tuned(ours, path)
+    assert torch.equal(ours(x), expected)

@@ -11,6 +11,7 @@ import torch
 from torch import nn
 
 from svftool.errors import ModelError
+from svftool.tasks.base import forward_errors
 from svftool.tasks.heads import (
     class_means,
     head_inputs,
@@ -147,3 +148,15 @@ def test_two_outputs_of_one_name_and_classes_of_one_form_are_no_match() -> None:
     assert head_rows(["crane"], ["crane, bird", "crane, machine"]) is None
     assert head_rows(["a b", "a_b"], ["A B", "c"]) is None
     assert head_rows(["A-b", "Stra\u00dfe"], ["strasse", "a B"]) == [1, 0]
+
+
+@pytest.mark.parametrize("error", [TypeError, KeyError, IndexError, OverflowError, RuntimeError])
+def test_what_a_model_raises_is_said_in_one_line(error: type[Exception]) -> None:
+    with (
+        pytest.raises(ModelError, match=r"images of 3 x 3: .*first") as caught,
+        forward_errors("images of 3 x 3"),
+    ):
+        raise error("first\nsecond")
+    assert "second" not in str(caught.value).replace("\\nsecond", "")
+    with pytest.raises(torch.OutOfMemoryError), forward_errors("x"):
+        raise torch.OutOfMemoryError

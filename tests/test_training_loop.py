@@ -11,9 +11,11 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors import safe_open
+from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from svftool.errors import ResourceError, UsageError
+from svftool.errors import FactorsError, ResourceError, UsageError
 from svftool.progress import SILENT, Progress
 from svftool.tasks.base import Part, Prepared, TaskMetric
 from svftool.training import Interruption, Outcome, Settings, State, StateFile, train
@@ -464,3 +466,25 @@ def test_long_curves_are_thinned_and_go_on_as_they_were() -> None:
     assert 256 <= len(points) <= 512
     assert points[0] == (0, 0.0)
     assert points[-1][0] >= 2990
+
+
+@pytest.mark.parametrize("damage", ["a tensor less", "another shape", "another dtype", "a fact"])
+def test_a_damaged_state_is_not_gone_on_from(tmp_path: Path, damage: str) -> None:
+    file = StateFile(tmp_path / "state")
+    facts, tensors = {"step": 3}, {"a": torch.ones(3), "b": torch.ones(2)}
+    file.write(State(tensors, facts))
+    assert file.read() is not None
+    with safe_open(file.path, framework="pt") as written:
+        metadata = written.metadata()
+    match damage:
+        case "a tensor less":
+            del tensors["b"]
+        case "another shape":
+            tensors["a"] = torch.ones(3, 1)
+        case "another dtype":
+            tensors["a"] = torch.ones(3, dtype=torch.float64)
+        case _:
+            metadata["svftool"] = '{"step": "x"}'
+    save_file(tensors, file.path, metadata=metadata)
+    with pytest.raises(FactorsError, match="without --resume"):
+        file.read()

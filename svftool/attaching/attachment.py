@@ -294,7 +294,32 @@ def _plan_whole(attachment: Attachment, tuned: TunedFile, store: FactorStore) ->
             f"{tuned.path}: {len(homeless)} tensors have no place in the model: "
             f"{shortlist(homeless)}. Build the model with the head that the file was trained with."
         )
+    _check_fits(attachment.model, planned, tuned.path)
     return planned
+
+
+_ROWS = ("out_features", "out_channels", "num_embeddings")
+"""Sizes of a module whose rows may be more or fewer in a tuned file: a head has one a class."""
+
+
+def _check_fits(model: nn.Module, planned: Mapping[str, Tensor], path: Path) -> None:
+    """Refuse tensors of another shape than the model's, but for the rows of a head."""
+    for live, value in planned.items():
+        found = _find(model, live)
+        if found is None or value.shape == found[2].shape:
+            continue
+        owner, attribute, present = found
+        want = list(present.shape)
+        if value.ndim and want and any(hasattr(owner, size) for size in _ROWS):
+            other = "bias" if attribute == "weight" else "weight"
+            beside = planned.get(f"{live.removesuffix(attribute)}{other}")
+            beside = getattr(owner, other, None) if beside is None else beside
+            want[0] = len(value) if beside is None else len(beside)
+        if list(value.shape) != want:
+            raise FactorsError(
+                f"{path}: {live} has shape {tuple(value.shape)}, expected {tuple(want)} as the "
+                "model has it. Give the model that the file was trained with."
+            )
 
 
 def _find(model: nn.Module, live: str) -> tuple[nn.Module, str, Tensor] | None:
@@ -322,6 +347,6 @@ def _assign(attachment: Attachment, live: str, value: Tensor) -> None:
         setattr(owner, attribute, nn.Parameter(fresh, requires_grad=present.requires_grad))
     else:
         setattr(owner, attribute, fresh)
-    for size in ("out_features", "out_channels"):
+    for size in _ROWS:
         if hasattr(owner, size):
             setattr(owner, size, fresh.shape[0])

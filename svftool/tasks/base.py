@@ -8,6 +8,7 @@ The loop knows nothing of labels, masks or text. A new task is one module that o
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal, Protocol, runtime_checkable
@@ -15,10 +16,43 @@ from typing import Any, Literal, Protocol, runtime_checkable
 import torch
 from torch import Tensor, nn
 
+from svftool.errors import ModelError
 from svftool.processes import Processes
 from svftool.progress import SILENT, Progress
 
 Part = Literal["query", "held_out"]
+
+
+CHOOSE_SIZE = ". Choose the size with --image-size"
+
+_FORWARD = (
+    RuntimeError, TypeError, ValueError, LookupError, AssertionError, ArithmeticError,
+)  # fmt: skip
+
+
+@contextmanager
+def forward_errors(inputs: str, way_out: str = "") -> Iterator[None]:
+    """Raise ModelError for what a model raises that does not take its inputs.
+
+    Parameters
+    ----------
+    inputs : str
+        What it was given, such as ``images of 32 x 32``.
+    way_out : str
+        What else to try.
+
+    Raises
+    ------
+    ModelError
+        With the first line of the model's own error.
+    """
+    try:
+        yield
+    except torch.OutOfMemoryError:
+        raise
+    except _FORWARD as error:
+        text = (str(error) or type(error).__name__).splitlines()[0]
+        raise ModelError(f"the model does not take {inputs}: {text}{way_out}") from error
 
 
 @dataclass(frozen=True)

@@ -15,7 +15,7 @@ from torch.nn.functional import cross_entropy
 from svftool.errors import DataError, MissingDependencyError, ModelError, shortlist
 from svftool.models import DEFAULT_PREPROCESSING, Preprocessing, find_head
 from svftool.progress import SILENT, Progress
-from svftool.tasks.base import Part, Prepared, TaskMetric, device_of
+from svftool.tasks.base import CHOOSE_SIZE, Part, Prepared, TaskMetric, device_of, forward_errors
 from svftool.tasks.heads import (
     MOST_JUDGED,
     are_telling,
@@ -419,15 +419,9 @@ class ClassificationDraw:
 
     def _outputs(self, model: nn.Module) -> int:
         batch = self._task.view.centre(self._support.take([0, self.size - 1]))
-        try:
-            with torch.inference_mode():
-                outputs = pool(logits_of(model.eval()(batch.to(device_of(model)))))
-        except (RuntimeError, ValueError, AssertionError) as error:
-            height, width = self._task.view.size
-            raise ModelError(
-                f"the model does not take images of {height} x {width}: {_first_line(error)}. "
-                "Choose the size with --image-size"
-            ) from error
+        height, width = self._task.view.size
+        with forward_errors(f"images of {height} x {width}", CHOOSE_SIZE), torch.inference_mode():
+            outputs = pool(logits_of(model.eval()(batch.to(device_of(model)))))
         return outputs.shape[1]
 
     def _start_from_means(self, model: nn.Module, head: str) -> None:
@@ -537,7 +531,3 @@ def _head_of(model: nn.Module, name: str | None) -> str | None:
         return find_head(model)
     require_module(model, name)
     return name
-
-
-def _first_line(error: Exception) -> str:
-    return (str(error) or type(error).__name__).splitlines()[0]

@@ -17,7 +17,7 @@ from torch.nn.functional import cross_entropy
 
 from svftool.errors import DataError, ModelError, UsageError
 from svftool.progress import SILENT, Progress
-from svftool.tasks.base import Part, Prepared, TaskMetric, device_of, to_device
+from svftool.tasks.base import Part, Prepared, TaskMetric, device_of, forward_errors, to_device
 from svftool.tasks.heads import logits_of, require_module
 from svftool.tasks.options import LanguageOptions, StrPath
 from svftool.tasks.splits import draw_examples, left_out, nothing_left, others, require_query
@@ -192,12 +192,8 @@ class LanguageDraw:
         block = self._support.blocks[0]
         short = Block(block.ids[:2], block.targets[:2], 0)
         batch = to_device(collate([short], self._task.padding), device_of(model))
-        try:
-            with torch.inference_mode():
-                logits = self._logits(model.eval(), batch)
-        except (RuntimeError, TypeError, ValueError, IndexError) as error:
-            text = (str(error) or type(error).__name__).splitlines()[0]
-            raise ModelError(f"the model does not take tokens: {text}") from error
+        with forward_errors("tokens"), torch.inference_mode():
+            logits = self._logits(model.eval(), batch)
         if logits.ndim != 3:
             raise ModelError(
                 f"the model returns {tuple(logits.shape)} for 1 text of {len(short.ids)} tokens, "

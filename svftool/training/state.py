@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import time
@@ -23,7 +24,7 @@ SECONDS = 30.0
 LARGEST_SHARE = 0.05
 """Largest share of the time that writing may take, where no number of steps is given."""
 
-_FACTS = "svftool"
+_FACTS, _DIGEST = "svftool", "sha256"
 
 
 @dataclass(frozen=True)
@@ -87,22 +88,38 @@ class StateFile:
         tensors = {name: value.detach().cpu().contiguous() for name, value in state.tensors.items()}
         with write_errors(self.path):
             self.path.parent.mkdir(parents=True, exist_ok=True)
-            save_file(tensors, fresh, metadata={_FACTS: json.dumps(dict(state.facts))})
+            facts = json.dumps(dict(state.facts))
+            save_file(tensors, fresh, metadata={_FACTS: facts, _DIGEST: _digest(facts, tensors)})
             replace_safely(fresh, self.path)
         self._last = time.perf_counter()
         self._cost = self._last - begun
 
     def read(self) -> State | None:
-        """Return the last state; None where there is none."""
+        """Return the last state; None where there is none.
+
+        Raises
+        ------
+        FactorsError
+            If its facts, names, shapes or dtypes are not those that `write` gave it.
+        """
         if not self.path.exists():
             return None
         with kept_work(self.path), safe_open(self.path, framework="pt") as file:
-            facts = json.loads(file.metadata()[_FACTS])
-            return State({name: file.get_tensor(name) for name in file.keys()}, facts)  # noqa: SIM118
+            facts, digest = file.metadata()[_FACTS], file.metadata()[_DIGEST]
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+            if digest != _digest(facts, tensors):
+                raise ValueError("it is not what was written")
+            return State(tensors, json.loads(facts))
 
     def remove(self) -> None:
         """Forget the state, once the run is written."""
         self.path.unlink(missing_ok=True)
+
+
+def _digest(facts: str, tensors: Mapping[str, Tensor]) -> str:
+    """Hash what the next step could stumble over: all but the tensors' values."""
+    shapes = sorted((name, str(one.dtype), tuple(one.shape)) for name, one in tensors.items())
+    return hashlib.sha256(f"{facts}{shapes}".encode()).hexdigest()
 
 
 def replace_safely(fresh: Path, path: Path) -> None:

@@ -13,7 +13,7 @@ from torch.nn.functional import cross_entropy
 
 from svftool.errors import MissingDependencyError, ModelError
 from svftool.progress import SILENT, Progress
-from svftool.tasks.base import Part, Prepared, device_of
+from svftool.tasks.base import CHOOSE_SIZE, Part, Prepared, device_of, forward_errors
 from svftool.tasks.heads import require_module
 from svftool.tasks.options import SegmentationOptions
 from svftool.tasks.segmentation.heads import (
@@ -112,16 +112,9 @@ class SegmentationDraw:
     def _heads(self, model: nn.Module, images: Tensor) -> tuple[int | None, list[str]]:
         """Channels of the model's logits and the modules that give them; none for a backbone."""
         setting = self._setting
-        try:
-            with torch.inference_mode():
-                output = model(images)
-        except (RuntimeError, ValueError, AssertionError) as error:
-            height, width = images.shape[-2:]
-            text = (str(error) or type(error).__name__).splitlines()[0]
-            raise ModelError(
-                f"the model does not take images of {height} x {width}: {text}. "
-                "Choose the size with --image-size"
-            ) from error
+        height, width = images.shape[-2:]
+        with forward_errors(f"images of {height} x {width}", CHOOSE_SIZE), torch.inference_mode():
+            output = model(images)
         try:
             outputs = dense_logits(output).shape[1]
         except ModelError:
