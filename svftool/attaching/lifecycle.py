@@ -28,7 +28,14 @@ from svftool.attaching.matching import match_by_value
 from svftool.attaching.names import NameMap, map_names, own_names
 from svftool.attaching.weight import AttachedWeight, Mode, runs_without_base
 from svftool.checkpoints import matches, write_errors
-from svftool.errors import FactorsError, ModelError, ResourceError, UsageError, shortlist
+from svftool.errors import (
+    FactorsError,
+    ModelError,
+    ResourceError,
+    UsageError,
+    no_such,
+    shortlist,
+)
 from svftool.factors import FactorStore, open_factors
 
 # Frozen weights wait in a file instead of in memory: nothing reads them while factors do the work.
@@ -215,7 +222,7 @@ def attach(
     """
     check_parametrisation(parametrisation)
     if mode not in get_args(Mode):
-        raise UsageError(f"mode {mode!r}, expected one of {', '.join(get_args(Mode))}.")
+        raise UsageError(no_such("mode", mode, get_args(Mode)))
     options = BuildOptions(parametrisation, mode, parse_band(train_rank), nonnegative)
     if find_attachment(model) is not None:
         raise ModelError("the model has attached singular values already. Call detach first.")
