@@ -122,7 +122,8 @@ def close(held: Sequence[Held]) -> None:
     found = violations(failed)
     parts = [f"{len(failed)} of {len(held)} gates failed"]
     if found:
-        parts.append(f"{len(found)} tensors failed, such as {found[0]}")
+        tensors = "tensor" if len(found) == 1 else "tensors"
+        parts.append(f"{len(found)} {tensors} failed: {shortlist(found, 3)}")
     empty = [one for one in failed if one.missed]
     if empty:
         parts.append(shortlist((f"{one.rule}: {one.missed}" for one in empty), 2))

@@ -201,7 +201,10 @@ def read_policy(path: Path) -> Policy:
     _only(path, tensors, {"unmatched"}, "[tensors]")
     unmatched = tensors.get("unmatched")
     if unmatched is not None and unmatched not in _UNMATCHED:
-        raise UsageError(f"{path}: {no_such('unmatched =', str(unmatched), _UNMATCHED)}")
+        raise UsageError(
+            f"{path}: unmatched = {unmatched!r}, expected 'allow' or 'deny'."
+            f"{did_you_mean(str(unmatched), _UNMATCHED)}"
+        )
     return Policy(path, tuple(_rule(path, rule) for rule in rules), unmatched)
 
 

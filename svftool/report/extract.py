@@ -12,7 +12,7 @@ from svftool.errors import shortlist
 from svftool.report import json
 from svftool.report.names import Names
 from svftool.report.table import NameTable
-from svftool.report.text import number, safe
+from svftool.report.text import safe
 from svftool.stages.extract import ExtractResult
 
 MOST_ROWS = 12
@@ -39,7 +39,7 @@ def view(result: ExtractResult) -> RenderableType:
     table.column("weight drift", right=True)
     table.column("not reached", right=True)
     for one in shown:
-        table.row(one.name, (number(one.change), f"{one.error:.1%}"))
+        table.row(one.name, (f"{one.change:.2%}", f"{one.error:.1%}"))
     parts: list[RenderableType] = [table]
     if len(rows) > MOST_ROWS:
         parts.append(Text(f"and {len(rows) - MOST_ROWS} more layers, approximated better", "dim"))

@@ -11,7 +11,7 @@ from svftool.errors import shortlist
 from svftool.report import json
 from svftool.report.names import Names
 from svftool.report.table import NameTable
-from svftool.report.text import number, safe
+from svftool.report.text import safe
 from svftool.stages.merge import MergeResult
 
 MOST_ROWS = 12
@@ -57,7 +57,7 @@ def view(result: MergeResult) -> RenderableType:
         for one in changed[:MOST_ROWS]:
             style = "yellow" if one.rounding_loss > HEAVY_LOSS else ""
             loss = Text(f"{one.rounding_loss:.1e}", style)
-            table.row(one.name, (number(one.relative_change), loss))
+            table.row(one.name, (f"{one.relative_change:.2%}", loss))
         parts.append(table)
     if len(changed) > MOST_ROWS:
         parts.append(Text(f"and {len(changed) - MOST_ROWS} more layers, changed less", "dim"))

@@ -125,6 +125,8 @@ def _shared(names: Sequence[list[str]]) -> tuple[str, str]:
     count = 0
     while count < least - 1 and first[count] == last[count] and not _numbered(first[count]):
         count += 1
+    if count and any(len(name) == count + 1 and name[-1].isdecimal() for name in names):
+        count -= 1  # a number alone names nothing
     ends = {name[-1] for name in names}
     same = len(ends) == 1 and count < least - 1 and not _numbered(first[-1])
     return "".join(f"{part}." for part in first[:count]), f".{first[-1]}" if same else ""

@@ -13,6 +13,7 @@ from svftool.auditing.verdicts import (
     REARRANGED,
     ROUNDING,
     SPECTRUM_ONLY,
+    UNDECIDED,
     UNRELATED,
     UNTOUCHED,
 )
@@ -24,6 +25,9 @@ _WAYS = {
     ROUNDING: "by rounding alone",
     BROKEN: "to values that are not finite, or to zeros",
 }
+
+
+_LAST = (CHANGED, ROUNDING)
 
 
 def headline(one: Comparison) -> str:
@@ -40,7 +44,11 @@ def headline(one: Comparison) -> str:
         Such as "40 of 41 tensors compared (1 only in the base); 24 changed, all by updates of
         rank 8 that hold 99 % of the change".
     """
-    return f"{_coverage(one)}; {_changes([*one.rows, *one.codes])}"
+    said = f"{_coverage(one)}; {_changes([*one.rows, *one.codes])}"
+    if one.verdict is None or one.verdict.name != UNDECIDED:
+        return said
+    left = len(one.coverage.not_compared)
+    return f"{left} {'tensor' if left == 1 else 'tensors'} not compared; {said}"
 
 
 def _coverage(one: Comparison) -> str:
@@ -73,7 +81,8 @@ def _changes(rows: Sequence[Row]) -> str:
     changed = sum(map(len, groups.values()))
     if not changed:
         return "none changed"
-    ways = sorted(groups.items(), key=lambda item: -len(item[1]))
+    # Matrices before what is small, then the many before the few.
+    ways = sorted(groups.items(), key=lambda item: (item[0] in _LAST, -len(item[1])))
     if len(ways) == 1:
         whole = "all " if changed > 1 else ""
         return f"{changed} changed, {whole}{_way(*ways[0])}"

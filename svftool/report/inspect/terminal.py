@@ -106,12 +106,7 @@ def _compared(one: Comparison, shown: Shown) -> Iterator[RenderableType]:
     listed = rows if shown.every else [row for row in rows if not _still(row)]
     if listed:
         yield ""
-        yield from _listed_rows(one, listed, shown)
-    if len(listed) < len(rows):
-        count = len(rows) - len(listed)
-        matrices = "matrix is" if count == 1 else "matrices are"
-        more = " (--all lists them)" if listed else ""
-        yield Text(f"{count} {matrices} untouched{more}", "dim")
+        yield from _listed_rows(one, listed, shown, untouched=len(rows) - len(listed))
     yield from unmatched(one, every=shown.every)
     yield ""
     yield from _others(one)
@@ -136,8 +131,7 @@ def _verdict(one: Comparison, verdict: Verdict) -> Iterator[Text]:
     yield Text(verdict.text, f"bold {colour}".replace("bold bold", "bold")).append(
         f": {said}", "default not bold not dim"
     )
-    meaning = VERDICTS[verdict.name]
-    yield Text(f"{verdict.name}: {meaning}; {verdict.confidence} confidence", "dim")
+    yield Text(f"({VERDICTS[verdict.name]}; {verdict.confidence} confidence)", "dim")
 
 
 def _sorted(rows: Sequence[Row], sort: str) -> list[Row]:
@@ -151,19 +145,37 @@ def _sorted(rows: Sequence[Row], sort: str) -> list[Row]:
     return sorted(rows, key=key)
 
 
-def _listed_rows(one: Comparison, rows: list[Row], shown: Shown) -> Iterator[RenderableType]:
-    """Draw a line a matrix, or a line a block where these would be too many."""
+def _listed_rows(
+    one: Comparison, rows: list[Row], shown: Shown, *, untouched: int
+) -> Iterator[RenderableType]:
+    """Draw a line a matrix, or a line a block where these would be too many; count the rest."""
     many = len(rows) > MOST_ROWS and shown.top is None and not shown.every
-    if shown.group or many:
-        yield from _blocks(one, rows, shown)
-        return
+    blocks = shown.group or many
     most = len(rows) if shown.every else shown.top or MOST_ROWS
-    yield from _rows(rows[:most], shown.sort)
-    if len(rows) > most:
-        yield Text(f"and {len(rows) - most} more matrices (--all lists them)", "dim")
+    table, count = _blocks(one, rows, shown) if blocks else _rows(rows, most, shown.sort)
+    yield table
+    left = []
+    if blocks:
+        left.append(f"{len(rows)} matrices in {count} blocks")
+    if count > most:
+        left.append(f"and {count - most} more {'blocks' if blocks else 'matrices'}")
+    if untouched:
+        left.append(f"{untouched} {'matrix' if untouched == 1 else 'matrices'} untouched")
+    if left:
+        yield Text(f"{', '.join(left)} (--all lists each)", "dim")
+    doubts = {row.verdict.confidence for row in rows if row.verdict is not None} - {"high"}
+    yield _legend(
+        _explained(shown.sort),
+        "bars: against the largest",
+        "svf share: part of the change that singular values alone can make",
+        "" if blocks else "∆S: change along the singular directions, largest first",
+        "?, ??: medium, low confidence" if doubts and not blocks else "",
+        table.names.dropped,
+    )
 
 
-def _rows(rows: Sequence[Row], sort: str) -> Iterator[RenderableType]:
+def _rows(rows: Sequence[Row], most: int, sort: str) -> tuple[NameTable, int]:
+    count, rows = len(rows), rows[:most]
     table = NameTable(Names(row.name for row in rows), gap=1)
     table.column(_label(sort), right=True, width=6)
     table.column("", width=BAR_WIDTH)
@@ -173,19 +185,7 @@ def _rows(rows: Sequence[Row], sort: str) -> Iterator[RenderableType]:
     largest = largest_of(row.value(sort) for row in rows)
     for row in rows:
         table.row(row.name, _cells(row, sort, largest))
-    yield table
-    doubts = {row.verdict.confidence for row in rows if row.verdict is not None} - {"high"}
-    yield _legend(
-        _explained(sort),
-        "bars: against the largest",
-        _SVF_SHARE,
-        "∆S: change along the singular directions, largest first",
-        "?, ??: medium, low confidence" if doubts else "",
-        table.names.dropped,
-    )
-
-
-_SVF_SHARE = "svf share: part of the change that singular values alone can make"
+    return table, count
 
 
 def _explained(sort: str) -> str:
@@ -223,8 +223,8 @@ def _spectral_change(row: Row) -> str:
     return sparkline(np.abs(moved), SPARK_WIDTH)
 
 
-def _blocks(one: Comparison, rows: Sequence[Row], shown: Shown) -> Iterator[RenderableType]:
-    """Draw a line a block: its largest value, and how many of its matrices have which verdict."""
+def _blocks(one: Comparison, rows: Sequence[Row], shown: Shown) -> tuple[NameTable, int]:
+    """Make a line a block: its largest value, and how many of its matrices have which verdict."""
     found: dict[str, list[Row]] = {}
     for row in rows:
         found.setdefault(block_of(row.name), []).append(row)
@@ -239,16 +239,7 @@ def _blocks(one: Comparison, rows: Sequence[Row], shown: Shown) -> Iterator[Rend
     largest = largest_of(row.value(shown.sort) for row in rows)
     for block, inside in blocks.items():
         table.row(block, _block_cells(one, inside, shown.sort, largest))
-    yield table
-    if len(found) > len(blocks):
-        yield Text(f"and {len(found) - len(blocks)} more blocks (--all lists each matrix)", "dim")
-    yield _legend(
-        f"{len(rows)} matrices in {len(found)} blocks (--all lists each)",
-        _explained(shown.sort),
-        "bars: against the largest",
-        _SVF_SHARE,
-        table.names.dropped,
-    )
+    return table, len(found)
 
 
 def _block_cells(
@@ -287,11 +278,8 @@ def _others(one: Comparison) -> Iterator[RenderableType]:
         )
         yield text.append(f"({safe(differ[0].name)})", "dim")
     yield from _left_out(one.left_out)
-    done, counts = one.coverage.compared, one.totals
-    yield Text(
-        f"{done} tensors compared, of {counts[0]} in the base and {counts[1]} in the fine-tune",
-        "dim",
-    )
+    base, tuned = one.totals
+    yield Text(f"{base} tensors in the base, {tuned} in the fine-tune", "dim")
 
 
 def _left_out(items: Sequence[Unread]) -> Iterator[Text]:

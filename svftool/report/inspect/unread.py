@@ -9,12 +9,12 @@ from rich.table import Table
 from rich.text import Text
 
 from svftool.auditing import Comparison, Unread
-from svftool.report.inspect.marks import block_of
 from svftool.report.text import plain_table, safe, shape
 
 MOST_LINES = 20
 """Tensors without a counterpart beyond which they are gathered by blocks."""
 
+_SIGNS = {"of another shape": "~", "only in the base": "-", "only in the fine-tune": "+"}
 _COLOURS = {"-": "red", "+": "green", "~": "yellow"}
 
 
@@ -39,8 +39,8 @@ def unmatched(one: Comparison, *, every: bool = False) -> Iterator[RenderableTyp
     every : bool
         A line a tensor, however many there are.
     """
-    signs = {"of another shape": "~", "only in the base": "-", "only in the fine-tune": "+"}
-    lines = [(signs[what], item) for what, items in unread(one) if what in signs for item in items]
+    found = {what: items for what, items in unread(one) if what in _SIGNS}
+    lines = [(_SIGNS[what], item) for what, items in found.items() for item in items]
     if not lines:
         return
     yield ""
@@ -58,20 +58,33 @@ def unmatched(one: Comparison, *, every: bool = False) -> Iterator[RenderableTyp
             name, why = Text(safe(item.name), _COLOURS[sign]), Text(_rest(item), "dim")
             table.add_row(Text(sign, _COLOURS[sign]), name, *sides, why)
     yield table
-    gathered = "; gathered by blocks, --all lists each" if table.row_count < len(lines) else ""
-    yield Text(f"-: only in the base; +: only in the fine-tune; ~: two shapes{gathered}", "dim")
+    legend = [f"{_SIGNS[what]}: {what}" for what in found]
+    if table.row_count < len(lines):
+        legend.append("gathered by their names (--all lists each)")
+    yield Text("; ".join(legend), "dim")
 
 
 def _add_blocks(table: Table, lines: Sequence[tuple[str, Unread]]) -> None:
-    counts: dict[tuple[str, str], list[Unread]] = {}
-    for sign, item in lines:
-        counts.setdefault((sign, block_of(item.name)), []).append(item)
-    for (sign, block), items in counts.items():
+    for (sign, block), items in _gathered(lines).items():
         name = items[0].name if len(items) == 1 else f"{block}.*"
         count = f"{len(items)} tensors" if len(items) > 1 else "1 tensor"
         sides = (count if sign != other else "" for other in ("+", "-"))
         colour = _COLOURS[sign]
         table.add_row(Text(sign, colour), Text(safe(name), colour), *sides, Text())
+
+
+def _gathered(lines: Sequence[tuple[str, Unread]]) -> dict[tuple[str, str], list[Unread]]:
+    """Gather tensors by as many first parts of their names as leave few enough groups."""
+    longest = max(item.name.count(".") for _, item in lines)
+    groups: dict[tuple[str, str], list[Unread]] = {}
+    for depth in range(max(longest, 1), 0, -1):
+        groups = {}
+        for sign, item in lines:
+            block = ".".join(item.name.split(".")[:depth])
+            groups.setdefault((sign, block), []).append(item)
+        if len(groups) <= MOST_LINES:
+            break
+    return groups
 
 
 def _rest(item: Unread) -> str:
