@@ -7,9 +7,10 @@ import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
-from xml.etree import ElementTree
+from xml.etree import ElementTree as ET
 
 import pytest
+import torch
 from model_names import NAMES, named
 from safetensors.torch import save_file
 from typer.testing import CliRunner
@@ -38,9 +39,7 @@ def row(name: str, verdict: str, *, drift: float | None = 0.0, matrix: bool = Tr
 
 
 def result(*rows: Row, lost: tuple[Unread, ...] = ()) -> AuditResult:
-    one = Comparison(
-        Path("base"), Path("tuned"), ("checkpoint",) * 2, rows, unmatched_base=lost
-    )
+    one = Comparison(Path("base"), Path("tuned"), ("checkpoint",) * 2, rows, unmatched_base=lost)
     return AuditResult((one,), ("weight_drift", "relative_drift", "svf_share", "intruders"))
 
 
@@ -187,7 +186,7 @@ def test_commands_of_a_workflow_are_a_line_each_and_escaped(tmp_path: Path) -> N
 
 
 def test_the_file_for_junit_has_a_case_for_each_rule(tmp_path: Path) -> None:
-    root = ElementTree.fromstring(junit(failing(tmp_path)))
+    root = ET.fromstring(junit(failing(tmp_path)))
     assert (root.get("tests"), root.get("failures")) == ("3", "1")
     cases = list(root.iter("testcase"))
     assert len(cases) == 3
@@ -195,8 +194,6 @@ def test_the_file_for_junit_has_a_case_for_each_rule(tmp_path: Path) -> None:
 
 
 def test_the_command_tells_both_and_keeps_its_document_whole(tmp_path: Path) -> None:
-    import torch
-
     base, report = tmp_path / "a.safetensors", tmp_path / "gates.xml"
     save_file({"a.weight": torch.eye(4)}, base)
     arguments = ["inspect", str(base), str(base), "--fail-above", "weight_drift=0.1", "--json"]
@@ -205,7 +202,7 @@ def test_the_command_tells_both_and_keeps_its_document_whole(tmp_path: Path) -> 
     assert found.exit_code == 0, found.stderr
     assert [one["matched"] for one in json.loads(found.stdout)["gates"]] == [1, 1]
     assert "::notice title=" in found.stderr
-    assert ElementTree.fromstring(report.read_bytes()).get("failures") == "0"
+    assert ET.fromstring(report.read_bytes()).get("failures") == "0"
     assert CliRunner().invoke(app, told).exit_code == 2
     wrong = CliRunner().invoke(app, [*arguments, "--annotate", "githb"])
     assert wrong.exit_code == 2
@@ -240,3 +237,36 @@ def test_a_misspelt_word_of_a_policy_is_guessed(tmp_path: Path, text: str) -> No
 def test_drift_alone_is_the_drift_of_weights() -> None:
     with pytest.raises(UsageError, match=r"Did you mean 'weight_drift'\?"):
         Gatekeeper.read(("drift=0.1",), None)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "meant"),
+    [
+        (("finetune", "x", "-o", "y", "--data", "z", "--task", "languag"), "language"),
+        (("finetune", "x", "-o", "y", "--data", "z", "--sampling", "balance"), "balanced"),
+        (("decompose", "BASE", "-o", "y", "--method", "exat"), "exact"),
+        (("decompose", "BASE", "-o", "y", "--dtype", "bfloat"), "bfloat16"),
+        (("inspect", "BASE", "BASE", "--sort", "drift"), "weight_drift"),
+        (("inspect", "BASE", "BASE", "--metrics", "cka,alpa"), "alpha"),
+        (("inspect", "BASE", "BASE", "--fail-above", "drift=0.1"), "weight_drift"),
+        (("inspect", "BASE", "BASE", "--device", "cudda"), "cuda"),
+    ],
+)
+def test_a_wrong_value_of_an_option_is_guessed(
+    tmp_path: Path, arguments: tuple[str, ...], meant: str
+) -> None:
+    base = tmp_path / "a.safetensors"
+    save_file({"a.weight": torch.eye(4)}, base)
+    given = [str(base) if one == "BASE" else one for one in arguments]
+    given = [str(tmp_path / "y") if one == "y" else one for one in given]
+    found = CliRunner(env={"COLUMNS": "200"}).invoke(app, given)
+    assert found.exit_code == 2
+    assert f"Did you mean '{meant}'?" in found.stderr
+
+
+@pytest.mark.parametrize(("text", "meant"), [("svf+biass", "svf+bias"), ("ful", "full")])
+def test_a_misspelt_regime_is_guessed(text: str, meant: str) -> None:
+    from svftool.attaching.regimes import parse_regime
+
+    with pytest.raises(UsageError, match=re.escape(f"Did you mean {meant!r}?")):
+        parse_regime(text)

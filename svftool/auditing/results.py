@@ -16,7 +16,6 @@ from svftool.auditing.pair import Array, norm_ratio
 from svftool.auditing.verdicts import ROUNDING, UNTOUCHED, Verdict
 from svftool.checkpoints import View
 
-
 Shape = tuple[int, ...]
 
 

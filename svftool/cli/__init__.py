@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import signal
 import sys
-from collections.abc import Iterator, MutableMapping
+from collections.abc import Callable, Iterator, MutableMapping
 from importlib import import_module
 from types import FrameType
 from typing import Annotated, Any
@@ -17,7 +17,7 @@ import typer
 from typer.core import TyperGroup
 
 from svftool.cli.common import lasting_streams, stderr
-from svftool.errors import SvftoolError, refused
+from svftool.errors import SvftoolError, did_you_mean, refused
 from svftool.report.text import safe
 
 NAMES = ("decompose", "finetune", "evaluate", "merge", "inspect", "info", "extract", "demo")
@@ -61,7 +61,25 @@ def _build(name: str) -> Any:
     module = import_module(f"svftool.cli.{name}")
     single = typer.Typer(**_STYLE)
     single.command(name, epilog=module.EXAMPLE)(expanded(module.command))
-    return typer.main.get_command(single)
+    command = typer.main.get_command(single)
+    for one in command.params:
+        if getattr(one.type, "choices", None):
+            one.type.convert = _guessing(one.type)  # type: ignore[method-assign]
+    return command
+
+
+def _guessing(kind: Any) -> Callable[..., Any]:
+    """Return the reader of an option of few values that guesses what a wrong one was to be."""
+    read = kind.convert
+
+    def guessed(value: Any, param: Any, ctx: Any) -> Any:
+        try:
+            return read(value, param, ctx)
+        except typer.BadParameter as error:
+            error.message += did_you_mean(str(value), kind.choices)
+            raise
+
+    return guessed
 
 
 class ErrorBoundary(TyperGroup):

@@ -13,7 +13,7 @@ from rich.text import Text
 from svftool.report import json
 from svftool.report.names import Names
 from svftool.report.table import NameTable
-from svftool.report.text import plain_table, safe, shape, size
+from svftool.report.text import safe, shape, size
 from svftool.stages.info import Info
 
 MOST_ROWS = 40

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from typing import Any
-from xml.etree import ElementTree
+from xml.etree import ElementTree as ET
 
 from rich.console import RenderableType
 from rich.text import Text
@@ -120,15 +120,15 @@ def junit(held: Sequence[Held], *, seconds: float = 0.0) -> str:
     failures = str(sum(not one.passed for one in held))
     counts = {"name": "svftool inspect", "tests": str(len(held)), "failures": failures}
     counts |= {"errors": "0", "skipped": "0", "time": f"{seconds:.3f}"}
-    root = ElementTree.Element("testsuites", counts)
-    suite = ElementTree.SubElement(root, "testsuite", counts)
+    root = ET.Element("testsuites", counts)
+    suite = ET.SubElement(root, "testsuite", counts)
     for one in held:
         named = {"classname": safe(one.place or "inspect"), "name": safe(one.rule), "time": "0"}
-        case = ElementTree.SubElement(suite, "testcase", named)
+        case = ET.SubElement(suite, "testcase", named)
         if not one.passed:
             message = one.missed or _matched(one)
-            failure = ElementTree.SubElement(case, "failure", message=safe(message), type="gate")
+            failure = ET.SubElement(case, "failure", message=safe(message), type="gate")
             failure.text = "\n".join(safe(str(item)) for item in one.offenders)
-        ElementTree.SubElement(case, "system-out").text = _matched(one)
-    ElementTree.indent(root)
-    return ElementTree.tostring(root, encoding="unicode", xml_declaration=True) + "\n"
+        ET.SubElement(case, "system-out").text = _matched(one)
+    ET.indent(root)
+    return ET.tostring(root, encoding="unicode", xml_declaration=True) + "\n"

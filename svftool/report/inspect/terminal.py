@@ -73,9 +73,10 @@ class Shown:
     every: bool = False
 
 
-def view(
-    result: AuditResult, shown: Shown = Shown(), *, held: Sequence[Held] = ()
-) -> RenderableType:
+USUAL = Shown()
+
+
+def view(result: AuditResult, shown: Shown = USUAL, *, held: Sequence[Held] = ()) -> RenderableType:
     """Return the result for people.
 
     Parameters
