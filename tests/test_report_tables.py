@@ -18,7 +18,6 @@ from svftool.report.inspect import Shown, view
 from svftool.report.inspect.headline import headline
 from svftool.report.names import display_names
 
-
 PLAIN = Shown()
 
 

@@ -166,7 +166,8 @@ def _refuse_strangers(base: AuditSource, other: AuditSource, matching: Matching)
         first = matching.misshapen[0]
         raise CheckpointError(
             f"{other.path}: every tensor that {base.path} has too is of another shape, such as "
-            f"{first.tuned!r} with {say_shapes(*_shapes(base, other, first))}. Name a fine-tune of this base."
+            f"{first.tuned!r} with {say_shapes(*_shapes(base, other, first))}. "
+            "Name a fine-tune of this base."
         )
     raise CheckpointError(
         f"{other.path}: no tensor in common with {base.path}, expected a fine-tune of it "
