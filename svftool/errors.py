@@ -136,6 +136,57 @@ def brief(value: object, limit: int = 60) -> str:
     return text if len(text) <= limit else f"{text[:limit]}..."
 
 
+def did_you_mean(name: str, names: Iterable[object]) -> str:
+    """Say which of a closed set of names was probably meant; nothing where none is near.
+
+    A name that contains what was written comes before one that is spelt alike.
+
+    Examples
+    --------
+    >>> did_you_mean("drift", ["delta_norm", "weight_drift"])
+    " Did you mean 'weight_drift'?"
+    >>> did_you_mean("untouchd", ["untouched", "low rank"])
+    " Did you mean 'untouched'?"
+    >>> did_you_mean("xyz", ["untouched", "low rank"])
+    ''
+    """
+    import difflib  # only an error needs it
+
+    known = {str(one).casefold(): str(one) for one in names}
+    plain = name[:200].strip().casefold().replace("-", "_")
+
+    def likeness(other: str) -> float:
+        return difflib.SequenceMatcher(None, plain, other.replace("-", "_")).ratio()
+
+    ranked = sorted(known, key=likeness, reverse=True)
+    inside = [one for one in ranked if len(plain) > 2 and plain in one.replace("-", "_")]
+    near = inside or [one for one in ranked if likeness(one) >= _NEAR]
+    return f" Did you mean {known[near[0]]!r}?" if near else ""
+
+
+_NEAR = 0.6
+"""Share of letters in common from which a name counts as misspelt."""
+
+
+def no_such(what: str, name: str, names: Iterable[object]) -> str:
+    """Return the message about a name that is none of a closed set.
+
+    Examples
+    --------
+    >>> no_such("verdict", "lowrank", ["untouched", "low rank"])
+    "verdict 'lowrank', expected one of untouched, low rank. Did you mean 'low rank'?"
+    """
+    listed = list(names)
+    return (
+        f"{what} {brief(name)}, expected one of {shortlist(listed, _LISTED)}."
+        f"{did_you_mean(name, listed)}"
+    )
+
+
+_LISTED = 12
+"""Names that a message lists."""
+
+
 # Turning what the file system refuses into errors that name the file and the way out.
 
 

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import torch
 
-from svftool.errors import ResourceError, UsageError
+from svftool.errors import ResourceError, UsageError, no_such
 
 _DEVICE = re.compile(r"auto|cpu|cuda(:\d+)?")
 _SIGNS = ("out of memory", "not enough memory", "can't allocate memory")
@@ -45,7 +45,7 @@ def pick_device(name: str) -> torch.device:
     device(type='cpu')
     """
     if not _DEVICE.fullmatch(name):
-        raise UsageError(f"--device {name!r}, expected auto, cpu, cuda or cuda:INDEX")
+        raise UsageError(no_such("--device", name, ("auto", "cpu", "cuda", "cuda:INDEX")))
     if name == "cpu" or (name == "auto" and not torch.cuda.is_available()):
         return torch.device("cpu")
     count = torch.cuda.device_count()

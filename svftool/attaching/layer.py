@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from svftool.attaching.functions import kept_apart, region
 from svftool.checkpoints import View
-from svftool.errors import UsageError
+from svftool.errors import UsageError, no_such
 from svftool.factors import LayerFactors
 
 # How trainable numbers become singular values, and which singular values are trained.
@@ -96,9 +96,7 @@ def check_parametrisation(name: str) -> None:
         If `name` is none of ``scale``, ``shift``, ``absolute``.
     """
     if name not in get_args(Parametrisation):
-        raise UsageError(
-            f"parametrisation {name!r}, expected one of {', '.join(get_args(Parametrisation))}."
-        )
+        raise UsageError(no_such("parametrisation", name, get_args(Parametrisation)))
 
 
 class KeepsDtype(nn.Module):

@@ -29,7 +29,14 @@ from svftool.attaching.matching import match_by_value
 from svftool.attaching.names import NameMap, map_names, own_names
 from svftool.attaching.weight import AttachedWeight, Mode, runs_without_base
 from svftool.checkpoints import matches, write_errors
-from svftool.errors import FactorsError, ModelError, ResourceError, UsageError, shortlist
+from svftool.errors import (
+    FactorsError,
+    ModelError,
+    ResourceError,
+    UsageError,
+    no_such,
+    shortlist,
+)
 from svftool.factors import FactorStore, open_factors
 from svftool.files.folder import real
 
@@ -218,7 +225,7 @@ def attach(
     """
     check_parametrisation(parametrisation)
     if mode not in get_args(Mode):
-        raise UsageError(f"mode {mode!r}, expected one of {', '.join(get_args(Mode))}.")
+        raise UsageError(no_such("mode", mode, get_args(Mode)))
     options = BuildOptions(parametrisation, mode, parse_band(train_rank), nonnegative)
     _refuse_attached(model)
     opened = factors if isinstance(factors, FactorStore) else open_factors(factors)

@@ -15,7 +15,7 @@ from svftool.attaching.attachment import Attachment
 from svftool.attaching.layer import is_own
 from svftool.attaching.lifecycle import attach, choose_layers
 from svftool.attaching.names import NameMap, map_names
-from svftool.errors import MissingDependencyError, ModelError, UsageError
+from svftool.errors import MissingDependencyError, ModelError, UsageError, no_such
 from svftool.factors import FactorStore
 
 # PEFT's LoRA on the layers that were decomposed, as the baseline to compare with.
@@ -153,7 +153,7 @@ def parse_regime(text: str) -> Regime:
         return Regime(name, lora=int(lora[1]))
     parts = name.split("+")
     if not set(parts) <= _PARTS or len(set(parts)) < len(parts):
-        raise UsageError(f"regime {text!r}, expected one of {NAMES}.")
+        raise UsageError(no_such("regime", text, NAMES.split(", ")))
     return Regime(name, parts=frozenset(parts))
 
 

@@ -3,11 +3,19 @@
 from svftool.auditing.compare import BaseMatrix, Found, Tuned, compare_spectra, compare_vectors
 from svftool.auditing.counterparts import Counterparts, counterparts
 from svftool.auditing.evidence import Evidence
+from svftool.auditing.gatekeeper import Gatekeeper, Held, close, violations
 from svftool.auditing.gates import Gate, check_metric, parse_gate, tripped
-from svftool.auditing.judging import judged, judged_codes, judged_row
+from svftool.auditing.judging import as_in_base, judged, judged_codes, judged_row
 from svftool.auditing.matching import Matching, NamePair, match_names
 from svftool.auditing.memory import audit_budget, audit_bytes
-from svftool.auditing.metrics import METRICS, Measured, Metric, choose_metrics
+from svftool.auditing.metrics import (
+    METRICS,
+    Measured,
+    Metric,
+    choose_metrics,
+    metric_key,
+    metric_name,
+)
 from svftool.auditing.policy import Policy, Violation, read_policy
 from svftool.auditing.results import (
     AuditResult,
@@ -36,6 +44,8 @@ __all__ = [
     "Evidence",
     "Found",
     "Gate",
+    "Gatekeeper",
+    "Held",
     "Matching",
     "Measured",
     "Metric",
@@ -47,10 +57,12 @@ __all__ = [
     "Unread",
     "Verdict",
     "Violation",
+    "as_in_base",
     "audit_budget",
     "audit_bytes",
     "check_metric",
     "choose_metrics",
+    "close",
     "compare_spectra",
     "compare_tuned",
     "compare_vectors",
@@ -62,9 +74,12 @@ __all__ = [
     "judged_codes",
     "judged_row",
     "match_names",
+    "metric_key",
+    "metric_name",
     "open_source",
     "parse_gate",
     "read_policy",
     "trajectory_of",
     "tripped",
+    "violations",
 ]

@@ -14,7 +14,7 @@ from svftool.adapters.peft import LoraFolder
 from svftool.adapters.peft_parameters import AdaptedParameter
 from svftool.auditing.compare import Changes, Tuned
 from svftool.auditing.matching import Matching, match_names, say_shapes
-from svftool.auditing.results import Unread
+from svftool.auditing.results import Shape, Unread
 from svftool.auditing.sources import AuditSource
 from svftool.checkpoints import TensorInfo, output_heads, table_role
 from svftool.errors import CheckpointError, shortlist
@@ -202,7 +202,7 @@ def adapter_changes(base: AuditSource, lora: LoraFolder) -> AdapterChanges:
     return AdapterChanges(
         others=others,
         changes=changes,
-        base_only=tuple(Unread(name, why) for name, _, why in misshapen),
+        base_only=tuple(_unread(name, two) for name, _, two in misshapen),
         tuned_only=(
             *(
                 Unread(name, "not in the base")
@@ -211,7 +211,7 @@ def adapter_changes(base: AuditSource, lora: LoraFolder) -> AdapterChanges:
                 for name in _strangers(lora, found)
             ),
             *(Unread(name, "part of no LoRA layer") for name in lora.unused),
-            *(Unread(mine, why) for _, mine, why in misshapen),
+            *(_unread(mine, two) for _, mine, two in misshapen),
         ),
         misshapen={name: mine for name, mine, _ in misshapen},
         total=_count(lora),
@@ -322,13 +322,17 @@ def _parameter_change(
 
 def _misshapen(
     lora: LoraFolder, others: Mapping[str, str], infos: Mapping[str, TensorInfo]
-) -> Iterator[tuple[str, str, str]]:
-    """Yield what is stored whole in another shape: its names on both sides, and the reason."""
+) -> Iterator[tuple[str, str, tuple[Shape, Shape]]]:
+    """Yield what is stored whole in another shape: its names and shapes on both sides."""
     for name, mine in others.items():
         if mine in lora.whole:
             before, after = infos[name].shape, lora.info(lora.whole[mine]).shape
             if before != after:
-                yield name, mine, say_shapes(before, after)
+                yield name, mine, (before, after)
+
+
+def _unread(name: str, shapes: tuple[Shape, Shape]) -> Unread:
+    return Unread(name, say_shapes(*shapes), shapes=shapes)
 
 
 def _strangers(lora: LoraFolder, found: Mapping[str, str]) -> Iterator[str]:

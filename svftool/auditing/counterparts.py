@@ -13,7 +13,7 @@ from svftool.adapters.peft import LoraFolder
 from svftool.auditing.adapters import Change, adapter_changes
 from svftool.auditing.compare import Tuned
 from svftool.auditing.matching import Matching, NamePair, match_names, say_shapes
-from svftool.auditing.results import Unread
+from svftool.auditing.results import Shape, Unread
 from svftool.auditing.sources import AuditSource
 from svftool.auditing.ways import is_number
 from svftool.checkpoints import TensorInfo
@@ -129,12 +129,18 @@ def _of_dense(base: AuditSource, other: AuditSource) -> Counterparts:
         names=tuple(pair.base for pair in matching.pairs),
         others={pair.base: pair.tuned for pair in matching.pairs},
         base_only=(
-            *(Unread(pair.base, why) for pair, why in misshapen.items()),
-            *(Unread(name, "not in the fine-tune") for name in matching.base_only),
+            *(Unread(pair.base, say_shapes(*two), shapes=two) for pair, two in misshapen.items()),
+            *(
+                Unread(name, "not in the fine-tune", shapes=(base.infos[name].shape, None))
+                for name in matching.base_only
+            ),
         ),
         tuned_only=(
-            *(Unread(pair.tuned, why) for pair, why in misshapen.items()),
-            *(Unread(name, "not in the base") for name in matching.tuned_only),
+            *(Unread(pair.tuned, say_shapes(*two), shapes=two) for pair, two in misshapen.items()),
+            *(
+                Unread(name, "not in the base", shapes=(None, other.infos[name].shape))
+                for name in matching.tuned_only
+            ),
             *(
                 Unread(
                     pair.tuned, f"holds the values of {pair.base}, in another place of the network"
@@ -181,7 +187,8 @@ def _refuse_strangers(base: AuditSource, other: AuditSource, matching: Matching)
         first = matching.misshapen[0]
         raise CheckpointError(
             f"{other.path}: every tensor that {base.path} has too is of another shape, such as "
-            f"{first.tuned!r} with {_shapes(base, other, first)}. Name a fine-tune of this base."
+            f"{first.tuned!r} with {say_shapes(*_shapes(base, other, first))}. "
+            "Name a fine-tune of this base."
         )
     raise CheckpointError(
         f"{other.path}: no tensor in common with {base.path}, expected a fine-tune of it "
@@ -190,8 +197,8 @@ def _refuse_strangers(base: AuditSource, other: AuditSource, matching: Matching)
     )
 
 
-def _shapes(base: AuditSource, other: AuditSource, pair: NamePair) -> str:
-    return say_shapes(base.infos[pair.base].shape, other.infos[pair.tuned].shape)
+def _shapes(base: AuditSource, other: AuditSource, pair: NamePair) -> tuple[Shape, Shape]:
+    return base.infos[pair.base].shape, other.infos[pair.tuned].shape
 
 
 def _of_tuned(
@@ -208,11 +215,12 @@ def _of_tuned(
     others = {name: name for name in tuned.S}
     strangers = []
     for name, value in tuned.whole.items():
-        info = base.infos.get(name)
+        info, theirs = base.infos.get(name), tuple(value.shape)
         if info is None:
-            strangers.append(Unread(name, "not in the base"))
-        elif info.shape != tuple(value.shape):
-            strangers.append(Unread(name, _shapes(base, other, NamePair(name, name))))
+            strangers.append(Unread(name, "not in the base", shapes=(None, theirs)))
+        elif info.shape != theirs:
+            two = info.shape, theirs
+            strangers.append(Unread(name, say_shapes(*two), shapes=two))
         else:
             others[name] = name
     gone = {one.name for one in strangers if one.name in base.infos}

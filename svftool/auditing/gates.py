@@ -6,10 +6,10 @@ import math
 from collections.abc import Iterable
 from dataclasses import dataclass
 
-from svftool.auditing.metrics import EXTRA, METRICS
+from svftool.auditing.metrics import EXTRA, METRICS, metric_key, metric_name, metric_names
 from svftool.auditing.results import Row
-from svftool.auditing.verdicts import BROKEN, CHANGED
-from svftool.errors import UsageError
+from svftool.auditing.verdicts import BROKEN, CHANGED, UNTOUCHED
+from svftool.errors import UsageError, no_such
 
 _SIDES = ("base", "tuned", "change")
 
@@ -22,7 +22,25 @@ class Gate:
     value: float
 
     def __str__(self) -> str:
-        return f"{self.metric} > {self.value:g}"
+        return f"{metric_name(self.metric)} ≤ {self.value:g}"
+
+    def holds(self, row: Row) -> bool:
+        """Whether there is anything about a row that the gate could pass or refuse.
+
+        A metric of the change may have no number where nothing changed: such a row is held.
+        """
+        if row.value(self.metric) is not None or _trips_all(row):
+            return True
+        of_change = self.metric in EXTRA or METRICS[self.metric.partition(".")[0]].kind == "change"
+        still = row.verdict is not None and row.verdict.name == UNTOUCHED
+        return still and of_change and (row.is_matrix or row.by_bytes)
+
+    def found(self, row: Row) -> str:
+        """Say what a row that trips has."""
+        value = row.value(self.metric)
+        if value is not None:
+            return f"{metric_name(self.metric)} {value:.4g}"
+        return "broken" if row.verdict is None else row.verdict.text
 
 
 def parse_gate(text: str) -> Gate:
@@ -36,9 +54,9 @@ def parse_gate(text: str) -> Gate:
     Examples
     --------
     >>> str(parse_gate("weight_drift=0.1"))
-    'weight_drift > 0.1'
+    'weight_drift ≤ 0.1'
     """
-    metric, separator, value = text.partition("=")
+    metric, separator, value = (part.strip() for part in text.partition("="))
     check_metric(metric)
     try:
         number = float(value if separator else "")
@@ -46,7 +64,7 @@ def parse_gate(text: str) -> Gate:
         number = math.nan
     if math.isnan(number):
         raise UsageError(f"{text!r}: no number after the metric, expected METRIC=VALUE")
-    return Gate(metric, number)
+    return Gate(metric_key(metric), number)
 
 
 def check_metric(name: str) -> None:
@@ -61,14 +79,20 @@ def check_metric(name: str) -> None:
     Raises
     ------
     UsageError
-        With the names that do.
+        With the name that was probably meant.
     """
-    metric, _, side = name.partition(".")
-    if metric in METRICS or metric in EXTRA:
-        one_spectrum = metric in METRICS and METRICS[metric].of_spectrum is not None
-        if not side or (one_spectrum and side in _SIDES):
-            return
-    raise UsageError(f"metric {name!r}, expected one of {', '.join((*METRICS, *EXTRA))}")
+    metric, _, side = metric_key(name).partition(".")
+    if metric not in METRICS and metric not in EXTRA:
+        raise UsageError(no_such("metric", name.partition(".")[0], metric_names()))
+    if not side:
+        return
+    if metric not in METRICS or METRICS[metric].of_spectrum is None:
+        raise UsageError(
+            f"metric {name!r}: {metric_name(metric)} compares both sides, expected no side. "
+            f"Write {metric_name(metric)!r}."
+        )
+    if side not in _SIDES:
+        raise UsageError(no_such("side of a metric", side, _SIDES))
 
 
 def tripped(rows: Iterable[Row], gate: Gate) -> list[Row]:
@@ -86,8 +110,12 @@ def _worst_first(value: float | None) -> float:
 
 
 def _exceeds(row: Row, gate: Gate) -> bool:
-    verdict = "" if row.verdict is None else row.verdict.name
-    if verdict == BROKEN or (row.by_bytes and verdict == CHANGED):
+    if _trips_all(row):
         return True
     value = row.value(gate.metric)
     return value is not None and value > gate.value
+
+
+def _trips_all(row: Row) -> bool:
+    verdict = "" if row.verdict is None else row.verdict.name
+    return verdict == BROKEN or (row.by_bytes and verdict == CHANGED)

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import replace
 
+import torch
 from torch import Tensor
 
-from svftool.auditing.compare import Found
+from svftool.auditing.compare import Found, compare_spectra, compare_vectors
+from svftool.auditing.metrics import Measured, Metric
 from svftool.auditing.results import Comparison, Row
 from svftool.auditing.verdicts import (
     UNTOUCHED,
@@ -33,6 +36,20 @@ def judged_row(row: Row, found: Found | None) -> Row:
         curves=found.curves,
         verdict=verdict,
     )
+
+
+def as_in_base(row: Row, metrics: Sequence[Metric]) -> Row:
+    """Put in what is true of a tensor that the fine-tune's file leaves as it is in the base.
+
+    It has the metrics of a tensor that both files hold with equal values: a fine-tune has the same
+    numbers whether its file holds what it did not change or not.
+    """
+    one = torch.ones(1)
+    if row.is_matrix:
+        change = compare_spectra(one, one, sides=None, metrics=metrics).measured.change
+    else:
+        change = compare_vectors(one, one).measured.change
+    return replace(judged_row(row, None), measured=Measured(change=change))
 
 
 def judged_codes(row: Row, base: Tensor, tuned: Tensor) -> Row:

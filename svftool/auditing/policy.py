@@ -1,4 +1,4 @@
-"""What lets a pipeline fail: a policy file of allowed verdicts and drift, and thresholds.
+"""A policy file: which verdicts and how much drift a fine-tune's tensors may have.
 
 ::
 
@@ -17,33 +17,37 @@
     [[rule]]
     layers = "head.*"
     allow = ["undecided"]               # these need not be comparable
+    optional = true                     # and need not be there
 
     [tensors]
     unmatched = "allow"                 # nor those that only one side has, or in another shape
 
-Every rule that matches a tensor must hold for it. A tensor that was not compared breaks the policy
-unless a rule for it allows "undecided", or it is unmatched and those are allowed.
+Every rule that matches a tensor must hold for it. A rule that matches none fails, unless it is
+optional. A tensor that was not compared breaks the policy unless a rule for it allows "undecided",
+or it is unmatched and those are allowed; with ``unmatched = "deny"`` no rule lets it pass.
 """
 
 from __future__ import annotations
 
 import math
 import tomllib
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any, Literal
 
-from svftool.auditing.gates import Gate, check_metric, parse_gate, tripped
-from svftool.auditing.metrics import METRICS
-from svftool.auditing.results import AuditResult, Comparison, Row, Unread
+from svftool.auditing.gates import Gate, check_metric, tripped
+from svftool.auditing.metrics import metric_key
+from svftool.auditing.results import Comparison, Row, Unread
 from svftool.auditing.verdicts import UNDECIDED, VERDICTS
-from svftool.errors import GateError, UsageError, brief, shortlist, system_fault
+from svftool.errors import UsageError, brief, did_you_mean, no_such, system_fault
 
 SCHEMA_VERSION = 1
 NOT_COMPARED = "not compared"
-_KEYS = frozenset({"layers", "allow", "deny", "limits", "reason"})
+DENIED = "unmatched tensors are denied"
+_KEYS = frozenset({"layers", "allow", "deny", "limits", "reason", "optional"})
+_UNMATCHED = ("allow", "deny")
 
 
 @dataclass(frozen=True)
@@ -62,6 +66,8 @@ class Rule:
         Metrics and the values that they may not exceed.
     reason : str
         Shown with a violation.
+    optional : bool
+        Whether there may be no tensor that it matches.
     """
 
     layers: tuple[str, ...]
@@ -69,6 +75,19 @@ class Rule:
     deny: tuple[str, ...] = ()
     limits: Mapping[str, float] = field(default_factory=dict)
     reason: str = ""
+    optional: bool = False
+
+    def __str__(self) -> str:
+        asked = [
+            f"{key} {', '.join(of)}" for key in ("allow", "deny") if (of := getattr(self, key))
+        ]
+        asked += map(str, self.gates)
+        return f"{', '.join(self.layers)}: {'; '.join(asked) or 'compared'}"
+
+    @property
+    def gates(self) -> tuple[Gate, ...]:
+        """The limits, as gates."""
+        return tuple(Gate(metric, limit) for metric, limit in self.limits.items())
 
     def matches(self, name: str) -> bool:
         """Whether the rule is for a tensor of this name."""
@@ -76,16 +95,25 @@ class Rule:
 
     def complaint(self, row: Row) -> str:
         """Say what is wrong with a row; nothing where it is fine or another's business."""
-        if not self.matches(row.name) or row.verdict is None:
+        if not self.matches(row.name):
             return ""
-        name = row.verdict.name
-        if name in self.deny or (self.allow and name not in self.allow):
-            return row.verdict.text
-        for metric, limit in self.limits.items():
-            if tripped([row], Gate(metric, limit)):
-                value = row.value(metric)
-                return row.verdict.text if value is None else f"{metric} {value:.4g} > {limit:g}"
+        verdict = row.verdict
+        if verdict is not None and (
+            verdict.name in self.deny or (self.allow and verdict.name not in self.allow)
+        ):
+            return verdict.text
+        for gate in self.gates:
+            if tripped([row], gate):
+                value = row.value(gate.metric)
+                return gate.found(row) + ("" if value is None else f" > {gate.value:g}")
         return ""
+
+    def holds(self, row: Row) -> bool:
+        """Whether the rule has anything to say of a row."""
+        if not self.matches(row.name):
+            return False
+        judged = row.verdict is not None and bool(self.allow or self.deny or not self.limits)
+        return judged or any(gate.holds(row) for gate in self.gates)
 
 
 @dataclass(frozen=True)
@@ -109,8 +137,8 @@ class Policy:
     path : Path
     rules : tuple of Rule
     unmatched : {"allow", "deny"} or None
-        Whether tensors that only one side has are allowed or denied; None where the file does not
-        say, so that a rule must.
+        Whether tensors that only one side has are allowed or denied. Where the file does not say,
+        they are denied but for those of which a rule allows "undecided".
     """
 
     path: Path
@@ -124,34 +152,25 @@ class Policy:
             {metric.partition(".")[0]: None for rule in self.rules for metric in rule.limits}
         )
 
-    def violations(self, comparison: Comparison) -> list[Violation]:
-        """List everything in a comparison that breaks a rule."""
-        found = [*self._of_rows((*comparison.rows, *comparison.codes))]
-        if comparison.tuned is None:
-            return found
+    def uncompared(self, comparison: Comparison) -> list[Violation]:
+        """List what had to be compared and was not."""
         lonely = {*comparison.unmatched_base, *comparison.unmatched_tuned}
-        for one in comparison.coverage.not_compared:
-            reason = self._complaint(one, unmatched=one in lonely)
-            if reason:
-                found.append(Violation(one.name, one.reason, reason))
-        return found
-
-    def _of_rows(self, rows: Sequence[Row]) -> Iterator[Violation]:
-        for row in rows:
-            for rule in self.rules:
-                found = rule.complaint(row)
-                if found:
-                    yield Violation(row.name, found, rule.reason)
-                    break
+        found = (
+            Violation(one.name, one.reason, self._complaint(one, unmatched=one in lonely))
+            for one in comparison.coverage.not_compared
+        )
+        return [one for one in found if one.reason]
 
     def _complaint(self, one: Unread, *, unmatched: bool) -> str:
         """Say why a tensor had to be compared; nothing where it had not."""
         if unmatched and self.unmatched == "deny":
-            return "unmatched tensors are denied"
+            return DENIED
         if not one.wanted or (unmatched and self.unmatched == "allow"):
             return ""
         named = any(UNDECIDED in rule.allow and rule.matches(one.name) for rule in self.rules)
-        return "" if named else NOT_COMPARED
+        if named:
+            return ""
+        return DENIED if unmatched else NOT_COMPARED
 
 
 def read_policy(path: Path) -> Policy:
@@ -182,8 +201,11 @@ def read_policy(path: Path) -> Policy:
     tensors = document.get("tensors", {})
     _only(path, tensors, {"unmatched"}, "[tensors]")
     unmatched = tensors.get("unmatched")
-    if unmatched not in (None, "allow", "deny"):
-        raise UsageError(f"{path}: unmatched = {brief(unmatched)}, expected 'allow' or 'deny'.")
+    if unmatched is not None and unmatched not in _UNMATCHED:
+        raise UsageError(
+            f"{path}: unmatched = {brief(unmatched)}, expected 'allow' or 'deny'."
+            f"{did_you_mean(brief(unmatched), _UNMATCHED)}"
+        )
     return Policy(path, tuple(_rule(path, rule) for rule in rules), unmatched)
 
 
@@ -208,6 +230,7 @@ def _only(path: Path, table: Any, keys: set[str] | frozenset[str], where: str) -
     if unknown:
         raise UsageError(
             f"{path}: {where} has the key {brief(unknown[0])}, expected {', '.join(sorted(keys))}."
+            f"{did_you_mean(unknown[0], keys)}"
         )
 
 
@@ -216,16 +239,26 @@ def _rule(path: Path, table: Any) -> Rule:
     allow, deny = (_texts(path, table, key) for key in ("allow", "deny"))
     for name in (*allow, *deny):
         if name not in VERDICTS:
-            raise UsageError(
-                f"{path}: verdict {brief(name)}, expected one of {', '.join(VERDICTS)}."
-            )
+            raise UsageError(f"{path}: {no_such('verdict', name, VERDICTS)}")
     limits = table.get("limits", {})
     if not isinstance(limits, dict) or not all(_is_limit(value) for value in limits.values()):
         raise UsageError(f"{path}: limits = {brief(limits)}, expected metrics with numbers.")
     for metric in limits:
-        check_metric(metric)
-    layers = _texts(path, table, "layers") or ("*",)
-    return Rule(layers, allow, deny, limits, str(table.get("reason", "")))
+        try:
+            check_metric(metric)
+        except UsageError as error:
+            raise UsageError(f"{path}: {error}") from None
+    optional = table.get("optional", False)
+    if not isinstance(optional, bool):
+        raise UsageError(f"{path}: optional = {brief(optional)}, expected true or false.")
+    return Rule(
+        _texts(path, table, "layers") or ("*",),
+        allow,
+        deny,
+        {metric_key(metric): float(limit) for metric, limit in limits.items()},
+        str(table.get("reason", "")),
+        optional,
+    )
 
 
 def _texts(path: Path, table: Mapping[str, Any], key: str) -> tuple[str, ...]:
@@ -234,84 +267,3 @@ def _texts(path: Path, table: Mapping[str, Any], key: str) -> tuple[str, ...]:
     if not isinstance(listed, list) or not all(isinstance(one, str) for one in listed):
         raise UsageError(f"{path}: {key} = {brief(value)}, expected a text or a list of texts.")
     return tuple(listed)
-
-
-# An audit held against thresholds and a policy: what lets a pipeline fail.
-
-
-@dataclass(frozen=True)
-class Gatekeeper:
-    """Thresholds and a policy, read and checked before any work.
-
-    Attributes
-    ----------
-    gates : tuple of Gate
-    policy : Policy or None
-    """
-
-    gates: tuple[Gate, ...] = ()
-    policy: Policy | None = None
-
-    @classmethod
-    def read(cls, gates: Iterable[str], policy: Path | None) -> Gatekeeper:
-        """Read ``METRIC=VALUE`` texts and a policy file.
-
-        Raises
-        ------
-        UsageError
-            If one of them is not well formed.
-        """
-        read = None if policy is None else read_policy(policy)
-        return cls(tuple(parse_gate(text) for text in gates), read)
-
-    def with_metrics(self, names: Sequence[str]) -> tuple[str, ...]:
-        """Add the metrics that the thresholds need to those asked for."""
-        needed = [gate.metric for gate in self.gates]
-        needed += self.policy.metrics if self.policy is not None else ()
-        plain = (name.partition(".")[0] for name in (*names, *needed))
-        return tuple(dict.fromkeys(name for name in plain if name in METRICS or name == "all"))
-
-    def violations(self, result: AuditResult) -> list[Violation]:
-        """List everything that trips a threshold or breaks a rule, the worst first."""
-        found = []
-        for one in result.comparisons:
-            for gate in self.gates:
-                for row in tripped((*one.rows, *one.codes), gate):
-                    found.append(Violation(row.name, _found(row, gate), f"limit {gate.value:g}"))
-            if self.policy is not None:
-                found += self.policy.violations(one)
-            elif self.gates and one.tuned is not None:
-                found += _not_compared(one)
-        return found
-
-    def close(self, failed: Sequence[Violation]) -> None:
-        """Fail where anything was found.
-
-        Raises
-        ------
-        GateError
-            Naming the worst.
-        """
-        if not failed:
-            return
-        way_out = ""
-        if any(one.reason == NOT_COMPARED for one in failed):
-            way_out = (
-                ". What need not be compared is left out by --exclude, or allowed by a policy's "
-                'rule with allow = ["undecided"]'
-            )
-        raise GateError(f"{len(failed)} tensors failed: {shortlist(failed, 3)}{way_out}")
-
-
-def _found(row: Row, gate: Gate) -> str:
-    value = row.value(gate.metric)
-    if value is not None:
-        return f"{gate.metric} {value:.4g}"
-    return "broken" if row.verdict is None else row.verdict.text
-
-
-def _not_compared(one: Comparison) -> Iterator[Violation]:
-    """Trip on what no number was taken of, but for what the user's patterns left out."""
-    for item in one.coverage.not_compared:
-        if item.wanted:
-            yield Violation(item.name, item.reason, NOT_COMPARED)

@@ -4,17 +4,19 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Container, Mapping
 from dataclasses import dataclass, field
 from itertools import pairwise
 from pathlib import Path
 
 from svftool.auditing.evidence import Evidence
 from svftool.auditing.formulas import Value
-from svftool.auditing.metrics import METRICS, Measured
+from svftool.auditing.metrics import METRICS, Measured, metric_key
 from svftool.auditing.pair import Array, norm_ratio
-from svftool.auditing.verdicts import Verdict
+from svftool.auditing.verdicts import ROUNDING, UNTOUCHED, Verdict
 from svftool.checkpoints import View
+
+Shape = tuple[int, ...]
 
 
 @dataclass(frozen=True)
@@ -84,6 +86,11 @@ class Row:
         return self.view is not None
 
     @property
+    def changed(self) -> bool:
+        """Whether the tensor changed by more than rounding."""
+        return self.verdict is not None and self.verdict.name not in (UNTOUCHED, ROUNDING)
+
+    @property
     def rounding_floor(self) -> Value:
         """Relative norm of the rounding noise to expect."""
         found = self.evidence
@@ -107,7 +114,7 @@ class Row:
             ``METRIC.base``, ``METRIC.tuned`` (meant by the plain name too) and ``METRIC.change``,
             the relative difference.
         """
-        metric, _, side = name.partition(".")
+        metric, _, side = metric_key(name).partition(".")
         if metric == "rounding_floor":
             return self.rounding_floor
         if metric == "change_rank":
@@ -140,11 +147,14 @@ class Unread:
     reason : str
     wanted : bool
         False where the user left it out by a pattern.
+    shapes : tuple of (tuple of int or None)
+        Of the base's tensor and of the fine-tune's; None where there is none, or it is not known.
     """
 
     name: str
     reason: str
     wanted: bool = True
+    shapes: tuple[Shape | None, Shape | None] = (None, None)
 
     @property
     def in_two_shapes(self) -> bool:
@@ -252,9 +262,18 @@ class Comparison:
         ]
         return sum(known) / change if change > 0.0 and known else None
 
-    def median(self, name: str) -> Value:
-        """Return the median of a metric over the matrices that have it."""
-        values = sorted(value for row in self.matrices if (value := row.value(name)) is not None)
+    def median(self, name: str, among: Container[str] | None = None) -> Value:
+        """Return the median of a metric over the matrices that have it.
+
+        Parameters
+        ----------
+        name : str
+            Of the metric.
+        among : container of str, optional
+            Names of the matrices to look at; all by default.
+        """
+        rows = (row for row in self.matrices if among is None or row.name in among)
+        values = sorted(value for row in rows if (value := row.value(name)) is not None)
         middle = len(values) // 2
         if not values:
             return None
@@ -274,17 +293,21 @@ class Trajectory:
     ----------
     checkpoints : tuple of Path
     metrics : mapping of str to tuple
-        Medians over the matrices, by metric, one a checkpoint.
+        Medians over `matrices`, by metric, one a checkpoint.
     layers : mapping of str to tuple
         Weight drift of each matrix, one a checkpoint; None where it has no counterpart.
     monotone : bool
         Whether the median weight drift never falls, by more than rounding.
+    matrices : tuple of str
+        Those that any of the series changed by more than rounding, and that all of them were
+        compared in; the medians of all checkpoints are over these, so that like is beside like.
     """
 
     checkpoints: tuple[Path, ...]
     metrics: Mapping[str, tuple[Value, ...]]
     layers: Mapping[str, tuple[Value, ...]]
     monotone: bool
+    matrices: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -314,8 +337,9 @@ def trajectory_of(comparisons: tuple[Comparison, ...]) -> Trajectory | None:
         return None
     names = dict.fromkeys(row.name for one in comparisons for row in one.matrices)
     values = [{row.name: row.value("weight_drift") for row in one.matrices} for one in comparisons]
+    among = _changed_in_any(comparisons)
     medians = {
-        name: tuple(one.median(name) for one in comparisons)
+        name: tuple(one.median(name, set(among)) for one in comparisons)
         for name in ("weight_drift", "relative_drift", "svf_share", "intruders")
     }
     drift = [value for value in medians["weight_drift"] if value is not None]
@@ -324,4 +348,17 @@ def trajectory_of(comparisons: tuple[Comparison, ...]) -> Trajectory | None:
         medians,
         {name: tuple(found.get(name) for found in values) for name in names},
         monotone=all(after >= before * (1.0 - 1e-6) for before, after in pairwise(drift)),
+        matrices=among,
     )
+
+
+def _changed_in_any(comparisons: tuple[Comparison, ...]) -> tuple[str, ...]:
+    """List the matrices that all have and any changed; where there are none, those that all have.
+
+    A merged checkpoint holds every matrix and an adapter only those that it changes: over these
+    the two have the same medians.
+    """
+    counts = Counter(row.name for one in comparisons for row in one.matrices)
+    shared = [name for name, count in counts.items() if count == len(comparisons)] or [*counts]
+    changed = {row.name for one in comparisons for row in one.matrices if row.changed}
+    return tuple(name for name in shared if name in changed) or tuple(shared)

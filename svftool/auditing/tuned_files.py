@@ -13,7 +13,7 @@ from svftool.auditing.compare import Found, compare_spectra, compare_vectors
 from svftool.auditing.judging import judged, judged_codes, judged_row
 from svftool.auditing.matching import say_shapes
 from svftool.auditing.metrics import Metric
-from svftool.auditing.results import Comparison, Row, Unread
+from svftool.auditing.results import Comparison, Row, Shape, Unread
 from svftool.auditing.ways import way_to_compare
 from svftool.checkpoints import TensorInfo, dtype_name, matrix_shape
 from svftool.errors import FactorsError
@@ -41,6 +41,11 @@ class _Side:
     @property
     def names(self) -> dict[str, None]:
         return dict.fromkeys((*self.S, *self.whole))
+
+    def shape(self, name: str) -> Shape | None:
+        """Return the shape of what the file holds under a name; None where it holds nothing."""
+        found = self.whole.get(name, self.S.get(name))
+        return None if found is None else tuple(found.shape)
 
 
 def compare_tuned(
@@ -82,9 +87,10 @@ def compare_tuned(
         if isinstance(found, Row):
             rows.append(found)
             continue
-        for side, held in (("base", name in before.names), ("tuned", name in after.names)):
-            if held:
-                lists[side].append(Unread(name, found))
+        shapes = before.shape(name), after.shape(name)
+        for side, shape in zip(lists, shapes, strict=True):
+            if shape is not None:
+                lists[side].append(Unread(name, found, shapes=shapes))
     return judged(
         Comparison(
             base=first.path,

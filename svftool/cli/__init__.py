@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import signal
 import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from functools import cache
 from importlib import import_module
 from types import FrameType
@@ -18,7 +18,7 @@ import typer
 
 from svftool.cli.common import lasting_streams, stderr
 from svftool.cli.help import Command, CommandLine
-from svftool.errors import SvftoolError, refused
+from svftool.errors import SvftoolError, did_you_mean, refused
 from svftool.report.text import one_line
 
 NAMES = ("decompose", "finetune", "evaluate", "merge", "inspect", "info", "extract", "demo")
@@ -56,7 +56,24 @@ def _build(name: str) -> Any:
     single.command(name, cls=Command, epilog=module.EXAMPLE)(expanded(module.command))
     built: Any = typer.main.get_command(single)
     built.first = getattr(module, "FIRST", ())
+    for one in built.params:
+        if getattr(one.type, "choices", None):
+            one.type.convert = _guessing(one.type)
     return built
+
+
+def _guessing(kind: Any) -> Callable[..., Any]:
+    """Return the reader of an option of few values that guesses what a wrong one was to be."""
+    read = kind.convert
+
+    def guessed(value: Any, param: Any, ctx: Any) -> Any:
+        try:
+            return read(value, param, ctx)
+        except typer.BadParameter as error:
+            error.message += did_you_mean(str(value), kind.choices)
+            raise
+
+    return guessed
 
 
 class ErrorBoundary(CommandLine):

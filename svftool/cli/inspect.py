@@ -13,6 +13,7 @@ from svftool.cli.common import (
     Display,
     ExcludeOption,
     IncludeOption,
+    is_first_process,
 )
 
 EXAMPLE = "Example: svftool inspect base.safetensors merged.safetensors --html report.html"
@@ -56,6 +57,13 @@ class Limits:
     policy: Annotated[
         Path | None, typer.Option(help="TOML file of allowed and denied verdicts; exit 10.")
     ] = None
+    annotate: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="github|junit[=FILE]",
+            help="Say what gates held to GitHub (on stderr), or in JUnit's XML (repeatable).",
+        ),
+    ] = None
 
 
 def command(
@@ -77,9 +85,12 @@ def command(
     sort: Annotated[
         str, typer.Option(metavar="METRIC", help="Metric that orders the table.")
     ] = "weight_drift",
-    top: Annotated[int | None, typer.Option(min=1, help="Rows to show.", show_default="20")] = None,
+    top: Annotated[int | None, typer.Option(min=1, help="Rows to show.", show_default="40")] = None,
     group: Annotated[
-        bool, typer.Option("--group", help="Gather the rows of each block of the network.")
+        bool, typer.Option("--group", help="One line a block of the network; usual beyond 40 rows.")
+    ] = False,
+    every: Annotated[
+        bool, typer.Option("--all", help="One line a matrix, those that are untouched too.")
     ] = False,
     asked: FilesToWrite,
     limits: Limits,
@@ -89,14 +100,16 @@ def command(
     display: Display,
 ) -> None:
     """Say what fine-tunes did to a checkpoint, layer by layer."""
-    from svftool.auditing.policy import Gatekeeper
+    from svftool.auditing.gatekeeper import Gatekeeper, close
     from svftool.report import inspect as report
+    from svftool.report.inspect.annotations import Annotations
     from svftool.report.inspect.files import Files, MapsFile
     from svftool.stages.audit import audit
 
     gate = Gatekeeper.read(limits.fail_above or (), limits.policy)
     others = tuned or []
     inputs, force = (base, *others), asked.force
+    annotations = Annotations.read(limits.annotate or (), force=force, inputs=inputs)
     files = Files(asked.csv, asked.html, asked.plot, force=force, inputs=inputs)
     maps = MapsFile(asked.feature_maps, asked.image, force=force, inputs=inputs)
     files.check(sort)
@@ -112,12 +125,15 @@ def command(
         device=device,
         progress=display.progress(),
     )
-    failed = gate.violations(result)
-    files.write(result, failed)
+    held = gate.hold(result)
+    files.write(result, held)
+    annotations.write(held, seconds=result.seconds)
     if asked.feature_maps is not None and asked.image is not None:
         from svftool.stages.feature_maps import feature_maps
 
         maps.write(feature_maps(base, others[0], asked.image, model=asked.model))
-    shown = report.view(result, sort=sort, top=top, group=group, failed=failed)
-    display.emit(report.document(result, failed=failed), shown)
-    gate.close(failed)
+    shown = report.Shown(sort=sort, top=top, group=group, every=every)
+    display.emit(report.document(result, held=held), report.view(result, shown, held=held))
+    if is_first_process():
+        annotations.say(held)
+    close(held)

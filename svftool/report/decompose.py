@@ -10,12 +10,13 @@ from rich.text import Text
 
 from svftool.factors import LayerRecord
 from svftool.report import json
-from svftool.report.text import by_reason, display_names, plain_table, safe, seconds, shape, size
+from svftool.report.names import Names
+from svftool.report.table import Cell, NameTable
+from svftool.report.text import by_reason, safe, seconds, shape, size
 from svftool.stages.decompose import DecomposeResult, DecompositionPlan
 from svftool.stages.factorise import LayerPlan
 
 MOST_ROWS = 12
-NAME_WIDTH = 36
 
 
 def document(result: DecomposeResult) -> dict[str, Any]:
@@ -51,15 +52,13 @@ def document(result: DecomposeResult) -> dict[str, Any]:
 def view(result: DecomposeResult) -> RenderableType:
     """Return the result for people: the least accurate layers, what was left whole, the cost."""
     records = sorted(result.config.layers.values(), key=lambda one: -one.reconstruction_error)
-    table = plain_table()
-    table.add_column("layer")
-    for title in ("matrix", "rank", "error", "energy"):
-        table.add_column(title, justify="right")
-    table.add_column("method", style="dim")
     shown = records[:MOST_ROWS]
-    names = display_names((one.name for one in shown), NAME_WIDTH)
+    table = NameTable(Names(one.name for one in shown))
+    for title in ("matrix", "rank", "error", "energy"):
+        table.column(title, right=True)
+    table.column("method", style="dim")
     for one in shown:
-        table.add_row(Text(names[one.name]), *_row(one))
+        table.row(one.name, _row(one))
     parts: list[RenderableType] = [table]
     if len(records) > MOST_ROWS:
         parts.append(
@@ -70,7 +69,7 @@ def view(result: DecomposeResult) -> RenderableType:
     return Group(*parts, "", _summary(result))
 
 
-def _row(one: LayerRecord) -> tuple[RenderableType, ...]:
+def _row(one: LayerRecord) -> tuple[Cell, ...]:
     return (
         shape(one.matrix),
         str(one.rank),
@@ -116,14 +115,12 @@ def plan_document(plan: DecompositionPlan) -> dict[str, Any]:
 def plan_view(plan: DecompositionPlan) -> RenderableType:
     """Return a plan for people: the largest layers, what stays whole, and the sizes in all."""
     layers = sorted(plan.layers, key=lambda one: -one.factor_bytes)
-    table = plain_table()
-    table.add_column("layer")
-    for title in ("matrix", "rank", "factors"):
-        table.add_column(title, justify="right")
     shown = layers[:MOST_ROWS]
-    names = display_names((one.info.name for one in shown), NAME_WIDTH)
+    table = NameTable(Names(one.info.name for one in shown))
+    for title in ("matrix", "rank", "factors"):
+        table.column(title, right=True)
     for one in shown:
-        table.add_row(Text(names[one.info.name]), *_plan_row(one))
+        table.row(one.info.name, _plan_row(one))
     parts: list[RenderableType] = [table]
     if len(layers) > MOST_ROWS:
         parts.append(Text(f"and {len(layers) - MOST_ROWS} more layers, all smaller", "dim"))
@@ -134,7 +131,7 @@ def plan_view(plan: DecompositionPlan) -> RenderableType:
     return Group(*parts, "", total)
 
 
-def _plan_row(one: LayerPlan) -> tuple[RenderableType, ...]:
+def _plan_row(one: LayerPlan) -> tuple[Cell, ...]:
     rank = "by spectrum" if one.rank is None else str(one.rank)
     return shape(one.matrix), rank, size(one.factor_bytes)
 

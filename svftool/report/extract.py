@@ -10,7 +10,9 @@ from rich.text import Text
 
 from svftool.errors import shortlist
 from svftool.report import json
-from svftool.report.text import display_names, plain_table, safe
+from svftool.report.names import Names
+from svftool.report.table import NameTable
+from svftool.report.text import safe
 from svftool.stages.extract import ExtractResult
 
 MOST_ROWS = 12
@@ -32,14 +34,12 @@ def document(result: ExtractResult) -> dict[str, Any]:
 def view(result: ExtractResult) -> RenderableType:
     """Return the result for people: the layers that are approximated worst, and the whole."""
     rows = sorted(result.layers, key=lambda one: -one.error)
-    table = plain_table()
-    table.add_column("layer")
-    table.add_column("change", justify="right")
-    table.add_column("not reached", justify="right")
     shown = rows[:MOST_ROWS]
-    names = display_names((one.name for one in shown), 46)
+    table = NameTable(Names(one.name for one in shown))
+    table.column("weight drift", right=True)
+    table.column("not reached", right=True)
     for one in shown:
-        table.add_row(Text(names[one.name]), f"{one.change:.2%}", f"{one.error:.1%}")
+        table.row(one.name, (f"{one.change:.2%}", f"{one.error:.1%}"))
     parts: list[RenderableType] = [table]
     if len(rows) > MOST_ROWS:
         parts.append(Text(f"and {len(rows) - MOST_ROWS} more layers, approximated better", "dim"))

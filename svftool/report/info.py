@@ -11,7 +11,9 @@ from rich.table import Table
 from rich.text import Text
 
 from svftool.report import json
-from svftool.report.text import display_names, plain_table, safe, shape, size
+from svftool.report.names import Names
+from svftool.report.table import NameTable
+from svftool.report.text import safe, shape, size
 from svftool.stages.info import Info
 
 MOST_ROWS = 40
@@ -151,13 +153,11 @@ def _brief(value: Any) -> str:
     return text if len(text) <= _LONGEST else f"{text[:_LONGEST]}..."
 
 
-def _table(tensors: list[Any]) -> Table:
-    table = plain_table()
-    for title in ("tensor", "dtype"):
-        table.add_column(title)
+def _table(tensors: list[Any]) -> NameTable:
+    table = NameTable(Names(one.name for one in tensors), title="tensor")
+    table.column("dtype")
     for title in ("shape", "bytes"):
-        table.add_column(title, justify="right")
-    names = display_names((one.name for one in tensors), 60)
+        table.column(title, right=True)
     for one in tensors:
-        table.add_row(Text(names[one.name]), one.dtype, shape(one.shape), size(one.nbytes))
+        table.row(one.name, (one.dtype, shape(one.shape), size(one.nbytes)))
     return table

@@ -9,7 +9,9 @@ from rich.text import Text
 
 from svftool.errors import shortlist
 from svftool.report import json
-from svftool.report.text import display_names, plain_table, safe
+from svftool.report.names import Names
+from svftool.report.table import NameTable
+from svftool.report.text import safe
 from svftool.stages.merge import MergeResult
 
 MOST_ROWS = 12
@@ -49,15 +51,13 @@ def view(result: MergeResult) -> RenderableType:
     )
     parts: list[RenderableType] = []
     if changed:
-        table = plain_table()
-        table.add_column("layer")
-        table.add_column("change", justify="right")
-        table.add_column("lost to rounding", justify="right")
-        names = display_names((one.name for one in changed[:MOST_ROWS]), 46)
+        table = NameTable(Names(one.name for one in changed[:MOST_ROWS]))
+        table.column("weight drift", right=True)
+        table.column("lost to rounding", right=True)
         for one in changed[:MOST_ROWS]:
             style = "yellow" if one.rounding_loss > HEAVY_LOSS else ""
             loss = Text(f"{one.rounding_loss:.1e}", style)
-            table.add_row(Text(names[one.name]), f"{one.relative_change:.2%}", loss)
+            table.row(one.name, (f"{one.relative_change:.2%}", loss))
         parts.append(table)
     if len(changed) > MOST_ROWS:
         parts.append(Text(f"and {len(changed) - MOST_ROWS} more layers, changed less", "dim"))

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import math
 import re
 import unicodedata
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 
 from rich.table import Table
 from rich.text import Text
@@ -93,47 +94,24 @@ def seconds(count: float) -> str:
     return f"{minutes // 60} h {minutes % 60:02d} min"
 
 
-def short(name: str, width: int) -> str:
-    """Shorten a name in the middle, so that its end, which differs most, stays.
+def number(value: float | None) -> str:
+    """Write a number in six characters or less.
 
     Examples
     --------
-    >>> short("encoder.layers.11.mlp.fc1.weight", 20)
-    'encode…lp.fc1.weight'
+    >>> [number(x) for x in (0.0, 0.12345, 1.5e-5, 12345.6, 3.0, None, math.inf)]
+    ['0', '0.123', '1.5e-5', '1.2e4', '3', '–', '∞']
     """
-    if len(name) <= width:
-        return name
-    head = (width - 1) // 3
-    return f"{name[:head]}…{name[len(name) - (width - 1 - head) :]}"
-
-
-def display_names(names: Iterable[str], width: int) -> dict[str, str]:
-    """Shorten names for one table: what all of them share is left out, then long middles.
-
-    Parameters
-    ----------
-    names : iterable of str
-        Tensor names; control characters are escaped.
-    width : int
-        Most characters of a result.
-
-    Examples
-    --------
-    >>> display_names(["module.layer1.0.weight", "module.layer2.0.weight"], 40)
-    {'module.layer1.0.weight': 'layer1.0', 'module.layer2.0.weight': 'layer2.0'}
-    >>> display_names(["fc.weight"], 40)
-    {'fc.weight': 'fc.weight'}
-    """
-    listed = list(names)
-    if len(listed) < 2:
-        return {name: short(safe(name), width) for name in listed}
-    first, last = min(listed).split("."), max(listed).split(".")
-    shared = 0
-    while shared < min(len(first), len(last)) - 1 and first[shared] == last[shared]:
-        shared += 1
-    head = "".join(f"{part}." for part in first[:shared])
-    tail = ".weight" if all(name.endswith(".weight") for name in listed) else ""
-    return {name: short(safe(name.removeprefix(head).removesuffix(tail)), width) for name in listed}
+    if value is None:
+        return "–"
+    if math.isinf(value):
+        return "∞" if value > 0.0 else "-∞"
+    if value == 0.0 or (value == int(value) and abs(value) < 1e4):
+        return str(int(value))
+    if 1e-3 <= abs(value) < 1e4:
+        return f"{value:.3g}"
+    mantissa, exponent = f"{value:.1e}".split("e")
+    return f"{mantissa}e{int(exponent)}"
 
 
 # Pieces of rich tables that several reports share.
@@ -154,7 +132,7 @@ def by_reason(left_whole: Mapping[str, str], limit: int = 3) -> Table:
     table = plain_table()
     table.add_column("left whole", justify="right")
     table.add_column("why")
-    table.add_column("such as", style="dim", overflow="ellipsis", no_wrap=True)
+    table.add_column("such as", style="dim", overflow="fold")
     for reason, names in sorted(groups.items(), key=lambda item: -len(item[1])):
-        table.add_row(str(len(names)), Text(safe(reason)), Text(short(names[0], 30)))
+        table.add_row(str(len(names)), Text(safe(reason)), Text(names[0]))
     return table

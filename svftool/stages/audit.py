@@ -25,6 +25,7 @@ from svftool.auditing import (
     Row,
     Tuned,
     Unread,
+    as_in_base,
     audit_budget,
     audit_bytes,
     choose_metrics,
@@ -284,13 +285,11 @@ class _Auditor:
             way = self._way(name, side)
             if why is not None:
                 left_out.append(why)
-            elif way in ("matrix", "values", ""):
-                of_matrix = way == "matrix" or not way
-                rows.append(
-                    self._row(
-                        name, side, found.get(name) if of_matrix else self._values(name, side)
-                    )
-                )
+            elif not way:
+                rows.append(as_in_base(self._row(name, side, None), self.metrics))
+            elif way in ("matrix", "values"):
+                one = found.get(name) if way == "matrix" else self._values(name, side)
+                rows.append(self._row(name, side, one))
             elif way == "bytes":
                 codes.append(self._codes(name, side))
                 left_out.append(Unread(name, f"{self.layers.left[name]}; compared by bytes"))

@@ -10,7 +10,7 @@ from typing import Any
 from torch import nn
 
 from svftool.checkpoints import Checkpoint, class_labels
-from svftool.errors import UsageError
+from svftool.errors import UsageError, no_such
 from svftool.models import DEFAULT_PREPROCESSING, Preprocessing, find_preprocessing
 from svftool.progress import SILENT, Progress
 from svftool.tasks.base import Task
@@ -159,5 +159,5 @@ def make_tasks(
         If the data does not hold what was asked for.
     """
     if name not in _MAKERS:
-        raise UsageError(f"task {name!r}, expected one of {', '.join(_MAKERS)}")
+        raise UsageError(no_such("task", name, _MAKERS))
     return _MAKERS[name](data, facts, progress, **options)

@@ -26,7 +26,7 @@ from svftool.checkpoints import (
 )
 from svftool.engine import PROCESS_BYTES, parse_rank, peak_memory
 from svftool.engine.examine import examination_bytes
-from svftool.errors import UsageError, shortlist
+from svftool.errors import UsageError, no_such, shortlist
 from svftool.factors import FactorConfig, LayerSpool, check_names, check_storable
 from svftool.machine import peak_memory_bytes, pick_device
 from svftool.numerics import Method
@@ -278,7 +278,7 @@ def _parse(options: DecomposeOptions) -> FactoriseSettings:
 
 def _check_choice(option: str, found: str, allowed: Sequence[str]) -> None:
     if found not in allowed:
-        raise UsageError(f"{option}: {found!r}, expected one of {', '.join(allowed)}")
+        raise UsageError(no_such(f"{option}:", found, allowed))
 
 
 def _parse_view(text: str) -> tuple[str, Any]:

@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, fields, replace
 from typing import Any, ClassVar, Literal, get_args, get_origin, get_type_hints
 
-from svftool.errors import UsageError
+from svftool.errors import UsageError, did_you_mean
 
 TaskName = Literal["classification", "segmentation", "language", "few-shot-segmentation"]
 
@@ -132,7 +132,7 @@ class TaskOptions:
             if choices and isinstance(value, str) and value not in choices:
                 raise UsageError(
                     f"{flag_of(type(self), name)} {value!r}, expected {', '.join(choices)} "
-                    f"for --task {self.task}"
+                    f"for --task {self.task}.{did_you_mean(value, choices)}"
                 )
 
 

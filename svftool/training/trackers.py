@@ -9,7 +9,7 @@ from types import TracebackType
 from typing import Any, Self
 
 from svftool.checkpoints import write_errors
-from svftool.errors import MissingDependencyError, UsageError
+from svftool.errors import MissingDependencyError, UsageError, no_such
 
 PROJECT = "svftool"
 """What the runs are gathered under, where a tracker has projects."""
@@ -95,7 +95,7 @@ def _tracker_class(name: str, folder: Path | None) -> Any:
         raise MissingDependencyError("accelerate", extra="train", purpose=OPTION) from None
     known = tracking.LOGGER_TYPE_TO_CLASS
     if name not in known:
-        raise UsageError(f"{OPTION} {name!r}, expected one of {', '.join(sorted(known))}")
+        raise UsageError(no_such(OPTION, name, sorted(known)))
     # Accelerate's trackers, and what it says of missing ones, ask it which process they are in.
     PartialState()
     if not tracking.filter_trackers([name], folder):

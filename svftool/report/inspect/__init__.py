@@ -3,6 +3,6 @@
 from __future__ import annotations
 
 from svftool.report.inspect.document import csv_text, document
-from svftool.report.inspect.terminal import view
+from svftool.report.inspect.terminal import Shown, view
 
-__all__ = ["csv_text", "document", "view"]
+__all__ = ["Shown", "csv_text", "document", "view"]

@@ -4,12 +4,24 @@ from __future__ import annotations
 
 import csv
 import io
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
-from svftool.auditing import METRICS, AuditResult, Comparison, Row, Trajectory, Unread, Verdict
-from svftool.auditing.policy import Violation
+from svftool.auditing import (
+    METRICS,
+    AuditResult,
+    Comparison,
+    Held,
+    Row,
+    Trajectory,
+    Unread,
+    Verdict,
+    metric_name,
+    violations,
+)
 from svftool.report import json
+from svftool.report.inspect.gates import gates_document
+from svftool.report.inspect.headline import headline
 from svftool.report.text import safe
 
 _FORMULA = tuple("=+-@\uff1d\uff0b\uff0d\uff20")
@@ -19,15 +31,15 @@ SUMMARISED = ("weight_drift", "relative_drift", "svf_share", "intruders")
 
 
 def document(
-    result: AuditResult, *, failed: Sequence[Violation] = (), curves: bool = False
+    result: AuditResult, *, held: Sequence[Held] = (), curves: bool = False
 ) -> dict[str, Any]:
     """Return the result for scripts.
 
     Parameters
     ----------
     result : AuditResult
-    failed : sequence of Violation
-        What gates and a policy found.
+    held : sequence of Held
+        What gates and a policy held.
     curves : bool
         Whether the singular values themselves are put in.
     """
@@ -36,7 +48,10 @@ def document(
         metrics=result.metrics,
         comparisons=[_comparison(one, result.metrics, curves) for one in result.comparisons],
         trajectory=None if result.trajectory is None else _trajectory(result.trajectory),
-        failed=[{"name": one.name, "found": one.found, "reason": one.reason} for one in failed],
+        gates=gates_document(held),
+        failed=[
+            {"name": one.name, "found": one.found, "reason": one.reason} for one in violations(held)
+        ],
         seconds=result.seconds,
     )
 
@@ -49,12 +64,13 @@ def _comparison(one: Comparison, metrics: Sequence[str], curves: bool) -> dict[s
         "verdict": None if one.verdict is None else one.verdict.name,
         "confidence": None if one.verdict is None else one.verdict.confidence,
         "evidence": None if one.verdict is None else one.verdict.evidence,
+        "headline": None if one.tuned is None else headline(one),
         "rank": None if one.verdict is None else one.verdict.rank,
         "summary": summary(one),
         "layers": [_row(row, metrics, curves) for row in one.rows],
         "unmatched": {
-            "base": [_unread(item) for item in one.unmatched_base],
-            "tuned": [_unread(item) for item in one.unmatched_tuned],
+            "base": [_unread(item) | _shapes(item) for item in one.unmatched_base],
+            "tuned": [_unread(item) | _shapes(item) for item in one.unmatched_tuned],
         },
         "left_out": _left_out(one),
         "coverage": {
@@ -79,7 +95,7 @@ def summary(one: Comparison) -> dict[str, Any]:
             "unmatched_tuned": len(one.unmatched_tuned),
         },
         "verdicts": one.counts(),
-        "median": {name: one.median(name) for name in SUMMARISED},
+        "median": _named({name: one.median(name) for name in SUMMARISED}),
         "total": {name: one.total(name) for name in ("weight_drift", "svf_share")},
     }
 
@@ -99,6 +115,7 @@ def _row(row: Row, metrics: Sequence[str], curves: bool) -> dict[str, Any]:
         else:
             sides = row.measured.base, row.measured.tuned
             found[name] = dict(zip(("base", "tuned"), (x.get(name) for x in sides), strict=True))
+    found = _named(found)
     found |= {"rounding_floor": row.rounding_floor, "change_rank": row.change_rank}
     found["infinite"] = row.infinite
     found |= _verdict(row.verdict)
@@ -108,6 +125,11 @@ def _row(row: Row, metrics: Sequence[str], curves: bool) -> dict[str, Any]:
             for side, values in vars(row.curves).items()
         }
     return found
+
+
+def _named(found: Mapping[str, Any]) -> dict[str, Any]:
+    """Put a metric under its name beside its older key, which scripts rely on."""
+    return {name: value for key, value in found.items() for name in (key, metric_name(key))}
 
 
 def _verdict(verdict: Verdict | None) -> dict[str, Any]:
@@ -131,10 +153,15 @@ def _unread(item: Unread) -> dict[str, str]:
     return {"name": item.name, "reason": item.reason}
 
 
+def _shapes(item: Unread) -> dict[str, Any]:
+    return {"shape": dict(zip(("base", "tuned"), item.shapes, strict=True))}
+
+
 def _trajectory(one: Trajectory) -> dict[str, Any]:
     return {
         "checkpoints": [str(path) for path in one.checkpoints],
-        "median": one.metrics,
+        "median": _named(one.metrics),
+        "matrices": len(one.matrices),
         "monotone": one.monotone,
         "layers": [{"name": name, "weight_drift": drift} for name, drift in one.layers.items()],
     }

@@ -11,7 +11,7 @@ import numpy as np
 from svftool.auditing import AuditResult, Comparison, Row
 from svftool.report.drawing import PLAIN_AXES, plain, require_matplotlib, save
 from svftool.report.inspect.marks import largest_of
-from svftool.report.text import display_names, short
+from svftool.report.names import display_names
 
 _GREY, _BLUE, _ORANGE = "#8a919c", "#2b5fb8", "#c4551d"
 _SVF, _INSIDE, _OUTSIDE = "#1b8a8f", "#4264c9", "#9a4fb3"
@@ -99,7 +99,7 @@ def _spectrum(axes: Any, rows: Sequence[Row]) -> None:
     axes.set_ylim(bottom=max(floor, 0.7 * float(row.curves.base.min())))
     axes.legend(fontsize=7)
     axes.set_title("singular values")
-    axes.set_xlabel(plain(short(row.name, 44)), fontsize=6.5)
+    axes.set_xlabel(plain(display_names([row.name], 44)[row.name]), fontsize=6.5)
 
 
 def _change(axes: Any, rows: Sequence[Row]) -> None:

@@ -7,8 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from svftool.auditing import AuditResult, check_metric
-from svftool.auditing.policy import Violation
+from svftool.auditing import AuditResult, Held, check_metric
 from svftool.checkpoints import replace_output
 from svftool.errors import UsageError
 from svftool.report.inspect.document import csv_text
@@ -58,7 +57,7 @@ class Files:
         for path in (self.csv, self.html, self.plot):
             _check_new(path, self.force)
 
-    def write(self, result: AuditResult, failed: Sequence[Violation]) -> None:
+    def write(self, result: AuditResult, held: Sequence[Held]) -> None:
         """Write what was asked for, each file complete or not at all."""
         inputs = [Path(one) for one in self.inputs]
         if self.csv is not None:
@@ -68,7 +67,7 @@ class Files:
             from svftool.report.inspect.page import page
 
             with replace_output(self.html, force=self.force, inputs=inputs) as partial:
-                partial.write_text(page(result, failed=failed), encoding="utf-8")
+                partial.write_text(page(result, held=held), encoding="utf-8")
         if self.plot is not None:
             from svftool.report.inspect.figure import save_figure
 

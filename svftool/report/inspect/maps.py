@@ -8,7 +8,7 @@ from collections.abc import Sequence
 import numpy as np
 import numpy.typing as npt
 
-from svftool.auditing import Curves, Row
+from svftool.auditing import Curves, Row, metric_name
 from svftool.report.inspect.marks import block_of, in_order, largest_of, number, part_of
 from svftool.report.inspect.svg import WIDTH, cell, svg, text
 from svftool.report.text import safe
@@ -44,7 +44,7 @@ def heat_map(rows: Sequence[Row], metrics: Sequence[str], *, most: int = COLUMNS
     parts = []
     for line, metric in enumerate(metrics):
         top = line * (_CELL + 3)
-        label = metric.replace(".change", ", change").replace("_", " ")
+        label = metric_name(metric).replace(".change", ", change").replace("_", " ")
         parts.append(text(_LABEL - 10, top + _CELL - 4, label, anchor="end"))
         values = [_largest([row.value(metric) for row in column]) for column in columns]
         largest = largest_of(None if value is None else abs(value) for value in values)

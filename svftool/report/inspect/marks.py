@@ -9,6 +9,11 @@ import numpy as np
 import numpy.typing as npt
 
 from svftool.auditing import Row
+from svftool.report.text import number
+
+__all__ = [
+    "COLOURS", "bar", "block_of", "in_order", "largest_of", "number", "part_of", "sparkline",
+]  # fmt: skip
 
 COLOURS = {
     "untouched": "dim",
@@ -117,23 +122,3 @@ def in_order(rows: Sequence[Row]) -> list[Row]:
         series, count = (head, int(last)) if last.isdecimal() else (row.name, 0)
         keys.append((first.setdefault(series, index), count, index))
     return [rows[index] for _, _, index in sorted(keys)]
-
-
-def number(value: float | None) -> str:
-    """Write a number in six characters or less.
-
-    Examples
-    --------
-    >>> [number(x) for x in (0.0, 0.12345, 1.5e-5, 12345.6, 3.0, None, math.inf)]
-    ['0', '0.123', '1.5e-5', '1.2e4', '3', '–', '∞']
-    """
-    if value is None:
-        return "–"
-    if math.isinf(value):
-        return "∞" if value > 0.0 else "-∞"
-    if value == 0.0 or (value == int(value) and abs(value) < 1e4):
-        return str(int(value))
-    if 1e-3 <= abs(value) < 1e4:
-        return f"{value:.3g}"
-    mantissa, exponent = f"{value:.1e}".split("e")
-    return f"{mantissa}e{int(exponent)}"

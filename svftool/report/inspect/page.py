@@ -6,10 +6,19 @@ from collections.abc import Sequence
 from importlib import resources
 from typing import Any
 
-from svftool.auditing import METRICS, VERDICTS, AuditResult, Comparison, Row
-from svftool.auditing.policy import Violation
+from svftool.auditing import (
+    METRICS,
+    VERDICTS,
+    AuditResult,
+    Comparison,
+    Held,
+    Row,
+    Verdict,
+    metric_name,
+)
 from svftool.report.drawing import require_jinja
 from svftool.report.inspect import charts, maps
+from svftool.report.inspect.headline import headline
 from svftool.report.inspect.marks import largest_of, number, part_of
 from svftool.report.inspect.unread import unread
 from svftool.report.text import safe, shape
@@ -39,14 +48,14 @@ _SHARED = 4
 KINDS = {name: name.replace(" ", "-") for name in VERDICTS}
 
 
-def page(result: AuditResult, *, failed: Sequence[Violation] = ()) -> str:
+def page(result: AuditResult, *, held: Sequence[Held] = ()) -> str:
     """Return the page.
 
     Parameters
     ----------
     result : AuditResult
-    failed : sequence of Violation
-        What gates and a policy found.
+    held : sequence of Held
+        What gates and a policy held.
 
     Raises
     ------
@@ -73,8 +82,9 @@ def page(result: AuditResult, *, failed: Sequence[Violation] = ()) -> str:
         monotone=line is not None and line.monotone,
         meanings=VERDICTS,
         kinds=KINDS,
-        metrics={name: METRICS[name].what for name in result.metrics},
-        failed=[(safe(one.name), safe(one.found), safe(one.reason)) for one in failed],
+        metrics={metric_name(name): METRICS[name].what for name in result.metrics},
+        gates=_gates(held),
+        failed=sum(not one.passed for one in held),
     )
     return rendered
 
@@ -91,6 +101,26 @@ def _title(result: AuditResult) -> str:
     return f"{safe(first.base.name)} → {listed}"
 
 
+def _gates(held: Sequence[Held]) -> list[dict[str, Any]]:
+    """Return what each rule held, an offender under the first rule that it breaks."""
+    seen: set[tuple[str, str]] = set()
+    lines = []
+    for one in held:
+        fresh = [item for item in one.offenders if (one.place, item.name) not in seen]
+        seen |= {(one.place, item.name) for item in one.offenders}
+        lines.append(
+            {
+                "rule": safe(one.rule),
+                "place": safe(one.place),
+                "matched": one.matched,
+                "passed": one.passed,
+                "missed": safe(one.missed),
+                "offenders": [(safe(x.name), safe(x.found), safe(x.reason)) for x in fresh],
+            }
+        )
+    return lines
+
+
 def _section(one: Comparison, index: int, count: int) -> dict[str, Any]:
     rows = one.matrices
     columns, lines = maps.COLUMNS // min(count, _SHARED), LINES // min(count, _SHARED)
@@ -104,6 +134,7 @@ def _section(one: Comparison, index: int, count: int) -> dict[str, Any]:
         "tuned": safe(one.tuned.name) if one.tuned is not None else None,
         "kinds": one.kinds,
         "verdict": one.verdict,
+        "headline": "" if one.verdict is None else _headline(one, one.verdict),
         "kind": "" if one.verdict is None else KINDS[one.verdict.name],
         "tiles": _tiles(one),
         "counts": _counted(one),
@@ -122,6 +153,10 @@ def _section(one: Comparison, index: int, count: int) -> dict[str, Any]:
         "compared": one.coverage.compared,
         "notes": [safe(note) for note in one.notes],
     }
+
+
+def _headline(one: Comparison, verdict: Verdict) -> str:
+    return safe(verdict.evidence if one.tuned is None else headline(one))
 
 
 def _heat_lines(one: Comparison) -> tuple[str, ...]:
@@ -164,7 +199,7 @@ def _facts(row: Row) -> str:
     parts = [shape(row.matrix or ())]
     drift = row.value("weight_drift")
     if drift is not None:
-        parts.append(f"drift {number(drift)}")
+        parts.append(f"weight drift {number(drift)}")
     if row.verdict is not None:
         parts.append(row.verdict.text)
     return ", ".join(parts)
