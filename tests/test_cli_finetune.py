@@ -278,7 +278,7 @@ def test_an_existing_output_is_left_alone(finetune: Callable[..., Any], work: Pa
         (["--train-layers", "nothing.*"], 7, "none of 1 decomposed layers"),
         (["--base", "second.safetensors"], 3, "fingerprint"),
         (["--device", "cuda:99"], 2, "GPUs are available"),
-        (["--device", "toaster"], 2, "'toaster', expected auto"),
+        (["--device", "toaster"], 2, "'toaster', expected one of auto"),
     ],
 )
 def test_what_cannot_be_ends_in_one_line(

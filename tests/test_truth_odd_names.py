@@ -68,7 +68,7 @@ def test_reports_of_places_that_are_no_utf8(place: Path) -> None:
     assert json.loads(text)["comparisons"][0]["base"] == str(base)
     page = pytest.importorskip("svftool.report.inspect.page")
     pytest.importorskip("jinja2")
-    page.page(result, failed=()).encode()
+    page.page(result).encode()
 
 
 def test_nothing_unseen_reaches_any_report(tmp_path: Path) -> None:
@@ -79,7 +79,7 @@ def test_nothing_unseen_reaches_any_report(tmp_path: Path) -> None:
     pytest.importorskip("jinja2")
     from svftool.report.inspect.page import page
 
-    texts["html"] = page(result, failed=())
+    texts["html"] = page(result)
     for kind, text in texts.items():
         found = set(text) & set(UNSEEN) - set("\n\t")
         assert not found, (kind, sorted(map(ord, found))[:5])
