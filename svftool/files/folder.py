@@ -11,7 +11,14 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from svftool.errors import CheckpointError, DataError, FactorsError, shortlist, write_errors
+from svftool.errors import (
+    CheckpointError,
+    DataError,
+    FactorsError,
+    UsageError,
+    shortlist,
+    write_errors,
+)
 
 PICKLE_SUFFIXES = (".pt", ".pth", ".bin", ".th", ".tar", ".ckpt")
 WEIGHT_SUFFIXES = (".safetensors", *PICKLE_SUFFIXES)
@@ -55,6 +62,45 @@ class Place:
     config: Mapping[str, Any] | None = None
     notes: tuple[str, ...] = ()
     hub_id: str | None = None
+
+
+TUNED_SUFFIX = ".svf.safetensors"
+"""How the name of a tuned file ends."""
+
+
+def is_tuned_name(path: Path) -> bool:
+    """Tell whether a file of this name is a tuned file.
+
+    Examples
+    --------
+    >>> is_tuned_name(Path("birds.svf.safetensors")), is_tuned_name(Path("birds.safetensors"))
+    (True, False)
+    """
+    return path.name.endswith(TUNED_SUFFIX)
+
+
+def check_dense_name(path: Path, *, tuned: bool = False) -> None:
+    """Refuse the name of a tuned file for other weights.
+
+    Parameters
+    ----------
+    path : Path
+        What is to be written.
+    tuned : bool
+        A tuned file is written.
+
+    Raises
+    ------
+    UsageError
+        Says which name would do.
+    """
+    stem = path.with_suffix("")
+    if stem.suffix != ".svf" or path.suffix not in WEIGHT_SUFFIXES or tuned:
+        return
+    expected = f"for dense weights one such as {path.with_name(stem.stem + path.suffix)}"
+    if not is_tuned_name(path):
+        expected += f", for a tuned file {stem}.safetensors"
+    raise UsageError(f"{path}: the name of a tuned file, and none is written, expected {expected}")
 
 
 FACTORS_FILE = "svf_config.json"
