@@ -100,8 +100,9 @@ def merge(
     tuned : sequence
         Tuned files, each a path, ``"PATH@WEIGHT"`` or a pair of path and weight.
     output : path-like
-        ``.svf.safetensors`` writes a tuned file. ``.safetensors`` writes one dense file, ``.pt``, ``.pth``, ``.bin``, ``.th`` a pickle nested as
-        the base, anything else a folder with the base's names, shards and side files.
+        ``.svf.safetensors`` writes a tuned file. ``.safetensors`` writes one dense file, ``.pt``,
+        ``.pth``, ``.bin``, ``.th`` a pickle nested as the base, anything else a folder with the
+        base's names, shards and side files.
     base : path-like, optional
         Where the base is, if not at its recorded place.
     without_base : bool
