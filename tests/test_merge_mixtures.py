@@ -17,6 +17,7 @@ from typer.testing import CliRunner
 import svftool
 from svftool.cli import app
 from svftool.factors import write_tuned
+from svftool.factors.stated import Support
 
 CLASSES = ["owl", "gull", "wren"]
 
@@ -50,6 +51,7 @@ def tune(
     head: int | None = 3,
     scale: float = 0.1,
     data: dict[str, Any] | None = None,
+    support: list[bytes] | None = None,
     **extra: Any,
 ) -> Path:
     """Write a tuned file with random changes, a norm, and a head of so many classes."""
@@ -65,6 +67,8 @@ def tune(
             for one in store.layers
         }
         training = {"regime": "svf", "seed": seed, "data": data or {}}
+        if support is not None:
+            training["support"] = Support.of(support).to_plain()
         facts = {"task": "classification", "classes": CLASSES, "training": training, **extra}
         write_tuned(path, store=store, S=S, whole=whole, **facts)
     return path
@@ -138,9 +142,9 @@ def test_training_after_loading_is_what_is_saved_and_merged(factors: Path) -> No
 
 
 def test_a_mixture_says_what_it_was_mixed_from(factors: Path) -> None:
-    shared = {"image_size": [16, 16], "mean": [0.5], "shots": 3, "support": ["aa"]}
-    one = tune(factors, "a", 1, data=shared)
-    two = tune(factors, "b", 2, data={**shared, "shots": 5, "support": ["bb"]})
+    shared = {"image_size": [16, 16], "mean": [0.5], "shots": 3}
+    one = tune(factors, "a", 1, data=shared, support=[b"1", b"2"])
+    two = tune(factors, "b", 2, data={**shared, "shots": 5}, support=[b"2", b"3"])
     mixed = [f"{one}@0.7", f"{two}@0.3"]
     for name, key in (("m.svf", "svftool"), ("m", "svftool_merged")):
         output = factors.parent / f"{name}.safetensors"
@@ -159,8 +163,10 @@ def test_a_mixture_says_what_it_was_mixed_from(factors: Path) -> None:
         assert training["data"] == {
             "image_size": [16, 16],
             "mean": [0.5],
-            "support": ["aa", "bb"],
         }
+        seen = Support.from_plain(training["support"])
+        assert seen is not None
+        assert (seen.examples, seen.count([b"1", b"2", b"3", b"4"])) == (4, 3)
         assert str(factors.parent) not in json.dumps(facts)
 
 

@@ -6,11 +6,14 @@ sequence, the size of a picture, the order of the classes. So they go wherever t
 
 from __future__ import annotations
 
+import base64
+import functools
 import hashlib
 import json
-from collections.abc import Mapping, Sequence
+import operator
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Self
 
 from svftool.factors.tuned import TunedFile
 
@@ -18,6 +21,62 @@ MERGED_KEY = "svftool_merged"
 """Key of the metadata of a dense checkpoint under which a merge hands on what was stated."""
 
 _VERSION = 1
+_DIGEST_BYTES = 8
+_MOST_DIGESTS = 2048
+
+
+@dataclass(frozen=True)
+class Support:
+    """The examples that were trained on, known again by their bytes.
+
+    Of many examples those with the smallest digests stand for all: 16 KB at most.
+
+    Attributes
+    ----------
+    examples : int
+        How many there were.
+    digests : frozenset of bytes
+        The first eight bytes of their SHA-256.
+    """
+
+    examples: int
+    digests: frozenset[bytes]
+
+    @classmethod
+    def of(cls, contents: Iterable[bytes]) -> Self:
+        """Digest the contents of examples."""
+        found = digests_of(contents)
+        return cls(len(found), frozenset(sorted(set(found))[:_MOST_DIGESTS]))
+
+    def count(self, contents: Iterable[bytes]) -> int:
+        """Count the examples that are among these; no more, where some stand for all."""
+        return sum(digest in self.digests for digest in digests_of(contents))
+
+    def __or__(self, other: Support) -> Support:
+        """Return the examples of both."""
+        digests = sorted(self.digests | other.digests)[:_MOST_DIGESTS]
+        return Support(self.examples + other.examples, frozenset(digests))
+
+    def to_plain(self) -> dict[str, Any]:
+        """Return it as values that JSON holds."""
+        packed = base64.b64encode(b"".join(sorted(self.digests))).decode()
+        return {"examples": self.examples, "digests": packed}
+
+    @classmethod
+    def from_plain(cls, value: Any) -> Self | None:
+        """Read back what `to_plain` gave; None for anything else."""
+        try:
+            packed = base64.b64decode(value["digests"], validate=True)
+            step = _DIGEST_BYTES
+            parts = [packed[at : at + step] for at in range(0, len(packed), step)]
+            return cls(int(value["examples"]), frozenset(parts))
+        except (KeyError, TypeError, ValueError):
+            return None
+
+
+def digests_of(contents: Iterable[bytes]) -> list[bytes]:
+    """Return the first eight bytes of the SHA-256 of each."""
+    return [hashlib.sha256(one).digest()[:_DIGEST_BYTES] for one in contents]
 
 
 @dataclass(frozen=True)
@@ -40,6 +99,11 @@ class Stated:
     classes: tuple[str, ...] | None = None
     training: Mapping[str, Any] = field(default_factory=dict)
     unlike: Mapping[str, Sequence[Any]] = field(default_factory=dict)
+
+    @property
+    def support(self) -> Support | None:
+        """The examples that were trained on, where they are known."""
+        return Support.from_plain(self.training.get("support"))
 
     @property
     def data(self) -> Mapping[str, Any]:
@@ -70,13 +134,10 @@ def stated_by(mixed: Sequence[tuple[TunedFile, float]]) -> Stated:
     if len(mixed) == 1 and mixed[0][1] == 1.0:
         return Stated(files[0].task, files[0].classes, dict(files[0].training))
     known = [one.training["data"] for one in files if isinstance(one.training.get("data"), Mapping)]
-    named = list(dict.fromkeys(name for data in known for name in data if name != "support"))
+    named = list(dict.fromkeys(name for data in known for name in data))
     values = {name: [data[name] for data in known if name in data] for name in named}
     unlike = {name: of for name, of in values.items() if any(one != of[0] for one in of)}
     data = {name: of[0] for name, of in values.items() if name not in unlike}
-    support = sorted({digest for data in known for digest in data.get("support") or ()})
-    if support:
-        data["support"] = support
     training: dict[str, Any] = {"mixture": [_part(one, weight) for one, weight in mixed]}
     for name in ("regime", "seed"):
         found = [one.training[name] for one in files if name in one.training]
@@ -84,6 +145,10 @@ def stated_by(mixed: Sequence[tuple[TunedFile, float]]) -> Stated:
             training[name] = found[0]
     if data:
         training["data"] = data
+    support = [Support.from_plain(one.training.get("support")) for one in files]
+    seen = [one for one in support if one is not None]
+    if seen:
+        training["support"] = functools.reduce(operator.or_, seen).to_plain()
     tasks = {one.task for one in files if one.task is not None}
     classes = {one.classes for one in files if one.classes is not None}
     return Stated(
