@@ -6,7 +6,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from types import MappingProxyType
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -24,7 +24,13 @@ from svftool.tasks.heads import (
     require_module,
     start_head,
 )
-from svftool.tasks.images import check_labels, class_names, list_images, short_name
+from svftool.tasks.images import (
+    check_labels,
+    class_names,
+    list_images,
+    read_bytes,
+    short_name,
+)
 from svftool.tasks.options import ClassificationOptions, StrPath
 from svftool.tasks.splits import (
     balanced_order,
@@ -34,7 +40,7 @@ from svftool.tasks.splits import (
     others,
     require_query,
 )
-from svftool.tasks.views import ImageSet, choose_view
+from svftool.tasks.views import ImageSet, ImageView, choose_view
 
 # Metrics of classification, counted over batches.
 
@@ -144,6 +150,8 @@ class Classification:
         Images to draw the support set from; see `svftool.tasks.images.list_images`.
     preprocessing : Preprocessing
         Normalisation and size that the checkpoint was trained with.
+    view : ImageView, optional
+        What images went through when the weights were trained, in place of `preprocessing`.
     options
         Fields of `svftool.tasks.options.ClassificationOptions`.
 
@@ -162,6 +170,7 @@ class Classification:
         data: StrPath,
         *,
         preprocessing: Preprocessing = DEFAULT_PREPROCESSING,
+        view: ImageView | None = None,
         **options: Any,
     ) -> None:
         self.options = chosen = ClassificationOptions(**options)
@@ -176,7 +185,7 @@ class Classification:
         mean, std = chosen.mean or preprocessing.mean, chosen.std or preprocessing.std
         preprocessing = replace(preprocessing, mean=mean, std=std)
         every = [image.path for image in (*images, *queries)]
-        self.view = choose_view(every, preprocessing, size=chosen.image_size)
+        self.view = choose_view(every, preprocessing, size=chosen.image_size, trained=view)
         self._names = [image.label for image in images]
         self._images = ImageSet([image.path for image in images], self.view)
         self._queries = self._examples(
@@ -190,13 +199,14 @@ class Classification:
         augment = self.options.augment
         return {
             "shots": self.shots,
-            "image_size": list(self.view.size),
+            **self.view.to_plain(),
             "mean": list(self.view.mean),
             "std": list(self.view.std),
             "augment": augment if isinstance(augment, str) else "custom",
             "hold_out": self.options.hold_out,
             "sampling": self.options.sampling,
             "head_type": self.options.head_type,
+            "head_name": self.options.head_name,
         }
 
     def draw(self, seed: int) -> ClassificationDraw:
@@ -242,6 +252,18 @@ class ClassificationDraw:
     def held_out(self) -> int:
         """Images held out of the support set."""
         return len(self._parts["held_out"])
+
+    @property
+    def measured(self) -> int:
+        """Images to measure with."""
+        return len(self._parts["query"])
+
+    def contents(self, part: Literal["support", "query"]) -> Iterator[bytes]:
+        """Read the image files; see `svftool.tasks.base.HasContents`."""
+        support = (self._support, self._parts["held_out"])
+        for examples in support if part == "support" else (self._parts["query"],):
+            for index in examples.indices:
+                yield read_bytes(examples.images.paths[index])
 
     def prepare(self, model: nn.Module, *, start: bool = True) -> Prepared:
         """Keep the model's head, or make one from the class means of its features.

@@ -9,7 +9,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import MappingProxyType
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -179,6 +179,19 @@ class LanguageDraw:
     def held_out(self) -> int:
         """Blocks held out of the support set."""
         return len(self._parts["held_out"].blocks)
+
+    @property
+    def measured(self) -> int:
+        """Texts to measure with."""
+        return len({block.text for block in self._parts["query"].blocks})
+
+    def contents(self, part: Literal["support", "query"]) -> Iterator[bytes]:
+        """Yield the texts' words; see `svftool.tasks.base.HasContents`."""
+        support = (self._support, self._parts["held_out"])
+        for corpus in support if part == "support" else (self._parts["query"],):
+            for position in sorted({block.text for block in corpus.blocks}):
+                text = corpus.texts[position]
+                yield f"{text.prompt}\0{text.body}".encode()
 
     def prepare(self, model: nn.Module, *, start: bool = True) -> Prepared:
         """Check that the model takes the tokens; its head stays the checkpoint's.

@@ -148,4 +148,5 @@ class RunWriter:
             "head_decay": settings.decay_of("head"),
             "head_first": settings.head_first,
             "precision": settings.precision,
+            **({"support": dict(run.support)} if run.support else {}),
         }

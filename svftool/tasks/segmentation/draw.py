@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -15,6 +15,7 @@ from svftool.errors import MissingDependencyError, ModelError
 from svftool.progress import SILENT, Progress
 from svftool.tasks.base import Part, Prepared, device_of
 from svftool.tasks.heads import require_module
+from svftool.tasks.images import read_bytes
 from svftool.tasks.options import SegmentationOptions
 from svftool.tasks.segmentation.heads import (
     WithDenseHead,
@@ -67,6 +68,18 @@ class SegmentationDraw:
     def held_out(self) -> int:
         """Images held out of the support set."""
         return len(self._parts["held_out"])
+
+    @property
+    def measured(self) -> int:
+        """Images to measure with."""
+        return len(self._parts["query"])
+
+    def contents(self, part: Literal["support", "query"]) -> Iterator[bytes]:
+        """Read the image files; see `svftool.tasks.base.HasContents`."""
+        support = (self._support, self._parts["held_out"])
+        for chosen in support if part == "support" else (self._parts["query"],):
+            for index in chosen.indices:
+                yield read_bytes(chosen.source.pairs[index].image)
 
     def prepare(self, model: nn.Module, *, start: bool = True) -> Prepared:
         """Keep the model's head, replace its last layer, or put a new head on a backbone.
