@@ -8,7 +8,7 @@ import re
 import time
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from glob import escape
 from pathlib import Path
 from typing import Any
@@ -26,22 +26,21 @@ from svftool.factors import (
     open_factors,
     read_tuned,
 )
+from svftool.factors.stated import Stated, read_stated
 from svftool.machine import explain_out_of_memory, pick_device
 from svftool.models import build_model
 from svftool.progress import SILENT, Progress
 from svftool.stages.catalogue import ModelFacts, make_tasks
 from svftool.stages.evaluate_result import EvaluateResult, Evaluation
-from svftool.tasks.base import Draw, Predicts, Prepared, Task
+from svftool.stages.settings import SIZES, Origins, Setting, settings_of
+from svftool.tasks.base import Draw, HasContents, Predicts, Prepared, Sized, Task
 from svftool.tasks.images import order_warning
 from svftool.tasks.option import options_in
 from svftool.tasks.options import TASKS, recorded
 
-SIZES = ("image_size", "crop", "short_side")
-"""What a task says of the size of its images."""
-
 
 @dataclass(frozen=True)
-class _Source:
+class Source:
     """The weights: a dense checkpoint, and what is put on it."""
 
     checkpoint: Checkpoint
@@ -50,6 +49,7 @@ class _Source:
 
     @property
     def path(self) -> Path:
+        """The file or folder that was given."""
         return self.checkpoint.path if self.store is None else self.store.path
 
     @property
@@ -58,6 +58,23 @@ class _Source:
         found = [self.checkpoint.path]
         found += [] if self.store is None else [self.store.path]
         return found + ([] if self.tuned is None else [self.tuned.path])
+
+    @property
+    def stated(self) -> Stated:
+        """What the weights say of their training: a tuned file, or what a merge handed on."""
+        if self.tuned is not None:
+            return Stated(self.tuned.task, self.tuned.classes, self.tuned.training)
+        return read_stated(self.checkpoint.metadata) or Stated()
+
+    def said_for(self, task: str) -> Stated:
+        """Return what they say, if it is about a task."""
+        stated = self.stated
+        return stated if stated.task in (None, task) else Stated()
+
+    @property
+    def kind(self) -> str:
+        """How weights are called that say something."""
+        return "merged checkpoint" if self.tuned is None else "tuned file"
 
 
 def evaluate(
@@ -129,9 +146,11 @@ def evaluate(
     """
     place = pick_device(device)
     with ExitStack() as stack:
-        source = _open(stack, Path(checkpoint), tuned, base, progress)
-        options = _options(task, Path(data), source, options)
-        seed = _seed(source) if seed is None else seed
+        source = open_source(stack, Path(checkpoint), tuned, base, progress)
+        given = dict(options)
+        options = filled_options(task, Path(data), source, options)
+        seeded = Setting(_seed(source) if seed is None else seed, _seed_source(source, seed))
+        seed = int(seeded.value)
         output = Output.claim(
             stack, predictions, task, force=force, inputs=[*source.paths, Path(data)]
         )
@@ -145,16 +164,22 @@ def evaluate(
             )
 
         fresh = [build()]
-        facts = ModelFacts.of(source.checkpoint, fresh[0], trust_remote_code=trust_remote_code)
+        facts = facts_of(source, task, fresh[0], trust_remote_code=trust_remote_code)
         tasks = make_tasks(task, Path(data), facts, options, progress=progress)
         _check(tasks[0], source, progress, given=options.get("classes") is not None)
-        runs = []
+        runs: list[Evaluation] = []
+        seen: int | None = None
+        settings: dict[str, Setting] = {}
         for one in tasks:
             _warn_of_seen(one, source, progress)
             begun = time.perf_counter()
             with explain_out_of_memory(None):
                 draw = one.draw(seed)
-                live = _fit(source, one, draw, (fresh.pop() if fresh else build()).to(place))
+                seen = _count_seen(source, task, draw, progress, before=seen)
+                if not runs:
+                    origins = origins_of(source, task, facts, given)
+                    settings = _settings(one, draw, source, facts, origins, seeded)
+                live = fit(source, one, draw, (fresh.pop() if fresh else build()).to(place))
                 metrics = draw.evaluate(live, progress=progress)
                 seconds = time.perf_counter() - begun
                 runs.append(Evaluation(seed, one.shots, dict(one.facts), metrics, seconds))
@@ -166,18 +191,29 @@ def evaluate(
             metric=tasks[0].primary.name,
             runs=tuple(runs),
             setting=tasks[0].describe(),
+            settings=settings,
+            seen=seen,
             predictions=output.target,
             pictures=output.pictures,
         )
 
 
-def _open(
+def open_source(
     stack: ExitStack,
     path: Path,
     tuned: str | os.PathLike[str] | None,
     base: str | os.PathLike[str] | None,
     progress: Progress,
-) -> _Source:
+) -> Source:
+    """Open what is measured, until a stack ends, and check that it belongs together.
+
+    Raises
+    ------
+    UsageError
+        If there is a tuned file or a base for a dense checkpoint.
+    FactorsError, CheckpointError
+        If something is broken or does not belong together.
+    """
     if not is_factors(path):
         for option, given in (("--tuned", tuned), ("--base", base)):
             if given is not None:
@@ -185,23 +221,26 @@ def _open(
                     f"{path}: a dense checkpoint, expected factors from 'svftool decompose' "
                     f"for {option}"
                 )
-        return _Source(stack.enter_context(open_checkpoint(path)))
+        return Source(stack.enter_context(open_checkpoint(path)))
     store = stack.enter_context(open_factors(path))
     expert = None if tuned is None else read_tuned(tuned)
     if expert is not None:
         check_tuned(expert, store)
-    return _Source(stack.enter_context(store.open_base(base, progress=progress)), store, expert)
+    return Source(stack.enter_context(store.open_base(base, progress=progress)), store, expert)
 
 
-def _options(task: str, data: Path, source: _Source, given: Mapping[str, Any]) -> dict[str, Any]:
+def filled_options(
+    task: str, data: Path, source: Source, given: Mapping[str, Any]
+) -> dict[str, Any]:
     """Fill in what the weights say of themselves, and that all of the data is measured."""
-    tuned, options = source.tuned, dict(given)
-    if tuned is not None:
-        if tuned.task in TASKS and tuned.task != task:
-            raise UsageError(
-                f"{tuned.path}: was trained for --task {tuned.task}, expected --task {task}"
-            )
-        options = {**recorded(task, tuned.training.get("data") or {}), **options}
+    tuned = source.tuned
+    if tuned is not None and tuned.task in TASKS and tuned.task != task:
+        raise UsageError(
+            f"{tuned.path}: was trained for --task {tuned.task}, expected --task {task}"
+        )
+    options = dict(given)
+    if task in TASKS:
+        options = {**recorded(task, source.said_for(task).data), **options}
     own = dict(options_in(TASKS[task])) if task in TASKS else {}
     for name, about in own.items():
         if about.evaluate_as is not None:
@@ -209,21 +248,27 @@ def _options(task: str, data: Path, source: _Source, given: Mapping[str, Any]) -
     if "evaluation" in own and options.get("shots") is None:
         options["shots"] = None
         options["evaluation"] = options.get("evaluation") or data
-    names = _class_names(source)
+    names = known_classes(source)
     if names and "classes" in own:
         options.setdefault("classes", names)
     return options
 
 
-def _seed(source: _Source) -> int:
+def _seed(source: Source) -> int:
     """Find the seed of the fine-tune, which chose what it was measured on."""
-    return 0 if source.tuned is None else int(source.tuned.training.get("seed", 0))
+    return int(source.stated.training.get("seed", 0))
 
 
-def _class_names(source: _Source) -> tuple[str, ...] | None:
+def _seed_source(source: Source, given: int | None) -> str:
+    if given is not None:
+        return "option"
+    return source.kind if "seed" in source.stated.training else "default"
+
+
+def known_classes(source: Source) -> tuple[str, ...] | None:
     """Find the names of the head's outputs."""
-    if source.tuned is not None:
-        return source.tuned.classes
+    if source.tuned is not None or source.stated.classes is not None:
+        return source.stated.classes
     config = source.checkpoint.config or {}
     if isinstance(config.get("label_names"), list):
         return tuple(map(str, config["label_names"]))
@@ -235,23 +280,23 @@ def _class_names(source: _Source) -> tuple[str, ...] | None:
     return None if names[0] == "LABEL_0" else names
 
 
-def _check(task: Task, source: _Source, progress: Progress, *, given: bool) -> None:
+def _check(task: Task, source: Source, progress: Progress, *, given: bool) -> None:
     """Hold what the data gives against what a tuned file was trained on."""
-    tuned = source.tuned
-    if tuned is None:
+    stated = source.said_for(task.name)
+    if source.tuned is None and stated.classes is None:
         if task.classes is not None and task.name == "classification" and not given:
             warning = order_warning(task.classes)
             if warning is not None:
                 progress.warn(warning)
         return
-    if tuned.classes is not None and task.classes != tuned.classes:
+    if stated.classes is not None and task.classes != stated.classes:
         raise DataError(
-            f"{tuned.path}: was trained on the classes {shortlist(tuned.classes)}, the data has "
-            f"{shortlist(task.classes or ())}, expected the same in the same order. Measure on "
+            f"{source.paths[-1]}: was trained on the classes {shortlist(stated.classes)}, the data "
+            f"has {shortlist(task.classes or ())}, expected the same in the same order. Measure on "
             "data of these classes"
         )
-    then, now = tuned.training.get("data") or {}, task.describe()
-    for name in SIZES:
+    then, now = stated.data, task.describe()
+    for name in SIZES[:2]:
         if then.get(name) is not None and name in now and now[name] != then[name]:
             progress.warn(
                 f"{name.replace('_', ' ')} is {now[name]}, {then[name]} in training: give the same "
@@ -259,9 +304,9 @@ def _check(task: Task, source: _Source, progress: Progress, *, given: bool) -> N
             )
 
 
-def _warn_of_seen(task: Task, source: _Source, progress: Progress) -> None:
+def _warn_of_seen(task: Task, source: Source, progress: Progress) -> None:
     """Say where classes that are measured as novel ones were trained on."""
-    then = {} if source.tuned is None else source.tuned.training.get("data") or {}
+    then = source.said_for(task.name).data
     known = then.get("base_classes") or ()
     seen = [name for name in task.describe().get("novel_classes") or () if name in known]
     if seen:
@@ -272,7 +317,67 @@ def _warn_of_seen(task: Task, source: _Source, progress: Progress) -> None:
         )
 
 
-def _fit(source: _Source, task: Task, draw: Draw, model: nn.Module) -> nn.Module:
+def _count_seen(
+    source: Source, task: str, draw: Draw, progress: Progress, *, before: int | None
+) -> int | None:
+    """Count the examples that the weights were trained on; say where there are some."""
+    support = source.said_for(task).support
+    if support is None or not isinstance(draw, HasContents):
+        return before
+    seen = support.count(draw.contents("query"))
+    if seen:
+        of = f" of {draw.measured}" if isinstance(draw, Sized) else ""
+        progress.warn(
+            f"{seen}{of} examples that are measured were trained on, byte for byte "
+            f"({source.paths[-1].name} records {support.examples} of them); what is measured on "
+            "them is no result. Give --shots and --seed of the fine-tune, or other data"
+        )
+    return seen + (before or 0)
+
+
+def facts_of(source: Source, task: str, model: nn.Module, *, trust_remote_code: bool) -> ModelFacts:
+    """Gather what the weights and their folder say about the input."""
+    found = ModelFacts.of(source.checkpoint, model, trust_remote_code=trust_remote_code)
+    return replace(found, trained=source.said_for(task).data)
+
+
+def origins_of(source: Source, task: str, facts: ModelFacts, given: Mapping[str, Any]) -> Origins:
+    """Gather what decides where settings came from."""
+    data = source.said_for(task).data
+    return Origins(given, recorded(task, data), data, source.kind, facts.preprocessing)
+
+
+def classes_setting(
+    source: Source, classes: Sequence[str] | None, given: Mapping[str, Any]
+) -> Setting | None:
+    """Say how many classes there are, and where their names are from."""
+    if classes is None:
+        return None
+    where = "option" if given.get("classes") is not None else "data"
+    if where == "data" and known_classes(source) is not None:
+        where = "config.json" if source.stated.classes is None else source.kind
+    return Setting(len(classes), where)
+
+
+def _settings(
+    task: Task, draw: Draw, source: Source, facts: ModelFacts, origins: Origins, seed: Setting
+) -> dict[str, Setting]:
+    given, drawn = origins.given, task.shots is not None
+    place = given.get("tokenizer")
+    tokenizer = Setting(str(place or facts.folder), "option" if place else "checkpoint")
+    return settings_of(
+        task.name,
+        task.describe(),
+        origins,
+        examples=Setting(draw.measured, "data") if isinstance(draw, Sized) else None,
+        classes=classes_setting(source, task.classes, given),
+        shots=Setting(task.shots, origins.of_option("shots")) if drawn else None,
+        seed=seed if drawn else None,
+        tokenizer=tokenizer if task.name == "language" else None,
+    )
+
+
+def fit(source: Source, task: Task, draw: Draw, model: nn.Module) -> nn.Module:
     """Return a freshly built model its head, and what was tuned."""
     known = set(model.state_dict())
     prepared = draw.prepare(model, start=False)
