@@ -20,7 +20,17 @@ from svftool.cli.help import Command, Group
 from svftool.errors import SvftoolError, refused
 from svftool.report.text import safe
 
-NAMES = ("decompose", "finetune", "evaluate", "merge", "inspect", "info", "extract", "demo")
+NAMES = (
+    "decompose",
+    "finetune",
+    "evaluate",
+    "predict",
+    "merge",
+    "inspect",
+    "info",
+    "extract",
+    "demo",
+)
 """The commands, in the order of the help; each is a module here."""
 
 INTERRUPTED = 130

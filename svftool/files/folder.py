@@ -166,6 +166,28 @@ def check_data(path: Path) -> None:
         raise DataError(f"{path}: no such file or folder, expected a data set. Check the path.")
 
 
+def check_predictions_name(path: Path, *, folder: bool | None = None) -> None:
+    """Refuse a name that says nothing of how predictions are written.
+
+    Parameters
+    ----------
+    path : Path
+        What is to be written.
+    folder : bool or None
+        Whether it is a folder of pictures; None where that is not known yet.
+
+    Raises
+    ------
+    UsageError
+        If the suffix is neither ``.jsonl`` nor ``.csv``, or one for a folder.
+    """
+    table = path.suffix in (".jsonl", ".csv")
+    if folder and table:
+        raise UsageError(f"{path}: maps are pictures, expected the name of a folder for them")
+    if not table and (folder is False or path.suffix in (".json", ".tsv", ".txt", ".xlsx")):
+        raise UsageError(f"{path}: expected a name that ends in .jsonl or .csv")
+
+
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 
 

@@ -179,7 +179,7 @@ def evaluate(
                 if not runs:
                     origins = origins_of(source, task, facts, given)
                     settings = _settings(one, draw, source, facts, origins, seeded)
-                live = fit(source, one, draw, (fresh.pop() if fresh else build()).to(place))
+                live = fit(source, one.classes, draw, (fresh.pop() if fresh else build()).to(place))
                 metrics = draw.evaluate(live, progress=progress)
                 seconds = time.perf_counter() - begun
                 runs.append(Evaluation(seed, one.shots, dict(one.facts), metrics, seconds))
@@ -348,13 +348,17 @@ def origins_of(source: Source, task: str, facts: ModelFacts, given: Mapping[str,
 
 
 def classes_setting(
-    source: Source, classes: Sequence[str] | None, given: Mapping[str, Any]
+    source: Source,
+    classes: Sequence[str] | None,
+    given: Mapping[str, Any],
+    *,
+    otherwise: str = "data",
 ) -> Setting | None:
     """Say how many classes there are, and where their names are from."""
     if classes is None:
         return None
-    where = "option" if given.get("classes") is not None else "data"
-    if where == "data" and known_classes(source) is not None:
+    where = "option" if given.get("classes") is not None else otherwise
+    if where == otherwise and known_classes(source) is not None:
         where = "config.json" if source.stated.classes is None else source.kind
     return Setting(len(classes), where)
 
@@ -377,27 +381,36 @@ def _settings(
     )
 
 
-def fit(source: Source, task: Task, draw: Draw, model: nn.Module) -> nn.Module:
-    """Return a freshly built model its head, and what was tuned."""
+def fit(source: Source, classes: Sequence[str] | None, draw: Draw, model: nn.Module) -> nn.Module:
+    """Give a freshly built model its head, and what was tuned.
+
+    Raises
+    ------
+    ModelError
+        If there is no head for the classes, or something has no place in the model.
+    """
     known = set(model.state_dict())
     prepared = draw.prepare(model, start=False)
     if source.store is None:
-        names = _load_rest(prepared, task, source.checkpoint, known)
+        names = _load_rest(prepared, classes, source.checkpoint, known)
     else:
         names = [] if source.tuned is None else _tune(prepared, source.tuned, source.store)
     inside = prepared.head is not None and any(n.startswith(f"{prepared.head}.") for n in names)
     # A host for few-shot segmentation has no classes, and a stand-in until it is trained.
-    if prepared.new_head and task.classes is not None and not inside:
+    if prepared.new_head and classes is not None and not inside:
         raise ModelError(
-            f"{source.paths[-1]}: no head for the data's {len(task.classes)} classes "
-            f"({shortlist(task.classes, 4)}), expected one trained for them. Give the classes of "
+            f"{source.paths[-1]}: no head for the data's {len(classes)} classes "
+            f"({shortlist(classes, 4)}), expected one trained for them. Give the classes of "
             "the checkpoint's head with --classes, or the file from 'svftool finetune' with --tuned"
         )
     return prepared.model.eval()
 
 
 def _load_rest(
-    prepared: Prepared, task: Task, checkpoint: Checkpoint, known: Collection[str]
+    prepared: Prepared,
+    classes: Sequence[str] | None,
+    checkpoint: Checkpoint,
+    known: Collection[str],
 ) -> list[str]:
     """Load what a checkpoint holds beside the tensors `known` to its bare model: a head, a host.
 
@@ -425,7 +438,7 @@ def _load_rest(
             f"{shortlist(homeless)}. Name the model that the checkpoint was made for with --model"
         )
     # Of a head for other classes nothing fits, and the classes are what is wrong.
-    if of_head and (task.classes is None or any(name.startswith(str(head)) for name in loaded)):
+    if of_head and (classes is None or any(name.startswith(str(head)) for name in loaded)):
         _require_whole_head(checkpoint.path, prepared, of_head)
     return loaded
 

@@ -6,7 +6,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from types import MappingProxyType
-from typing import Any, Literal
+from typing import Any, Literal, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -233,11 +233,27 @@ class Classification:
         return Examples(images, tuple(indices), labels)
 
 
+class ClassifierSetting(Protocol):
+    """What all draws of one task share."""
+
+    @property
+    def options(self) -> ClassificationOptions:
+        """The task's options."""
+
+    @property
+    def classes(self) -> tuple[str, ...]:
+        """Class names in the order of the head's outputs."""
+
+    @property
+    def view(self) -> ImageView:
+        """The way from a file to the network."""
+
+
 class ClassificationDraw:
     """Support, held-out and query images of one seed."""
 
     def __init__(
-        self, task: Classification, support: Examples, held_out: Examples, query: Examples
+        self, task: ClassifierSetting, support: Examples, held_out: Examples, query: Examples
     ) -> None:
         self._task = task
         self._support = support
@@ -359,7 +375,7 @@ class ClassificationDraw:
         """Accuracy, its mean over classes, and mean cross-entropy."""
         examples, count = self._parts[part], ClassificationCount(len(self._task.classes))
         with progress.task("evaluate", total=len(examples), unit="images") as bar:
-            for logits, labels in self._logits(model, part):
+            for logits, labels in self.logits(model, part):
                 count.add(logits, labels)
                 bar.advance(len(labels))
         return count.result()
@@ -371,7 +387,7 @@ class ClassificationDraw:
         """Yield each image's class, the one that the model finds, and how sure it is of it."""
         names, examples = self._task.classes, self._parts[part]
         position = 0
-        for logits, labels in self._logits(model, part):
+        for logits, labels in self.logits(model, part):
             sure, found = logits.float().softmax(1).max(1)
             for label, other, probability in zip(
                 labels.tolist(), found.tolist(), sure.tolist(), strict=True
@@ -385,8 +401,8 @@ class ClassificationDraw:
                 position += 1
 
     @torch.inference_mode()
-    def _logits(self, model: nn.Module, part: Part) -> Iterator[tuple[Tensor, Tensor]]:
-        """Logits and labels, batch by batch."""
+    def logits(self, model: nn.Module, part: Part) -> Iterator[tuple[Tensor, Tensor]]:
+        """Yield logits and labels, batch by batch."""
         model.eval()
         for images, labels in self._parts[part].batches(device_of(model)):
             yield logits_of(model(images)), labels
