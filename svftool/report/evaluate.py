@@ -12,7 +12,7 @@ from rich.text import Text
 from svftool.report import json
 from svftool.report.text import plain_table, safe
 from svftool.stages.evaluate_result import EvaluateResult, result_fields
-from svftool.stages.settings import Setting
+from svftool.stages.settings import SourcedSetting
 
 
 def document(result: EvaluateResult) -> dict[str, Any]:
@@ -35,7 +35,7 @@ def view(result: EvaluateResult) -> RenderableType:
     return Group(*parts)
 
 
-def settings_table(settings: Mapping[str, Setting]) -> Table:
+def settings_table(settings: Mapping[str, SourcedSetting]) -> Table:
     """Return what was measured with: name, value, and where it came from."""
     table = plain_table()
     table.add_column("measured with")

@@ -32,7 +32,7 @@ from svftool.models import build_model
 from svftool.progress import SILENT, Progress
 from svftool.stages.catalogue import ModelFacts, make_tasks
 from svftool.stages.evaluate_result import EvaluateResult, Evaluation
-from svftool.stages.settings import SIZES, Origins, Setting, settings_of
+from svftool.stages.settings import SIZES, Origins, SourcedSetting, settings_of
 from svftool.tasks.base import Draw, HasContents, Predicts, Prepared, Sized, Task
 from svftool.tasks.images import order_warning
 from svftool.tasks.option import options_in
@@ -149,7 +149,7 @@ def evaluate(
         source = open_source(stack, Path(checkpoint), tuned, base, progress)
         given = dict(options)
         options = filled_options(task, Path(data), source, options)
-        seeded = Setting(_seed(source) if seed is None else seed, _seed_source(source, seed))
+        seeded = SourcedSetting(_seed(source) if seed is None else seed, _seed_source(source, seed))
         seed = int(seeded.value)
         output = Output.claim(
             stack, predictions, task, force=force, inputs=[*source.paths, Path(data)]
@@ -169,7 +169,7 @@ def evaluate(
         _check(tasks[0], source, progress, given=options.get("classes") is not None)
         runs: list[Evaluation] = []
         seen: int | None = None
-        settings: dict[str, Setting] = {}
+        settings: dict[str, SourcedSetting] = {}
         for one in tasks:
             _warn_of_seen(one, source, progress)
             begun = time.perf_counter()
@@ -353,29 +353,34 @@ def classes_setting(
     given: Mapping[str, Any],
     *,
     otherwise: str = "data",
-) -> Setting | None:
+) -> SourcedSetting | None:
     """Say how many classes there are, and where their names are from."""
     if classes is None:
         return None
     where = "option" if given.get("classes") is not None else otherwise
     if where == otherwise and known_classes(source) is not None:
         where = "config.json" if source.stated.classes is None else source.kind
-    return Setting(len(classes), where)
+    return SourcedSetting(len(classes), where)
 
 
 def _settings(
-    task: Task, draw: Draw, source: Source, facts: ModelFacts, origins: Origins, seed: Setting
-) -> dict[str, Setting]:
+    task: Task,
+    draw: Draw,
+    source: Source,
+    facts: ModelFacts,
+    origins: Origins,
+    seed: SourcedSetting,
+) -> dict[str, SourcedSetting]:
     given, drawn = origins.given, task.shots is not None
     place = given.get("tokenizer")
-    tokenizer = Setting(str(place or facts.folder), "option" if place else "checkpoint")
+    tokenizer = SourcedSetting(str(place or facts.folder), "option" if place else "checkpoint")
     return settings_of(
         task.name,
         task.describe(),
         origins,
-        examples=Setting(draw.measured, "data") if isinstance(draw, Sized) else None,
+        examples=SourcedSetting(draw.measured, "data") if isinstance(draw, Sized) else None,
         classes=classes_setting(source, task.classes, given),
-        shots=Setting(task.shots, origins.of_option("shots")) if drawn else None,
+        shots=SourcedSetting(task.shots, origins.of_option("shots")) if drawn else None,
         seed=seed if drawn else None,
         tokenizer=tokenizer if task.name == "language" else None,
     )

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from svftool.stages.settings import Setting
+from svftool.stages.settings import SourcedSetting
 
 
 @dataclass(frozen=True)
@@ -52,7 +52,7 @@ class EvaluateResult:
         One, or one a fold.
     setting : mapping
         What the first task says of its data and its rules.
-    settings : mapping of str to Setting
+    settings : mapping of str to SourcedSetting
         What the numbers depend on, and where each came from.
     seen : int or None
         Examples that the weights were trained on, of those measured; None where that is not known.
@@ -66,13 +66,13 @@ class EvaluateResult:
     metric: str
     runs: tuple[Evaluation, ...]
     setting: Mapping[str, Any] = field(default_factory=dict)
-    settings: Mapping[str, Setting] = field(default_factory=dict)
+    settings: Mapping[str, SourcedSetting] = field(default_factory=dict)
     seen: int | None = None
     predictions: Path | None = None
     pictures: Path | None = None
 
 
-def settings_fields(settings: Mapping[str, Setting]) -> dict[str, dict[str, Any]]:
+def settings_fields(settings: Mapping[str, SourcedSetting]) -> dict[str, dict[str, Any]]:
     """Return settings as plain values for scripts."""
     return {name: {"value": one.value, "source": one.source} for name, one in settings.items()}
 

@@ -29,7 +29,7 @@ from svftool.stages.evaluate import (
     open_source,
     origins_of,
 )
-from svftool.stages.settings import Setting, settings_of
+from svftool.stages.settings import SourcedSetting, settings_of
 from svftool.tasks.images import class_names
 from svftool.tasks.inputs import TEXTS, list_pictures, list_prompts, unlike_names
 from svftool.tasks.language import Language
@@ -41,7 +41,7 @@ from svftool.tasks.options import (
     recorded,
 )
 from svftool.tasks.segmentation.views import choose_dense_view
-from svftool.tasks.unlabelled import Pictures, Prompts, Scenes, Unlabelled
+from svftool.tasks.unlabelled import NewPictures, NewTexts, NewScenes, Unlabelled
 from svftool.tasks.views import ImageView, choose_view
 
 SHOWN = 40
@@ -63,10 +63,10 @@ class PredictResult:
     classes : tuple of str or None
         Class names in the order of the head's outputs.
     examples : int
-        Pictures or texts.
+        NewPictures or texts.
     rows : tuple of dict
         One an example; the first `SHOWN` of them where all are in the output.
-    settings : mapping of str to Setting
+    settings : mapping of str to SourcedSetting
         What the predictions depend on, and where each came from.
     output : Path or None
         The file of all rows, or the folder of maps.
@@ -78,7 +78,7 @@ class PredictResult:
     classes: tuple[str, ...] | None
     examples: int
     rows: tuple[dict[str, Any], ...]
-    settings: Mapping[str, Setting] = field(default_factory=dict)
+    settings: Mapping[str, SourcedSetting] = field(default_factory=dict)
     output: Path | None = None
 
 
@@ -107,7 +107,7 @@ def predict(
     checkpoint : path-like
         A dense checkpoint, such as a merged one, or a factor checkpoint.
     inputs : path-like or sequence of path-like
-        Pictures, or folders of them; files of texts (JSONL, CSV, plain lines), or folders of them.
+        NewPictures, or folders of them; files of texts (JSONL, CSV, plain lines), or folders of them.
     tuned : path-like, optional
         The tuned file to put on the factors' base.
     task : str, optional
@@ -193,7 +193,7 @@ def predict(
                 task,
                 examples.describe(),
                 origins,
-                examples=Setting(len(examples), "data"),
+                examples=SourcedSetting(len(examples), "data"),
                 classes=classes_setting(source, examples.classes, given, otherwise="model"),
             ),
             output=target,
@@ -251,7 +251,7 @@ def _pictures(
     trained = ImageView.from_plain(facts.trained, preprocessing)
     paths = [one.path for one in pictures]
     view = choose_view(paths, preprocessing, size=chosen.image_size, trained=trained)
-    return Pictures(pictures, chosen, view, _named(source, chosen.classes), model)
+    return NewPictures(pictures, chosen, view, _named(source, chosen.classes), model)
 
 
 def _scenes(
@@ -272,7 +272,7 @@ def _scenes(
         ignore=chosen.ignore_index,
         trained=facts.trained,
     )
-    return Scenes(pictures, chosen, view, _named(source, chosen.classes), model)
+    return NewScenes(pictures, chosen, view, _named(source, chosen.classes), model)
 
 
 def _prompts(
@@ -288,7 +288,7 @@ def _prompts(
         trust_remote_code=facts.trust_remote_code,
         **{"tokenizer": facts.folder, **options},
     )
-    return Prompts(task)
+    return NewTexts(task)
 
 
 _EXAMPLES = {"classification": _pictures, "segmentation": _scenes, "language": _prompts}

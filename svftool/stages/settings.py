@@ -17,7 +17,7 @@ _NORMALISATION = ("mean", "std")
 
 
 @dataclass(frozen=True)
-class Setting:
+class SourcedSetting:
     """One setting.
 
     Attributes
@@ -87,8 +87,8 @@ class Origins:
 
 
 def settings_of(
-    task: str, described: Mapping[str, Any], origins: Origins, **more: Setting | None
-) -> dict[str, Setting]:
+    task: str, described: Mapping[str, Any], origins: Origins, **more: SourcedSetting | None
+) -> dict[str, SourcedSetting]:
     """Gather what a number depends on.
 
     Parameters
@@ -112,5 +112,5 @@ def settings_of(
     for key, option in keys.items():
         value = described.get(key)
         if value is not None and key not in found:
-            found[key] = Setting(value, origins.of_key(key, option, described))
+            found[key] = SourcedSetting(value, origins.of_key(key, option, described))
     return found

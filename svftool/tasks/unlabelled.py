@@ -62,8 +62,8 @@ class _Chosen:
     view: ImageView
 
 
-class Pictures:
-    """Pictures to classify.
+class NewPictures:
+    """NewPictures to classify.
 
     Parameters
     ----------
@@ -144,8 +144,8 @@ def _numbered(model: nn.Module, images: Tensor) -> tuple[str, ...]:
     return tuple(map(str, range(outputs.shape[1])))
 
 
-class Scenes:
-    """Pictures to segment; parameters as of `Pictures`."""
+class NewScenes:
+    """NewPictures to segment; parameters as of `NewPictures`."""
 
     def __init__(
         self,
@@ -212,7 +212,7 @@ class Scenes:
         }
 
 
-class Prompts:
+class NewTexts:
     """Texts to measure and to go on with.
 
     Parameters
