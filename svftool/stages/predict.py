@@ -41,7 +41,7 @@ from svftool.tasks.options import (
     recorded,
 )
 from svftool.tasks.segmentation.views import choose_dense_view
-from svftool.tasks.unlabelled import NewPictures, NewTexts, NewScenes, Unlabelled
+from svftool.tasks.unlabelled import NewPictures, NewScenes, NewTexts, Unlabelled
 from svftool.tasks.views import ImageView, choose_view
 
 SHOWN = 40
