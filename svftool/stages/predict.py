@@ -107,7 +107,7 @@ def predict(
     checkpoint : path-like
         A dense checkpoint, such as a merged one, or a factor checkpoint.
     inputs : path-like or sequence of path-like
-        NewPictures, or folders of them; files of texts (JSONL, CSV, plain lines), or folders of them.
+        Pictures, or folders of them; files of texts (JSONL, CSV, plain lines), or folders of them.
     tuned : path-like, optional
         The tuned file to put on the factors' base.
     task : str, optional
