@@ -8,6 +8,7 @@ Files in, files out::
     svftool.decompose("model.safetensors", "factors")
     svftool.finetune("factors", data="images", output="tuned.svf.safetensors")
     svftool.evaluate("factors", tuned="tuned.svf.safetensors", data="test")
+    svftool.predict("factors", "new-pictures", tuned="tuned.svf.safetensors")
     svftool.merge("factors", ["tuned.svf.safetensors"], output="merged.safetensors")
     svftool.audit("model.safetensors", ["merged.safetensors"])
 
@@ -44,6 +45,7 @@ if TYPE_CHECKING:
     from svftool.stages.extract import extract
     from svftool.stages.finetune import finetune
     from svftool.stages.merge import merge
+    from svftool.stages.predict import predict
 
 __all__ = [
     "Attachment",
@@ -69,6 +71,7 @@ __all__ = [
     "merge",
     "open_checkpoint",
     "open_factors",
+    "predict",
     "read_tuned",
     "save_tuned",
 ]
@@ -86,6 +89,7 @@ _HOMES = {
     "merge": "svftool.stages.merge",
     "open_checkpoint": "svftool.checkpoints",
     "open_factors": "svftool.factors",
+    "predict": "svftool.stages.predict",
     "read_tuned": "svftool.factors",
     "save_tuned": "svftool.attaching",
 }

@@ -7,12 +7,14 @@ import re
 import signal
 import sys
 from dataclasses import replace
+from io import StringIO
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 from PIL import Image
+from rich.console import Console
 from typer.testing import CliRunner
 
 from svftool.cli import app
@@ -236,3 +238,26 @@ def test_the_command_refuses_before_it_reads_anything(tmp_path: Path) -> None:
     assert result.exit_code == 2
     assert "suffix '.jpeg'" in result.stderr
     assert result.stderr.count("\n") == 1
+
+
+def test_a_perplexity_that_fell_is_a_gain() -> None:
+    from svftool.report.finetune import document, view
+
+    runs = [
+        run("svf", seed, after, metric="perplexity", before={"perplexity": 41.35}, held_out=False)
+        for seed, after in enumerate((40.0, 41.0))
+    ]
+    found = comparison(runs, "perplexity")
+    (summary,) = document(found)["summary"]
+    assert summary["gain"] == pytest.approx(0.85)
+    assert not summary["higher_is_better"]
+    assert [one["after"] for one in summary["by_seed"]] == [40.0, 41.0]
+    shown = Console(width=80, file=StringIO())
+    shown.print(view(found))
+    text = shown.file.getvalue()  # type: ignore[attr-defined]
+    assert "+0.850" in text
+    assert "svf: 40.000, 41.000 (seeds 0, 1)" in text
+    (worse,) = document(comparison([replace(runs[0], after={"perplexity": 50.0})], "perplexity"))[
+        "summary"
+    ]
+    assert worse["gain"] < 0

@@ -14,8 +14,8 @@ from torch import Tensor, nn
 from svftool.attaching.layer import AttachedLayer, is_own
 from svftool.attaching.names import NameMap
 from svftool.attaching.weight import AttachedWeight
-from svftool.checkpoints import replace_output
-from svftool.errors import FactorsError, ModelError, shortlist
+from svftool.checkpoints import TensorInfo, replace_output
+from svftool.errors import FactorsError, ModelError, UsageError, shortlist
 from svftool.factors import (
     FactorStore,
     TunedFile,
@@ -24,6 +24,8 @@ from svftool.factors import (
     read_tuned,
     write_tuned,
 )
+from svftool.factors.mixture import Expert, Mixture
+from svftool.files.folder import read_config
 
 KEY = "_svf_attachment"
 """Attribute under which a model keeps its attachment."""
@@ -236,18 +238,18 @@ def save_tuned(
         )
 
 
-def load_tuned(model: nn.Module, path: str | os.PathLike[str]) -> TunedFile:
-    """Put a tuned file on a live model in place of whatever was trained or loaded before.
+def load_tuned(model: nn.Module, path: str | os.PathLike[str] | Mapping[Any, float]) -> TunedFile:
+    """Put a tuned file, or a mixture of some, on a live model in place of what was there before.
 
     Layers that the file does not hold go back to the base, and so do whole tensors (heads, norms)
-    of the tuned file before.
+    of the tuned file before. A mixture gives the weights that `svftool.merge` makes of it.
 
     Parameters
     ----------
     model : nn.Module
         A model that was attached to, or a wrapper around one; changed in place.
-    path : path-like
-        The tuned file.
+    path : path-like, or mapping of path-like to float
+        The tuned file, or several with their weights: ``{"a.svf.safetensors": 0.7, ...}``.
 
     Returns
     -------
@@ -257,20 +259,93 @@ def load_tuned(model: nn.Module, path: str | os.PathLike[str]) -> TunedFile:
     Raises
     ------
     FactorsError
-        If the file belongs to another base or does not fit; the model is not changed then.
+        If a file belongs to another base or does not fit, or heads are of different classes; the
+        model is not changed then.
     ModelError
         If nothing is attached.
+    NumericalError
+        If a weight of a mixture would not be finite; the model is not changed then.
+    UsageError
+        If a weight is not finite, or there is no file.
     """
     attachment = require_attachment(model)
-    tuned = read_tuned(path)
     with open_factors(attachment.factors) as store:
-        check_tuned(tuned, store)
+        if isinstance(path, Mapping):
+            tuned, changes = _mix(attachment, store, path)
+        else:
+            tuned = read_tuned(path)
+            check_tuned(tuned, store)
+            changes = {name: tuned.delta(name) for name in tuned.S}
         whole = _plan_whole(attachment, tuned, store)
     deltas = {name: torch.zeros_like(layer.S_base) for name, layer in attachment.layers.items()}
-    attachment.set_deltas(deltas | {name: tuned.delta(name) for name in tuned.S})
+    attachment.set_deltas(deltas | changes)
     for live, value in whole.items():
         _assign(attachment, live, value)
     return tuned
+
+
+def _mix(
+    attachment: Attachment, store: FactorStore, weights: Mapping[Any, float]
+) -> tuple[TunedFile, dict[str, Tensor]]:
+    """Return what tuned files give together, and the changes of singular values, in float64."""
+    if not weights:
+        raise UsageError("an empty mixture, expected tuned files with their weights")
+    experts = [Expert(read_tuned(path), float(weight)) for path, weight in weights.items()]
+    for expert in experts:
+        check_tuned(expert.tuned, store)
+    base = _LiveBase(attachment, store)
+    mixture = Mixture(store, base, experts)
+    mixed = mixture.mixed()
+    changes = {name: mixture.delta(name) for name in mixed.S if name in attachment.layers}
+    for name, delta in changes.items():
+        if not _surely_finite(base.read(name), delta):
+            mixture.tensor(name)  # refuses what a merge refuses
+    return mixed, {name: changes.get(name, mixed.S[name]) for name in mixed.S}
+
+
+def _surely_finite(weight: Tensor, delta: Tensor) -> bool:
+    """Whether no entry can overflow: none changes by more than the largest singular value does."""
+    largest = float(weight.abs().max()) + float(delta.abs().max())
+    return largest < torch.finfo(weight.dtype).max / 2
+
+
+class _LiveBase:
+    """The base's tensors, as far as a live model and its factors still hold them."""
+
+    def __init__(self, attachment: Attachment, store: FactorStore) -> None:
+        self._attachment = attachment
+        self._store = store
+        self.config = read_config(store.path)
+        names = (*store.layers, *store.config.left_whole)
+        self.infos = {name: info for name in names if (info := self._info(name)) is not None}
+
+    def _info(self, name: str) -> TensorInfo | None:
+        if name in self._store.layers or name in self._store.whole:
+            return self._store.info(name)
+        value = self._live(name)
+        return None if value is None else TensorInfo(name, value.dtype, tuple(value.shape), "")
+
+    def _live(self, name: str) -> Tensor | None:
+        """Find a tensor that the factors do not hold, as it was before a tuned file came."""
+        if name in self._attachment.replaced:
+            return self._attachment.replaced[name]
+        placement = self._attachment.names.placements.get(name)
+        found = None if placement is None else _find(self._attachment.model, placement.live)
+        if placement is None or found is None:
+            return None
+        return placement.region.of(found[2].detach())
+
+    def read(self, name: str) -> Tensor:
+        """Read one tensor."""
+        if name in self._store.whole:
+            return self._store.read_whole(name)
+        value = self._live(name)
+        if value is None:
+            raise FactorsError(
+                f"{self._store.path}: tensor {name!r} has no place in the model, expected the "
+                "model that was decomposed. Check the model."
+            )
+        return value.cpu()
 
 
 def _plan_whole(attachment: Attachment, tuned: TunedFile, store: FactorStore) -> dict[str, Tensor]:

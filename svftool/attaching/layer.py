@@ -187,6 +187,7 @@ class AttachedLayer(KeepsDtype):
         self.S_base = _frozen(S.clone())
         self.offset = _frozen(torch.zeros_like(S))
         self._beside = False
+        self._given: tuple[Tensor, Tensor] | None = None
         start = S[..., self.band]
         self.theta = nn.Parameter(
             start.clone() if parametrisation == "absolute" else torch.zeros_like(start)
@@ -243,8 +244,22 @@ class AttachedLayer(KeepsDtype):
         return self.theta.shape == self.S_base.shape
 
     @torch.no_grad()
+    def merging_delta(self) -> Tensor:
+        """Return ``S - S_base`` as a merge takes it, in float64.
+
+        Until training changes it, it is what was set, to the last bit. Then it is what a tuned file
+        holds: singular values in float32, their difference in float64.
+        """
+        if self._given is not None:
+            theta, delta = (value.to(self.theta.device) for value in self._given)
+            if torch.equal(theta, self.theta):
+                return delta
+        return self.values().float().double() - self.S_base.float().double()
+
+    @torch.no_grad()
     def set_delta(self, delta: Tensor) -> None:
         """Set ``S - S_base``; what `theta` cannot express is kept beside it, untrained."""
+        given = delta.double().clone()
         delta = delta.to(self.S_base)
         inside = delta[..., self.band]
         base = self.S_base[..., self.band]
@@ -256,6 +271,9 @@ class AttachedLayer(KeepsDtype):
         self.theta.copy_(theta)
         self.offset.copy_(delta - self.delta())
         self._beside = bool(self.offset.any())
+        # With non-negative values `delta` may be cut off.
+        exact = not self.nonnegative or bool((self.S_base.double() + given >= 0).all())
+        self._given = (self.theta.detach().clone(), given) if exact else None
 
     def factors(self) -> LayerFactors:
         """Return the factors as matrices, with the base's singular values."""

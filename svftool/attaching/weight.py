@@ -127,9 +127,7 @@ class AttachedWeight(KeepsDtype):
         merged = self.copy_of(base)
         for layer, region in self.layers():
             view = region.of(merged)
-            # As a tuned file says it: singular values in float32, their difference in float64.
-            base_values = layer.S_base.float().double()
-            delta = layer.values().float().double() - base_values
+            delta = layer.merging_delta()
             view.copy_(add_delta(view, layer.factors(), delta, view=layer.view).weight)
         self._merged = (self._present(base), weakref.ref(merged))
         return merged

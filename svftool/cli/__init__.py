@@ -21,7 +21,17 @@ from svftool.cli.help import Command, CommandLine
 from svftool.errors import SvftoolError, did_you_mean, refused
 from svftool.report.text import one_line
 
-NAMES = ("decompose", "finetune", "evaluate", "merge", "inspect", "info", "extract", "demo")
+NAMES = (
+    "decompose",
+    "finetune",
+    "evaluate",
+    "predict",
+    "merge",
+    "inspect",
+    "info",
+    "extract",
+    "demo",
+)
 """The commands, in the order of the help; each is a module here."""
 
 INTERRUPTED = 130

@@ -14,6 +14,7 @@ from svftool.cli.common import (
     OutputOption,
     leave_to_first_process,
 )
+from svftool.files.folder import check_dense_name, is_tuned_name
 
 EXAMPLE = "Example: svftool merge factors birds.svf.safetensors@0.7 -o merged.safetensors --verify"
 
@@ -43,8 +44,9 @@ def command(
     force: ForceOption = False,
     display: Display,
 ) -> None:
-    """Fold tuned singular values back into dense weights."""
+    """Fold tuned singular values back into dense weights, or mix tuned files to one."""
     leave_to_first_process("merge")
+    check_dense_name(output, tuned=bool(tuned) and is_tuned_name(output))
     from svftool.report import merge as report
     from svftool.stages.merge import merge
 

@@ -1,4 +1,4 @@
-"""Write a merged checkpoint in the form of its base: names, shards, metadata, side files."""
+"""Write a mixture: as a checkpoint in the form of its base, or as a tuned file."""
 
 from __future__ import annotations
 
@@ -20,15 +20,22 @@ from svftool.checkpoints import (
     write_errors,
 )
 from svftool.errors import shortlist
-from svftool.factors import CONFIG_FILE
+from svftool.factors import CONFIG_FILE, TunedFile, write_tuned
 from svftool.factors.config_shapes import follow_classes, follow_shapes, is_output_head
 from svftool.factors.mixture import LayerChange, Mixture
+from svftool.factors.stated import MERGED_KEY, Stated
 from svftool.files.folder import named, read_config
 from svftool.progress import Progress
 
 
 def write_dense(
-    mixture: Mixture, partial: Path, *, target: Path, max_bytes: int | None, progress: Progress
+    mixture: Mixture,
+    partial: Path,
+    *,
+    target: Path,
+    max_bytes: int | None,
+    progress: Progress,
+    stated: Stated | None = None,
 ) -> tuple[list[LayerChange], dict[str, int]]:
     """Write every tensor of a mixture.
 
@@ -43,7 +50,9 @@ def write_dense(
     max_bytes : int or None
         Where a new shard begins; shards as the base's if None.
     progress : Progress
-        Told how many tensors are done.
+        Told how many tensors are done, and of settings that a pickle cannot hand on.
+    stated : Stated, optional
+        What the tuned files say of themselves; goes into the metadata.
 
     Returns
     -------
@@ -56,8 +65,13 @@ def write_dense(
     tensors = _compute(mixture, changes, progress)
     if mixture.base is not None and target.suffix in PICKLE_SUFFIXES:
         save_pickled(partial, mixture.base, dict(tensors))
+        if stated is not None:
+            progress.warn(
+                f"{target}: a pickle has no metadata, so that class names and settings of the "
+                "fine-tune stay behind; write to .safetensors or a folder to keep them"
+            )
         return changes, {}
-    with _writer(mixture, partial, target, max_bytes) as writer:
+    with _writer(mixture, partial, target, max_bytes, stated) as writer:
         for name, tensor in tensors:
             writer.write(name, tensor)
     if target.suffix == ".safetensors":
@@ -78,11 +92,12 @@ def _compute(
 
 
 def _writer(
-    mixture: Mixture, partial: Path, target: Path, max_bytes: int | None
+    mixture: Mixture, partial: Path, target: Path, max_bytes: int | None, stated: Stated | None
 ) -> SafetensorsWriter | CheckpointWriter:
     base, infos = mixture.base, mixture.infos
     dense = base is not None and base.format == "safetensors"
-    metadata = {"format": "pt", **(base.metadata if base is not None and dense else {})}
+    handed = {} if stated is None else {MERGED_KEY: stated.to_text()}
+    metadata = {"format": "pt", **(base.metadata if base is not None and dense else {}), **handed}
     if target.suffix == ".safetensors":
         layout = {info.name: (info.dtype, info.shape) for info in infos.values()}
         return SafetensorsWriter(partial, layout, metadata=metadata)
@@ -96,7 +111,9 @@ def _writer(
     return CheckpointWriter(
         partial,
         shards=_shards(mixture, groups),
-        metadata=[{"format": "pt", **shard.metadata} for shard in base.shards] if dense else None,
+        metadata=[
+            {"format": "pt", **(shard.metadata if dense else {}), **handed} for shard in base.shards
+        ],
         index_metadata=base.index_metadata,
         files=[shard.file for shard in base.shards] if own_names else None,
         index_file=base.index_file if own_names else None,
@@ -156,3 +173,47 @@ def _update(path: Path, mixture: Mixture, progress: Progress) -> None:
     if config != before:
         with write_errors(path):
             path.write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+
+
+def write_mixed(
+    mixture: Mixture, partial: Path, progress: Progress
+) -> tuple[list[LayerChange], TunedFile]:
+    """Write a mixture as a tuned file.
+
+    Every weight that would change is computed, so that what a dense merge refuses is refused.
+
+    Parameters
+    ----------
+    mixture : Mixture
+        What to write; of one tuned file or more.
+    partial : Path
+        Where to write it now.
+    progress : Progress
+        Told how many tensors are done.
+
+    Returns
+    -------
+    changes : list of LayerChange
+        What merging the file will do to each decomposed layer.
+    tuned : TunedFile
+        What was written.
+    """
+    changes = []
+    with progress.task("mixing", len(mixture.store.layers), unit="layers") as task:
+        for name in mixture.store.layers:
+            change = mixture.tensor(name)[1]
+            if change is not None:
+                changes.append(change)
+            task.advance(detail=name)
+    tuned = mixture.mixed()
+    write_tuned(
+        partial,
+        store=mixture.store,
+        S=tuned.S,
+        whole=tuned.whole,
+        task=tuned.task,
+        classes=tuned.classes,
+        training=tuned.training,
+        dtype=None,
+    )
+    return changes, tuned

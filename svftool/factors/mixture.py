@@ -7,6 +7,7 @@ import os
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -16,6 +17,7 @@ from svftool.checkpoints.selection import table_role
 from svftool.errors import FactorsError, ModelError, NumericalError, UsageError, shortlist
 from svftool.factors import FactorStore, Merged, TunedFile, add_delta, read_tuned, rebuild
 from svftool.factors.delta import norm
+from svftool.factors.stated import stated_by
 from svftool.numerics.rounding import beyond, round_once
 
 
@@ -79,6 +81,21 @@ class LayerChange:
     rounding_loss: float
 
 
+class BaseValues(Protocol):
+    """What a mixture changes: the tensors of a base, in a file or on a live model."""
+
+    @property
+    def infos(self) -> Mapping[str, TensorInfo]:
+        """Dtype and shape of every tensor."""
+
+    @property
+    def config(self) -> Mapping[str, Any] | None:
+        """The base's ``config.json``."""
+
+    def read(self, name: str) -> Tensor:
+        """Read one tensor."""
+
+
 class Mixture:
     """The merged checkpoint, computed one tensor at a time.
 
@@ -86,7 +103,7 @@ class Mixture:
     ----------
     store : FactorStore
         Factors of the base.
-    base : Checkpoint or None
+    base : Checkpoint, BaseValues or None
         The base; None rebuilds weights from their factors alone.
     experts : sequence of Expert
         Checked tuned files.
@@ -95,6 +112,8 @@ class Mixture:
 
     Attributes
     ----------
+    base : Checkpoint or None
+        The base, where it is a checkpoint.
     infos : mapping of str to TensorInfo
         Every tensor of the result: the base's in its order, then added ones.
     added, replaced : tuple of str
@@ -112,7 +131,7 @@ class Mixture:
     def __init__(
         self,
         store: FactorStore,
-        base: Checkpoint | None,
+        base: Checkpoint | BaseValues | None,
         experts: Sequence[Expert],
         *,
         allow_overflow: bool = False,
@@ -123,7 +142,8 @@ class Mixture:
                 "Merge without --without-base."
             )
         self.store = store
-        self.base = base
+        self.base = base if isinstance(base, Checkpoint) else None
+        self._values = base
         self.experts = tuple(experts)
         self.allow_overflow = allow_overflow
         self.clipped: dict[str, int] = {}
@@ -154,7 +174,7 @@ class Mixture:
     @property
     def rebuilt_error(self) -> float | None:
         """Largest reconstruction error of a layer; None where the base is used."""
-        if self.base is not None:
+        if self._values is not None:
             return None
         return max((one.reconstruction_error for one in self.store.layers.values()), default=0.0)
 
@@ -170,7 +190,7 @@ class Mixture:
             return self._mix_whole(name), None
         if name not in self.store.layers:
             return self._read(name), None
-        delta = self._delta(name)
+        delta = self.delta(name)
         merged = self._merge_layer(name, delta)
         # The delta decides: its norm may be too small for a number, or be lost in rounding.
         changed = bool(torch.any(delta))
@@ -178,11 +198,41 @@ class Mixture:
             name, changed, merged.relative_change, merged.rounding_loss
         )
 
-    def _read(self, name: str) -> Tensor:
-        return self.store.read_whole(name) if self.base is None else self.base.read(name)
+    def mixed(self) -> TunedFile:
+        """Return the tuned file that gives the same as these do; its path is the first one's.
 
-    def _delta(self, name: str) -> Tensor:
-        """Sum the changes of one layer's singular values, in float64."""
+        Singular values are float64 where float32 would not keep their change.
+        """
+        S_base, S = {}, {}
+        for name in dict.fromkeys(name for one in self.experts for name in one.tuned.S):
+            if name not in self.added and name not in self.replaced:
+                S_base[name] = self.store.read_S(name).float()
+                S[name] = _narrow(S_base[name].double() + self.delta(name))
+        stated = stated_by([(one.tuned, one.weight) for one in self.experts])
+        return TunedFile(
+            path=self.experts[0].tuned.path,
+            S=S,
+            S_base=S_base,
+            whole={name: self.tensor(name)[0] for name in (*self.replaced, *self.added)},
+            base_fingerprint=self.store.base_fingerprint,
+            factors_fingerprint=self.store.fingerprint,
+            probes={},
+            task=stated.task,
+            classes=stated.classes,
+            training=stated.training,
+        )
+
+    def _read(self, name: str) -> Tensor:
+        return self.store.read_whole(name) if self._values is None else self._values.read(name)
+
+    def delta(self, name: str) -> Tensor:
+        """Sum the changes of one layer's singular values, in float64.
+
+        Raises
+        ------
+        NumericalError
+            If the sum is not finite.
+        """
         deltas = [one.weight * one.tuned.delta(name) for one in self.experts if name in one.tuned.S]
         total = sum(deltas, start=torch.zeros(1, dtype=torch.float64))
         if not bool(total.isfinite().all()):
@@ -194,11 +244,11 @@ class Mixture:
 
     def _merge_layer(self, name: str, delta: Tensor) -> Merged:
         layer = self.store.layers[name]
-        if self.base is not None and not torch.any(delta):
-            return Merged(self.base.read(name), 0.0, 0.0)
-        if self.base is not None:
+        if self._values is not None and not torch.any(delta):
+            return Merged(self._values.read(name), 0.0, 0.0)
+        if self._values is not None:
             merged = add_delta(
-                self.base.read(name),
+                self._values.read(name),
                 self.store.read(name),
                 delta,
                 view=layer.view,
@@ -255,11 +305,10 @@ class Mixture:
         tensors = [one.tuned.whole[name] for one in self.experts if name in one.tuned.whole]
         shapes = {tuple(tensor.shape) for tensor in tensors}
         known = self._base_infos.get(name)
-        if len(shapes) > 1 or (known and len(self.experts) > 1 and shapes != {known.shape}):
+        if len(shapes) > 1:
             found = " and ".join(str(shape) for shape in sorted(shapes))
-            expected = f"{known.shape} as in the base" if known else "one shape"
             raise FactorsError(
-                f"tensor {name!r}: trained with shape {found}, expected {expected} in every tuned "
+                f"tensor {name!r}: trained with shape {found}, expected one shape in every tuned "
                 "file of a mixture. Merge them one at a time."
             )
         if known is None:
@@ -270,7 +319,9 @@ class Mixture:
         info = self.infos[name]
         trained = [one for one in self.experts if name in one.tuned.whole]
         in_factors = name in self.store.layers and any(name in one.tuned.S for one in self.experts)
-        alone = len(trained) == 1 and trained[0].weight == 1.0
+        based = self._is_based(name, info)
+        # A mean of one is that one, whatever its weight.
+        alone = len(trained) == 1 and (trained[0].weight == 1.0 or not based)
         only = trained[0].tuned.whole[name] if alone else None
         if only is not None and not in_factors and _is_storable(only, info.dtype):
             return only
@@ -279,34 +330,25 @@ class Mixture:
                 f"tensor {name!r}: complex numbers, expected real ones to be weighted or stored in "
                 "another dtype. Merge its tuned file alone, with weight 1."
             )
-        start = self._start(name, info)
-        total = self._weighted(name, start, trained) if only is None else only.double()
+        start = self._start(name) if based else None
+        if only is not None:
+            total = only.double()
+        else:
+            total = _mean(name, trained) if start is None else _summed(name, start, trained)
         if in_factors:
-            total = total + self._rebuilt(name, self._delta(name))
-        same = self._base_infos.get(name)
-        known = start if same is not None and same.shape == info.shape else None
-        return self._rounded(name, total, info.dtype, known)
+            total = total + self._rebuilt(name, self.delta(name))
+        return self._rounded(name, total, info.dtype, start)
 
-    def _start(self, name: str, info: TensorInfo) -> Tensor:
-        """Return what changes of a whole tensor are measured from: the base's, or zero."""
+    def _is_based(self, name: str, info: TensorInfo) -> bool:
+        """Whether the base has a tensor of this shape, from which changes are measured."""
         known = self._base_infos.get(name)
-        if known is None or known.shape != info.shape:
-            return torch.zeros(info.shape, dtype=torch.float64)
-        if self.base is None and name in self.store.layers:
+        return known is not None and known.shape == info.shape
+
+    def _start(self, name: str) -> Tensor:
+        """Return the base's values of a whole tensor, in float64."""
+        if self._values is None and name in self.store.layers:
             return self._rebuilt(name, self.store.read_S(name).double())
         return self._read(name).double()
-
-    def _weighted(self, name: str, start: Tensor, trained: Sequence[Expert]) -> Tensor:
-        known = self._base_infos.get(name)
-        if known is not None and known.shape != start.shape:
-            raise FactorsError(_reshaped(name, tuple(start.shape), known.shape))
-        total = start.clone()
-        for one in trained:
-            value = one.tuned.whole[name].double()
-            # Infinity minus itself is no change.
-            change = torch.where(value == start, 0.0, value - start)
-            total += one.weight * change
-        return total
 
     def _check_heads(self) -> None:
         """Refuse to sum heads whose rows stand for different classes."""
@@ -325,11 +367,13 @@ class Mixture:
                     f"tensor {name!r}: heads of different classes {named}, expected the same "
                     "classes in the same order to be summed. Merge one tuned file, with weight 1."
                 )
+            if not self._is_based(name, info):
+                _check_kinds(name, heads)
 
     def _base_classes(self, name: str, info: TensorInfo) -> tuple[str, ...] | None:
         """Return the classes that the base's own head names, where it has one of this shape."""
         known = self._base_infos.get(name)
-        config = None if self.base is None else self.base.config
+        config = None if self._values is None else self._values.config
         try:
             classes = class_labels(config or {})
         except ModelError:  # names that nothing can read are none
@@ -343,11 +387,34 @@ class Mixture:
 _WEIGHT_SLACK = 1e-9
 
 
+def _check_kinds(name: str, heads: Sequence[Expert]) -> None:
+    """Refuse to average heads of different kinds: a cosine head's weights are directions."""
+    module = name.rpartition(".")[0]
+    kinds = {
+        frozenset(one for one in expert.tuned.whole if one.rpartition(".")[0] == module)
+        for expert in heads
+    }
+    if len(kinds) > 1:
+        found = " and ".join(
+            f"({shortlist(sorted(kind), 3)})" for kind in sorted(kinds, key=sorted)
+        )
+        raise FactorsError(
+            f"tensor {name!r}: heads of different kinds {found}, expected the same tensors in "
+            "every tuned file of a mixture. Merge them one at a time."
+        )
+
+
 def _is_head(tuned: TunedFile, name: str) -> bool:
     """Whether a tensor has one row for each class that a tuned file names."""
     value = tuned.whole.get(name)
     classes = tuned.classes
     return bool(classes) and value is not None and value.shape[:1] == (len(classes or ()),)
+
+
+def _narrow(values: Tensor) -> Tensor:
+    """Return float64 values as float32 where that changes none of them."""
+    narrow = values.float()
+    return narrow if torch.equal(narrow.double(), values) else values
 
 
 def _is_storable(value: Tensor, dtype: torch.dtype) -> bool:
@@ -361,11 +428,29 @@ def _may_be_infinite(info: TensorInfo) -> bool:
     return table_role(info) == "attention mask"
 
 
-def _reshaped(name: str, found: tuple[int, ...], expected: tuple[int, ...]) -> str:
-    return (
-        f"tensor {name!r}: trained with shape {found}, expected {expected} as in the base to be "
-        "weighted. Merge it with weight 1."
-    )
+def _summed(name: str, start: Tensor, trained: Sequence[Expert]) -> Tensor:
+    """Add weighted changes to the base's values, in float64."""
+    total = start.clone()
+    for one in trained:
+        value = one.tuned.whole[name].double()
+        # Infinity minus itself is no change.
+        total += one.weight * torch.where(value == start, 0.0, value - start)
+    return total
+
+
+def _mean(name: str, trained: Sequence[Expert]) -> Tensor:
+    """Average what the base has no counterpart of, such as a head for other classes."""
+    weight = sum(one.weight for one in trained)
+    if not weight > 0.0:
+        raise FactorsError(
+            f"tensor {name!r}: its weights sum to {weight:g}, expected more than 0: the base has "
+            "no such tensor of this shape, so that the mean over the tuned files is taken. Give "
+            "other weights."
+        )
+    total = torch.zeros(trained[0].tuned.whole[name].shape, dtype=torch.float64)
+    for one in trained:
+        total += (one.weight / weight) * one.tuned.whole[name].double()
+    return total
 
 
 def _stored_infos(store: FactorStore) -> dict[str, TensorInfo]:

@@ -141,7 +141,8 @@ class TunedFile:
     path : Path
         Where it was read from.
     S : mapping of str to Tensor
-        Trained singular values by tensor name, float32, shape (k,) or (E, k).
+        Trained singular values by tensor name, float32, shape (k,) or (E, k); float64 in a
+        mixture, where float32 would not keep their change.
     S_base : mapping of str to Tensor
         Singular values that training started from.
     whole : mapping of str to Tensor
@@ -303,6 +304,7 @@ def write_tuned(
     task: str | None = None,
     classes: Sequence[str] | None = None,
     training: Mapping[str, Any] | None = None,
+    dtype: torch.dtype | None = torch.float32,
 ) -> None:
     """Write a tuned file at exactly `path`; the caller takes care of partial files.
 
@@ -313,7 +315,7 @@ def write_tuned(
     store : FactorStore
         The factors that the values belong to; their ``S`` becomes ``S_base``.
     S : mapping of str to Tensor
-        Trained singular values by tensor name, shape (k,) or (E, k); stored as float32.
+        Trained singular values by tensor name, shape (k,) or (E, k).
     whole : mapping of str to Tensor, optional
         Other trained tensors by name, stored as they are.
     task : str, optional
@@ -323,6 +325,8 @@ def write_tuned(
     training : mapping, optional
         JSON-ready summary of the run; no times and no absolute paths, so that the same run gives
         the same bytes.
+    dtype : torch.dtype or None
+        Of the singular values; None stores each as it is.
     """
     tensors: dict[str, Tensor] = {}
     taken = [
@@ -335,7 +339,7 @@ def write_tuned(
             "decompose with --exclude."
         )
     for name in S:
-        tensors[f"{name}.S"] = S[name].detach().float().cpu()
+        tensors[f"{name}.S"] = S[name].detach().to(dtype or S[name].dtype).cpu()
         tensors[f"{name}.S_base"] = store.read_S(name).float()
     tensors |= {name: value.detach().cpu() for name, value in (whole or {}).items()}
     facts = {

@@ -5,15 +5,17 @@ from __future__ import annotations
 import os
 import re
 import shutil
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from svftool.errors import (
     CheckpointError,
+    DataError,
     FactorsError,
     ModelError,
+    UsageError,
     brief,
     shortlist,
     write_errors,
@@ -64,6 +66,45 @@ class Place:
     hub_id: str | None = None
 
 
+TUNED_SUFFIX = ".svf.safetensors"
+"""How the name of a tuned file ends."""
+
+
+def is_tuned_name(path: Path) -> bool:
+    """Tell whether a file of this name is a tuned file.
+
+    Examples
+    --------
+    >>> is_tuned_name(Path("birds.svf.safetensors")), is_tuned_name(Path("birds.safetensors"))
+    (True, False)
+    """
+    return path.name.endswith(TUNED_SUFFIX)
+
+
+def check_dense_name(path: Path, *, tuned: bool = False) -> None:
+    """Refuse the name of a tuned file for other weights.
+
+    Parameters
+    ----------
+    path : Path
+        What is to be written.
+    tuned : bool
+        A tuned file is written.
+
+    Raises
+    ------
+    UsageError
+        Says which name would do.
+    """
+    stem = path.with_suffix("")
+    if stem.suffix != ".svf" or path.suffix not in WEIGHT_SUFFIXES or tuned:
+        return
+    expected = f"for dense weights one such as {path.with_name(stem.stem + path.suffix)}"
+    if not is_tuned_name(path):
+        expected += f", for a tuned file {stem}.safetensors"
+    raise UsageError(f"{path}: the name of a tuned file, and none is written, expected {expected}")
+
+
 FACTORS_FILE = "svf_config.json"
 """What makes a folder a factor checkpoint."""
 
@@ -108,6 +149,57 @@ def check_factors(folder: Path) -> None:
             f"{folder}: no {FACTORS_FILE}, expected a folder written by 'svftool decompose'. "
             "Run 'svftool decompose CHECKPOINT -o FACTORS' first."
         )
+
+
+def check_tuned_exist(names: Iterable[str]) -> None:
+    """Refuse tuned files that are not there; each may carry a weight, ``FILE@0.5``.
+
+    Raises
+    ------
+    FactorsError
+        If one is missing.
+    """
+    for name in names:
+        path = name if Path(name).exists() else name.rpartition("@")[0] or name
+        if not Path(path).exists():
+            raise FactorsError(
+                f"{path}: no such file, expected a tuned file of 'svftool finetune'. "
+                "Check the path."
+            )
+
+
+def check_data(path: Path) -> None:
+    """Refuse data that is not there.
+
+    Raises
+    ------
+    DataError
+        If there is no such file or folder.
+    """
+    if not path.exists():
+        raise DataError(f"{path}: no such file or folder, expected a data set. Check the path.")
+
+
+def check_predictions_name(path: Path, *, folder: bool | None = None) -> None:
+    """Refuse a name that says nothing of how predictions are written.
+
+    Parameters
+    ----------
+    path : Path
+        What is to be written.
+    folder : bool or None
+        Whether it is a folder of pictures; None where that is not known yet.
+
+    Raises
+    ------
+    UsageError
+        If the suffix is neither ``.jsonl`` nor ``.csv``, or one for a folder.
+    """
+    table = path.suffix in (".jsonl", ".csv")
+    if folder and table:
+        raise UsageError(f"{path}: maps are pictures, expected the name of a folder for them")
+    if not table and (folder is False or path.suffix in (".json", ".tsv", ".txt", ".xlsx")):
+        raise UsageError(f"{path}: expected a name that ends in .jsonl or .csv")
 
 
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")

@@ -96,6 +96,15 @@ def replace_output(
             raise
 
 
+def check_output(
+    target: Path, *, force: bool, resume: bool = False, inputs: Sequence[Path] = ()
+) -> None:
+    """Refuse beforehand what `replace_output` would refuse; takes no lock and writes nothing."""
+    place = _Place(target)
+    place.check_apart(inputs)
+    place.check_free(force or resume)
+
+
 @contextmanager
 def _best_effort() -> Iterator[None]:
     """Log what the system refuses while cleaning up."""

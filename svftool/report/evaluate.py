@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 from rich.console import Group, RenderableType
@@ -11,6 +12,7 @@ from rich.text import Text
 from svftool.report import json
 from svftool.report.text import plain_table, safe
 from svftool.stages.evaluate_result import EvaluateResult, result_fields
+from svftool.stages.settings import SourcedSetting
 
 
 def document(result: EvaluateResult) -> dict[str, Any]:
@@ -23,11 +25,38 @@ def view(result: EvaluateResult) -> RenderableType:
     measured = Text("measured: ").append(safe(str(result.checkpoint)), "bold")
     if result.tuned is not None:
         measured.append(" with ").append(safe(str(result.tuned)), "bold")
-    parts: list[RenderableType] = [_table(result), "", measured]
+    parts: list[RenderableType] = [_table(result), "", settings_table(result.settings), ""]
+    if result.seen:
+        parts.append(Text(f"{result.seen} of the examples were trained on", "bold yellow"))
+    parts.append(measured)
     for title, path in (("predictions", result.predictions), ("pictures", result.pictures)):
         if path is not None:
             parts.append(Text(f"{title}: ").append(safe(str(path)), "bold"))
     return Group(*parts)
+
+
+def settings_table(settings: Mapping[str, SourcedSetting]) -> Table:
+    """Return what was measured with: name, value, and where it came from."""
+    table = plain_table()
+    table.add_column("measured with")
+    table.add_column("value", overflow="fold")
+    table.add_column("from")
+    for name, one in settings.items():
+        table.add_row(Text(name.replace("_", " ")), Text(safe(_shown(one.value))), one.source)
+    return table
+
+
+def _shown(value: Any) -> str:
+    """Write a setting's value.
+
+    Examples
+    --------
+    >>> _shown([0.485, 0.456]), _shown([224, 224])
+    ('0.485, 0.456', '224, 224')
+    """
+    if isinstance(value, (list, tuple)):
+        return ", ".join(map(_shown, value))
+    return f"{value:.4g}" if isinstance(value, float) else str(value)
 
 
 def _table(result: EvaluateResult) -> Table:

@@ -34,6 +34,7 @@ def view(result: FinetuneResult) -> RenderableType:
             )
         )
     parts += [Text(_verdict(one), "bold red") for one in result.summary if one.worse]
+    parts += [Text(line) for line in _by_seed(result.summary)]
     parts += [Text(line) for line in _rates(result.runs)]
     return Group(*parts, Text("tuned: ").append(safe(str(result.output)), "bold"))
 
@@ -67,8 +68,8 @@ def _table(result: FinetuneResult) -> Table:
 
 
 def _cells(summary: Summary, runs: Sequence[Run]) -> list[Text]:
-    metric, gain = summary.metric, summary.mean - summary.before
-    style = "bold red" if summary.worse else "green" if gain else ""
+    metric, gain = summary.metric, summary.gain
+    style = "bold red" if summary.worse else "green" if gain > 0 else ""
     before, mean = (value(metric, number) for number in (summary.before, summary.mean))
     half = None if summary.ci95 is None else (summary.ci95[1] - summary.ci95[0]) / 2
     step = summary.step_seconds
@@ -81,6 +82,16 @@ def _cells(summary: Summary, runs: Sequence[Run]) -> list[Text]:
         Text(f"{summary.trainable_parameters:,}"),
         Text("" if step is None else duration(step)),
         Text(duration(sum(run.seconds for run in runs) / len(runs))),
+    ]
+
+
+def _by_seed(summaries: Sequence[Summary]) -> list[str]:
+    """Say what every seed came to, where there are several and no folds."""
+    return [
+        f"{one.regime}: {', '.join(value(one.metric, number) for number in one.values)} "
+        f"(seeds {', '.join(map(str, one.numbers))})"
+        for one in summaries
+        if len(one.values) > 1 and not one.facts
     ]
 
 

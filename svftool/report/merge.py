@@ -33,6 +33,7 @@ def document(result: MergeResult) -> dict[str, Any]:
     return json.document(
         "merge",
         output=str(result.output),
+        kind="tuned file" if result.mixed else "checkpoint",
         layers=layers,
         unchanged=result.unchanged,
         added=result.added,
@@ -82,4 +83,6 @@ def _summary(result: MergeResult, changed: int) -> Text:
         text.append(f"clipped: {clipped} values that overflowed their dtype ({where})\n", "yellow")
     if result.verified:
         text.append("verified: what was read back equals what was computed, bit for bit\n", "green")
-    return text.append("merged: ").append(safe(str(result.output)), "bold")
+    return text.append("tuned: " if result.mixed else "merged: ").append(
+        safe(str(result.output)), "bold"
+    )

@@ -32,6 +32,8 @@ class ModelFacts:
         Its ``config.json``; empty where there is none.
     trust_remote_code : bool
         Whether code that lies beside the checkpoint may run.
+    trained : mapping
+        What the task said of its settings when the weights were trained; empty for fresh ones.
     """
 
     preprocessing: Preprocessing = DEFAULT_PREPROCESSING
@@ -39,6 +41,7 @@ class ModelFacts:
     folder: Path | None = None
     config: Mapping[str, Any] = field(default_factory=dict)
     trust_remote_code: bool = False
+    trained: Mapping[str, Any] = field(default_factory=dict)
 
     @classmethod
     def of(
@@ -80,11 +83,13 @@ def _classification(
     data: Path, facts: ModelFacts, _progress: Progress, **options: Any
 ) -> Sequence[Task]:
     from svftool.tasks.classification import Classification
+    from svftool.tasks.views import ImageView
 
     return [
         Classification(
             data,
             preprocessing=facts.preprocessing,
+            view=ImageView.from_plain(facts.trained, facts.preprocessing),
             head_classes=head_classes(facts.config),
             whole_head=facts.whole_head,
             **options,
@@ -116,7 +121,15 @@ def _segmentation(
 ) -> Sequence[Task]:
     from svftool.tasks.segmentation import Segmentation
 
-    return [Segmentation(data, preprocessing=facts.preprocessing, config=facts.config, **options)]
+    return [
+        Segmentation(
+            data,
+            preprocessing=facts.preprocessing,
+            config=facts.config,
+            trained=facts.trained,
+            **options,
+        )
+    ]
 
 
 _MAKERS: dict[str, Callable[..., Sequence[Task]]] = {

@@ -25,22 +25,21 @@ from svftool.factors import (
     open_factors,
     read_tuned,
 )
+from svftool.factors.stated import Stated, read_stated
 from svftool.files.header import json_text
 from svftool.machine import explain_out_of_memory, pick_device
 from svftool.models import build_model, is_read_whole
 from svftool.progress import SILENT, Progress
 from svftool.stages.catalogue import ModelFacts, head_classes, make_tasks
 from svftool.stages.evaluate_result import EvaluateResult, Evaluation
-from svftool.tasks.base import Draw, Predicts, Prepared, Task
+from svftool.stages.settings import SIZES, Origins, SourcedSetting, settings_of
+from svftool.tasks.base import Draw, HasContents, Predicts, Prepared, Sized, Task
 from svftool.tasks.option import options_in
 from svftool.tasks.options import TASKS, recorded
 
-SIZES = ("image_size", "crop", "short_side")
-"""What a task says of the size of its images."""
-
 
 @dataclass(frozen=True)
-class _Source:
+class Source:
     """The weights: a dense checkpoint, and what is put on it."""
 
     checkpoint: Checkpoint
@@ -51,6 +50,7 @@ class _Source:
 
     @property
     def path(self) -> Path:
+        """The file or folder that was given."""
         return self.checkpoint.path if self.store is None else self.store.path
 
     @property
@@ -59,6 +59,23 @@ class _Source:
         found = [self.checkpoint.path]
         found += [] if self.store is None else [self.store.path]
         return found + ([] if self.tuned is None else [self.tuned.path])
+
+    @property
+    def stated(self) -> Stated:
+        """What the weights say of their training: a tuned file, or what a merge handed on."""
+        if self.tuned is not None:
+            return Stated(self.tuned.task, self.tuned.classes, self.tuned.training)
+        return read_stated(self.checkpoint.metadata) or Stated()
+
+    def said_for(self, task: str) -> Stated:
+        """Return what they say, if it is about a task."""
+        stated = self.stated
+        return stated if stated.task in (None, task) else Stated()
+
+    @property
+    def kind(self) -> str:
+        """How weights are called that say something."""
+        return "merged checkpoint" if self.tuned is None else "tuned file"
 
 
 def evaluate(
@@ -130,9 +147,11 @@ def evaluate(
     """
     place = pick_device(device)
     with ExitStack() as stack:
-        source = replace(_open(stack, Path(checkpoint), tuned, base, progress), model=model)
-        options = _options(task, Path(data), source, options)
-        seed = _seed(source) if seed is None else seed
+        source = open_source(stack, Path(checkpoint), tuned, base, progress, model=model)
+        given = dict(options)
+        options = filled_options(task, Path(data), source, options)
+        seeded = SourcedSetting(_seed(source) if seed is None else seed, _seed_source(source, seed))
+        seed = int(seeded.value)
         output = Output.claim(
             stack, predictions, task, force=force, inputs=[*source.paths, Path(data)]
         )
@@ -146,19 +165,23 @@ def evaluate(
             )
 
         fresh = [build()]
-        facts = ModelFacts.of(
-            source.checkpoint, fresh[0], trust_remote_code=trust_remote_code, whole_head=True
-        )
+        facts = facts_of(source, task, fresh[0], trust_remote_code=trust_remote_code)
         tasks = make_tasks(task, Path(data), facts, options, progress=progress)
         _check(tasks[0], source, progress)
-        runs = []
+        runs: list[Evaluation] = []
+        seen: int | None = None
+        settings: dict[str, SourcedSetting] = {}
         for one in tasks:
             _warn_of_seen(one, source, progress)
             begun = time.perf_counter()
             with explain_out_of_memory(None):
                 draw = one.draw(seed)
+                seen = _count_seen(source, task, draw, progress, before=seen)
+                if not runs:
+                    origins = origins_of(source, task, facts, given)
+                    settings = _settings(one, draw, source, facts, origins, seeded)
                 bare = (fresh.pop() if fresh else build()).to(place)
-                live = _fit(source, one, draw, bare, progress)
+                live = fit(source, one.classes, draw, bare, progress)
                 metrics = draw.evaluate(live, progress=progress)
                 seconds = time.perf_counter() - begun
                 runs.append(Evaluation(seed, one.shots, dict(one.facts), metrics, seconds))
@@ -170,18 +193,31 @@ def evaluate(
             metric=tasks[0].primary.name,
             runs=tuple(runs),
             setting=tasks[0].describe(),
+            settings=settings,
+            seen=seen,
             predictions=output.target,
             pictures=output.pictures,
         )
 
 
-def _open(
+def open_source(
     stack: ExitStack,
     path: Path,
     tuned: str | os.PathLike[str] | None,
     base: str | os.PathLike[str] | None,
     progress: Progress,
-) -> _Source:
+    *,
+    model: str = "auto",
+) -> Source:
+    """Open what is measured, until a stack ends, and check that it belongs together.
+
+    Raises
+    ------
+    UsageError
+        If there is a tuned file or a base for a dense checkpoint.
+    FactorsError, CheckpointError
+        If something is broken or does not belong together.
+    """
     if not is_factors(path):
         for option, given in (("--tuned", tuned), ("--base", base)):
             if given is not None:
@@ -191,23 +227,27 @@ def _open(
                 )
         checkpoint = stack.enter_context(open_checkpoint(path))
         checkpoint.tell(progress)
-        return _Source(checkpoint)
+        return Source(checkpoint, model=model)
     store = stack.enter_context(open_factors(path))
     expert = None if tuned is None else read_tuned(tuned)
     if expert is not None:
         check_tuned(expert, store)
-    return _Source(stack.enter_context(store.open_base(base, progress=progress)), store, expert)
+    dense = stack.enter_context(store.open_base(base, progress=progress))
+    return Source(dense, store, expert, model)
 
 
-def _options(task: str, data: Path, source: _Source, given: Mapping[str, Any]) -> dict[str, Any]:
+def filled_options(
+    task: str, data: Path, source: Source, given: Mapping[str, Any]
+) -> dict[str, Any]:
     """Fill in what the weights say of themselves, and that all of the data is measured."""
-    tuned, options = source.tuned, dict(given)
-    if tuned is not None:
-        if tuned.task in TASKS and tuned.task != task:
-            raise UsageError(
-                f"{tuned.path}: was trained for --task {tuned.task}, expected --task {task}"
-            )
-        options = {**recorded(task, tuned.training.get("data") or {}), **options}
+    tuned = source.tuned
+    if tuned is not None and tuned.task in TASKS and tuned.task != task:
+        raise UsageError(
+            f"{tuned.path}: was trained for --task {tuned.task}, expected --task {task}"
+        )
+    options = dict(given)
+    if task in TASKS:
+        options = {**recorded(task, source.said_for(task).data), **options}
     own = dict(options_in(TASKS[task])) if task in TASKS else {}
     for name, about in own.items():
         if about.evaluate_as is not None:
@@ -215,39 +255,45 @@ def _options(task: str, data: Path, source: _Source, given: Mapping[str, Any]) -
     if "evaluation" in own and options.get("shots") is None:
         options["shots"] = None
         options["evaluation"] = options.get("evaluation") or data
-    names = _class_names(source, task)
+    # What a configuration says of a classifier's head is held against the data's classes instead.
+    held = task == "classification" and source.tuned is None and source.stated.classes is None
+    names = None if held else known_classes(source)
     if names and "classes" in own:
         options.setdefault("classes", names)
     return options
 
 
-def _seed(source: _Source) -> int:
+def _seed(source: Source) -> int:
     """Find the seed of the fine-tune, which chose what it was measured on."""
-    return 0 if source.tuned is None else int(source.tuned.training.get("seed", 0))
+    return int(source.stated.training.get("seed", 0))
 
 
-def _class_names(source: _Source, task: str) -> tuple[str, ...] | None:
-    """Find the names of the head's outputs; classification holds a config's against the data's."""
-    if source.tuned is not None:
-        return source.tuned.classes
-    if task == "classification":
-        return None
+def _seed_source(source: Source, given: int | None) -> str:
+    if given is not None:
+        return "option"
+    return source.kind if "seed" in source.stated.training else "default"
+
+
+def known_classes(source: Source) -> tuple[str, ...] | None:
+    """Find the names of the head's outputs."""
+    if source.tuned is not None or source.stated.classes is not None:
+        return source.stated.classes
     return head_classes(source.checkpoint.config or {})
 
 
-def _check(task: Task, source: _Source, progress: Progress) -> None:
+def _check(task: Task, source: Source, progress: Progress) -> None:
     """Hold what the data gives against what a tuned file was trained on."""
-    tuned = source.tuned
-    if tuned is None:
+    stated = source.said_for(task.name)
+    if source.tuned is None and stated.classes is None:
         return
-    if tuned.classes is not None and task.classes != tuned.classes:
+    if stated.classes is not None and task.classes != stated.classes:
         raise DataError(
-            f"{tuned.path}: was trained on the classes {shortlist(tuned.classes)}, the data has "
-            f"{shortlist(task.classes or ())}, expected the same in the same order. Measure on "
+            f"{source.paths[-1]}: was trained on the classes {shortlist(stated.classes)}, the data "
+            f"has {shortlist(task.classes or ())}, expected the same in the same order. Measure on "
             "data of these classes"
         )
-    then, now = tuned.training.get("data") or {}, task.describe()
-    for name in SIZES:
+    then, now = stated.data, task.describe()
+    for name in SIZES[:2]:
         if then.get(name) is not None and name in now and now[name] != then[name]:
             progress.warn(
                 f"{name.replace('_', ' ')} is {now[name]}, {then[name]} in training: give the same "
@@ -255,9 +301,9 @@ def _check(task: Task, source: _Source, progress: Progress) -> None:
             )
 
 
-def _warn_of_seen(task: Task, source: _Source, progress: Progress) -> None:
+def _warn_of_seen(task: Task, source: Source, progress: Progress) -> None:
     """Say where classes that are measured as novel ones were trained on."""
-    then = {} if source.tuned is None else source.tuned.training.get("data") or {}
+    then = source.said_for(task.name).data
     known = then.get("base_classes") or ()
     seen = [name for name in task.describe().get("novel_classes") or () if name in known]
     if seen:
@@ -268,25 +314,106 @@ def _warn_of_seen(task: Task, source: _Source, progress: Progress) -> None:
         )
 
 
-def _fit(
-    source: _Source, task: Task, draw: Draw, model: nn.Module, progress: Progress
+def _count_seen(
+    source: Source, task: str, draw: Draw, progress: Progress, *, before: int | None
+) -> int | None:
+    """Count the examples that the weights were trained on; say where there are some."""
+    support = source.said_for(task).support
+    if support is None or not isinstance(draw, HasContents):
+        return before
+    seen = support.count(draw.contents("query"))
+    if seen:
+        of = f" of {draw.measured}" if isinstance(draw, Sized) else ""
+        progress.warn(
+            f"{seen}{of} examples that are measured were trained on, byte for byte "
+            f"({source.paths[-1].name} records {support.examples} of them); what is measured on "
+            "them is no result. Give --shots and --seed of the fine-tune, or other data"
+        )
+    return seen + (before or 0)
+
+
+def facts_of(source: Source, task: str, model: nn.Module, *, trust_remote_code: bool) -> ModelFacts:
+    """Gather what the weights and their folder say about the input."""
+    found = ModelFacts.of(
+        source.checkpoint, model, trust_remote_code=trust_remote_code, whole_head=True
+    )
+    return replace(found, trained=source.said_for(task).data)
+
+
+def origins_of(source: Source, task: str, facts: ModelFacts, given: Mapping[str, Any]) -> Origins:
+    """Gather what decides where settings came from."""
+    data = source.said_for(task).data
+    return Origins(given, recorded(task, data), data, source.kind, facts.preprocessing)
+
+
+def classes_setting(
+    source: Source,
+    classes: Sequence[str] | None,
+    given: Mapping[str, Any],
+    *,
+    otherwise: str = "data",
+) -> SourcedSetting | None:
+    """Say how many classes there are, and where their names are from."""
+    if classes is None:
+        return None
+    where = "option" if given.get("classes") is not None else otherwise
+    if where == otherwise and known_classes(source) is not None:
+        where = "config.json" if source.stated.classes is None else source.kind
+    return SourcedSetting(len(classes), where)
+
+
+def _settings(
+    task: Task,
+    draw: Draw,
+    source: Source,
+    facts: ModelFacts,
+    origins: Origins,
+    seed: SourcedSetting,
+) -> dict[str, SourcedSetting]:
+    given, drawn = origins.given, task.shots is not None
+    place = given.get("tokenizer")
+    tokenizer = SourcedSetting(str(place or facts.folder), "option" if place else "checkpoint")
+    return settings_of(
+        task.name,
+        task.describe(),
+        origins,
+        examples=SourcedSetting(draw.measured, "data") if isinstance(draw, Sized) else None,
+        classes=classes_setting(source, task.classes, given),
+        shots=SourcedSetting(task.shots, origins.of_option("shots")) if drawn else None,
+        seed=seed if drawn else None,
+        tokenizer=tokenizer if task.name == "language" else None,
+    )
+
+
+def fit(
+    source: Source,
+    classes: Sequence[str] | None,
+    draw: Draw,
+    model: nn.Module,
+    progress: Progress,
 ) -> nn.Module:
-    """Return a freshly built model its head, and what was tuned."""
+    """Give a freshly built model its head, and what was tuned.
+
+    Raises
+    ------
+    ModelError
+        If there is no head for the classes, or something has no place in the model.
+    """
     known = set(model.state_dict())
     prepared = draw.prepare(model, start=False)
     for message in prepared.said:
         progress.warn(message)
     if source.store is None:
         whole = is_read_whole(source.model, source.checkpoint)
-        names = _load_rest(prepared, task, source.checkpoint, known, whole=whole)
+        names = _load_rest(prepared, classes, source.checkpoint, known, whole=whole)
     else:
         names = [] if source.tuned is None else _tune(prepared, source.tuned, source.store)
     inside = prepared.head is not None and any(n.startswith(f"{prepared.head}.") for n in names)
     # A host for few-shot segmentation has no classes, and a stand-in until it is trained.
-    if prepared.new_head and task.classes is not None and not inside:
+    if prepared.new_head and classes is not None and not inside:
         raise ModelError(
-            f"{source.paths[-1]}: no head for the data's {len(task.classes)} classes "
-            f"({shortlist(task.classes, 4)}), expected one trained for them. Give the classes of "
+            f"{source.paths[-1]}: no head for the data's {len(classes)} classes "
+            f"({shortlist(classes, 4)}), expected one trained for them. Give the classes of "
             "the checkpoint's head with --classes, or the file from 'svftool finetune' with --tuned"
         )
     return prepared.model.eval()
@@ -294,7 +421,7 @@ def _fit(
 
 def _load_rest(
     prepared: Prepared,
-    task: Task,
+    classes: Sequence[str] | None,
     checkpoint: Checkpoint,
     known: Collection[str],
     *,
@@ -327,7 +454,7 @@ def _load_rest(
             f"{shortlist(homeless)}. Name the model that the checkpoint was made for with --model"
         )
     # Of a head for other classes nothing fits, and the classes are what is wrong.
-    if of_head and (task.classes is None or any(name.startswith(str(head)) for name in loaded)):
+    if of_head and (classes is None or any(name.startswith(str(head)) for name in loaded)):
         _require_whole_head(checkpoint.path, prepared, of_head)
     return loaded
 

@@ -8,6 +8,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from svftool.stages.settings import SourcedSetting
+
 
 @dataclass(frozen=True)
 class Evaluation:
@@ -50,6 +52,10 @@ class EvaluateResult:
         One, or one a fold.
     setting : mapping
         What the first task says of its data and its rules.
+    settings : mapping of str to SourcedSetting
+        What the numbers depend on, and where each came from.
+    seen : int or None
+        Examples that the weights were trained on, of those measured; None where that is not known.
     predictions, pictures : Path or None
         Where predictions were written, and the pictures that belong to them.
     """
@@ -60,8 +66,15 @@ class EvaluateResult:
     metric: str
     runs: tuple[Evaluation, ...]
     setting: Mapping[str, Any] = field(default_factory=dict)
+    settings: Mapping[str, SourcedSetting] = field(default_factory=dict)
+    seen: int | None = None
     predictions: Path | None = None
     pictures: Path | None = None
+
+
+def settings_fields(settings: Mapping[str, SourcedSetting]) -> dict[str, dict[str, Any]]:
+    """Return settings as plain values for scripts."""
+    return {name: {"value": one.value, "source": one.source} for name, one in settings.items()}
 
 
 def result_fields(result: EvaluateResult) -> dict[str, Any]:
@@ -72,6 +85,8 @@ def result_fields(result: EvaluateResult) -> dict[str, Any]:
         "tuned": None if result.tuned is None else str(result.tuned),
         "metric": result.metric,
         "setting": dict(result.setting),
+        "settings": settings_fields(result.settings),
+        "seen_in_training": result.seen,
         "runs": [
             {
                 "seed": run.seed,

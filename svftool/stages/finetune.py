@@ -16,7 +16,7 @@ from svftool.attaching import Parametrisation, Regime, parse_regime
 from svftool.checkpoints import Checkpoint
 from svftool.errors import UsageError
 from svftool.factors import open_factors
-from svftool.files.folder import named
+from svftool.files.folder import TUNED_SUFFIX, named
 from svftool.files.output import overlap
 from svftool.models import build_model
 from svftool.progress import SILENT, Progress
@@ -36,7 +36,7 @@ from svftool.training.results import (
     common_setting,
     write_results,
 )
-from svftool.training.run_output import TUNED_SUFFIX, RunWriter, is_run_itself
+from svftool.training.run_output import RunWriter, is_run_itself
 from svftool.training.workspace import Workspace, describe_files, open_workspace
 
 

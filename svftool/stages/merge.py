@@ -1,4 +1,4 @@
-"""Factor checkpoint + tuned files -> dense checkpoint, as a delta on the base's own weights."""
+"""Factor checkpoint + tuned files -> dense checkpoint, or one tuned file: a delta on the base."""
 
 from __future__ import annotations
 
@@ -7,6 +7,8 @@ from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
+
+from torch import Tensor
 
 from svftool.checkpoints import (
     PICKLE_SUFFIXES,
@@ -19,11 +21,15 @@ from svftool.checkpoints import (
 )
 from svftool.checkpoints.pickle_writer import rivals
 from svftool.errors import NumericalError, UsageError, shortlist
-from svftool.factors import check_tuned, open_factors
-from svftool.factors.dense import write_dense
+from svftool.factors import TunedFile, check_tuned, open_factors, read_tuned
+from svftool.factors.dense import write_dense, write_mixed
 from svftool.factors.mixture import Expert, LayerChange, Mixture
-from svftool.files.folder import named
+from svftool.factors.stated import Stated, stated_by
+from svftool.files.folder import check_dense_name, is_tuned_name, named
 from svftool.progress import SILENT, Progress
+
+SETTINGS = ("image_size", "crop", "short_side", "mean", "std", "sequence_length", "ignore_index")
+"""Settings of tasks on which a number depends that is measured on the weights."""
 
 Weighted = str | os.PathLike[str] | tuple[str | os.PathLike[str], float]
 
@@ -35,7 +41,7 @@ class MergeResult:
     Attributes
     ----------
     output : Path
-        The dense checkpoint.
+        The dense checkpoint, or the tuned file.
     layers : tuple of LayerChange
         Every decomposed layer, in file order.
     unchanged : int
@@ -54,6 +60,8 @@ class MergeResult:
     dropped : mapping of str to int
         What the base holds and the output does not, with bytes: entries of a pickle beside the
         tensors, and files beside the weights.
+    mixed : bool
+        The output is a tuned file.
     """
 
     output: Path
@@ -65,6 +73,7 @@ class MergeResult:
     rebuilt_error: float | None = None
     clipped: Mapping[str, int] = field(default_factory=dict)
     dropped: Mapping[str, int] = field(default_factory=dict)
+    mixed: bool = False
 
 
 def merge(
@@ -80,7 +89,7 @@ def merge(
     force: bool = False,
     progress: Progress = SILENT,
 ) -> MergeResult:
-    """Fold tuned singular values back into dense weights.
+    """Fold tuned singular values back into dense weights, or mix tuned files to one.
 
     Computes ``W + sum_i a_i U diag(S_i - S_base) Vh`` in float64 and rounds once to the weight's
     dtype. A layer whose singular values did not change keeps its bytes.
@@ -92,8 +101,9 @@ def merge(
     tuned : sequence
         Tuned files, each a path, ``"PATH@WEIGHT"`` or a pair of path and weight.
     output : path-like
-        ``.safetensors`` writes one file, ``.pt``, ``.pth``, ``.bin``, ``.th`` a pickle nested as
-        the base, anything else a folder with the base's names, shards and side files.
+        ``.svf.safetensors`` writes a tuned file. ``.safetensors`` writes one dense file, ``.pt``,
+        ``.pth``, ``.bin``, ``.th`` a pickle nested as the base, anything else a folder with the
+        base's names, shards and side files.
     base : path-like, optional
         Where the base is, if not at its recorded place.
     without_base : bool
@@ -124,19 +134,8 @@ def merge(
     NumericalError
         If a value would be NaN, infinite, or overflow its dtype.
     """
-    if without_base and base is not None:
-        raise UsageError("--without-base and --base: give one of the two")
     target = Path(output)
-    if without_base and target.suffix in PICKLE_SUFFIXES:
-        raise UsageError(
-            f"{target}: a pickle is nested as its base, which --without-base leaves out, "
-            "expected a folder or .safetensors"
-        )
-    if max_shard_size is not None and target.suffix in WEIGHT_SUFFIXES:
-        raise UsageError(
-            f"--max-shard-size: {target} is one file, which has no shards, expected a folder. "
-            f"Write to {target.with_suffix('')}, or leave the option out."
-        )
+    _check_options(target, tuned, base, without_base=without_base, shards=max_shard_size)
     experts = [Expert.parse(one) for one in tuned]
     shard_bytes = None if max_shard_size is None else parse_size(max_shard_size)
     with open_factors(factors) as store:
@@ -146,16 +145,29 @@ def merge(
             nullcontext(None) if without_base else store.open_base(base, progress=progress)
         )
         with opened as checkpoint:
-            dropped = _tell_dropped(checkpoint, target, progress)
+            mixed = is_tuned_name(target)
+            dropped = {} if mixed else _tell_dropped(checkpoint, target, progress)
             mixture = Mixture(store, checkpoint, experts, allow_overflow=allow_overflow)
+            stated = _tell_unlike(experts, progress)
             inputs = [store.path, *(one.tuned.path for one in experts)]
             inputs += [] if checkpoint is None else [checkpoint.path]
+            left: dict[str, int] = {}
             with replace_output(target, force=force, inputs=inputs) as partial:
-                changes, left = write_dense(
-                    mixture, partial, target=target, max_bytes=shard_bytes, progress=progress
-                )
-                if verify:
-                    _verify(mixture, partial, target, progress)
+                if mixed:
+                    changes, written = write_mixed(mixture, partial, progress)
+                    if verify:
+                        _verify_mixed(written, partial, target)
+                else:
+                    changes, left = write_dense(
+                        mixture,
+                        partial,
+                        target=target,
+                        max_bytes=shard_bytes,
+                        progress=progress,
+                        stated=stated,
+                    )
+                    if verify:
+                        _verify(mixture, partial, target, progress)
     changed = {one.name for one in changes if one.changed}
     return MergeResult(
         output=target,
@@ -164,10 +176,70 @@ def merge(
         added=mixture.added,
         replaced=mixture.replaced,
         verified=True if verify else None,
-        rebuilt_error=mixture.rebuilt_error,
+        rebuilt_error=None if mixed else mixture.rebuilt_error,
         clipped=dict(mixture.clipped),
         dropped={**dropped, **left},
+        mixed=mixed,
     )
+
+
+def _check_options(
+    target: Path, tuned: Sequence[Weighted], base: object, *, without_base: bool, shards: str | None
+) -> None:
+    """Refuse options that contradict each other or the output's name."""
+    if without_base and base is not None:
+        raise UsageError("--without-base and --base: give one of the two")
+    if without_base and target.suffix in PICKLE_SUFFIXES:
+        raise UsageError(
+            f"{target}: a pickle is nested as its base, which --without-base leaves out, "
+            "expected a folder or .safetensors"
+        )
+    if shards is not None and target.suffix in WEIGHT_SUFFIXES:
+        raise UsageError(
+            f"--max-shard-size: {target} is one file, which has no shards, expected a folder. "
+            f"Write to {target.with_suffix('')}, or leave the option out."
+        )
+    check_dense_name(target, tuned=bool(tuned) and is_tuned_name(target))
+
+
+def _tell_unlike(experts: Sequence[Expert], progress: Progress) -> Stated | None:
+    """Return what the tuned files agree on; warn of settings in which they differ."""
+    if not experts:
+        return None
+    stated = stated_by([(one.tuned, one.weight) for one in experts])
+    unlike = [name for name in stated.unlike if name in SETTINGS]
+    if unlike:
+        found = "; ".join(
+            f"{name.replace('_', ' ')} {' and '.join(map(str, stated.unlike[name]))}"
+            for name in unlike
+        )
+        progress.warn(
+            f"the tuned files were trained with different settings ({found}); none is handed on. "
+            "Give them to svftool evaluate and predict"
+        )
+    return stated
+
+
+def _verify_mixed(expected: TunedFile, partial: Path, target: Path) -> None:
+    """Read a tuned file again and compare it, bit for bit, with what was to be written."""
+    found = read_tuned(partial)
+    pairs = [(found.S, expected.S), (found.S_base, expected.S_base), (found.whole, expected.whole)]
+    wrong = [
+        name
+        for one, other in pairs
+        for name in dict.fromkeys((*one, *other))
+        if name not in one or name not in other or not _identical(one[name], other[name])
+    ]
+    if wrong:
+        raise NumericalError(
+            f"{target}: {len(wrong)} tensors read back differ from what was computed: "
+            f"{shortlist(wrong)}. Expected identical bytes; check the disk and the memory."
+        )
+
+
+def _identical(one: Tensor, other: Tensor) -> bool:
+    same = one.dtype == other.dtype and one.shape == other.shape
+    return same and tensor_digest(one) == tensor_digest(other)
 
 
 def _tell_dropped(base: Checkpoint | None, target: Path, progress: Progress) -> dict[str, int]:
@@ -197,8 +269,7 @@ def _verify(mixture: Mixture, partial: Path, target: Path, progress: Progress) -
         for name in mixture.infos.keys() & written.infos.keys():
             expected, _ = mixture.tensor(name)
             found = written.read(name)
-            same = found.dtype == expected.dtype and found.shape == expected.shape
-            if not same or tensor_digest(found) != tensor_digest(expected):
+            if not _identical(found, expected):
                 wrong.append(name)
             task.advance(detail=name)
     if wrong:

@@ -209,6 +209,26 @@ class Predicts(Protocol):
 
 
 @runtime_checkable
+class Sized(Protocol):
+    """What a `Draw` offers besides, that says how much it measures with."""
+
+    @property
+    def measured(self) -> int:
+        """Examples in the query set."""
+
+
+@runtime_checkable
+class HasContents(Protocol):
+    """What a `Draw` offers besides, whose examples can be known again by their bytes."""
+
+    def contents(self, part: Literal["support", "query"]) -> Iterator[bytes]:
+        """Read what stands for each example: a picture's file, a text's words.
+
+        The support set is all that was drawn, what is held out of it too.
+        """
+
+
+@runtime_checkable
 class Illustrated(Protocol):
     """What a `Draw` offers besides, that can show predictions as pictures."""
 

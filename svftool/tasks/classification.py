@@ -6,7 +6,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from types import MappingProxyType
-from typing import Any, Literal
+from typing import Any, Literal, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -35,6 +35,7 @@ from svftool.tasks.images import (
     list_images,
     natural_order,
     order_warning,
+    read_bytes,
     short_name,
 )
 from svftool.tasks.options import ClassificationOptions, StrPath
@@ -46,7 +47,7 @@ from svftool.tasks.splits import (
     others,
     require_query,
 )
-from svftool.tasks.views import ImageSet, choose_view
+from svftool.tasks.views import ImageSet, ImageView, choose_view
 
 # Metrics of classification, counted over batches.
 
@@ -162,6 +163,8 @@ class Classification:
     whole_head : bool
         Measure a head with all of its classes where the data has a part of them; otherwise only
         the outputs of that part are kept.
+    view : ImageView, optional
+        What images went through when the weights were trained, in place of `preprocessing`.
     options
         Fields of `svftool.tasks.options.ClassificationOptions`.
 
@@ -182,6 +185,7 @@ class Classification:
         preprocessing: Preprocessing = DEFAULT_PREPROCESSING,
         head_classes: Sequence[str] | None = None,
         whole_head: bool = False,
+        view: ImageView | None = None,
         **options: Any,
     ) -> None:
         self.options = chosen = ClassificationOptions(**options)
@@ -198,7 +202,7 @@ class Classification:
         mean, std = chosen.mean or preprocessing.mean, chosen.std or preprocessing.std
         preprocessing = replace(preprocessing, mean=mean, std=std)
         every = [image.path for image in (*images, *queries)]
-        self.view = choose_view(every, preprocessing, size=chosen.image_size)
+        self.view = choose_view(every, preprocessing, size=chosen.image_size, trained=view)
         self._names = [image.label for image in images]
         self._images = ImageSet([image.path for image in images], self.view)
         self._queries = self._examples(
@@ -212,13 +216,14 @@ class Classification:
         augment = self.options.augment
         return {
             "shots": self.shots,
-            "image_size": list(self.view.size),
+            **self.view.to_plain(),
             "mean": list(self.view.mean),
             "std": list(self.view.std),
             "augment": augment if isinstance(augment, str) else "custom",
             "hold_out": self.options.hold_out,
             "sampling": self.options.sampling,
             "head_type": self.options.head_type,
+            "head_name": self.options.head_name,
         }
 
     def draw(self, seed: int) -> ClassificationDraw:
@@ -246,7 +251,7 @@ class Classification:
 
 
 @dataclass(frozen=True)
-class _OfHead:
+class OfHead:
     """What the checkpoint's head is to the data's classes, by their names.
 
     Attributes
@@ -273,23 +278,43 @@ def _of_head(
     options: ClassificationOptions,
     *,
     whole: bool,
-) -> _OfHead:
+) -> OfHead:
     if options.classes is not None:
-        return _OfHead(names, "given")
+        return OfHead(names, "given")
     if head is None or options.head == "new":
-        return _OfHead(names)
+        return OfHead(names)
     rows = head_rows(names, head)
     if rows is None:
         if not (are_telling(names) and are_telling(head)):
-            return _OfHead(names)
+            return OfHead(names)
         # Measured with the head as it is, they are refused as classes that it does not know.
-        return _OfHead(tuple(head) if whole else names, "other")
+        return OfHead(tuple(head) if whole else names, "other")
     known = dict(zip(rows, names, strict=True))
     if whole or len(rows) == len(head):
         whole_names = [known.get(row, name) for row, name in enumerate(head)]
-        return _OfHead(tuple(whole_names), "same", outputs=len(head))
+        return OfHead(tuple(whole_names), "same", outputs=len(head))
     kept = sorted(rows)
-    return _OfHead(tuple(known[row] for row in kept), "part", tuple(kept), len(head))
+    return OfHead(tuple(known[row] for row in kept), "part", tuple(kept), len(head))
+
+
+class ClassifierSetting(Protocol):
+    """What all draws of one task share."""
+
+    @property
+    def options(self) -> ClassificationOptions:
+        """The task's options."""
+
+    @property
+    def classes(self) -> tuple[str, ...]:
+        """Class names in the order of the head's outputs."""
+
+    @property
+    def view(self) -> ImageView:
+        """The way from a file to the network."""
+
+    @property
+    def of_head(self) -> OfHead:
+        """What the checkpoint's head is to the classes."""
 
 
 class ClassificationDraw:
@@ -300,7 +325,7 @@ class ClassificationDraw:
 
     def __init__(
         self,
-        task: Classification,
+        task: ClassifierSetting,
         support: Examples,
         held_out: Examples,
         query: Examples,
@@ -321,6 +346,18 @@ class ClassificationDraw:
     def held_out(self) -> int:
         """Images held out of the support set."""
         return len(self._parts["held_out"])
+
+    @property
+    def measured(self) -> int:
+        """Images to measure with."""
+        return len(self._parts["query"])
+
+    def contents(self, part: Literal["support", "query"]) -> Iterator[bytes]:
+        """Read the image files; see `svftool.tasks.base.HasContents`."""
+        support = (self._support, self._parts["held_out"])
+        for examples in support if part == "support" else (self._parts["query"],):
+            for index in examples.indices:
+                yield read_bytes(examples.images.paths[index])
 
     def prepare(self, model: nn.Module, *, start: bool = True) -> Prepared:
         """Keep the model's head, or make one from the class means of its features.
@@ -483,7 +520,7 @@ class ClassificationDraw:
         """Accuracy, its mean over classes, and mean cross-entropy."""
         examples, count = self._parts[part], ClassificationCount(len(self._task.classes))
         with progress.task("evaluate", total=len(examples), unit="images") as bar:
-            for logits, labels in self._logits(model, part):
+            for logits, labels in self.logits(model, part):
                 count.add(logits, labels)
                 bar.advance(len(labels))
         return count.result()
@@ -495,7 +532,7 @@ class ClassificationDraw:
         """Yield each image's class, the one that the model finds, and how sure it is of it."""
         names, examples = self._task.classes, self._parts[part]
         position = 0
-        for logits, labels in self._logits(model, part):
+        for logits, labels in self.logits(model, part):
             sure, found = logits.float().softmax(1).max(1)
             for label, other, probability in zip(
                 labels.tolist(), found.tolist(), sure.tolist(), strict=True
@@ -509,8 +546,8 @@ class ClassificationDraw:
                 position += 1
 
     @torch.inference_mode()
-    def _logits(self, model: nn.Module, part: Part) -> Iterator[tuple[Tensor, Tensor]]:
-        """Logits and labels, batch by batch."""
+    def logits(self, model: nn.Module, part: Part) -> Iterator[tuple[Tensor, Tensor]]:
+        """Yield logits and labels, batch by batch."""
         model.eval()
         for images, labels in self._parts[part].batches(device_of(model)):
             yield logits_of(model(images)), labels

@@ -440,6 +440,21 @@ def _content(path: ImagePath) -> Any:
     return path.open() if isinstance(path, StoredImage) else path
 
 
+def read_bytes(path: ImagePath) -> bytes:
+    """Read an image as it is stored.
+
+    Raises
+    ------
+    DataError
+        If it cannot be read.
+    """
+    try:
+        content = _content(path)
+        return content.read_bytes() if isinstance(content, Path) else bytes(content.getvalue())
+    except OSError as error:
+        raise DataError(f"{path}: {error.strerror or error}, expected an image") from error
+
+
 def _pillow() -> Any:
     try:
         from PIL import Image

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import logging
 import math
+import os
 import sys
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import MappingProxyType
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -59,8 +60,9 @@ class Language:
 
     Parameters
     ----------
-    data : path-like
-        Texts to draw the support set from; see `svftool.tasks.texts.list_texts`.
+    data : path-like or sequence of Text
+        Texts to draw the support set from; see `svftool.tasks.texts.list_texts`. Given as such
+        they are the query set too, and may be of one token.
     config : mapping
         The checkpoint's ``config.json``.
     trust_remote_code : bool
@@ -83,22 +85,24 @@ class Language:
 
     def __init__(
         self,
-        data: StrPath,
+        data: StrPath | Sequence[Text],
         *,
         config: Mapping[str, Any] = MappingProxyType({}),
         trust_remote_code: bool = False,
         **options: Any,
     ) -> None:
         self.options = chosen = LanguageOptions(**options)
-        texts = list_texts(Path(data))
+        given = None if isinstance(data, (str, os.PathLike)) else data
+        texts = list_texts(Path(data)) if isinstance(data, (str, os.PathLike)) else data
         queries = list_texts(Path(chosen.evaluation)) if chosen.evaluation is not None else []
-        require_query(chosen.shots, chosen.evaluation, "texts")
+        if given is None:
+            require_query(chosen.shots, chosen.evaluation, "texts")
         draw_examples(len(texts), unit="texts", shots=chosen.shots)
         self.tokenizer = load_tokenizer(chosen.tokenizer, trust_remote_code=trust_remote_code)
         self.shots = chosen.shots
         self.length = _length(chosen.sequence_length, length_limit(config, self.tokenizer))
-        self.support = self._corpus(texts)
-        self.queries = self._corpus(queries)
+        self.support = self._corpus(texts, short=given is not None)
+        self.queries = self._corpus(queries) if given is None else self.support
         pad, end = self.tokenizer.pad_token_id, self.tokenizer.eos_token_id
         self.padding: int = next((token for token in (pad, end) if token is not None), 0)
 
@@ -141,12 +145,14 @@ class Language:
             query,
         )
 
-    def _corpus(self, texts: Sequence[Text]) -> Corpus:
+    def _corpus(self, texts: Sequence[Text], *, short: bool = False) -> Corpus:
         blocks: list[Block] = []
         several = 0
         for position, text in enumerate(texts):
             ids, learned = encode(text, self.tokenizer)
             found = cut(ids, learned, self.length, position)
+            if not found and short and ids:
+                found = [Block(torch.tensor(ids[-1:]), torch.zeros(1, dtype=torch.bool), position)]
             if not found:
                 raise DataError(
                     f"{text.file}: line {text.line}: {len(ids)} token, expected two or more, so "
@@ -179,6 +185,19 @@ class LanguageDraw:
     def held_out(self) -> int:
         """Blocks held out of the support set."""
         return len(self._parts["held_out"].blocks)
+
+    @property
+    def measured(self) -> int:
+        """Texts to measure with."""
+        return len({block.text for block in self._parts["query"].blocks})
+
+    def contents(self, part: Literal["support", "query"]) -> Iterator[bytes]:
+        """Yield the texts' words; see `svftool.tasks.base.HasContents`."""
+        support = (self._support, self._parts["held_out"])
+        for corpus in support if part == "support" else (self._parts["query"],):
+            for position in sorted({block.text for block in corpus.blocks}):
+                text = corpus.texts[position]
+                yield f"{text.prompt}\0{text.body}".encode()
 
     def prepare(self, model: nn.Module, *, start: bool = True) -> Prepared:
         """Check that the model takes the tokens; its head stays the checkpoint's.
@@ -296,19 +315,28 @@ class LanguageDraw:
                 "accuracy": score.correct / score.tokens,
             }
 
-    @torch.inference_mode()
     def _scores(self, model: nn.Module, part: Part) -> Iterator[Score]:
-        blocks = self._parts[part].blocks
+        for block, *parts in self.outputs(model, self._parts[part].blocks):
+            yield score_block(block, *parts)
+
+    @torch.inference_mode()
+    def outputs(
+        self, model: nn.Module, blocks: Sequence[Block]
+    ) -> Iterator[tuple[Block, Tensor, Tensor, Tensor]]:
+        """Run blocks through the model, the longest first.
+
+        Yields
+        ------
+        tuple of Block and Tensor
+            The block, its logits (T, V), its targets (T,), its tokens (T,); padded on the right.
+        """
         tokens = max(1, LOGITS_AT_ONCE // (_vocabulary(model) or len(self._task.tokenizer)))
         model.eval()
         for positions in by_length(blocks, tokens):
             chosen = [blocks[position] for position in positions]
             batch = to_device(collate(chosen, self._task.padding), device_of(model))
             logits = self._logits(model, batch)
-            for block, *parts in zip(
-                chosen, logits, batch["targets"], batch["input_ids"], strict=True
-            ):
-                yield _score(block, *parts)
+            yield from zip(chosen, logits, batch["targets"], batch["input_ids"], strict=True)
 
     @staticmethod
     def _logits(model: nn.Module, batch: Mapping[str, Tensor]) -> Tensor:
@@ -341,7 +369,8 @@ class Score:
         )
 
 
-def _score(block: Block, logits: Tensor, targets: Tensor, ids: Tensor) -> Score:
+def score_block(block: Block, logits: Tensor, targets: Tensor, ids: Tensor) -> Score:
+    """Score the tokens of a block that are predicted."""
     chosen = targets[1:]
     scores, wanted = logits[:-1][chosen].float(), ids[1:][chosen]
     return Score(

@@ -56,7 +56,11 @@ FEATURES = Option(
     evaluate=True,
 )
 HEAD_NAME = Option(
-    help="Module that is the head.", shown="found", panel=CLASSIFICATION, evaluate=True
+    help="Module that is the head.",
+    shown="found",
+    panel=CLASSIFICATION,
+    recorded="head_name",
+    evaluate=True,
 )
 HEAD_TYPE = Option(
     help="Kind of a new head: linear or cosine for classification; linear, fcn or deeplab on a "

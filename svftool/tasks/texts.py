@@ -44,7 +44,7 @@ class _Fault(ValueError):
     """What is wrong with one line."""
 
 
-def list_texts(data: Path) -> list[Text]:
+def list_texts(data: Path, *, prompts: bool = False) -> list[Text]:
     """Read a JSONL file, a folder of them, or a folder of ``datasets.Dataset.save_to_disk``.
 
     Parameters
@@ -52,6 +52,8 @@ def list_texts(data: Path) -> list[Text]:
     data : Path
         Each line (or row) has ``text``, or ``prompt`` and ``completion``; whatever else it has
         is ignored. Empty lines are skipped.
+    prompts : bool
+        A ``prompt`` may stand alone; it is a text then.
 
     Raises
     ------
@@ -59,12 +61,12 @@ def list_texts(data: Path) -> list[Text]:
         If nothing is there, or lines are not what is expected: the first of them are named.
     """
     if data.is_dir() and is_saved_dataset(data):
-        texts = _check(data, _stored_rows(data))
+        texts = _check(data, _stored_rows(data), prompts)
     elif data.is_dir():
         files = sorted(f for f in data.rglob(f"*{SUFFIX}") if not is_hidden(f, data))
-        texts = [text for file in files for text in _check(file, _lines(file))]
+        texts = [text for file in files for text in _check(file, _lines(file), prompts)]
     elif data.is_file():
-        texts = _check(data, _lines(data))
+        texts = _check(data, _lines(data), prompts)
     else:
         raise DataError(f"{data}: not found, expected a JSONL file or a folder of them")
     if not texts:
@@ -85,11 +87,11 @@ def _stored_rows(folder: Path) -> Iterator[tuple[int, Any]]:
     return enumerate(load_saved_dataset(folder), 1)
 
 
-def _check(file: Path, rows: Iterable[tuple[int, Any]]) -> list[Text]:
+def _check(file: Path, rows: Iterable[tuple[int, Any]], prompts: bool) -> list[Text]:
     texts, faults = [], []
     for line, row in rows:
         try:
-            texts.append(_text(file, line, _record(row)))
+            texts.append(_text(file, line, _record(row), prompts))
         except _Fault as fault:
             faults.append(f"line {line}: {fault}")
     if faults:
@@ -111,7 +113,23 @@ def _record(row: Any) -> Mapping[str, Any]:
     return row
 
 
-def _text(file: Path, line: int, record: Mapping[str, Any]) -> Text:
+def text_of(file: Path, line: int, record: Mapping[str, Any], *, prompts: bool) -> Text:
+    """Make a text of a row.
+
+    Raises
+    ------
+    DataError
+        If it is none.
+    """
+    try:
+        return _text(file, line, record, prompts)
+    except _Fault as fault:
+        raise DataError(f"{file}: line {line}: {fault}, expected {EXPECTED}") from None
+
+
+def _text(file: Path, line: int, record: Mapping[str, Any], prompts: bool) -> Text:
+    if prompts and "prompt" in record and "completion" not in record:
+        record = {"text": record["prompt"]}
     if "prompt" in record or "completion" in record:
         prompt, body = _string(record, "prompt"), _string(record, "completion")
         name = "completion"

@@ -64,10 +64,52 @@ class ImageView:
         from torchvision.transforms.v2.functional import resize
 
         image = open_image(path, short_side=None if self.sides else self.short_side)
-        if self.short_side is not None:
-            target = [self.short_side] if self.sides is None else list(self.sides)
+        target = self._target((image.height, image.width))
+        if target is not None:
             image = resize(image, target, InterpolationMode(self.interpolation))
         return to_tensor(image)
+
+    def _target(self, own: tuple[int, int]) -> list[int] | None:
+        """Return what an image of this height and width is resized to, or its short side is."""
+        if self.short_side is not None:
+            return [self.short_side] if self.sides is None else list(self.sides)
+        if own == self.size:
+            return None
+        # The images that this view was chosen by were all of one size; this one covers it.
+        factor = max(wanted / side for wanted, side in zip(self.size, own, strict=True))
+        return [
+            max(wanted, round(factor * side)) for wanted, side in zip(self.size, own, strict=True)
+        ]
+
+    def to_plain(self) -> dict[str, Any]:
+        """Return what JSON holds of it, without the normalisation, which has keys of its own."""
+        return {
+            "image_size": list(self.size),
+            "short_side": self.short_side,
+            "interpolation": self.interpolation,
+            "sides": None if self.sides is None else list(self.sides),
+            "flip_channels": self.flip_channels,
+            "crop_down": self.crop_down,
+        }
+
+    @classmethod
+    def from_plain(cls, value: Any, source: Preprocessing) -> ImageView | None:
+        """Read back what `to_plain` gave, with a normalisation; None for anything else."""
+        try:
+            height, width = map(int, value["image_size"])
+            short, sides = value["short_side"], value["sides"]
+            return cls(
+                (height, width),
+                None if short is None else int(short),
+                str(value["interpolation"]),
+                source.mean,
+                source.std,
+                sides=None if sides is None else (int(sides[0]), int(sides[1])),
+                flip_channels=bool(value["flip_channels"]),
+                crop_down=bool(value["crop_down"]),
+            )
+        except (IndexError, KeyError, TypeError, ValueError):
+            return None
 
     def centre(self, images: Sequence[Tensor]) -> Tensor:
         """Crop the centre and normalise: (N, 3, height, width) float32."""
@@ -129,7 +171,11 @@ def _cropped_down(image: Tensor, size: tuple[int, int]) -> Tensor:
 
 
 def choose_view(
-    paths: Sequence[ImagePath], preprocessing: Preprocessing, *, size: int | None = None
+    paths: Sequence[ImagePath],
+    preprocessing: Preprocessing,
+    *,
+    size: int | None = None,
+    trained: ImageView | None = None,
 ) -> ImageView:
     """Choose the size that the network sees, and how images get there.
 
@@ -142,6 +188,8 @@ def choose_view(
     size : int or None
         The user's choice; None takes the checkpoint's, else the images' own where all agree, else
         224.
+    trained : ImageView or None
+        What images went through in training; it goes before all but `size`.
 
     Raises
     ------
@@ -152,6 +200,15 @@ def choose_view(
     """
     if size is not None and size < 1:
         raise UsageError(f"--image-size is {size}, expected at least 1")
+    if trained is not None and size is None:
+        return replace(trained, mean=preprocessing.mean, std=preprocessing.std)
+    if trained is not None:
+        preprocessing = replace(
+            preprocessing,
+            interpolation=trained.interpolation,
+            flip_channels=trained.flip_channels,
+            crop_down=trained.crop_down,
+        )
     target, crop = preprocessing.size, preprocessing.crop_pct
     if size is not None:
         target, crop = (size, size), crop or 1.0

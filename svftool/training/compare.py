@@ -7,14 +7,24 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import nn
 
 from svftool.attaching import Trainable, apply_regime
+from svftool.factors.stated import Support
 from svftool.machine import explain_out_of_memory, peak_memory, reset_peak_memory
 from svftool.progress import SILENT, Progress
-from svftool.tasks.base import Draw, Illustrated, Prepared, Task, TaskMetric
+from svftool.tasks.base import (
+    Draw,
+    HasContents,
+    Illustrated,
+    Prepared,
+    Sized,
+    Task,
+    TaskMetric,
+)
 from svftool.training.batches import derived_seed, repeatable
 from svftool.training.group import ALONE, Group, Interruption
 from svftool.training.loop import Outcome, train
@@ -99,6 +109,7 @@ class _Comparison:
         finished = self._ranks.once(lambda: self._finished(task, seed))
         before = next((dict(run.before) for run in finished.values()), None)
         draw = self._ranks.together(lambda: task.draw(seed))
+        support = self._ranks.once(lambda: self._look(draw, task, seed))
         for regime in self._plan.regimes:
             if regime in finished:
                 self.runs.append(finished[regime])
@@ -115,7 +126,23 @@ class _Comparison:
                     before = self._measure(draw, prepared.model)
                     stem = file_stem("before", seed, task.shots, task.facts)
                     self._illustrate(draw, prepared.model, stem)
-                self._run(task, draw, prepared, regime, seed, before, tuning)
+                self._run(task, draw, prepared, regime, seed, before, tuning, support)
+
+    def _look(self, draw: Draw, task: Task, seed: int) -> dict[str, Any]:
+        """Note the bytes of what is trained on; say where it is measured on too."""
+        if not isinstance(draw, HasContents):
+            return {}
+        support = Support.of(draw.contents("support"))
+        seen = support.count(draw.contents("query"))
+        if seen:
+            of = f" of {draw.measured}" if isinstance(draw, Sized) else ""
+            where = "".join(f", {name} {number}" for name, number in task.facts.items())
+            self._progress.warn(
+                f"seed {seed}{where}: {seen}{of} examples that measure the result are also trained "
+                "on, byte for byte; what is measured on them is no result. Remove them from one "
+                "side"
+            )
+        return support.to_plain()
 
     def _finished(self, task: Task, seed: int) -> dict[str, Run]:
         """Return the runs of a task's seed that an interrupted process finished, by regime."""
@@ -155,6 +182,7 @@ class _Comparison:
         seed: int,
         before: Mapping[str, float],
         tuning: Tuning | None,
+        support: Mapping[str, Any],
     ) -> None:
         plan, begun, metric = self._plan, time.perf_counter(), task.primary
         stem = file_stem(regime, seed, task.shots, task.facts)
@@ -201,6 +229,7 @@ class _Comparison:
             setting={**task.describe(), **prepared.facts},
             learning_rates={kind: settings.learning_rate(kind) for kind in trainable.groups},
             tuning=tuning,
+            support=support,
         )
         self._warn(run, label, metric)
         self.runs.append(self._ranks.once(lambda: self._write(run, trainable, task)))

@@ -91,6 +91,9 @@ class Run:
         Peak learning rate of each kind of parameter.
     tuning : Tuning or None
         How these rates were chosen; None where that was not asked for.
+    support : mapping
+        What the examples are known again by, see `svftool.factors.stated.Support`; empty where
+        nothing is known.
     """
 
     regime: str
@@ -108,6 +111,7 @@ class Run:
     setting: Mapping[str, Any] = field(default_factory=dict)
     learning_rates: Mapping[str, float] = field(default_factory=dict)
     tuning: Tuning | None = None
+    support: Mapping[str, Any] = field(default_factory=dict)
 
     @property
     def stem(self) -> str:

@@ -102,6 +102,14 @@ def _summary_fields(summary: Summary) -> dict[str, Any]:
         "seeds": summary.seeds,
         "before": summary.before,
         "mean": summary.mean,
+        "gain": _plain(summary.gain),
+        "higher_is_better": summary.higher_is_better,
+        "by_seed": [
+            {"seed": seed, "before": _plain(before), "after": _plain(after)}
+            for seed, before, after in zip(
+                summary.numbers, summary.starts, summary.values, strict=True
+            )
+        ],
         "ci95": None if summary.ci95 is None else list(summary.ci95),
         "trainable_parameters": summary.trainable_parameters,
         "step_seconds": summary.step_seconds,
@@ -120,7 +128,11 @@ def common_setting(settings: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
 
 
 def _finite(metrics: Mapping[str, float]) -> dict[str, float | None]:
-    return {name: value if math.isfinite(value) else None for name, value in metrics.items()}
+    return {name: _plain(value) for name, value in metrics.items()}
+
+
+def _plain(value: float) -> float | None:
+    return value if math.isfinite(value) else None
 
 
 def write_results(result: FinetuneResult, path: Path) -> None:
@@ -161,6 +173,12 @@ class Summary:
         `mean` is worse than `before`.
     values : tuple of float
         The metric of every seed, whose mean is `mean`.
+    numbers : tuple of int
+        The seeds of `values`.
+    starts : tuple of float
+        The metric of every seed before training.
+    higher_is_better : bool
+        The metric's direction.
     """
 
     regime: str
@@ -175,6 +193,15 @@ class Summary:
     step_seconds: float | None
     worse: bool
     values: tuple[float, ...] = ()
+    numbers: tuple[int, ...] = ()
+    starts: tuple[float, ...] = ()
+    higher_is_better: bool = True
+
+    @property
+    def gain(self) -> float:
+        """How much better the metric became: positive where a perplexity fell."""
+        change = self.mean - self.before
+        return change if self.higher_is_better else -change
 
 
 def summarise(runs: Sequence[Run], metric: TaskMetric) -> list[Summary]:
@@ -201,8 +228,10 @@ def summarise(runs: Sequence[Run], metric: TaskMetric) -> list[Summary]:
 
 def _summary(whole: Sequence[Run], metric: TaskMetric, facts: Mapping[str, int | None]) -> Summary:
     by_seed: dict[int, list[float]] = {}
+    starts: dict[int, list[float]] = {}
     for run in whole:
         by_seed.setdefault(run.seed, []).append(run.after[metric.name])
+        starts.setdefault(run.seed, []).append(run.before[metric.name])
     values = [statistics.fmean(ends) for ends in by_seed.values()]
     before = statistics.fmean(run.before[metric.name] for run in whole)
     mean = statistics.fmean(values)
@@ -220,6 +249,9 @@ def _summary(whole: Sequence[Run], metric: TaskMetric, facts: Mapping[str, int |
         step_seconds=statistics.median(times) if times else None,
         worse=metric.better(before, mean),
         values=tuple(values),
+        numbers=tuple(by_seed),
+        starts=tuple(statistics.fmean(starts[seed]) for seed in by_seed),
+        higher_is_better=metric.higher_is_better,
     )
 
 

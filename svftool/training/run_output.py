@@ -13,13 +13,13 @@ from svftool.errors import UsageError
 from svftool.factors import FactorStore, TunedFile, write_tuned
 from svftool.factors.dense import write_dense
 from svftool.factors.mixture import Expert, Mixture
+from svftool.factors.stated import Stated
+from svftool.files.folder import TUNED_SUFFIX, check_dense_name
 from svftool.files.output import remove
 from svftool.progress import SILENT
 from svftool.tasks.base import Task
 from svftool.training.plan import Run, file_stem
 from svftool.training.settings import Settings
-
-TUNED_SUFFIX = ".svf.safetensors"
 
 
 def is_run_itself(target: Path, regimes: Sequence[Regime], runs: int) -> bool:
@@ -47,6 +47,8 @@ def is_run_itself(target: Path, regimes: Sequence[Regime], runs: int) -> bool:
     only = regimes[0]
     if only.lora is not None and is_file:
         raise UsageError(f"{target}: regime {only.name} writes a PEFT folder, expected its name")
+    if only.full:
+        check_dense_name(target)
     if not only.full and is_file and target.suffix != ".safetensors":
         raise UsageError(f"{target}: expected a tuned file's name to end in {TUNED_SUFFIX}")
     return is_file or only.full or only.lora is not None
@@ -91,7 +93,7 @@ class RunWriter:
             with write_errors(where):
                 trainable.model.save_pretrained(where)  # type: ignore[operator]
         elif trainable.regime.full:
-            self._write_dense(trainable, task, where, target)
+            self._write_dense(run, trainable, task, where, target)
         else:
             write_tuned(
                 where,
@@ -109,7 +111,9 @@ class RunWriter:
             return ""
         return ".safetensors" if regime.full else TUNED_SUFFIX
 
-    def _write_dense(self, trainable: Trainable, task: Task, where: Path, target: Path) -> None:
+    def _write_dense(
+        self, run: Run, trainable: Trainable, task: Task, where: Path, target: Path
+    ) -> None:
         trained = TunedFile(
             path=target,
             S={},
@@ -122,7 +126,8 @@ class RunWriter:
             classes=task.classes,
         )
         mixture = Mixture(self.store, self.base, [Expert(trained)])
-        write_dense(mixture, where, target=target, max_bytes=None, progress=SILENT)
+        stated = Stated(task.name, task.classes, self._facts(run, trainable))
+        write_dense(mixture, where, target=target, max_bytes=None, progress=SILENT, stated=stated)
 
     def _facts(self, run: Run, trainable: Trainable) -> dict[str, Any]:
         """Say how a tuned file came about; without times and paths, so that bytes repeat."""
@@ -143,4 +148,5 @@ class RunWriter:
             "head_decay": settings.decay_of("head"),
             "head_first": settings.head_first,
             "precision": settings.precision,
+            **({"support": dict(run.support)} if run.support else {}),
         }

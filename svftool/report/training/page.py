@@ -83,7 +83,6 @@ def _lead(result: FinetuneResult) -> str:
 
 
 def _summary(one: Summary) -> dict[str, Any]:
-    gain = one.mean - one.before
     half = None if one.ci95 is None else (one.ci95[1] - one.ci95[0]) / 2
     return {
         "regime": safe(one.regime),
@@ -91,7 +90,7 @@ def _summary(one: Summary) -> dict[str, Any]:
         "seeds": one.seeds,
         "before": value(one.metric, one.before),
         "mean": value(one.metric, one.mean),
-        "gain": value(one.metric, gain, sign=True),
+        "gain": value(one.metric, one.gain, sign=True),
         "half": "–" if half is None else value(one.metric, half),
         "trained": f"{one.trainable_parameters:,}",
         "step": "–" if one.step_seconds is None else duration(one.step_seconds),

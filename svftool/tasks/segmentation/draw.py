@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -15,6 +15,7 @@ from svftool.errors import MissingDependencyError, ModelError
 from svftool.progress import SILENT, Progress
 from svftool.tasks.base import CHOOSE_SIZE, Part, Prepared, device_of, forward_errors
 from svftool.tasks.heads import require_module
+from svftool.tasks.images import read_bytes
 from svftool.tasks.options import SegmentationOptions
 from svftool.tasks.segmentation.heads import (
     WithDenseHead,
@@ -67,6 +68,18 @@ class SegmentationDraw:
     def held_out(self) -> int:
         """Images held out of the support set."""
         return len(self._parts["held_out"])
+
+    @property
+    def measured(self) -> int:
+        """Images to measure with."""
+        return len(self._parts["query"])
+
+    def contents(self, part: Literal["support", "query"]) -> Iterator[bytes]:
+        """Read the image files; see `svftool.tasks.base.HasContents`."""
+        support = (self._support, self._parts["held_out"])
+        for chosen in support if part == "support" else (self._parts["query"],):
+            for index in chosen.indices:
+                yield read_bytes(chosen.source.pairs[index].image)
 
     def prepare(self, model: nn.Module, *, start: bool = True) -> Prepared:
         """Keep the model's head, replace its last layer, or put a new head on a backbone.
@@ -185,7 +198,7 @@ class SegmentationDraw:
         metrics = _metrics(len(self._setting.classes), ignore)
         loss, pixels = 0.0, 0
         with progress.task("evaluate", total=len(chosen), unit="images") as bar:
-            for positions, logits, labels in self._logits(model, part):
+            for positions, logits, labels in self.logits(model, part):
                 sums = cross_entropy(logits, labels, ignore_index=ignore, reduction="sum")
                 loss, pixels = loss + float(sums), pixels + int((labels != ignore).sum())
                 metrics.update(logits.argmax(1), labels)
@@ -199,19 +212,19 @@ class SegmentationDraw:
     ) -> Iterator[dict[str, Any]]:
         """Yield each image's name, its share of right pixels, and its map as a picture."""
         chosen, ignore = self._parts[part], self._setting.ignore
-        for positions, logits, labels in self._logits(model, part):
+        for positions, logits, labels in self.logits(model, part):
             for position, found, wanted in zip(positions, logits.argmax(1), labels, strict=True):
                 pair = chosen.source.pairs[chosen.indices[position]]
                 right = (found == wanted)[wanted != ignore].float().mean()
                 yield {
                     "file": f"{pair.name}{pair.image.suffix}",
-                    "map": None if folder is None else _write_map(folder, pair.name, found),
+                    "map": None if folder is None else write_map(folder, pair.name, found),
                     "pixel_accuracy": float(right),
                 }
 
     @torch.inference_mode()
-    def _logits(self, model: nn.Module, part: Part) -> Iterator[tuple[list[int], Tensor, Tensor]]:
-        """Logits at the maps' own size and labels, batch by batch."""
+    def logits(self, model: nn.Module, part: Part) -> Iterator[tuple[list[int], Tensor, Tensor]]:
+        """Yield positions, logits at the maps' own size, and labels, batch by batch."""
         model.eval()
         device = device_of(model)
         for positions, images, maps in self._parts[part].batches(len(self._setting.classes)):
@@ -242,7 +255,8 @@ def _metrics(classes: int, ignore: int) -> Any:
     )
 
 
-def _write_map(folder: Path, name: str, labels: Tensor) -> str:
+def write_map(folder: Path, name: str, labels: Tensor) -> str:
+    """Write a map of class numbers as PNG; return its path in the folder."""
     from PIL import Image
 
     file = folder / f"{name}.png"

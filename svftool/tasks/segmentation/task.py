@@ -49,6 +49,8 @@ class Segmentation:
         Normalisation and size that the checkpoint was trained with.
     config : mapping
         The checkpoint's ``config.json``.
+    trained : mapping
+        What `describe` said when the weights were trained; its sizes go before `preprocessing`.
     options
         Fields of `svftool.tasks.options.SegmentationOptions`.
 
@@ -68,6 +70,7 @@ class Segmentation:
         *,
         preprocessing: Preprocessing = DEFAULT_PREPROCESSING,
         config: Mapping[str, Any] = MappingProxyType({}),
+        trained: Mapping[str, Any] = MappingProxyType({}),
         **options: Any,
     ) -> None:
         self.options = chosen = SegmentationOptions(**options)
@@ -84,7 +87,11 @@ class Segmentation:
         preprocessing = replace(preprocessing, mean=mean, std=std)
         every = [pair.image for pair in (*pairs, *queries)]
         self.view = choose_dense_view(
-            every, preprocessing, size=chosen.image_size, ignore=chosen.ignore_index
+            every,
+            preprocessing,
+            size=chosen.image_size,
+            ignore=chosen.ignore_index,
+            trained=trained,
         )
         self._pairs, self._queries = self._kept(pairs), self._kept(queries)
 
@@ -126,11 +133,13 @@ class Segmentation:
             "shots": self.shots,
             "crop": list(self.view.crop),
             "short_side": self.view.short_side,
+            "interpolation": self.view.interpolation,
             "mean": list(self.view.mean),
             "std": list(self.view.std),
             "augment": augment if isinstance(augment, str) else "custom",
             "ignore_index": self.options.ignore_index,
             "head_type": self.options.head_type,
+            "head_name": self.options.head_name,
             "features": self.options.features,
             "hold_out": self.options.hold_out,
         }

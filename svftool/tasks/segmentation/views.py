@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -138,7 +139,12 @@ class DenseView:
 
 
 def choose_dense_view(
-    paths: Sequence[Path], preprocessing: Preprocessing, *, size: int | None, ignore: int
+    paths: Sequence[Path],
+    preprocessing: Preprocessing,
+    *,
+    size: int | None,
+    ignore: int,
+    trained: Mapping[str, Any] = MappingProxyType({}),
 ) -> DenseView:
     """Choose the size that training sees.
 
@@ -153,6 +159,9 @@ def choose_dense_view(
         512.
     ignore : int
         See `DenseView`.
+    trained : mapping
+        ``crop``, ``short_side`` and ``interpolation`` of training, where they are known; they go
+        before all but `size`.
 
     Raises
     ------
@@ -161,6 +170,12 @@ def choose_dense_view(
     """
     if size is not None and size < 1:
         raise UsageError(f"--image-size is {size}, expected at least 1")
+    if isinstance(trained.get("interpolation"), str):
+        preprocessing = replace(preprocessing, interpolation=trained["interpolation"])
+        # Images that were all of one size kept it; others are made as large.
+        if size is None:
+            known = (int(trained["crop"][0]), int(trained["crop"][1]))
+            return _view(known, trained["short_side"] or min(known), preprocessing, ignore)
     crop = preprocessing.size if size is None else (size, size)
     short: int | None = None if crop is None else min(crop)
     if crop is None:
@@ -169,12 +184,12 @@ def choose_dense_view(
             crop = own.pop()
         else:
             crop, short = (DEFAULT_SIZE, DEFAULT_SIZE), DEFAULT_SIZE
+    return _view(crop, short, preprocessing, ignore)
+
+
+def _view(
+    crop: tuple[int, int], short: int | None, source: Preprocessing, ignore: int
+) -> DenseView:
     return DenseView(
-        crop,
-        short,
-        preprocessing.interpolation,
-        preprocessing.mean,
-        preprocessing.std,
-        ignore,
-        preprocessing.flip_channels,
+        crop, short, source.interpolation, source.mean, source.std, ignore, source.flip_channels
     )
