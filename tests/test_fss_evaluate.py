@@ -92,10 +92,11 @@ def test_classes_that_were_trained_on_are_no_novel_ones(work: Path) -> None:
 def test_a_dense_checkpoint_brings_its_whole_host_or_none(work: Path) -> None:
     run = train(work, "dense", "--regime", "full", "--host", "pfenet")
     dense, small = work / "dense", ["--image-size", 49]
-    fitting = ["--host", "pfenet", "--width", 16, *small]
-    measured = told(invoke("evaluate", dense, *rules(work, *fitting)))["runs"][0]["metrics"]
-    assert measured == pytest.approx(run["metrics"]["after"], abs=1e-6)
-    for options in (["--host", "pfenet"], ["--width", 16]):
+    # What it was trained with stands in its metadata, or is given.
+    for fitting in (["--host", "pfenet", "--width", 16, *small], small):
+        measured = told(invoke("evaluate", dense, *rules(work, *fitting)))["runs"][0]["metrics"]
+        assert measured == pytest.approx(run["metrics"]["after"], abs=1e-6)
+    for options in (["--start", "blank"], ["--width", 24]):
         result = invoke("evaluate", dense, *rules(work, *options, *small))
         assert result.exit_code == 7
         assert "of the head. Give the options that it was trained with" in result.stderr
