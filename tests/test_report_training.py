@@ -192,7 +192,7 @@ def test_a_mean_over_folds_stands_for_the_folds(tmp_path: Path) -> None:
     assert {"1-shot, mean over folds", "5-shot, mean over folds"} <= set(drawn)
     assert not any("fold 0" in text for text in drawn)
     assert sum(text.startswith("65.5 ±") for text in drawn) == 2
-    assert "<td>1-shot, fold 0</td>" in page
+    assert '<td data-l="task">1-shot, fold 0</td>' in page
 
 
 def test_without_matplotlib_the_extra_is_named(
