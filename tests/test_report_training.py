@@ -92,7 +92,7 @@ def test_the_page_has_every_regime_in_figure_and_table(markup: str) -> None:
         assert f"<strong>{regime}</strong>" in table
     assert "<lora" not in markup
     assert {"training loss", "accuracy, % of held-out examples", "learning rate"} <= set(drawn)
-    assert "3,333 trained, 12 ms a step" in drawn
+    assert '<td class="r" data-l="trained">3,333</td>' in table
     # Mean and half the interval of Student's t with two degrees of freedom.
     spread = 4.302653 * float(np.std(AFTER["svf"], ddof=1)) / math.sqrt(3)
     assert f"72.3 ± {100 * spread:.1f}" in drawn

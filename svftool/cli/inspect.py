@@ -121,6 +121,7 @@ def command(
         from svftool.stages.feature_maps import feature_maps
 
         maps.write(feature_maps(base, others[0], asked.image, model=asked.model))
+    display.wrote(files.csv, files.html, files.plot, maps.path)
     shown = report.view(result, sort=sort, top=top, group=group, failed=failed)
     display.emit(report.document(result, failed=failed), shown)
     gate.close(failed)

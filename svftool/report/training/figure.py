@@ -329,12 +329,10 @@ def _words_beside(axes: Any, row: int, summary: Summary, colour: str) -> None:
 
 
 def _words_above(axes: Any, row: int, summary: Summary, colour: str) -> None:
-    """Write name, mean and cost above a row."""
+    """Write name and mean above a row; what it costs stands in the page's table."""
     look = {"xycoords": axes.get_yaxis_transform(), "textcoords": "offset points", "va": "bottom"}
     name, place = plain(summary.regime), row - 0.16
     axes.annotate(name, (0.0, place), (0, 0), weight="bold", color=colour, **look)
-    size = "small"
-    axes.annotate(cost(summary), (0.5, place), (0, 0), ha="center", size=size, color=QUIET, **look)
     axes.annotate(mean_text(summary), (1.0, place), (0, 0), ha="right", **look)
 
 

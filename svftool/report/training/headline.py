@@ -11,6 +11,9 @@ from svftool.report.text import safe
 from svftool.training import Summary
 from svftool.training.results import Difference, FinetuneResult, differences
 
+_NAMED = 4
+"""Regimes that the leader is held against in words; the table has all."""
+
 
 @dataclass(frozen=True)
 class Headline:
@@ -74,7 +77,7 @@ def _ranked(summaries: Sequence[Summary]) -> list[Summary]:
     return sorted(last.values(), key=key)
 
 
-def _words(one: Difference, metric: str) -> str:
+def _words(one: Difference, metric: str, *, named: bool = True) -> str:
     name = safe(one.regime)
     reference = "its start" if one.reference is None else safe(one.reference)
     if one.mean == 0.0:
@@ -83,7 +86,8 @@ def _words(one: Difference, metric: str) -> str:
     if not math.isfinite(one.mean):
         return f"{name} and {reference} cannot be compared"
     spread = "" if one.half is None else f" ± {value(metric, one.half)}"
-    return f"{name} {side} {reference} by {value(metric, abs(one.mean))}{spread}"
+    start = f"{name} " if named else ""
+    return f"{start}{side} {reference} by {value(metric, abs(one.mean))}{spread}"
 
 
 def _facts(against: Sequence[Difference], leader: Summary) -> str:
@@ -97,7 +101,9 @@ def _facts(against: Sequence[Difference], leader: Summary) -> str:
         sign = 1.0 if leader.higher_is_better else -1.0
         wins = sum(sign * one > 0.0 for one in first.values)
         parts.append(f"ahead on {wins} of {len(first.values)} seeds, paired, 95 % interval")
-    parts += [_words(one, metric) for one in against[1:]]
+    parts += [_words(one, metric, named=False) for one in against[1:_NAMED]]
+    if len(against) > _NAMED:
+        parts.append(f"and {len(against) - _NAMED} more")
     return "; ".join(parts)
 
 
