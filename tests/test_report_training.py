@@ -199,7 +199,7 @@ def test_without_matplotlib_the_extra_is_named(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setitem(sys.modules, "matplotlib", None)
-    with pytest.raises(MissingDependencyError, match=r"matplotlib.*svftool\[report\]"):
+    with pytest.raises(MissingDependencyError, match=r"matplotlib.*\[report\]"):
         ReportFile(tmp_path / "r.png", force=False, apart=()).check()
 
 
@@ -231,8 +231,69 @@ def test_force_replaces_a_file(tmp_path: Path) -> None:
 
 
 def test_the_command_refuses_before_it_reads_anything(tmp_path: Path) -> None:
-    command = ["finetune", "missing", "-o", "runs", "--data", "none", "--report"]
+    factors = tmp_path / "factors"
+    factors.mkdir()
+    (factors / "svf_config.json").write_text("not read")
+    output = str(tmp_path / "runs")
+    command = ["finetune", str(factors), "-o", output, "--data", str(factors), "--report"]
     result = CliRunner().invoke(app, [*command, str(tmp_path / "r.jpeg")])
     assert result.exit_code == 2
     assert "suffix '.jpeg'" in result.stderr
     assert result.stderr.count("\n") == 1
+
+
+# The verdict over paired seeds
+
+
+def _headline(ends: dict[str, tuple[float, ...]], metric: str = "accuracy") -> Any:
+    from svftool.report.training.headline import headlines
+
+    runs = [
+        run(regime, seed, value, metric=metric)
+        for regime, values in ends.items()
+        for seed, value in enumerate(values)
+    ]
+    (found,) = headlines(comparison(runs, metric))
+    return found
+
+
+def test_a_headline_pairs_the_seeds() -> None:
+    # Seeds differ by far more than regimes do: only paired is the difference told.
+    found = _headline({"head": (0.50, 0.70, 0.90), "svf": (0.51, 0.71, 0.911)})
+    spread = 4.302653 * float(np.std([0.01, 0.01, 0.011], ddof=1)) / math.sqrt(3)
+    assert found.text == f"3 seeds: svf above head by 1.0 ± {100 * spread:.1f}"
+    assert found.clear
+    assert "ahead on 3 of 3 seeds" in found.facts
+    assert found.warning == ""
+
+
+@pytest.mark.parametrize(
+    ("ends", "metric", "text", "clear"),
+    [
+        ({"a": (0.5, 0.6), "b": (0.9, 0.3)}, "accuracy", "2 seeds: b above a by .*chance", False),
+        ({"a": (3.0, 3.1), "b": (9.0, 9.1)}, "perplexity", "2 seeds: a below b by 6.000", True),
+        ({"a": (0.5, 0.6), "b": (0.5, 0.6)}, "accuracy", "2 seeds: . and . are level", False),
+        ({"a": (0.5, 0.6)}, "accuracy", "2 seeds: a above its start by", False),
+        ({"a": (math.nan, 3.0), "b": (4.0, 4.0)}, "perplexity", "cannot be compared", False),
+        ({"a": (0.5, 0.6), "b": (0.7,)}, "accuracy", "1 seed: b above a by 20.0$", False),
+    ],
+)
+def test_a_headline_says_no_more_than_it_knows(
+    ends: dict[str, tuple[float, ...]], metric: str, text: str, clear: bool
+) -> None:
+    found = _headline(ends, metric)
+    assert re.search(text, found.text) or re.match(text, found.text), found.text
+    assert found.clear == clear
+    assert ("One seed" in found.warning) == found.text.startswith("1 seed")
+
+
+def test_each_number_of_shots_has_its_headline() -> None:
+    from svftool.report.training.headline import headlines
+
+    runs = [
+        run(regime, seed, 0.5 + 0.1 * (regime == "svf") + 0.01 * fold, shots=shots,
+            facts={"fold": fold})
+        for regime in ("head", "svf") for shots in (1, 5) for seed in range(2) for fold in range(2)
+    ]  # fmt: skip
+    found = [one.text for one in headlines(comparison(runs))]
+    assert found == [f"{n}-shot, 2 seeds: svf above head by 10.0 ± 0.0" for n in (1, 5)]
