@@ -223,7 +223,7 @@ def _summary(whole: Sequence[Run], metric: TaskMetric, facts: Mapping[str, int |
 
 
 @dataclass(frozen=True)
-class Difference:
+class PairedDifference:
     """One regime against another, or against the start, over the same seeds.
 
     Attributes
@@ -258,7 +258,7 @@ class Difference:
 
 def differences(
     runs: Sequence[Run], metric: str, regime: str, reference: str | None
-) -> Difference | None:
+) -> PairedDifference | None:
     """Pair two regimes over their seeds, which had the same examples and the same start.
 
     Where there are several tasks, such as folds, a seed counts by its mean over those that both
@@ -275,7 +275,7 @@ def differences(
 
     Returns
     -------
-    Difference or None
+    PairedDifference or None
         None where no seed has both.
 
     Examples
@@ -299,7 +299,7 @@ def differences(
         by_seed.setdefault(seed, []).append(value - than)
     if not by_seed:
         return None
-    return Difference(regime, reference, tuple(map(statistics.fmean, by_seed.values())))
+    return PairedDifference(regime, reference, tuple(map(statistics.fmean, by_seed.values())))
 
 
 def interval(values: Sequence[float]) -> tuple[float, float] | None:

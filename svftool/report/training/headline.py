@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from svftool.report.finetune import FRACTIONS, value
 from svftool.report.text import safe
 from svftool.training import Summary
-from svftool.training.results import Difference, FinetuneResult, differences
+from svftool.training.results import FinetuneResult, PairedDifference, differences
 
 _NAMED = 4
 """Regimes that the leader is held against in words; the table has all."""
@@ -77,7 +77,7 @@ def _ranked(summaries: Sequence[Summary]) -> list[Summary]:
     return sorted(last.values(), key=key)
 
 
-def _words(one: Difference, metric: str, *, named: bool = True) -> str:
+def _words(one: PairedDifference, metric: str, *, named: bool = True) -> str:
     name = safe(one.regime)
     reference = "its start" if one.reference is None else safe(one.reference)
     if one.mean == 0.0:
@@ -90,7 +90,7 @@ def _words(one: Difference, metric: str, *, named: bool = True) -> str:
     return f"{start}{side} {reference} by {value(metric, abs(one.mean))}{spread}"
 
 
-def _facts(against: Sequence[Difference], leader: Summary) -> str:
+def _facts(against: Sequence[PairedDifference], leader: Summary) -> str:
     metric = leader.metric
     unit = f"{metric}, %" if metric in FRACTIONS else metric
     better = "" if leader.higher_is_better else ", where less is better"
