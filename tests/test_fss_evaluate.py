@@ -96,7 +96,7 @@ def test_a_dense_checkpoint_brings_its_whole_host_or_none(work: Path) -> None:
     for fitting in (["--host", "pfenet", "--width", 16, *small], small):
         measured = told(invoke("evaluate", dense, *rules(work, *fitting)))["runs"][0]["metrics"]
         assert measured == pytest.approx(run["metrics"]["after"], abs=1e-6)
-    for options in (["--start", "blank"], ["--width", 24]):
+    for options in (["--width", 24], ["--host", "bam"]):
         result = invoke("evaluate", dense, *rules(work, *options, *small))
         assert result.exit_code == 7
         assert "of the head. Give the options that it was trained with" in result.stderr

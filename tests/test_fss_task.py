@@ -16,7 +16,17 @@ from svftool.errors import DataError, ModelError, UsageError
 from svftool.few_shot.base_learner import BaseMaps, BaseTraining
 from svftool.few_shot.encoder import View
 from svftool.few_shot.network import FewShotNet
-from svftool.few_shot.overlays import HEIGHT, write_overlay
+from svftool.few_shot.overlays import (
+    CAPTION,
+    HEIGHT,
+    LEGEND,
+    PREDICTION_COLOUR,
+    SUPPORT_COLOUR,
+    TRUTH_COLOUR,
+    captioned,
+    score_text,
+    write_overlay,
+)
 from svftool.few_shot.pictures import Ranges, distort
 from svftool.few_shot.scoring import Prediction
 from svftool.few_shot.task import FewShotSegmentation, few_shot_tasks
@@ -325,14 +335,45 @@ def test_overlays_show_supports_truth_and_prediction(make: MakeTask, tmp_path: P
     path = write_overlay(tmp_path, 3, prediction, task.data.test, task.pictures, "../a b")
     assert path == tmp_path / "0003-a-b.png"
     picture = np.asarray(Image.open(path)).astype(int)
-    assert picture.shape[0] == HEIGHT
-    panels = np.array_split(picture, 4, axis=1)
+    assert picture.shape[0] == CAPTION + HEIGHT + LEGEND
+    legend = picture[CAPTION + HEIGHT :]
+    for colour, count in ((SUPPORT_COLOUR, 2), (TRUTH_COLOUR, 1), (PREDICTION_COLOUR, 1)):
+        assert (legend == colour).all(2).sum() == 100 * count
+    line = picture[:CAPTION].min(2) < 128
+    assert line[:, :60].any()  # the class on the left
+    assert line[:, -60:].any()  # the score on the right
+    panels = np.array_split(picture[CAPTION : CAPTION + HEIGHT], 4, axis=1)
     query = np.asarray(
         Image.open(task.data.test.pairs[episode.query].image).resize((320, HEIGHT))
     ).astype(int)
     assert np.abs(panels[3][:, 20:300] - query[:, 20:300]).mean() < 12  # nothing was predicted
     assert np.abs(panels[2][:, 20:300] - query[:, 20:300]).mean() > 12  # the truth is tinted
     assert draw.size == 12
+
+
+@pytest.mark.parametrize("width", [1, 60, 200, 900])
+@pytest.mark.parametrize("name", ["", "a", "猫" * 40, "a name that is long " * 9, "a\nb"])
+def test_the_score_over_an_overlay_is_never_cut(width: int, name: str) -> None:
+    plain = "".join(filter(str.isprintable, name))
+    made = captioned(np.full((4, width, 3), 9, np.uint8), plain, "IoU 12.3 %")
+    alone = captioned(np.full((4, width, 3), 9, np.uint8), "", "IoU 12.3 %")
+    assert made.shape == alone.shape
+    assert (made[-4:, :width] == 9).all()
+    right = made[:CAPTION, -70:] if width > 100 else made[:CAPTION, :0]
+    assert (right == alone[:CAPTION, made.shape[1] - right.shape[1] :]).all()
+    assert (alone[:CAPTION] < 128).any()
+    assert (alone[:CAPTION, :2] == 255).all()
+
+
+def test_the_score_of_an_overlay_is_that_of_its_episode() -> None:
+    from svftool.few_shot.pool import Episode
+
+    episode = Episode(3, 0, (1,))
+    truth = np.array([[1, 1, 0, 255]], np.uint8)
+    found = score_text(Prediction(episode, np.array([[True, False, False, True]]), truth))
+    assert found == "IoU 50.0 %"
+    nothing = np.zeros((1, 4), np.uint8)
+    assert score_text(Prediction(episode, nothing.astype(bool), nothing)) == "IoU: nothing to find"
 
 
 def test_every_run_gets_a_folder_of_pictures(make: MakeTask, tmp_path: Path):

@@ -94,7 +94,7 @@ def test_the_page_has_every_regime_in_figure_and_table(markup: str) -> None:
         assert f"<strong>{regime}</strong>" in table
     assert "<lora" not in markup
     assert {"training loss", "accuracy, % of held-out examples", "learning rate"} <= set(drawn)
-    assert "3,333 trained, 12 ms a step" in drawn
+    assert '<td class="r" data-l="trained">3,333</td>' in table
     # Mean and half the interval of Student's t with two degrees of freedom.
     spread = 4.302653 * float(np.std(AFTER["svf"], ddof=1)) / math.sqrt(3)
     assert f"72.3 ± {100 * spread:.1f}" in drawn
@@ -194,14 +194,14 @@ def test_a_mean_over_folds_stands_for_the_folds(tmp_path: Path) -> None:
     assert {"1-shot, mean over folds", "5-shot, mean over folds"} <= set(drawn)
     assert not any("fold 0" in text for text in drawn)
     assert sum(text.startswith("65.5 ±") for text in drawn) == 2
-    assert "<td>1-shot, fold 0</td>" in page
+    assert '<td data-l="task">1-shot, fold 0</td>' in page
 
 
 def test_without_matplotlib_the_extra_is_named(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setitem(sys.modules, "matplotlib", None)
-    with pytest.raises(MissingDependencyError, match=r"matplotlib.*svftool\[report\]"):
+    with pytest.raises(MissingDependencyError, match=r"matplotlib.*\[report\]"):
         ReportFile(tmp_path / "r.png", force=False, apart=()).check()
 
 
@@ -233,7 +233,11 @@ def test_force_replaces_a_file(tmp_path: Path) -> None:
 
 
 def test_the_command_refuses_before_it_reads_anything(tmp_path: Path) -> None:
-    command = ["finetune", "missing", "-o", "runs", "--data", "none", "--report"]
+    factors = tmp_path / "factors"
+    factors.mkdir()
+    (factors / "svf_config.json").write_text("not read")
+    output = str(tmp_path / "runs")
+    command = ["finetune", str(factors), "-o", output, "--data", str(factors), "--report"]
     result = CliRunner().invoke(app, [*command, str(tmp_path / "r.jpeg")])
     assert result.exit_code == 2
     assert "suffix '.jpeg'" in result.stderr
@@ -261,3 +265,60 @@ def test_a_perplexity_that_fell_is_a_gain() -> None:
         "summary"
     ]
     assert worse["gain"] < 0
+
+
+# The verdict over paired seeds
+
+
+def _headline(ends: dict[str, tuple[float, ...]], metric: str = "accuracy") -> Any:
+    from svftool.report.training.headline import headlines
+
+    runs = [
+        run(regime, seed, value, metric=metric)
+        for regime, values in ends.items()
+        for seed, value in enumerate(values)
+    ]
+    (found,) = headlines(comparison(runs, metric))
+    return found
+
+
+def test_a_headline_pairs_the_seeds() -> None:
+    # Seeds differ by far more than regimes do: only paired is the difference told.
+    found = _headline({"head": (0.50, 0.70, 0.90), "svf": (0.51, 0.71, 0.911)})
+    spread = 4.302653 * float(np.std([0.01, 0.01, 0.011], ddof=1)) / math.sqrt(3)
+    assert found.text == f"3 seeds: svf above head by 1.0 ± {100 * spread:.1f}"
+    assert found.clear
+    assert "ahead on 3 of 3 seeds" in found.facts
+    assert found.warning == ""
+
+
+@pytest.mark.parametrize(
+    ("ends", "metric", "text", "clear"),
+    [
+        ({"a": (0.5, 0.6), "b": (0.9, 0.3)}, "accuracy", "2 seeds: b above a by .*chance", False),
+        ({"a": (3.0, 3.1), "b": (9.0, 9.1)}, "perplexity", "2 seeds: a below b by 6.000", True),
+        ({"a": (0.5, 0.6), "b": (0.5, 0.6)}, "accuracy", "2 seeds: . and . are level", False),
+        ({"a": (0.5, 0.6)}, "accuracy", "2 seeds: a above its start by", False),
+        ({"a": (math.nan, 3.0), "b": (4.0, 4.0)}, "perplexity", "cannot be compared", False),
+        ({"a": (0.5, 0.6), "b": (0.7,)}, "accuracy", "1 seed: b above a by 20.0$", False),
+    ],
+)
+def test_a_headline_says_no_more_than_it_knows(
+    ends: dict[str, tuple[float, ...]], metric: str, text: str, clear: bool
+) -> None:
+    found = _headline(ends, metric)
+    assert re.search(text, found.text) or re.match(text, found.text), found.text
+    assert found.clear == clear
+    assert ("One seed" in found.warning) == found.text.startswith("1 seed")
+
+
+def test_each_number_of_shots_has_its_headline() -> None:
+    from svftool.report.training.headline import headlines
+
+    runs = [
+        run(regime, seed, 0.5 + 0.1 * (regime == "svf") + 0.01 * fold, shots=shots,
+            facts={"fold": fold})
+        for regime in ("head", "svf") for shots in (1, 5) for seed in range(2) for fold in range(2)
+    ]  # fmt: skip
+    found = [one.text for one in headlines(comparison(runs))]
+    assert found == [f"{n}-shot, 2 seeds: svf above head by 10.0 ± 0.0" for n in (1, 5)]

@@ -262,6 +262,30 @@ class Comparison:
         ]
         return sum(known) / change if change > 0.0 and known else None
 
+    def parts(self) -> Mapping[str, float]:
+        """Return each matrix's part of the whole change, by name: ``||D_i||^2 / sum ||D||^2``.
+
+        Drift says how much a matrix changed against itself, so that one of two rows may lead. The
+        parts say where the checkpoint changed: they sum to 1, and the squared norm of a block
+        matrix is the sum of those of its blocks. Empty where nothing changed, or not finitely.
+        """
+        found = [(row.name, row.evidence) for row in self.matrices if row.evidence is not None]
+        top = max((one.exponent for _, one in found), default=0)
+        energies = [_scaled(one.change_energy, one.exponent - top) for _, one in found]
+        whole = math.fsum(energies)
+        if not 0.0 < whole < math.inf:
+            return {}
+        return {name: energy / whole for (name, _), energy in zip(found, energies, strict=True)}
+
+    def by_part(self) -> list[Row]:
+        """Sort the matrices by their part of the whole change; by drift where it has none."""
+        parts = self.parts()
+
+        def key(row: Row) -> tuple[float, float]:
+            return -parts.get(row.name, 0.0), -(row.value("weight_drift") or 0.0)
+
+        return sorted(self.matrices, key=key)
+
     def median(self, name: str, among: Container[str] | None = None) -> Value:
         """Return the median of a metric over the matrices that have it.
 

@@ -21,6 +21,7 @@ from svftool.cli.progress import ConsoleProgress
 from svftool.errors import ResourceError
 from svftool.progress import SILENT, Progress
 from svftool.report.json import to_json
+from svftool.report.text import safe
 from svftool.tasks.option import TaskName
 
 # stdout and stderr that outlast their readers: a closed pipe, a full disk, a narrow encoding.
@@ -237,6 +238,19 @@ class Display:
     def progress(self) -> Progress:
         """Return the progress to draw on stderr, and set the level of the log."""
         return progress_for(quiet=self.quiet, verbose=self.verbose)
+
+    def wrote(self, *paths: Path | None) -> None:
+        """Name each file that was written besides the result, in a dim line on stderr.
+
+        Parameters
+        ----------
+        *paths : Path or None
+            Files and folders; None for one that was not asked for.
+        """
+        if is_first_process() and not self.quiet:
+            for path in paths:
+                if path is not None:
+                    stderr().print(f"wrote {safe(str(path))}", style="dim", markup=False)
 
     def emit(self, document: dict[str, Any], view: RenderableType) -> None:
         """Print a result on stdout, once where several processes share the command.

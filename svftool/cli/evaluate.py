@@ -80,4 +80,5 @@ def command(
         progress=display.progress(),
         **options_of(task, options),
     )
+    display.wrote(predictions)
     display.emit(report.document(result), report.view(result))

@@ -265,8 +265,10 @@ def command(
         progress=display.progress(),
         **options_of(task, options),
     )
+    display.wrote(options.get("overlays"))
     display.emit(document(result), view(result))
     if drawing is not None and is_first_process():
         drawing.write(result)
+        display.wrote(drawing.path)
     if result.interrupted is not None:
         raise typer.Exit(SIGNAL_EXIT + result.interrupted)

@@ -132,6 +132,7 @@ def command(
         from svftool.stages.feature_maps import feature_maps
 
         maps.write(feature_maps(base, others[0], asked.image, model=asked.model))
+    display.wrote(files.csv, files.html, files.plot, maps.path)
     shown = report.Shown(sort=sort, top=top, group=group, every=every)
     display.emit(report.document(result, held=held), report.view(result, shown, held=held))
     if is_first_process():

@@ -1,10 +1,15 @@
-"""Pictures of episodes for looking at: supports, query, truth and prediction side by side."""
+"""Pictures of episodes for looking at: supports, truth and prediction side by side, with words.
+
+A line on top names the class and says how well it was found; each panel says under itself, in the
+colour of its mask, what it shows.
+"""
 
 from __future__ import annotations
 
 import re
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -17,11 +22,13 @@ from svftool.few_shot.folds import ClassSplit
 from svftool.few_shot.masks import IGNORE, Mask
 from svftool.few_shot.pictures import Pictures
 from svftool.few_shot.pool import ImagePool
-from svftool.few_shot.scoring import Prediction
+from svftool.few_shot.scoring import Pooled, Prediction
 from svftool.tasks.images import open_image
 
 HEIGHT = 240
 GAP = 4
+CAPTION = 26
+LEGEND = 22
 SUPPORT_COLOUR = (0, 110, 255)
 TRUTH_COLOUR = (0, 170, 60)
 PREDICTION_COLOUR = (230, 30, 60)
@@ -82,6 +89,8 @@ def write_overlay(
 ) -> Path:
     """Write one episode as a PNG: each support with its mask, the truth, the prediction.
 
+    The line on top has the class, and the intersection over union of this episode alone.
+
     Parameters
     ----------
     folder : Path
@@ -95,7 +104,7 @@ def write_overlay(
     pictures : Pictures
         Reads the supports' masks.
     name : str
-        Of the class, for the file's name.
+        Of the class.
 
     Returns
     -------
@@ -104,17 +113,76 @@ def write_overlay(
     """
     episode = prediction.episode
     panels = []
-    for index in episode.support:
+    for place, index in enumerate(episode.support, 1):
         pair = pool.pairs[index]
         mask = pictures.truth(pair, episode.label)
-        panels.append(panel(_pixels(pair.image), mask, SUPPORT_COLOUR))
+        count = f" {place}" if len(episode.support) > 1 else ""
+        drawn = panel(_pixels(pair.image), mask, SUPPORT_COLOUR)
+        panels.append(labelled(drawn, f"support{count}", SUPPORT_COLOUR))
     query = _pixels(pool.pairs[episode.query].image)
-    panels.append(panel(query, prediction.truth, TRUTH_COLOUR))
-    panels.append(panel(query, prediction.predicted.astype(np.uint8), PREDICTION_COLOUR))
+    truth, predicted = prediction.truth, prediction.predicted.astype(np.uint8)
+    panels.append(labelled(panel(query, truth, TRUTH_COLOUR), "truth", TRUTH_COLOUR))
+    drawn = panel(query, predicted, PREDICTION_COLOUR)
+    panels.append(labelled(drawn, "prediction", PREDICTION_COLOUR))
     plain = re.sub(r"[^A-Za-z0-9]+", "-", name).strip("-") or "class"
     path = folder / f"{number:04d}-{plain}.png"
-    _image().fromarray(side_by_side(panels)).save(path)
+    picture = captioned(
+        side_by_side(panels), "".join(filter(str.isprintable, name)), score_text(prediction)
+    )
+    _image().fromarray(picture).save(path)
     return path
+
+
+def score_text(prediction: Prediction) -> str:
+    """Write the intersection over union of one prediction."""
+    pooled = Pooled()
+    pooled.add(prediction.predicted, prediction.truth, prediction.episode.label)
+    ratio = pooled.scores().miou
+    return "IoU: nothing to find" if np.isnan(ratio) else f"IoU {100 * ratio:.1f} %"
+
+
+def labelled(picture: Pixels, words: str, colour: tuple[int, int, int]) -> Pixels:
+    """Put words under a picture, beside a square of the colour that they are about."""
+    strip = np.full((LEGEND, picture.shape[1], 3), 255, dtype=np.uint8)
+    strip[6:16, 2:12] = colour
+    return np.concatenate([picture, _written(strip, words, 18, 13)])
+
+
+def captioned(picture: Pixels, left: str, right: str) -> Pixels:
+    """Put a line over a picture: words at its left end and a score, which is never cut, after.
+
+    The picture is widened with white where the score alone needs more room.
+    """
+    score = _length(right, 15)
+    width = max(picture.shape[1], score + 8)
+    wider = np.full((picture.shape[0], width, 3), 255, dtype=np.uint8)
+    wider[:, : picture.shape[1]] = picture
+    while len(left) > 1 and _length(left, 15) > width - score - 24:
+        left = left.removesuffix("…")[:-1] + "…"
+    strip = np.full((CAPTION, width, 3), 255, dtype=np.uint8)
+    strip = _written(strip, left if width > score + 40 else "", 4, 15)
+    return np.concatenate([_written(strip, right, width - score - 4, 15), wider])
+
+
+def _written(strip: Pixels, words: str, x: int, size: int) -> Pixels:
+    """Write words into a white strip, in its vertical middle."""
+    from PIL import ImageDraw
+
+    image = _image().fromarray(strip)
+    place = (x, strip.shape[0] / 2)
+    ImageDraw.Draw(image).text(place, words, fill=(30, 30, 30), font=_font(size), anchor="lm")
+    return np.asarray(image)
+
+
+def _length(words: str, size: int) -> int:
+    return int(np.ceil(_font(size).getlength(words)))
+
+
+@cache
+def _font(size: int) -> Any:
+    from PIL import ImageFont
+
+    return ImageFont.load_default(size)
 
 
 def panel(picture: Pixels, mask: Mask, colour: tuple[int, int, int]) -> Pixels:
@@ -141,7 +209,7 @@ def panel(picture: Pixels, mask: Mask, colour: tuple[int, int, int]) -> Pixels:
 
 def side_by_side(panels: Sequence[Pixels]) -> Pixels:
     """Put panels of one height beside each other on white, with gaps."""
-    gap = np.full((HEIGHT, GAP, 3), 255, dtype=np.uint8)
+    gap = np.full((panels[0].shape[0], GAP, 3), 255, dtype=np.uint8)
     parts = [part for each in panels for part in (each, gap)]
     return np.concatenate(parts[:-1], axis=1)
 

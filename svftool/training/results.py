@@ -255,6 +255,86 @@ def _summary(whole: Sequence[Run], metric: TaskMetric, facts: Mapping[str, int |
     )
 
 
+@dataclass(frozen=True)
+class PairedDifference:
+    """One regime against another, or against the start, over the same seeds.
+
+    Attributes
+    ----------
+    regime : str
+    reference : str or None
+        The other regime; None for the start.
+    values : tuple of float
+        The metric of the regime less that of the reference, one a seed that both finished.
+    """
+
+    regime: str
+    reference: str | None
+    values: tuple[float, ...]
+
+    @property
+    def mean(self) -> float:
+        """Mean of the differences."""
+        return statistics.fmean(self.values)
+
+    @property
+    def half(self) -> float | None:
+        """Half the 95 % interval of the mean; None for one seed, or infinite values."""
+        ends = interval(self.values)
+        return None if ends is None else (ends[1] - ends[0]) / 2
+
+    @property
+    def clear(self) -> bool:
+        """Whether the interval leaves out zero."""
+        return self.half is not None and abs(self.mean) > self.half
+
+
+def differences(
+    runs: Sequence[Run], metric: str, regime: str, reference: str | None
+) -> PairedDifference | None:
+    """Pair two regimes over their seeds, which had the same examples and the same start.
+
+    Where there are several tasks, such as folds, a seed counts by its mean over those that both
+    finished, and the shots are those of `runs`.
+
+    Parameters
+    ----------
+    runs : sequence of Run
+        Of one number of shots.
+    metric : str
+    regime : str
+    reference : str or None
+        The other regime; None for the metric before training.
+
+    Returns
+    -------
+    PairedDifference or None
+        None where no seed has both.
+
+    Examples
+    --------
+    >>> differences([], "accuracy", "svf", "head") is None
+    True
+    """
+    ends: dict[str, dict[tuple[Any, ...], Run]] = {}
+    for run in runs:
+        if run.outcome.ending != "interrupted":
+            ends.setdefault(run.regime, {})[run.seed, *run.facts.items()] = run
+    own = ends.get(regime, {})
+    if reference is None:
+        pairs = {task: (run.after[metric], run.before[metric]) for task, run in own.items()}
+    else:
+        other = ends.get(reference, {})
+        both = [task for task in own if task in other]
+        pairs = {task: (own[task].after[metric], other[task].after[metric]) for task in both}
+    by_seed: dict[int, list[float]] = {}
+    for (seed, *_), (value, than) in pairs.items():
+        by_seed.setdefault(seed, []).append(value - than)
+    if not by_seed:
+        return None
+    return PairedDifference(regime, reference, tuple(map(statistics.fmean, by_seed.values())))
+
+
 def interval(values: Sequence[float]) -> tuple[float, float] | None:
     """Interval of the mean by Student's t distribution; None for one value, or infinite ones.
 

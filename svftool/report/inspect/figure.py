@@ -47,8 +47,9 @@ def save_figure(result: AuditResult, path: Path, *, kind: str) -> None:
             height_ratios=(1.0, 0.8, 0.75) if result.trajectory else (1.0, 0.8),
         )
         _drift(grid["A"], one, rows)
-        _spectrum(grid["B"], rows)
-        _change(grid["C"], rows)
+        most = next((row for row in one.by_part() if row.curves is not None), None)
+        _spectrum(grid["B"], most)
+        _change(grid["C"], most)
         if result.trajectory:
             _trajectory(grid["D"], result)
         figure.set_layout_engine("constrained")
@@ -85,16 +86,17 @@ def _drift(axes: Any, one: Comparison, rows: Sequence[Row]) -> None:
     axes.set_title("weight drift" if one.tuned is not None else "effective rank")
 
 
-def _spectrum(axes: Any, rows: Sequence[Row]) -> None:
-    row = _most_changed(rows)
+def _spectrum(axes: Any, row: Row | None) -> None:
     if row is None or row.curves is None:
         axes.set_axis_off()
         return
     index = np.arange(1, len(row.curves.base) + 1)
-    axes.semilogy(index, np.maximum(row.curves.base, 1e-12), color=_GREY, label="before", lw=1.8)
+    # A broad pale band below a thin line: both are seen where they coincide.
+    base = np.maximum(row.curves.base, 1e-12)
+    axes.semilogy(index, base, color=_GREY, alpha=0.45, label="before", lw=4.5)
     if row.curves.tuned is not None:
         tuned = np.maximum(row.curves.tuned, 1e-12)
-        axes.semilogy(index, tuned, color=_BLUE, label="after", lw=1.1)
+        axes.semilogy(index, tuned, color=_BLUE, label="after", lw=1.2)
     floor = 1e-4 * float(row.curves.base.max(initial=1e-8))
     axes.set_ylim(bottom=max(floor, 0.7 * float(row.curves.base.min())))
     axes.legend(fontsize=7)
@@ -102,8 +104,7 @@ def _spectrum(axes: Any, rows: Sequence[Row]) -> None:
     axes.set_xlabel(plain(display_names([row.name], 44)[row.name]), fontsize=6.5)
 
 
-def _change(axes: Any, rows: Sequence[Row]) -> None:
-    row = _most_changed(rows)
+def _change(axes: Any, row: Row | None) -> None:
     curves = None if row is None else row.curves
     if curves is None or curves.tuned is None:
         axes.set_axis_off()
@@ -120,10 +121,6 @@ def _change(axes: Any, rows: Sequence[Row]) -> None:
         axes.set_ylim(max(axes.get_ylim()[0], -edge), min(axes.get_ylim()[1], edge))
     axes.set_title("change along each direction, %")
     axes.set_xlabel("index")
-
-
-def _most_changed(rows: Sequence[Row]) -> Row | None:
-    return max(rows, key=lambda row: row.value("weight_drift") or 0.0, default=None)
 
 
 def _trajectory(axes: Any, result: AuditResult) -> None:

@@ -125,8 +125,8 @@ def _section(one: Comparison, index: int, count: int) -> dict[str, Any]:
     rows = one.matrices
     columns, lines = maps.COLUMNS // min(count, _SHARED), LINES // min(count, _SHARED)
     by_drift = sorted(rows, key=lambda row: -(row.value("weight_drift") or 0.0))
-    drawn = [row for row in by_drift if row.curves is not None][:EXAMPLES]
-    compared = one.tuned is not None
+    compared, parts = one.tuned is not None, one.parts()
+    drawn = [row for row in one.by_part() if row.curves is not None][:EXAMPLES]
     largest = largest_of(row.value("weight_drift") for row in rows)
     return {
         "index": index,
@@ -141,11 +141,14 @@ def _section(one: Comparison, index: int, count: int) -> dict[str, Any]:
         "heat": maps.heat_map(rows, _heat_lines(one), most=columns),
         "directions": maps.direction_map(rows, most=columns) if compared else "",
         "spectra": [
-            (safe(row.name), _facts(row), charts.spectra(row.curves))
+            (safe(row.name), _facts(row, parts.get(row.name)), charts.spectra(row.curves))
             for row in drawn
             if row.curves is not None
         ],
-        "rows": [_line(row, largest) for row in (by_drift if compared else rows)[:lines]],
+        "rows": [
+            _line(row, largest, parts.get(row.name))
+            for row in (by_drift if compared else rows)[:lines]
+        ],
         "hidden": max(len(rows) - lines, 0),
         "vectors": _vectors(one),
         "missing": _missing(one),
@@ -195,17 +198,21 @@ def _counted(one: Comparison) -> list[tuple[str, str, int, float]]:
     return [(name, KINDS[name], count, 100.0 * count / whole) for name, count in counts.items()]
 
 
-def _facts(row: Row) -> str:
-    parts = [shape(row.matrix or ())]
+def _facts(row: Row, part: float | None) -> str:
+    facts = [shape(row.matrix or ())]
     drift = row.value("weight_drift")
     if drift is not None:
-        parts.append(f"weight drift {number(drift)}")
-    if row.verdict is not None:
-        parts.append(row.verdict.text)
-    return ", ".join(parts)
+        facts.append(f"weight drift {number(drift)}")
+    if part is not None:
+        facts.append(f"{_percent(part)} of the change")
+    return " · ".join(facts)
 
 
-def _line(row: Row, largest: float) -> dict[str, Any]:
+def _percent(part: float | None) -> str:
+    return "–" if part is None else f"{number(100.0 * part)} %"
+
+
+def _line(row: Row, largest: float, part: float | None) -> dict[str, Any]:
     drift = row.value("weight_drift")
     verdict = row.verdict
     return {
@@ -219,6 +226,8 @@ def _line(row: Row, largest: float) -> dict[str, Any]:
         "evidence": "" if verdict is None else safe(verdict.evidence),
         "drift": drift,
         "bar": 100.0 * part_of(drift, largest),
+        "part": part,
+        "part_text": _percent(part),
         "spectral": row.value("relative_drift"),
         "shares": [
             row.value(name) for name in ("svf_share", "off_diagonal_share", "out_of_span_share")

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import io
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any
 
@@ -35,15 +36,32 @@ _STYLE = {
     "xtick.color": QUIET,
     "ytick.color": QUIET,
 }
-_WIDTH, _ROW, _PANEL = 9.6, 0.4, 1.35
+_REGIMES = "regimes"
+_PANEL = 1.35
 _FEWEST_ROWS = 3
 
 Array = npt.NDArray[np.float64]
 
 
-def save_figure(
-    result: FinetuneResult, path: Path | IO[bytes], *, kind: str, transparent: bool = False
-) -> None:
+@dataclass(frozen=True)
+class _Form:
+    """How large a figure is drawn, and whether the names of its rows stand above them.
+
+    Beside their rows they take half of a narrow figure.
+    """
+
+    width: float
+    row: float
+    above: bool
+    style: Mapping[str, Any]
+
+
+_PAPER = _Form(9.6, 0.4, above=False, style=_STYLE)
+_PAGE = _Form(4.6, 0.62, above=True, style={**_STYLE, "font.size": 10, "axes.titlesize": 11})
+"""For screens of any width: words of 10 points on 330 are read on a telephone."""
+
+
+def save_figure(result: FinetuneResult, path: Path | IO[bytes], *, kind: str) -> None:
     """Draw loss, held-out metric and learning rate over the steps, and the regimes side by side.
 
     Parameters
@@ -52,25 +70,55 @@ def save_figure(
     path : Path or binary stream
         Where to write.
     kind : {"png", "svg", "pdf"}
-    transparent : bool
-        Leave the background out.
 
     Raises
     ------
     MissingDependencyError
         If matplotlib is not installed.
     """
+    _draw(result, path, _PAPER, [*_panels(result), _REGIMES], kind=kind, facecolor="white")
+
+
+def svgs(result: FinetuneResult) -> dict[str, str]:
+    """Return the two halves as ``<svg>`` elements for a page, by what they show.
+
+    They have no background, and are narrow enough to stand below each other on a telephone.
+    """
+    halves = {"Training curves": [*_panels(result)], f"{result.metric} of the regimes": [_REGIMES]}
+    return {label: _svg(result, panels) for label, panels in halves.items() if panels}
+
+
+def _svg(result: FinetuneResult, panels: Sequence[str]) -> str:
+    stream = io.BytesIO()
+    _draw(result, stream, _PAGE, panels, kind="svg", facecolor="none")
+    text = stream.getvalue().decode("utf-8")
+    return text[text.index("<svg") :]
+
+
+def _draw(
+    result: FinetuneResult,
+    path: Path | IO[bytes],
+    form: _Form,
+    shown: Sequence[str],
+    *,
+    kind: str,
+    facecolor: str,
+) -> None:
+    """Draw some of the panels: curves on the left where there are any, regimes on the right."""
     mpl = require_matplotlib()
     from matplotlib.figure import Figure
 
     groups, looks = grouped(result), _looks(result.runs)
-    panels = _panels(result)
-    rows = sum(len(group.summaries) + (len(groups) > 1) for group in groups)
+    panels = {name: facts for name, facts in _panels(result).items() if name in shown}
     heights = [ratio for _, ratio in panels.values()]
-    height = max(0.9 + _ROW * max(rows, _FEWEST_ROWS), 0.4 + _PANEL * sum(heights))
-    with mpl.rc_context(_STYLE):
-        figure = Figure(figsize=(_WIDTH if panels else _WIDTH / 2, height), layout="constrained")
-        mosaic: Any = [[*([name] if panels else []), "regimes"] for name in (panels or ["regimes"])]
+    rows = sum(len(group.summaries) + (len(groups) > 1) for group in groups)
+    right = [_REGIMES] if _REGIMES in shown else []
+    tall = 0.9 + form.row * max(rows, _FEWEST_ROWS) if right else 0.0
+    height = max(tall, 0.4 + _PANEL * sum(heights))
+    width = form.width if form.above or panels else form.width / 2
+    with mpl.rc_context(form.style):
+        figure = Figure(figsize=(width, height), layout="constrained")
+        mosaic: Any = [[name, *right] for name in panels] or [right]
         grid = figure.subplot_mosaic(mosaic, height_ratios=heights or [1.0])
         for name, (title, _) in panels.items():
             grid[name].set_title(title)
@@ -81,24 +129,10 @@ def save_figure(
         _share_steps([grid[name] for name in panels])
         if panels and len(looks) > 1:
             columns = 1 + (len(looks) > 4)
-            grid[next(iter(panels))].legend(fontsize=6.5, ncols=columns, loc="upper right")
-        _regimes(grid["regimes"], result, groups, looks)
-        save(
-            figure,
-            path,
-            kind=kind,
-            facecolor="none" if transparent else "white",
-            bbox_inches="tight",
-            pad_inches=0.1,
-        )
-
-
-def svg(result: FinetuneResult) -> str:
-    """Return the figure as an ``<svg>`` element without background, to be put into a page."""
-    stream = io.BytesIO()
-    save_figure(result, stream, kind="svg", transparent=True)
-    text = stream.getvalue().decode("utf-8")
-    return text[text.index("<svg") :]
+            grid[next(iter(panels))].legend(fontsize="small", ncols=columns, loc="upper right")
+        if right:
+            _regimes(grid[_REGIMES], result, groups, looks, above=form.above)
+        save(figure, path, kind=kind, facecolor=facecolor, bbox_inches="tight", pad_inches=0.1)
 
 
 def _looks(runs: Sequence[Run]) -> dict[str, dict[str, Any]]:
@@ -162,7 +196,9 @@ def _curves(axes: Any, result: FinetuneResult, name: str, looks: dict[str, dict[
         for run, line in zip(runs, lines, strict=True):
             if run.outcome.ending == "diverged" and name == "loss":
                 axes.plot(*line[-1], marker="x", ms=6, mew=1.6, color=look["color"])
-                axes.annotate("diverged", line[-1], (6, 0), textcoords="offset points", size=6.5)
+                axes.annotate(
+                    "diverged", line[-1], (6, 0), textcoords="offset points", size="small"
+                )
 
 
 def _mean(lines: Sequence[Array]) -> Array:
@@ -204,19 +240,30 @@ def _regimes(
     result: FinetuneResult,
     groups: Sequence[RunGroup],
     looks: dict[str, dict[str, Any]],
+    *,
+    above: bool,
 ) -> None:
-    """Draw a row a regime: its mean and interval, every seed, and the value before training."""
+    """Draw a row a regime: its mean and interval, every seed, and the value before training.
+
+    Words stand beside the rows, or above them.
+    """
     scale = 100.0 if result.metric in FRACTIONS else 1.0
     beside, place = axes.get_yaxis_transform(), 0
     for group in groups:
         if len(groups) > 1:
-            text = {"ha": "right", "va": "center", "style": "italic", "color": QUIET}
-            axes.text(-0.03, place, plain(group.title), transform=beside, **text)
+            text = {"ha": "left" if above else "right", "style": "italic", "color": QUIET}
+            x = 0.0 if above else -0.03
+            axes.text(x, place, plain(group.title), transform=beside, va="center", **text)
             place += 1
         for start, end, before in _stretches(group.summaries, place):
-            _before(axes, start, end, scale * before, named=group is groups[0] and start == place)
+            first = group is groups[0] and start == place
+            if above:  # not through the words
+                for row in range(start, end + 1):
+                    _before(axes, row - 0.12, row + 0.36, scale * before, named=False)
+            else:
+                _before(axes, start - 0.42, end + 0.45, scale * before, named=first)
         for summary in group.summaries:
-            _row(axes, place, summary, scale, looks[summary.regime]["color"])
+            _row(axes, place, summary, scale, looks[summary.regime]["color"], above=above)
             place += 1
     # A single regime stands in the middle instead of filling the height.
     spare = max(0, _FEWEST_ROWS - place) / 2
@@ -228,18 +275,20 @@ def _regimes(
     axes.margins(x=0.08)
     several = any(len(one.values) > 1 for group in groups for one in group.summaries)
     what = ": mean and 95 % interval, dots are seeds" if several else ""
+    if above:  # in words of the page's width
+        what = (": mean, 95 % interval, seeds" if several else "") + "\ndashed: before training"
     axes.set_title(_axis(result.metric) + what)
 
 
-def _before(axes: Any, start: int, end: int, value: float, *, named: bool) -> None:
-    """Draw the value before training across some rows."""
+def _before(axes: Any, start: float, end: float, value: float, *, named: bool) -> None:
+    """Draw the value before training from one height to another."""
     if not math.isfinite(value):
         return
     look = {"colors": QUIET, "lw": 1.1, "linestyles": (0, (4, 2)), "zorder": 1}
-    axes.vlines(value, start - 0.42, end + 0.45, **look)
+    axes.vlines(value, start, end, **look)
     if named:
-        text = {"ha": "center", "va": "bottom", "size": 6.5, "color": QUIET}
-        axes.text(value, start - 0.45, "before", **text)
+        text = {"ha": "center", "va": "bottom", "size": "small", "color": QUIET}
+        axes.text(value, start - 0.03, "before", **text)
 
 
 def _stretches(summaries: Iterable[Summary], first: int) -> list[tuple[int, int, float]]:
@@ -253,7 +302,7 @@ def _stretches(summaries: Iterable[Summary], first: int) -> list[tuple[int, int,
     return found
 
 
-def _row(axes: Any, row: int, summary: Summary, scale: float, colour: str) -> None:
+def _row(axes: Any, row: int, summary: Summary, scale: float, colour: str, *, above: bool) -> None:
     mean = scale * summary.mean
     if summary.ci95 is not None:
         low, high = (scale * end for end in summary.ci95)
@@ -263,14 +312,28 @@ def _row(axes: Any, row: int, summary: Summary, scale: float, colour: str) -> No
         dots = {"s": 13, "color": colour, "alpha": 0.55, "linewidths": 0}
         axes.scatter(values, [row + 0.19] * len(values), **dots)
     axes.scatter([mean], [row], s=42, color=colour, marker="D", zorder=3, linewidths=0)
+    words = _words_above if above else _words_beside
+    words(axes, row, summary, colour)
+
+
+def _words_beside(axes: Any, row: int, summary: Summary, colour: str) -> None:
+    """Write name and cost on the left of a row, the mean on its right."""
     beside = {"xycoords": axes.get_yaxis_transform(), "textcoords": "offset points"}
     left = {"ha": "right", "xy": (-0.03, row)}
     name = plain(summary.regime)
     axes.annotate(name, xytext=(0, 1), weight="bold", color=colour, va="bottom", **left, **beside)
-    facts = {"va": "top", "size": 6.5, "color": QUIET}
+    facts = {"va": "top", "size": "small", "color": QUIET}
     axes.annotate(cost(summary), xytext=(0, -1), **facts, **left, **beside)
-    right = {"xy": (1.02, row), "xytext": (0, 0), "va": "center", "size": 7.5}
+    right = {"xy": (1.02, row), "xytext": (0, 0), "va": "center"}
     axes.annotate(mean_text(summary), **right, **beside)
+
+
+def _words_above(axes: Any, row: int, summary: Summary, colour: str) -> None:
+    """Write name and mean above a row; what it costs stands in the page's table."""
+    look = {"xycoords": axes.get_yaxis_transform(), "textcoords": "offset points", "va": "bottom"}
+    name, place = plain(summary.regime), row - 0.16
+    axes.annotate(name, (0.0, place), (0, 0), weight="bold", color=colour, **look)
+    axes.annotate(mean_text(summary), (1.0, place), (0, 0), ha="right", **look)
 
 
 def cost(summary: Summary) -> str:

@@ -11,6 +11,7 @@ from svftool.report.finetune import FRACTIONS, value
 from svftool.report.text import safe
 from svftool.report.text import seconds as duration
 from svftool.report.training import figure
+from svftool.report.training.headline import headlines
 from svftool.report.training.rows import task_title
 from svftool.training import Run, Summary
 from svftool.training.results import FinetuneResult
@@ -49,7 +50,8 @@ def page(result: FinetuneResult) -> str:
         lead=_lead(result),
         rules=safe(few_shot.rules(result)) if result.has_folds else "",
         interrupted=result.interrupted is not None,
-        figure=_adapted(figure.svg(result)),
+        headlines=headlines(result),
+        figures=[(label, _adapted(drawing)) for label, drawing in figure.svgs(result).items()],
         unit=" %" if result.metric in FRACTIONS else "",
         metric=safe(result.metric),
         several=several,
