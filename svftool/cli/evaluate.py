@@ -66,7 +66,7 @@ def command(
 ) -> None:
     """Measure a checkpoint, or factors with a tuned file, on a data set."""
     check_exists(checkpoint)
-    check_data(data)
+    check_data(data, task)
     from svftool.report import evaluate as report
     from svftool.stages.evaluate import evaluate
 

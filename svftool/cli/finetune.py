@@ -235,7 +235,7 @@ def command(
 ) -> None:
     """Train singular values on a few examples, beside other regimes if asked for."""
     check_factors(factors)
-    check_data(data)
+    check_data(data, task)
     if is_first_process():
         check_output(output, force=force, resume=resume)
     from svftool.report.finetune import document, view

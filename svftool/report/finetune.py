@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -68,14 +69,14 @@ def _table(result: FinetuneResult) -> Table:
 
 def _cells(summary: Summary, runs: Sequence[Run]) -> list[Text]:
     metric, gain = summary.metric, summary.mean - summary.before
-    style = "bold red" if summary.worse else "green" if gain else ""
+    style = "bold red" if summary.worse else "green" if summary.measured and gain else ""
     before, mean = (value(metric, number) for number in (summary.before, summary.mean))
     half = None if summary.ci95 is None else (summary.ci95[1] - summary.ci95[0]) / 2
     step = summary.step_seconds
     return [
         Text(summary.regime, "bold"),
         Text(str(summary.seeds)),
-        Text(f"{before} → {mean}"),
+        Text(f"{before} → {mean}" if summary.measured else "not measured"),
         Text(value(metric, gain, sign=True), style),
         Text("" if half is None else value(metric, half)),
         Text(f"{summary.trainable_parameters:,}"),
@@ -98,13 +99,15 @@ def _rates(runs: Sequence[Run]) -> list[str]:
 
 
 def value(metric: str, number: float, *, sign: bool = False) -> str:
-    """Write a metric: fractions in percent, others with three digits.
+    """Write a metric: fractions in percent, others with three digits; a dash for what is none.
 
     Examples
     --------
     >>> value("accuracy", 0.8658), value("loss", -0.25, sign=True)
     ('86.6', '-0.250')
     """
+    if math.isnan(number):
+        return "–"
     plus = "+" if sign else ""
     if metric in FRACTIONS:
         return f"{100 * number:{plus}.1f}"

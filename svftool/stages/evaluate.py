@@ -34,7 +34,7 @@ from svftool.stages.evaluate_result import EvaluateResult, Evaluation
 from svftool.tasks.base import Draw, Predicts, Prepared, Task
 from svftool.tasks.images import order_warning
 from svftool.tasks.option import options_in
-from svftool.tasks.options import TASKS, recorded
+from svftool.tasks.options import TASKS, UNMEASURED, recorded
 
 SIZES = ("image_size", "crop", "short_side")
 """What a task says of the size of its images."""
@@ -206,6 +206,8 @@ def _options(task: str, data: Path, source: _Source, given: Mapping[str, Any]) -
     for name, about in own.items():
         if about.evaluate_as is not None:
             options.setdefault(name, about.evaluate_as)
+    if options.get("evaluation") is not None and os.fspath(options["evaluation"]) == UNMEASURED:
+        raise UsageError(f"--eval {UNMEASURED} measures nothing, expected data to measure on")
     if "evaluation" in own and options.get("shots") is None:
         options["shots"] = None
         options["evaluation"] = options.get("evaluation") or data

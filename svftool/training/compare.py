@@ -196,7 +196,7 @@ class _Comparison:
             outcome=outcome,
             seconds=time.perf_counter() - begun,
             peak_memory_bytes=peak_memory(plan.device),
-            worse=metric.better(before[metric.name], after[metric.name]),
+            worse=metric.name in after and metric.better(before[metric.name], after[metric.name]),
             setting=task.describe(),
             learning_rates={kind: settings.learning_rate(kind) for kind in trainable.groups},
             tuning=tuning,

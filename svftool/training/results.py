@@ -95,8 +95,8 @@ def _summary_fields(summary: Summary) -> dict[str, Any]:
         "shots": summary.shots,
         **summary.facts,
         "seeds": summary.seeds,
-        "before": summary.before,
-        "mean": summary.mean,
+        "before": summary.before if summary.measured else None,
+        "mean": summary.mean if summary.measured else None,
         "ci95": None if summary.ci95 is None else list(summary.ci95),
         "trainable_parameters": summary.trainable_parameters,
         "step_seconds": summary.step_seconds,
@@ -145,7 +145,7 @@ class Summary:
     seeds : int
         Runs that count: those that were not interrupted, unless all were.
     before, mean : float
-        Mean of the metric over the runs, before and after.
+        Mean of the metric over the runs, before and after; NaN where nothing was measured.
     ci95 : tuple of float or None
         95 % interval of `mean`; None for one run.
     trainable_parameters : int
@@ -170,6 +170,11 @@ class Summary:
     step_seconds: float | None
     worse: bool
     values: tuple[float, ...] = ()
+
+    @property
+    def measured(self) -> bool:
+        """Whether there was a query set."""
+        return not math.isnan(self.mean)
 
 
 def summarise(runs: Sequence[Run], metric: TaskMetric) -> list[Summary]:
@@ -197,9 +202,9 @@ def summarise(runs: Sequence[Run], metric: TaskMetric) -> list[Summary]:
 def _summary(whole: Sequence[Run], metric: TaskMetric, facts: Mapping[str, int | None]) -> Summary:
     by_seed: dict[int, list[float]] = {}
     for run in whole:
-        by_seed.setdefault(run.seed, []).append(run.after[metric.name])
+        by_seed.setdefault(run.seed, []).append(run.after.get(metric.name, math.nan))
     values = [statistics.fmean(ends) for ends in by_seed.values()]
-    before = statistics.fmean(run.before[metric.name] for run in whole)
+    before = statistics.fmean(run.before.get(metric.name, math.nan) for run in whole)
     mean = statistics.fmean(values)
     times = [run.outcome.step_seconds for run in whole if run.outcome.step_seconds is not None]
     return Summary(
