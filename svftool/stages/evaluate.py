@@ -35,6 +35,7 @@ from svftool.tasks.base import Draw, Predicts, Prepared, Task
 from svftool.tasks.images import order_warning
 from svftool.tasks.option import options_in
 from svftool.tasks.options import TASKS, UNMEASURED, recorded
+from svftool.training.threads import suited_threads
 
 SIZES = ("image_size", "crop", "short_side")
 """What a task says of the size of its images."""
@@ -155,10 +156,11 @@ def evaluate(
             with explain_out_of_memory(None):
                 draw = one.draw(seed)
                 live = _fit(source, one, draw, (fresh.pop() if fresh else build()).to(place))
-                metrics = draw.evaluate(live, progress=progress)
-                seconds = time.perf_counter() - begun
-                runs.append(Evaluation(seed, one.shots, dict(one.facts), metrics, seconds))
-                output.write(one, draw, live)
+                with suited_threads(live, draw):
+                    metrics = draw.evaluate(live, progress=progress)
+                    seconds = time.perf_counter() - begun
+                    runs.append(Evaluation(seed, one.shots, dict(one.facts), metrics, seconds))
+                    output.write(one, draw, live)
         return EvaluateResult(
             checkpoint=source.path,
             tuned=None if source.tuned is None else source.tuned.path,

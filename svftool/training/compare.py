@@ -19,6 +19,7 @@ from svftool.training.batches import derived_seed, repeatable
 from svftool.training.group import ALONE, Group, Interruption
 from svftool.training.loop import Outcome, train
 from svftool.training.plan import Run, TrainingPlan, file_stem
+from svftool.training.threads import suited_threads
 from svftool.training.trackers import Logbook, Trackers
 from svftool.training.trials import Tuning
 from svftool.training.tune import Tuner
@@ -110,11 +111,12 @@ class _Comparison:
                 return
             with explain_out_of_memory(self._plan.settings.batch_size):
                 prepared = self._prepare(draw)
-                if before is None:
-                    before = self._measure(draw, prepared.model)
-                    stem = file_stem("before", seed, task.shots, task.facts)
-                    self._illustrate(draw, prepared.model, stem)
-                self._run(task, draw, prepared, regime, seed, before, tuning)
+                with suited_threads(prepared.model, draw, self._plan.settings.batch_size):
+                    if before is None:
+                        before = self._measure(draw, prepared.model)
+                        stem = file_stem("before", seed, task.shots, task.facts)
+                        self._illustrate(draw, prepared.model, stem)
+                    self._run(task, draw, prepared, regime, seed, before, tuning)
 
     def _finished(self, task: Task, seed: int) -> dict[str, Run]:
         """Return the runs of a task's seed that an interrupted process finished, by regime."""
