@@ -76,7 +76,11 @@ def _compare(
             and id(tensor) not in loaded
             and not name.endswith("num_batches_tracked")
         ],
-        "unexpected": [name for name in shapes if name not in expected],
+        # Counters last: they say least about what the model is.
+        "unexpected": sorted(
+            (name for name in shapes if name not in expected),
+            key=lambda name: name.endswith("num_batches_tracked"),
+        ),
         "misshapen": [
             f"{name} {shape} (the model has {tuple(expected[name].shape)})"
             for name, shape in shapes.items()

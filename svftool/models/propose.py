@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 import time
+from collections import Counter
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -38,7 +39,7 @@ _TORCHVISION = (
 )
 """A tensor that tells a family by its name, and how the names of its models begin."""
 
-_DEPTHS = {(2, 2, 2, 2): (18, 26), (3, 4, 6, 3): (34, 50), (3, 4, 23, 3): (101,),
+_DEPTHS: dict[tuple[int, ...], tuple[int, ...]] = {(2, 2, 2, 2): (18, 26), (3, 4, 6, 3): (34, 50), (3, 4, 23, 3): (101,),
            (3, 8, 36, 3): (152,), (1, 1, 1, 1): (10, 14)}  # fmt: skip
 """Blocks of the stages of a ResNet to its layers, with two and with three convolutions a block."""
 _WIDTHS = {192: "tiny", 384: "small", 768: "base", 1024: "large", 1280: "huge"}
@@ -123,14 +124,15 @@ def _listed(facts: Any, key: str) -> list[str]:
 
 
 def _ordered(names: list[str], shapes: dict[str, tuple[int, ...]]) -> list[str]:
-    """Put first what the shapes speak for, and of the rest the shorter names."""
-    hints = list(_hints(shapes))
-
-    def key(name: str) -> tuple[int, int, str]:
-        words = set(re.findall(r"[a-z]+|\d+", name))
-        return -sum(hint in words for hint in hints), len(name), name
-
-    return sorted(names, key=key)
+    """Put first what the shapes speak for; then families take turns, the shorter names first."""
+    hints, turns = list(_hints(shapes)), Counter[tuple[str, int]]()
+    found = []
+    for name in sorted(names, key=lambda name: (len(name), name)):
+        family, *words = re.findall(r"[a-z]+|\d+", name)
+        agreed = sum(hint in words for hint in hints)
+        turns[family, agreed] += 1
+        found.append((-agreed, turns[family, agreed], name))
+    return [name for _, _, name in sorted(found, key=lambda one: one[:2])]
 
 
 def _hints(shapes: dict[str, tuple[int, ...]]) -> Iterator[str]:

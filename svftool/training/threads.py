@@ -22,8 +22,8 @@ from svftool.training.batches import generator_for, repeatable
 LEAST_WORK = 1e9
 """Floating-point operations of a batch, forward, below which a network gets one thread.
 
-Measured with benchmarks/threads.py on two cores: below it two threads take several times the
-processor time of one, whatever the depth.
+Measured with benchmarks/threads.py on two busy cores: below it two threads took 6 to 33 times the
+processor time of one.
 """
 EXAMPLES = 16
 """Examples of the batch that is counted, where nothing is trained."""
