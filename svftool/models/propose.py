@@ -39,8 +39,13 @@ _TORCHVISION = (
 )
 """A tensor that tells a family by its name, and how the names of its models begin."""
 
-_DEPTHS: dict[tuple[int, ...], tuple[int, ...]] = {(2, 2, 2, 2): (18, 26), (3, 4, 6, 3): (34, 50), (3, 4, 23, 3): (101,),
-           (3, 8, 36, 3): (152,), (1, 1, 1, 1): (10, 14)}  # fmt: skip
+_DEPTHS: dict[tuple[int, ...], tuple[int, ...]] = {
+    (1, 1, 1, 1): (10, 14),
+    (2, 2, 2, 2): (18, 26),
+    (3, 4, 6, 3): (34, 50),
+    (3, 4, 23, 3): (101,),
+    (3, 8, 36, 3): (152,),
+}
 """Blocks of the stages of a ResNet to its layers, with two and with three convolutions a block."""
 _WIDTHS = {192: "tiny", 384: "small", 768: "base", 1024: "large", 1280: "huge"}
 """What vision transformers are called by their width."""
