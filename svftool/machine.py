@@ -58,6 +58,21 @@ def pick_device(name: str) -> torch.device:
     return torch.device("cuda", index)
 
 
+_SIBLINGS = "/sys/devices/system/cpu/cpu{}/topology/thread_siblings_list"
+
+
+def usual_threads() -> set[int]:
+    """Return the numbers of threads that torch takes of itself: of the cores, or their threads."""
+    if not hasattr(os, "sched_getaffinity"):
+        return {os.cpu_count() or 1}
+    places = os.sched_getaffinity(0)
+    try:
+        cores = {Path(_SIBLINGS.format(place)).read_text(encoding="ascii") for place in places}
+    except OSError:
+        return {len(places)}
+    return {len(places), len(cores)}
+
+
 def available_memory() -> int | None:
     """Return the bytes that are free here, on the machine or in its control group, if known."""
     found = [free for free in (_machine(), _control_group()) if free is not None]

@@ -147,6 +147,7 @@ def test_several_runs_write_a_folder(finetune: Callable[..., Any], work: Path) -
         "svf+norm-seed4.svf.safetensors",
         "full-seed4.safetensors",
         "results.json",
+        "run.toml",
     }
     results = json.loads((work / "runs" / "results.json").read_text())
     assert [run["regime"] for run in results["runs"]] == ["head", "svf", "svf+norm", "full"]

@@ -25,9 +25,15 @@ def command_lines(text: str) -> list[str]:
     return [line for line in found if line.startswith("svftool ")]
 
 
+CONFIGURATION = Path(__file__).with_name("run.toml")
+
+
 def parse(line: str) -> None:
     words = shlex.split(line, comments=True)[1:]
     words = words[: words.index(">")] if ">" in words else words
+    if "--config" in words:
+        # A file that is read as the words are parsed: one of the kind that a run writes.
+        words[words.index("--config") + 1] = str(CONFIGURATION)
     if words and words[0] in COMMANDS and "--help" not in words:
         COMMANDS[words[0]].make_context(words[0], words[1:])
     else:

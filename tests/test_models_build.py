@@ -5,22 +5,27 @@ from __future__ import annotations
 import json
 import sys
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
 from safetensors.torch import save_file
 from torch import nn
 
-from svftool.checkpoints import open_checkpoint
+from svftool.checkpoints import TensorInfo, open_checkpoint
 from svftool.errors import MissingDependencyError, ModelError
 from svftool.models import (
     DEFAULT_PREPROCESSING,
     Preprocessing,
+    build,
     build_model,
     find_head,
     find_preprocessing,
     load_weights,
+    propose,
 )
+from svftool.models.propose import proposals
 
 FACTORY = """
 from dataclasses import dataclass
@@ -106,12 +111,12 @@ def test_missing_libraries_name_the_extra(
     monkeypatch.setitem(sys.modules, package, None)
     with (
         open_checkpoint(weights) as checkpoint,
-        pytest.raises(MissingDependencyError, match=r"svftool\[vision\]"),
+        pytest.raises(MissingDependencyError, match=r"\[vision\]"),
     ):
         build_model(spec, checkpoint=checkpoint)
 
 
-def test_every_difference_is_listed(tmp_path: Path) -> None:
+def test_every_difference_is_counted(tmp_path: Path) -> None:
     model = nn.Sequential(nn.Linear(4, 3), nn.Linear(3, 2))
     path = save(
         tmp_path / "w.safetensors",
@@ -296,3 +301,89 @@ def test_real_checkpoints(data: Path, file: str, name: str, head: str | None) ->
         model = build_model(f"{data}/models.py:{name}", checkpoint=checkpoint)
     assert find_head(model) == head
     assert all(parameter.dtype == torch.float32 for parameter in model.parameters())
+
+
+def weights_of(model: nn.Module) -> Any:
+    """Stand in for a checkpoint of a model on the meta device: names and shapes are all it has."""
+    infos = {
+        name: TensorInfo(name, value.dtype, tuple(value.shape), "")
+        for name, value in model.state_dict().items()
+    }
+    return SimpleNamespace(infos=infos, prefix="", live_name=lambda name, _: name)
+
+
+def proposed(model: nn.Module) -> list[str]:
+    return proposals(weights_of(model), {"timm": build_timm, "torchvision": build_torchvision})
+
+
+def build_timm(name: str, checkpoint: Any) -> nn.Module:
+    return build._build_timm(name, checkpoint, {})
+
+
+build_torchvision = build._build_torchvision
+
+
+@pytest.mark.parametrize(
+    ("library", "name", "classes"),
+    [
+        ("torchvision", "resnet18", 5),
+        ("torchvision", "mobilenet_v2", 1000),
+        ("torchvision", "vgg11", 1000),
+        ("timm", "resnet26d", 1000),
+        ("timm", "vit_tiny_patch16_224", 3),
+        ("timm", "efficientnet_b0", 1000),
+    ],
+)
+def test_the_model_whose_tensors_a_checkpoint_has_is_proposed(
+    library: str, name: str, classes: int
+) -> None:
+    pytest.importorskip("timm")
+    models = pytest.importorskip("torchvision.models")
+    import timm
+
+    create = timm.create_model if library == "timm" else models.get_model
+    with torch.device("meta"):
+        model = create(name, num_classes=classes)
+    assert f"{library}:{name}" in proposed(model)
+
+
+def test_no_model_is_proposed_that_differs_in_one_tensor() -> None:
+    models = pytest.importorskip("torchvision.models")
+    with torch.device("meta"):
+        model = models.resnet18()
+        model.extra = nn.Linear(2, 2)
+        assert proposed(model) == []
+        assert proposed(nn.Linear(3, 3)) == []
+
+
+def test_the_search_is_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
+    models = pytest.importorskip("torchvision.models")
+    with torch.device("meta"):
+        weights = weights_of(models.resnet18())
+    built: list[str] = []
+
+    def build_none(name: str, _: Any) -> nn.Module:
+        built.append(name)
+        return nn.Linear(1, 1)
+
+    monkeypatch.setattr(propose, "MOST", 3)
+    assert proposals(weights, {"torchvision": build_none}) == []
+    assert built[0] == "resnet18"
+    assert len(built) == 3
+    monkeypatch.setattr(propose, "SECONDS", -1.0)
+    assert proposals(weights, {"torchvision": build_none}) == []
+    assert len(built) == 3
+
+
+def test_a_wrong_model_names_three_tensors_a_count_and_the_one_that_fits(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(build, "proposals", lambda *_: ["timm:a", "torchvision:b"])
+    path = save(tmp_path / "w.safetensors", {f"{i}.weight": torch.ones(1) for i in range(9)})
+    for spec in ("torch.nn:Identity", "auto"):
+        with open_checkpoint(path) as checkpoint, pytest.raises(ModelError) as caught:
+            build_model(spec, checkpoint=checkpoint)
+        assert str(caught.value).endswith(" Its tensors are those of timm:a and torchvision:b.")
+        assert "\n" not in str(caught.value)
+        if spec != "auto":
+            assert "9 unexpected: 0.weight, 1.weight, 2.weight and 6 more" in str(caught.value)

@@ -77,7 +77,7 @@ def test_lines_that_cannot_be_used_are_named(tmp_path: Path, line: str, message:
 
 
 def test_data_that_is_not_there_is_said(tmp_path: Path) -> None:
-    with pytest.raises(DataError, match=r"absent: not found, expected a JSONL file"):
+    with pytest.raises(DataError, match=r"absent: not found, expected a JSONL or CSV file"):
         list_texts(tmp_path / "absent")
     with pytest.raises(DataError, match="no texts"):
         list_texts(tmp_path)

@@ -17,7 +17,7 @@ from typing import Annotated, Any, TextIO
 import typer
 from rich.console import Console, RenderableType
 
-from svftool.cli.progress import ConsoleProgress
+from svftool.cli.progress import WAITING, ConsoleProgress
 from svftool.errors import ResourceError
 from svftool.progress import SILENT, Progress
 from svftool.report.json import to_json
@@ -128,12 +128,26 @@ def encodable(text: str) -> str:
 
 def stderr() -> Console:
     """Console for everything but the result; made anew so that tests can capture it."""
-    return Console(stderr=True, highlight=False, soft_wrap=True)
+    return _Console(stderr=True, highlight=False, soft_wrap=True)
+
+
+class _Console(Console):
+    """Takes the waiting line away before it shows anything."""
+
+    def print(self, *objects: Any, **style: Any) -> None:
+        """Print as a console does."""
+        WAITING.clear()
+        super().print(*objects, **style)
+
+    def set_live(self, live: Any) -> bool:
+        """Begin to draw a bar."""
+        WAITING.clear()
+        return super().set_live(live)
 
 
 def stdout() -> Console:
     """Console for the result."""
-    return Console(highlight=False)
+    return _Console(highlight=False)
 
 
 def progress_for(*, quiet: bool = False, verbose: int = 0) -> Progress:
@@ -235,6 +249,16 @@ class Display:
     quiet: QuietOption = False
     verbose: VerboseOption = 0
 
+    @contextmanager
+    def waiting(self) -> Iterator[None]:
+        """Context in which a terminal shows that the command has begun, until something comes."""
+        if not self.quiet and is_first_process():
+            WAITING.show("svftool: starting ...")
+        try:
+            yield
+        finally:
+            WAITING.clear()
+
     def progress(self) -> Progress:
         """Return the progress to draw on stderr, and set the level of the log."""
         return progress_for(quiet=self.quiet, verbose=self.verbose)
@@ -264,6 +288,7 @@ class Display:
         """
         if not is_first_process():
             return
+        WAITING.clear()
         if self.json:
             typer.echo(encodable(to_json(document)))
         else:

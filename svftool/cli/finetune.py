@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
+from svftool.cli import config as config_file
 from svftool.cli.common import (
     DeviceOption,
     Display,
@@ -206,6 +207,19 @@ class LogFlags:
     ] = None
 
 
+ConfigOption = Annotated[
+    Path | None,
+    typer.Option(
+        "--config",
+        metavar="FILE.toml",
+        is_eager=True,
+        callback=config_file.load,
+        help="Take options from a file, such as the run.toml of another run; flags go before it.",
+        show_default="none",
+    ),
+]
+
+
 def command(
     factors: Annotated[Path, typer.Argument(help="Factor checkpoint from 'svftool decompose'.")],
     *,
@@ -229,9 +243,11 @@ def command(
         bool, typer.Option("--resume", help="Go on where the same command was interrupted.")
     ] = False,
     force: ForceOption = False,
+    config: ConfigOption = None,
     display: Display,
 ) -> None:
     """Train singular values on a few examples, beside other regimes if asked for."""
+    del config  # its options are among the others
     from svftool.report.finetune import document, view
     from svftool.report.training import ReportFile
     from svftool.stages.finetune import finetune

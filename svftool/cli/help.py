@@ -56,12 +56,12 @@ class Command(_PlainHelp, TyperCommand):
 
     def format_options(self, ctx: Any, formatter: Any) -> None:
         """Write the arguments, and the options by their headings."""
-        given = ctx.meta.get(_ARGS, ())
+        given = words_given(ctx)
         params = self.get_params(ctx)
         arguments = [one for one in params if one.param_type_name == "argument"]
         options = [one for one in params if one.param_type_name != "argument"]
         _write(formatter, "Arguments", _records(ctx, arguments))
-        task = _value_of("--task", given)
+        task = value_of("--task", given)
         for heading, members in _by_panel(options, self._shown(given, task)).items():
             _write(formatter, heading, _records(ctx, members))
         if self.first and ALL not in given:
@@ -77,7 +77,13 @@ class Command(_PlainHelp, TyperCommand):
         return {*self.first, *(_options_of_task(task) if task else ())}
 
 
-def _value_of(flag: str, given: Sequence[str]) -> str | None:
+def words_given(ctx: Any) -> Sequence[str]:
+    """Return the words of the command line that a command was called with."""
+    words: Sequence[str] = ctx.meta.get(_ARGS, ())
+    return words
+
+
+def value_of(flag: str, given: Sequence[str]) -> str | None:
     """Return what follows a flag on the command line."""
     for place, word in enumerate(given):
         if word.startswith(f"{flag}="):

@@ -1,7 +1,9 @@
-"""Bars, notes and warnings on stderr."""
+"""Bars, notes and warnings on stderr, and a line until the first of them comes."""
 
 from __future__ import annotations
 
+import os
+import sys
 from types import TracebackType
 from typing import TYPE_CHECKING, Self
 
@@ -11,6 +13,33 @@ from svftool.report.text import one_line
 if TYPE_CHECKING:
     from rich.console import Console
     from rich.progress import Progress as RichProgress
+
+
+class WaitingLine:
+    """A dim line on a terminal that says a command has begun; it goes before anything is shown.
+
+    Written without a library: it is there before those that take long are imported.
+    """
+
+    def __init__(self) -> None:
+        self._shown = False
+
+    def show(self, text: str) -> None:
+        """Write the line, where stderr is a terminal."""
+        if sys.stderr.isatty() and os.environ.get("TERM") != "dumb":
+            self._shown = True
+            sys.stderr.write(f"\r\x1b[2m{text}\x1b[0m\x1b[K")
+            sys.stderr.flush()
+
+    def clear(self) -> None:
+        """Take the line away, if it is there."""
+        if self._shown:
+            self._shown = False
+            sys.stderr.write("\r\x1b[K")
+            sys.stderr.flush()
+
+
+WAITING = WaitingLine()
 
 
 class ConsoleProgress:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable, Iterator, Mapping
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import MISSING, dataclass, fields, is_dataclass
 from types import NoneType, UnionType
 from typing import Annotated, Any, Literal, Union, get_args, get_origin, get_type_hints
@@ -92,12 +93,18 @@ def expanded(command: Callable[..., None]) -> Callable[..., None]:
             values = {one.name: given.pop(one.name) for one in members}
             kind = parameters[name].annotation
             given[name] = values if get_origin(kind) is Annotated else kind(**values)
-        command(**given)
+        with _waiting(given):
+            command(**given)
 
     shown = [p for name, one in parameters.items() for p in groups.get(name, [one])]
     run.__signature__ = inspect.Signature(shown)  # type: ignore[attr-defined]
     run.__doc__ = command.__doc__
     return run
+
+
+def _waiting(given: Mapping[str, Any]) -> AbstractContextManager[None]:
+    """Show that a command has begun, where it has a display; libraries take long to import."""
+    return next((one.waiting() for one in given.values() if hasattr(one, "waiting")), nullcontext())
 
 
 def _members(one: inspect.Parameter) -> list[inspect.Parameter]:

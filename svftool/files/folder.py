@@ -168,16 +168,51 @@ def check_tuned_exist(names: Iterable[str]) -> None:
             )
 
 
-def check_data(path: Path) -> None:
-    """Refuse data that is not there.
+def check_data(path: Path, task: str = "language") -> None:
+    """Refuse data that is not there, and texts for a task on images.
+
+    Parameters
+    ----------
+    path : Path
+    task : str
+        The value of ``--task``.
 
     Raises
     ------
     DataError
-        If there is no such file or folder.
+        If there is no such file or folder, or it holds what another task takes.
     """
     if not path.exists():
         raise DataError(f"{path}: no such file or folder, expected a data set. Check the path.")
+    found = None if task == "language" else texts_in(path)
+    if found is not None:
+        raise DataError(f"{path}: {found}, expected images for --task {task}. Add --task language.")
+
+
+TEXT_COLUMNS = ("text", "prompt", "completion")
+"""What an example of ``--task language`` may consist of."""
+_LONGEST_HEADER = 1 << 16
+
+
+def texts_in(path: Path) -> str | None:
+    """Say which texts a file or folder holds, by its name and first row; None for no texts."""
+    if path.is_dir():
+        inside = [one for one in sorted(path.iterdir()) if not one.name.startswith(".")]
+        if any(one.is_dir() for one in inside):
+            return None
+        return next((texts_in(one) for one in inside if one.suffix.lower() == ".jsonl"), None)
+    kind = path.suffix.lower()
+    if kind not in (".jsonl", ".csv"):
+        return None
+    if kind == ".jsonl":
+        return "JSONL of texts"
+    with path.open("rb") as stream:
+        first = stream.readline(_LONGEST_HEADER).decode("utf-8-sig", "replace")
+    columns = [column.strip(' "\r\n').lower() for column in first.split(",")]
+    named = [column for column in columns if column in TEXT_COLUMNS]
+    # A header of path,label is one of images, whatever else stands beside it.
+    images = "path" in columns and "label" in columns
+    return f"a CSV of texts (column {shortlist(named)})" if named and not images else None
 
 
 def check_predictions_name(path: Path, *, folder: bool | None = None) -> None:

@@ -17,8 +17,9 @@ from torch import nn
 from svftool.checkpoints import Checkpoint
 from svftool.errors import MissingDependencyError, ModelError
 from svftool.files.folder import real
-from svftool.models.load import build_within, load_weights
+from svftool.models.load import MisfitError, build_within, load_weights
 from svftool.models.pretrained import load_transformers
+from svftool.models.propose import proposals
 from svftool.models.timm_options import timm_options
 
 if TYPE_CHECKING:
@@ -109,13 +110,38 @@ def build_model(
     Raises
     ------
     ModelError
-        If the spec names no model, or model and checkpoint differ: every missing, unexpected and
-        misshapen tensor is listed.
+        If the spec names no model, or model and checkpoint differ: missing, unexpected and
+        misshapen tensors are counted, and a model that fits is named where one is found.
     MissingDependencyError
         If the library that the spec names is not installed.
     """
+    try:
+        return _build(spec, checkpoint, dtype, trust_remote_code, strict).eval()
+    except MisfitError as error:
+        raise ModelError(f"{error}{_advice(checkpoint)}") from error
+
+
+def _advice(checkpoint: Checkpoint) -> str:
+    """Name models whose tensors are the checkpoint's; nothing where none is found."""
+    found = proposals(
+        checkpoint,
+        {
+            "timm": lambda name, weights: _build_timm(name, weights, {}),
+            "torchvision": _build_torchvision,
+        },
+    )
+    return f" Its tensors are those of {' and '.join(found)}." if found else ""
+
+
+def _build(
+    spec: str,
+    checkpoint: Checkpoint,
+    dtype: torch.dtype | None,
+    trust_remote_code: bool,
+    strict: bool,
+) -> nn.Module:
     if spec == "auto":
-        return _build_auto(checkpoint, dtype, trust_remote_code, strict).eval()
+        return _build_auto(checkpoint, dtype, trust_remote_code, strict)
     source, _, name = spec.rpartition(":")
     if not source or not name:
         raise ModelError(f"model {spec!r}, expected {FORMS}.")
@@ -127,7 +153,7 @@ def build_model(
         model = _call_factory(source, name)
         if not strict:
             _follow_head(model, checkpoint)
-    return load_weights(model, checkpoint, dtype=dtype, strict=strict).eval()
+    return load_weights(model, checkpoint, dtype=dtype, strict=strict)
 
 
 def is_read_whole(spec: str, checkpoint: Checkpoint) -> bool:
@@ -150,7 +176,7 @@ def _build_auto(
         return load_transformers(checkpoint, dtype=dtype, trust_remote_code=trust_remote_code)
     raise ModelError(
         f"{checkpoint.path}: no config.json that names a model, expected one for --model auto. "
-        f"Name the model with --model: {FORMS}."
+        f"Name the model with --model: {FORMS}.{_advice(checkpoint)}"
     )
 
 

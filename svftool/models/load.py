@@ -11,7 +11,10 @@ from torch import Tensor, nn
 from torch.nn.modules import module as modules
 
 from svftool.checkpoints import Checkpoint, TensorInfo
-from svftool.errors import ModelError
+from svftool.errors import ModelError, shortlist
+
+_SHOWN = 3
+"""Tensors of each kind that an error names."""
 
 logger = logging.getLogger(__name__)
 
@@ -50,39 +53,49 @@ def load_weights(
     names = {checkpoint.live_name(name, expected): name for name in checkpoint.infos}
     if not strict:
         names = {short: name for short, name in names.items() if short in expected}
-    _compare(model, checkpoint, expected, names)
+    refuse_differences(checkpoint, type(model).__name__, **_compare(checkpoint, expected, names))
     model.to(dtype or _main_dtype(checkpoint))
     state = {short: checkpoint.read(name) for short, name in names.items() if short in expected}
     model.load_state_dict(state, strict=False)
     return model
 
 
+def differences(model: nn.Module, checkpoint: Checkpoint) -> dict[str, list[str]]:
+    """Return what `refuse_differences` takes: the tensors that the two do not share."""
+    expected = dict(model.state_dict(keep_vars=True))
+    names = {checkpoint.live_name(name, expected): name for name in checkpoint.infos}
+    return _compare(checkpoint, expected, names)
+
+
 def _compare(
-    model: nn.Module,
-    checkpoint: Checkpoint,
-    expected: Mapping[str, Tensor],
-    names: Mapping[str, str],
-) -> None:
+    checkpoint: Checkpoint, expected: Mapping[str, Tensor], names: Mapping[str, str]
+) -> dict[str, list[str]]:
     shapes = {short: checkpoint.infos[name].shape for short, name in names.items()}
     loaded = {id(tensor) for name, tensor in expected.items() if name in shapes}
-    refuse_differences(
-        checkpoint,
-        type(model).__name__,
+    return {
         # A tied tensor arrives under another name; old checkpoints have no batch counters.
-        missing=[
+        "missing": [
             name
             for name, tensor in expected.items()
             if name not in shapes
             and id(tensor) not in loaded
             and not name.endswith("num_batches_tracked")
         ],
-        unexpected=[name for name in shapes if name not in expected],
-        misshapen=[
+        # Counters last: they say least about what the model is.
+        "unexpected": sorted(
+            (name for name in shapes if name not in expected),
+            key=lambda name: name.endswith("num_batches_tracked"),
+        ),
+        "misshapen": [
             f"{name} {shape} (the model has {tuple(expected[name].shape)})"
             for name, shape in shapes.items()
             if name in expected and tuple(expected[name].shape) != shape
         ],
-    )
+    }
+
+
+class MisfitError(ModelError):
+    """A model that takes other tensors than the checkpoint has."""
 
 
 def refuse_differences(
@@ -93,17 +106,19 @@ def refuse_differences(
     unexpected: Sequence[str],
     misshapen: Sequence[str],
 ) -> None:
-    """Raise an error that lists every tensor that model and checkpoint do not share.
+    """Raise an error that counts the tensors that model and checkpoint do not share.
 
     Raises
     ------
-    ModelError
-        If there is one.
+    MisfitError
+        If there is one; names three of each kind.
     """
     kinds = {"missing": missing, "unexpected": unexpected, "of another shape": misshapen}
-    faults = [f"{len(names)} {kind}: {', '.join(names)}" for kind, names in kinds.items() if names]
+    faults = [
+        f"{len(names)} {kind}: {shortlist(names, _SHOWN)}" for kind, names in kinds.items() if names
+    ]
     if faults:
-        raise ModelError(
+        raise MisfitError(
             f"{checkpoint.path}: does not fit {model}; tensors {'; '.join(faults)}. "
             "Name the model that the checkpoint was made for with --model."
         )

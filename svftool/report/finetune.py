@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -76,7 +77,7 @@ def _cells(summary: Summary, runs: Sequence[Run]) -> list[Text]:
     return [
         Text(summary.regime, "bold"),
         Text(str(summary.seeds)),
-        Text(f"{before} → {mean}"),
+        Text(f"{before} → {mean}" if summary.measured else "not measured"),
         Text(value(metric, gain, sign=True), style),
         Text("" if half is None else value(metric, half)),
         Text(f"{summary.trainable_parameters:,}"),
@@ -109,13 +110,15 @@ def _rates(runs: Sequence[Run]) -> list[str]:
 
 
 def value(metric: str, number: float, *, sign: bool = False) -> str:
-    """Write a metric: fractions in percent, others with three digits.
+    """Write a metric: fractions in percent, others with three digits; a dash for what is none.
 
     Examples
     --------
     >>> value("accuracy", 0.8658), value("loss", -0.25, sign=True)
     ('86.6', '-0.250')
     """
+    if math.isnan(number):
+        return "–"
     plus = "+" if sign else ""
     if metric in FRACTIONS:
         return f"{100 * number:{plus}.1f}"

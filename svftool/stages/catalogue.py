@@ -11,6 +11,7 @@ from torch import nn
 
 from svftool.checkpoints import Checkpoint, class_labels
 from svftool.errors import UsageError, no_such
+from svftool.files.folder import check_data
 from svftool.models import DEFAULT_PREPROCESSING, Preprocessing, find_preprocessing
 from svftool.progress import SILENT, Progress
 from svftool.tasks.base import Task
@@ -173,4 +174,5 @@ def make_tasks(
     """
     if name not in _MAKERS:
         raise UsageError(no_such("task", name, _MAKERS))
+    check_data(data, name)
     return _MAKERS[name](data, facts, progress, **options)

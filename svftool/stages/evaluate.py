@@ -35,7 +35,8 @@ from svftool.stages.evaluate_result import EvaluateResult, Evaluation
 from svftool.stages.settings import SIZES, Origins, SourcedSetting, settings_of
 from svftool.tasks.base import Draw, HasContents, Predicts, Prepared, Sized, Task
 from svftool.tasks.option import options_in
-from svftool.tasks.options import TASKS, recorded
+from svftool.tasks.options import TASKS, UNMEASURED, recorded
+from svftool.training.threads import suited_threads
 
 
 @dataclass(frozen=True)
@@ -182,10 +183,11 @@ def evaluate(
                     settings = _settings(one, draw, source, facts, origins, seeded)
                 bare = (fresh.pop() if fresh else build()).to(place)
                 live = fit(source, one.classes, draw, bare, progress)
-                metrics = draw.evaluate(live, progress=progress)
-                seconds = time.perf_counter() - begun
-                runs.append(Evaluation(seed, one.shots, dict(one.facts), metrics, seconds))
-                output.write(one, draw, live)
+                with suited_threads(live, draw):
+                    metrics = draw.evaluate(live, progress=progress)
+                    seconds = time.perf_counter() - begun
+                    runs.append(Evaluation(seed, one.shots, dict(one.facts), metrics, seconds))
+                    output.write(one, draw, live)
         return EvaluateResult(
             checkpoint=source.path,
             tuned=None if source.tuned is None else source.tuned.path,
@@ -252,6 +254,8 @@ def filled_options(
     for name, about in own.items():
         if about.evaluate_as is not None:
             options.setdefault(name, about.evaluate_as)
+    if options.get("evaluation") is not None and os.fspath(options["evaluation"]) == UNMEASURED:
+        raise UsageError(f"--eval {UNMEASURED} measures nothing, expected data to measure on")
     if "evaluation" in own and options.get("shots") is None:
         options["shots"] = None
         options["evaluation"] = options.get("evaluation") or data

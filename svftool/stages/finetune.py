@@ -21,6 +21,12 @@ from svftool.files.output import overlap
 from svftool.models import build_model
 from svftool.progress import SILENT, Progress
 from svftool.stages.catalogue import ModelFacts, make_tasks
+from svftool.stages.configuration import (
+    Configuration,
+    check_beside,
+    write_beside,
+    write_into,
+)
 from svftool.training import (
     Group,
     Settings,
@@ -37,6 +43,7 @@ from svftool.training.results import (
     write_results,
 )
 from svftool.training.run_output import RunWriter, is_run_itself
+from svftool.training.threads import threads_are_chosen
 from svftool.training.workspace import Workspace, describe_files, open_workspace
 
 
@@ -162,6 +169,7 @@ def finetune(
     target = Path(output)
     with ExitStack() as stack:
         group, place = stack.enter_context(joined_group(device))
+        group.together(lambda: check_beside(target))
         trackers = group.together(lambda: _trackers(of_run.log_with, of_run.log_dir, target))
         store = group.together(lambda: stack.enter_context(open_factors(factors)))
         checkpoint = group.together(
@@ -206,6 +214,24 @@ def finetune(
         dropped = checkpoint.dropped() if any(one.full for one in chosen) else {}
         if dropped and group.first:
             progress.warn(f"{checkpoint.path}: not in dense results: {named(dropped)}")
+        configuration = Configuration(
+            places={"factors": factors, "data": data, "base": base, "log_dir": of_run.log_dir},
+            named={
+                "regime": plan.regimes,
+                "train_layers": list(of_run.include),
+                "exclude": list(of_run.exclude),
+                **plan.attaching,
+                "log_with": list(of_run.log_with),
+                "save_every": of_run.save_every,
+                "device": device,
+                "trust_remote_code": trust_remote_code,
+            },
+            task=task,
+            model=model,
+            seeds=numbers,
+            settings=settings,
+            options=options,
+        )
         writer = RunWriter(target, work.outputs, itself, store, checkpoint, settings)
         runs, signum = compare(plan, writer, journal=work.journal, group=group, progress=progress)
         result = FinetuneResult(
@@ -221,6 +247,9 @@ def finetune(
         work.finished = signum is None
         if group.first and work.outputs.is_dir():
             write_results(result, work.outputs / RESULTS_FILE)
+            write_into(work.outputs, configuration.text(target))
+    if group.first and not target.is_dir():
+        write_beside(target, configuration.text(target.parent))
     return result
 
 
@@ -283,8 +312,15 @@ def _request(
         "device": plan.device.type,
         "processes": group.count,
         # Sums over threads are rounded in another order where there are more or fewer of them.
-        "threads": torch.get_num_threads() if plan.device.type == "cpu" else None,
+        "threads": _threads() if plan.device.type == "cpu" else None,
     }
+
+
+def _threads() -> int | str:
+    number = torch.get_num_threads()
+    if number == 1 or threads_are_chosen():
+        return number
+    return f"{number}, of a small network 1"
 
 
 def _plain_option(value: Any) -> Any:

@@ -141,7 +141,7 @@ class Draw(Protocol):
     def evaluate(
         self, model: nn.Module, part: Part = "query", *, progress: Progress = SILENT
     ) -> dict[str, float]:
-        """Measure the model, in evaluation mode, by every metric of the task."""
+        """Measure the model, in evaluation mode, by every metric; by none on an empty part."""
 
 
 @runtime_checkable

@@ -190,13 +190,13 @@ class Classification:
     ) -> None:
         self.options = chosen = ClassificationOptions(**options)
         images = list_images(Path(data))
-        queries = [] if chosen.evaluation is None else list_images(Path(chosen.evaluation))
+        queries = [] if chosen.query_data is None else list_images(chosen.query_data)
         self.shots = chosen.shots
         names = class_names(images, chosen.classes)
         self.of_head = _of_head(names, head_classes, chosen, whole=whole_head)
         self.classes = self.of_head.classes
         check_labels(images, self.classes, data)
-        check_labels(queries, self.classes, chosen.evaluation or data)
+        check_labels(queries, self.classes, chosen.query_data or data)
         require_query(chosen.shots, chosen.evaluation, "images")
         draw_shots([image.label for image in images], shots=chosen.shots)
         mean, std = chosen.mean or preprocessing.mean, chosen.std or preprocessing.std
@@ -236,10 +236,10 @@ class Classification:
         """
         split = draw_shots(self._names, shots=self.shots, hold_out=self.options.hold_out, seed=seed)
         query = self._queries
-        if not len(query):
+        if not len(query) and self.options.measured:
             query = self._examples(self._images, split.rest, self._names)
-        if not len(query):
-            raise nothing_left(self.shots, "images")
+            if not len(query):
+                raise nothing_left(self.shots, "images")
         support = self._examples(self._images, split.support, self._names)
         held_out = self._examples(self._images, split.held_out, self._names)
         return ClassificationDraw(self, support, held_out, query)
@@ -517,7 +517,9 @@ class ClassificationDraw:
     def evaluate(
         self, model: nn.Module, part: Part = "query", *, progress: Progress = SILENT
     ) -> dict[str, float]:
-        """Accuracy, its mean over classes, and mean cross-entropy."""
+        """Accuracy, its mean over classes, and mean cross-entropy; nothing of no images."""
+        if not len(self._parts[part]):
+            return {}
         examples, count = self._parts[part], ClassificationCount(len(self._task.classes))
         with progress.task("evaluate", total=len(examples), unit="images") as bar:
             for logits, labels in self.logits(model, part):

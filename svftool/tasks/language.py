@@ -94,7 +94,7 @@ class Language:
         self.options = chosen = LanguageOptions(**options)
         given = None if isinstance(data, (str, os.PathLike)) else data
         texts = list_texts(Path(data)) if isinstance(data, (str, os.PathLike)) else data
-        queries = list_texts(Path(chosen.evaluation)) if chosen.evaluation is not None else []
+        queries = [] if chosen.query_data is None else list_texts(chosen.query_data)
         if given is None:
             require_query(chosen.shots, chosen.evaluation, "texts")
         draw_examples(len(texts), unit="texts", shots=chosen.shots)
@@ -134,10 +134,10 @@ class Language:
             seed=seed,
         )
         query = self.queries
-        if not query.texts:
+        if not query.texts and self.options.measured:
             query = Corpus(self.support.texts, self.support.take(split.rest))
-        if not query.blocks:
-            raise nothing_left(self.shots, "texts")
+            if not query.blocks:
+                raise nothing_left(self.shots, "texts")
         return LanguageDraw(
             self,
             Corpus(self.support.texts, self.support.take(split.support)),
@@ -285,7 +285,12 @@ class LanguageDraw:
     def evaluate(
         self, model: nn.Module, part: Part = "query", *, progress: Progress = SILENT
     ) -> dict[str, float]:
-        """Perplexity, accuracy of the next token, and mean loss in nats a token."""
+        """Perplexity, accuracy of the next token, and mean loss in nats a token.
+
+        Nothing of no texts.
+        """
+        if not self._parts[part].blocks:
+            return {}
         loss, correct, tokens = 0.0, 0, 0
         total = len(self._parts[part].blocks)
         with progress.task("evaluate", total=total, unit="blocks") as bar:

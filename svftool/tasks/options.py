@@ -71,17 +71,22 @@ HEAD_TYPE = Option(
 )
 
 
+UNMEASURED = "none"
+"""The value of ``--eval`` with which nothing is measured."""
+
+
 @dataclass(frozen=True, kw_only=True)
 class SplitOptions(TaskOptions):
     """Options of tasks that measure with what the shots left over, or with data of its own.
 
-    Without `shots` every example is trained on, which needs `evaluation`.
+    Without `shots` every example is trained on, which needs `evaluation`; ``"none"`` says that
+    nothing is to be measured.
     """
 
     shots: int | None = option(None, SHOTS, read=read_count)
     evaluation: StrPath | None = option(
         None,
-        help="Data to measure with.",
+        help="Data to measure with; none measures nothing.",
         flag="--eval",
         shown="what --shots left over",
         type=Path,
@@ -96,6 +101,16 @@ class SplitOptions(TaskOptions):
         limits=(0, 0.9),
         panel=CLASSIFICATION,
     )
+
+    @property
+    def measured(self) -> bool:
+        """Whether there is a query set."""
+        return self.evaluation is None or os.fspath(self.evaluation) != UNMEASURED
+
+    @property
+    def query_data(self) -> Path | None:
+        """The data to measure with; None for what the shots left over, or for nothing."""
+        return Path(self.evaluation) if self.evaluation is not None and self.measured else None
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from svftool.errors import DataError, MissingDependencyError, shortlist
+from svftool.files.folder import TEXT_COLUMNS
 
 _ONE, _SEVERAL = "state.json", "dataset_dict.json"
 
@@ -100,6 +101,11 @@ def stored_images(folder: Path) -> list[tuple[StoredImage, str]]:
     images = [name for name, kind in features.items() if isinstance(kind, datasets.Image)]
     labels = [name for name, kind in features.items() if isinstance(kind, datasets.ClassLabel)]
     labels = labels or [name for name in features if name == "label"]
+    if not images and any(name in TEXT_COLUMNS for name in features):
+        raise DataError(
+            f"{folder}: texts (columns {shortlist(features)}), expected a column of images. "
+            "Add --task language"
+        )
     if not images or not labels:
         raise DataError(
             f"{folder}: columns {shortlist(features)}, expected one of images and one of labels. "

@@ -203,7 +203,8 @@ def require_query(shots: int | None, evaluation: object, unit: str) -> None:
     if shots is None and evaluation is None:
         raise UsageError(
             f"all {unit} would be trained on and none measure the result. "
-            "Give --shots K, which leaves the rest for evaluation, or --eval PATH"
+            "Give --shots K, which leaves the rest for evaluation, --eval PATH, or --eval none to "
+            "measure nothing"
         )
 
 
@@ -211,7 +212,7 @@ def nothing_left(shots: int | None, unit: str) -> DataError:
     """Error for shots that leave nothing over."""
     return DataError(
         f"{shots} shots take every one of the {unit} and leave none to measure with. "
-        "Lower --shots or give --eval PATH"
+        "Lower --shots, or give --eval PATH, or --eval none to measure nothing"
     )
 
 

@@ -1,7 +1,8 @@
-"""Texts on disk: JSONL files of texts or of prompts with completions."""
+"""Texts on disk: JSONL or CSV files of texts or of prompts with completions."""
 
 from __future__ import annotations
 
+import csv
 import json
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
@@ -45,13 +46,13 @@ class _Fault(ValueError):
 
 
 def list_texts(data: Path, *, prompts: bool = False) -> list[Text]:
-    """Read a JSONL file, a folder of them, or a folder of ``datasets.Dataset.save_to_disk``.
+    """Read a JSONL or CSV file, a folder of JSONL, or one of ``datasets.Dataset.save_to_disk``.
 
     Parameters
     ----------
     data : Path
         Each line (or row) has ``text``, or ``prompt`` and ``completion``; whatever else it has
-        is ignored. Empty lines are skipped.
+        is ignored. Empty lines are skipped. The first line of a CSV file names its columns.
     prompts : bool
         A ``prompt`` may stand alone; it is a text then.
 
@@ -66,11 +67,12 @@ def list_texts(data: Path, *, prompts: bool = False) -> list[Text]:
         files = sorted(f for f in data.rglob(f"*{SUFFIX}") if not is_hidden(f, data))
         texts = [text for file in files for text in _check(file, _lines(file), prompts)]
     elif data.is_file():
-        texts = _check(data, _lines(data), prompts)
+        rows = _rows(data) if data.suffix.lower() == ".csv" else _lines(data)
+        texts = _check(data, rows, prompts)
     else:
-        raise DataError(f"{data}: not found, expected a JSONL file or a folder of them")
+        raise DataError(f"{data}: not found, expected a JSONL or CSV file, or a folder of JSONL")
     if not texts:
-        raise DataError(f"{data}: no texts, expected JSONL with {EXPECTED} in each line")
+        raise DataError(f"{data}: no texts, expected {EXPECTED} in each line or row")
     return texts
 
 
@@ -81,6 +83,18 @@ def _lines(file: Path) -> Iterator[tuple[int, Any]]:
         system_fault(error, file)
         raise DataError(f"{file}: {error}, expected JSONL in UTF-8") from error
     return ((number, line) for number, line in enumerate(lines, 1) if line.strip())
+
+
+def _rows(file: Path) -> Iterator[tuple[int, Any]]:
+    """List the rows of a CSV file by the names of its columns, in lower case."""
+    try:
+        with file.open(encoding="utf-8-sig", newline="") as stream:
+            reader = csv.reader(stream)
+            names = [name.strip().lower() for name in next(reader, [])]
+            rows = [(reader.line_num, row) for row in reader if row]
+    except (OSError, UnicodeDecodeError, csv.Error) as error:
+        raise DataError(f"{file}: {error}, expected CSV with named columns in UTF-8") from error
+    return ((line, dict(zip(names, row, strict=False))) for line, row in rows)
 
 
 def _stored_rows(folder: Path) -> Iterator[tuple[int, Any]]:

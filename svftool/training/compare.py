@@ -29,6 +29,7 @@ from svftool.training.batches import derived_seed, repeatable
 from svftool.training.group import ALONE, Group, Interruption
 from svftool.training.loop import Outcome, train
 from svftool.training.plan import Run, TrainingPlan, file_stem
+from svftool.training.threads import suited_threads
 from svftool.training.trackers import Logbook, Trackers
 from svftool.training.trials import Tuning
 from svftool.training.tune import Tuner
@@ -122,11 +123,12 @@ class _Comparison:
             with explain_out_of_memory(self._plan.settings.batch_size):
                 prepared = self._prepare(draw)
                 self._tell(prepared.said)
-                if before is None:
-                    before = self._measure(draw, prepared.model)
-                    stem = file_stem("before", seed, task.shots, task.facts)
-                    self._illustrate(draw, prepared.model, stem)
-                self._run(task, draw, prepared, regime, seed, before, tuning, support)
+                with suited_threads(prepared.model, draw, self._plan.settings.batch_size):
+                    if before is None:
+                        before = self._measure(draw, prepared.model)
+                        stem = file_stem("before", seed, task.shots, task.facts)
+                        self._illustrate(draw, prepared.model, stem)
+                    self._run(task, draw, prepared, regime, seed, before, tuning, support)
 
     def _look(self, draw: Draw, task: Task, seed: int) -> dict[str, Any]:
         """Note the bytes of what is trained on; say where it is measured on too."""
@@ -225,7 +227,7 @@ class _Comparison:
             outcome=outcome,
             seconds=time.perf_counter() - begun,
             peak_memory_bytes=peak_memory(plan.device),
-            worse=metric.better(before[metric.name], after[metric.name]),
+            worse=metric.name in after and metric.better(before[metric.name], after[metric.name]),
             setting={**task.describe(), **prepared.facts},
             learning_rates={kind: settings.learning_rate(kind) for kind in trainable.groups},
             tuning=tuning,

@@ -21,6 +21,7 @@ from svftool.training.group import ALONE, Group, Interruption
 from svftool.training.optimise import Optimiser
 from svftool.training.settings import Settings
 from svftool.training.state import State, StateFile
+from svftool.training.threads import suited_threads
 
 # Curves of a run: values at steps, thinned so that a long run is no longer than a short one.
 
@@ -232,6 +233,7 @@ def train(
     with (
         explain_out_of_memory(settings.batch_size),
         repeatable(device),
+        suited_threads(model, draw, settings.batch_size),
         progress.task(label, total=run.steps, unit="steps") as bar,
     ):
         run.start(saved)

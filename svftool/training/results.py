@@ -100,8 +100,8 @@ def _summary_fields(summary: Summary) -> dict[str, Any]:
         "shots": summary.shots,
         **summary.facts,
         "seeds": summary.seeds,
-        "before": summary.before,
-        "mean": summary.mean,
+        "before": summary.before if summary.measured else None,
+        "mean": summary.mean if summary.measured else None,
         "gain": _plain(summary.gain),
         "higher_is_better": summary.higher_is_better,
         "by_seed": [
@@ -162,7 +162,7 @@ class Summary:
     seeds : int
         Runs that count: those that were not interrupted, unless all were.
     before, mean : float
-        Mean of the metric over the runs, before and after.
+        Mean of the metric over the runs, before and after; NaN where nothing was measured.
     ci95 : tuple of float or None
         95 % interval of `mean`; None for one run.
     trainable_parameters : int
@@ -203,6 +203,11 @@ class Summary:
         change = self.mean - self.before
         return change if self.higher_is_better else -change
 
+    @property
+    def measured(self) -> bool:
+        """Whether there was a query set."""
+        return not math.isnan(self.mean)
+
 
 def summarise(runs: Sequence[Run], metric: TaskMetric) -> list[Summary]:
     """Sum up the runs of each task and regime, in the order in which they came.
@@ -230,10 +235,10 @@ def _summary(whole: Sequence[Run], metric: TaskMetric, facts: Mapping[str, int |
     by_seed: dict[int, list[float]] = {}
     starts: dict[int, list[float]] = {}
     for run in whole:
-        by_seed.setdefault(run.seed, []).append(run.after[metric.name])
-        starts.setdefault(run.seed, []).append(run.before[metric.name])
+        by_seed.setdefault(run.seed, []).append(run.after.get(metric.name, math.nan))
+        starts.setdefault(run.seed, []).append(run.before.get(metric.name, math.nan))
     values = [statistics.fmean(ends) for ends in by_seed.values()]
-    before = statistics.fmean(run.before[metric.name] for run in whole)
+    before = statistics.fmean(run.before.get(metric.name, math.nan) for run in whole)
     mean = statistics.fmean(values)
     times = [run.outcome.step_seconds for run in whole if run.outcome.step_seconds is not None]
     return Summary(

@@ -345,7 +345,7 @@ def cost(summary: Summary) -> str:
 
 def mean_text(summary: Summary) -> str:
     """Write the mean with half its interval."""
-    mean = value(summary.metric, summary.mean)
+    mean = value(summary.metric, summary.mean) if summary.measured else "not measured"
     if summary.ci95 is None:
         return mean
     return f"{mean} ± {value(summary.metric, (summary.ci95[1] - summary.ci95[0]) / 2)}"

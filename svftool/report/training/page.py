@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from importlib import resources
 from typing import Any
 
@@ -103,8 +104,8 @@ def _summary(one: Summary) -> dict[str, Any]:
 def _run(run: Run, metric: str) -> dict[str, Any]:
     return {
         "name": safe(run.stem),
-        "before": value(metric, run.before[metric]),
-        "after": value(metric, run.after[metric]),
+        "before": value(metric, run.before.get(metric, math.nan)),
+        "after": value(metric, run.after.get(metric, math.nan)),
         "rate": f"{figure.peak_rate(run):.1e}" if run.learning_rates else "–",
         "steps": run.outcome.steps,
         "kept": run.outcome.kept,

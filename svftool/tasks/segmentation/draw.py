@@ -192,9 +192,11 @@ class SegmentationDraw:
     ) -> dict[str, float]:
         """Mean IoU and accuracy of pixels at the maps' own size, and mean loss.
 
-        Classes that are neither in the maps nor predicted do not count.
+        Classes that are neither in the maps nor predicted do not count. Nothing of no images.
         """
         chosen, ignore = self._parts[part], self._setting.ignore
+        if not len(chosen):
+            return {}
         metrics = _metrics(len(self._setting.classes), ignore)
         loss, pixels = 0.0, 0
         with progress.task("evaluate", total=len(chosen), unit="images") as bar:

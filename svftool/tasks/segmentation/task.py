@@ -78,7 +78,7 @@ class Segmentation:
             raise UsageError(f"--ignore-index is {chosen.ignore_index}, expected 0 to {LABELS - 1}")
         require_query(chosen.shots, chosen.evaluation, "images")
         pairs = self._list(data)
-        queries = [] if chosen.evaluation is None else self._list(chosen.evaluation)
+        queries = [] if chosen.query_data is None else self._list(chosen.query_data)
         draw_examples(len(pairs), unit="images", shots=chosen.shots)
         self.shots = chosen.shots
         self._table = _class_table(Path(data), chosen.classes)
@@ -160,10 +160,10 @@ class Segmentation:
             seed=seed,
         )
         query = Chosen(self._queries, tuple(range(len(self._queries.pairs))))
-        if not len(query):
+        if not len(query) and self.options.measured:
             query = Chosen(self._pairs, split.rest)
-        if not len(query):
-            raise nothing_left(self.shots, "images")
+            if not len(query):
+                raise nothing_left(self.shots, "images")
         setting = Setting(self.options, self.classes, self.view)
         support, held_out = Chosen(self._pairs, split.support), Chosen(self._pairs, split.held_out)
         return SegmentationDraw(setting, support, held_out, query, seed=seed)
