@@ -271,7 +271,7 @@ def test_an_existing_output_is_left_alone(finetune: Callable[..., Any], work: Pa
         (["--regime", "svf,head"], 2, "2 runs are written to a folder"),
         (["--steps", 2, "--epochs", 2], 2, "--steps and --epochs"),
         (["--shots", 9], 6, "class 'blue' has 8 images, expected at least 9"),
-        (["--data", "nowhere"], 6, "nowhere: not found"),
+        (["--data", "nowhere"], 6, "nowhere: no such file or folder"),
         (["--classes", "names.txt"], 6, "unknown class blue, green"),
         (["--model", "net.py:other"], 7, "missing"),
         (["--model", "net.py:absent"], 7, "no factory 'absent'"),
