@@ -189,7 +189,7 @@ class SegmentationDraw:
         Classes that are neither in the maps nor predicted do not count.
         """
         chosen, ignore = self._parts[part], self._setting.ignore
-        metrics = _metrics(len(self._setting.classes), ignore)
+        metrics = _metrics(len(self._setting.classes), ignore).to(device_of(model))
         loss, pixels = 0.0, 0
         with progress.task("evaluate", total=len(chosen), unit="images") as bar:
             for positions, logits, labels in self._logits(model, part):
