@@ -142,6 +142,9 @@ def _small(commands: Commands, devices: Sequence[str], quick: bool) -> Iterator[
         equal = [_same_bits(base, load_file(at / f"back-{one}.safetensors")) for one in devices]
         row |= {"result": f"the base's bits: {equal}", "broken": not all(equal)}
     yield row
+    if quick:
+        yield _inspected(commands, devices, f"@back-{devices[-1]}.safetensors")
+        return
     fixed = ["--data", "@data", "--model", "@net.py:net", "--shots", 4, "--steps", 12]
     row, done = commands.both(
         "finetune",
@@ -161,12 +164,16 @@ def _small(commands: Commands, devices: Sequence[str], quick: bool) -> Iterator[
                               "@m-{}.safetensors", "--verify")  # fmt: skip
     yield row
     for option in ([], ["--fast"]):
-        words = ["inspect", "@base.safetensors", "@m-cpu.safetensors", "--device", "{}", *option]
-        row, done = commands.both(" ".join(["inspect", *option]), devices, *words)
-        if all(done):
-            differing = list(_differing(done[0], done[-1]))
-            row |= {"result": f"differing: {differing[:4]}", "broken": bool(differing)}
-        yield row
+        yield _inspected(commands, devices, "@m-cpu.safetensors", *option)
+
+
+def _inspected(commands: Commands, devices: Sequence[str], tuned: str, *option: str) -> Row:
+    words = ["inspect", "@base.safetensors", tuned, "--device", "{}", *option]
+    row, done = commands.both(" ".join(["inspect", *option]), devices, *words)
+    if all(done):
+        differing = list(_differing(done[0], done[-1]))
+        row |= {"result": f"differing: {differing[:4]}", "broken": bool(differing)}
+    return row
 
 
 def _large(commands: Commands, devices: Sequence[str]) -> Iterator[Row]:

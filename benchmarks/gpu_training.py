@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import statistics
 import tempfile
 import time
@@ -71,6 +72,8 @@ class Steps:
 def _ready(case: Case, folder: Path, regime: str, device: torch.device, precision: str) -> Steps:
     """Make a regime; measure what it takes of the device: model, step and optimiser."""
     cuda = device.type == "cuda"
+    # Models hold themselves in circles: what is left of the last ones would go at some later time.
+    gc.collect()
     before = torch.cuda.memory_allocated() if cuda else 0
     steps = Steps(Runner(case, folder, regime, "default", str(device)), device, precision)
     if cuda:
