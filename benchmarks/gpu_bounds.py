@@ -114,7 +114,7 @@ def _matrices(quick: bool) -> Iterator[tuple[str, list[Tensor]]]:
     shapes = QUICK if quick else SHAPES
     for kind, make in KINDS.items():
         yield kind, [make(m, n) for m, n in shapes]
-    yield "for an iteration", [_falling(500, 400, decades=20.0)]
+    yield "for an iteration", [_falling(700, 640, decades=20.0)]
     yield "bfloat16", [_normal(m, n).bfloat16() for m, n in shapes]
     yield "float16", [_normal(m, n).half() for m, n in shapes]
     yield "float64", [_normal(m, n).double() for m, n in shapes]
