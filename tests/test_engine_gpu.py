@@ -13,7 +13,8 @@ from torch import Tensor
 
 from svftool.engine import Job, gpu, parse_rank, run, run_svds, run_values
 from svftool.engine.gpu import DoesNotFit, Gpu
-from svftool.machine import is_out_of_memory
+from svftool.errors import ResourceError
+from svftool.machine import explain_out_of_memory, is_out_of_memory
 from svftool.numerics import ThreadPool, singular_values, svd
 
 CPU = torch.device("cpu")
@@ -61,6 +62,17 @@ def test_a_layer_that_does_not_fit_is_tried_alone_and_then_given_up(error: Excep
         one.run(torch.ones(1), work)
     assert len(calls) == 2
     assert one.run(torch.ones(1), lambda _: "streams are free again") == "streams are free again"
+
+
+def test_training_says_what_to_lower_however_memory_runs_out() -> None:
+    for text in ("CUBLAS_STATUS_ALLOC_FAILED when calling", "CUDA error: out of memory"):
+        with (
+            pytest.raises(ResourceError, match=r"batch of 4 examples\. Lower --batch-size"),
+            explain_out_of_memory(4),
+        ):
+            raise RuntimeError(text)
+    with pytest.raises(RuntimeError, match="a bug"), explain_out_of_memory(4):
+        raise RuntimeError("a bug")
 
 
 @pytest.mark.usefixtures("played")
