@@ -102,7 +102,10 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--device", choices=["cuda", "cpu"], required=True)
     parser.add_argument("--quick", action="store_true", help="small cases: does it run")
     parser.add_argument("--json", type=Path, help="write what was measured here")
-    return parser.parse_args()
+    options = parser.parse_args()
+    if options.device == "cuda" and not torch.cuda.is_available():
+        parser.error("--device cuda: no GPU is available. Use --device cpu")
+    return options
 
 
 def main() -> int:
