@@ -9,10 +9,12 @@ import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-
-import torch
+from typing import TYPE_CHECKING
 
 from svftool.errors import ResourceError, UsageError, no_such
+
+if TYPE_CHECKING:
+    import torch
 
 _DEVICE = re.compile(r"auto|cpu|cuda(:\d+)?")
 # Also as cuBLAS, cuSOLVER and cuDNN say it.
@@ -47,6 +49,8 @@ def pick_device(name: str) -> torch.device:
     """
     if not _DEVICE.fullmatch(name):
         raise UsageError(no_such("--device", name, ("auto", "cpu", "cuda", "cuda:INDEX")))
+    import torch  # a misspelt device is refused without it
+
     if name == "cpu" or (name == "auto" and not torch.cuda.is_available()):
         return torch.device("cpu")
     count = torch.cuda.device_count()
@@ -151,6 +155,8 @@ def peak_memory_bytes() -> int:
 
 def reset_peak_memory(device: torch.device) -> None:
     """Start measuring anew, where the system allows it."""
+    import torch
+
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
     elif _CLEAR.exists():
@@ -166,6 +172,8 @@ def peak_memory(device: torch.device) -> int | None:
     The device's own for a GPU; else the resident memory of the whole process, which on Linux is
     that since the reset and elsewhere that since the process began.
     """
+    import torch
+
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
     if _STATUS.exists():

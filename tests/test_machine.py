@@ -39,7 +39,7 @@ def test_processes_of_a_host_take_a_gpu_each(
     "name", ["gpu", "mps", "meta", "cuda:", "cuda:-1", "cuda:x", "cpu:1", "CPU", "", "cuda:0 "]
 )
 def test_names_that_mean_nothing_are_refused(name: str):
-    with pytest.raises(UsageError, match="expected auto, cpu, cuda or cuda:INDEX"):
+    with pytest.raises(UsageError, match="expected one of auto, cpu, cuda, cuda:INDEX"):
         pick_device(name)
 
 

@@ -14,6 +14,7 @@ from svftool.checkpoints import SafetensorsWriter, replace_output
 from svftool.cli import app
 from svftool.errors import ResourceError, UsageError
 from svftool.files import output
+from svftool.training.workspace import Workspace
 
 CODES = [
     errno.EXDEV, errno.ENOSYS, errno.ESTALE, errno.EINTR, errno.EBUSY, errno.EMFILE, errno.EIO,
@@ -194,3 +195,23 @@ def test_other_processes_of_torchrun_leave_the_output_to_the_first(
     assert list(tmp_path.iterdir()) == []
     monkeypatch.setenv("RANK", "0")
     assert CliRunner().invoke(app, [*words, "-o", str(tmp_path / "out")]).exit_code != 0
+
+
+def test_what_was_asked_for_is_never_seen_half_written(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class Killed(BaseException):
+        pass
+
+    def half(path: Path, text: str, *args: object, **options: object) -> int:
+        with path.open("w") as file:
+            file.write(text[:3])
+        raise Killed
+
+    work = Workspace(tmp_path / "out")
+    with monkeypatch.context() as patch, pytest.raises(Killed):
+        patch.setattr(Path, "write_text", half)
+        work.begin({"seed": 1}, resume=True)
+    work.begin({"seed": 1}, resume=True)
+    with pytest.raises(UsageError, match="seed was 1, now 2"):
+        work.begin({"seed": 2}, resume=True)

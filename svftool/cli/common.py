@@ -24,6 +24,21 @@ from svftool.report.json import to_json
 from svftool.report.text import safe
 from svftool.tasks.option import TaskName
 
+
+def check_device(name: str) -> None:
+    """Refuse a device before any file is looked at; torch is asked only where a GPU is named.
+
+    Raises
+    ------
+    UsageError
+        As `svftool.machine.pick_device`.
+    """
+    if name not in ("auto", "cpu"):
+        from svftool.machine import pick_device
+
+        pick_device(name)
+
+
 # stdout and stderr that outlast their readers: a closed pipe, a full disk, a narrow encoding.
 
 

@@ -14,7 +14,11 @@ from svftool.cli.common import (
     ExcludeOption,
     ForceOption,
     IncludeOption,
+    check_device,
+    is_first_process,
 )
+from svftool.files.folder import check_exists
+from svftool.files.output import check_output
 
 if TYPE_CHECKING:
     from svftool.stages.decompose import DecomposeOptions
@@ -84,11 +88,15 @@ def command(
     display: Display,
 ) -> None:
     """Decompose a checkpoint's layers by singular value decomposition."""
+    options = how.options()
+    check_device(options["device"])
+    check_exists(checkpoint)
+    if not dry_run and is_first_process():
+        check_output(output, force=force or resume, inputs=[Path(checkpoint)])
     from svftool.report import decompose as report
     from svftool.stages.decompose import decompose, plan
 
     progress = display.progress()
-    options = how.options()
     if dry_run:
         planned = plan(checkpoint, progress=progress, **options)
         display.emit(report.plan_document(planned), report.plan_view(planned))

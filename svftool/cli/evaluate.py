@@ -13,8 +13,10 @@ from svftool.cli.common import (
     ForceOption,
     ModelFlags,
     TaskOption,
+    check_device,
 )
 from svftool.cli.signature import TaskFlags, options_of
+from svftool.files.folder import check_data, check_exists, check_tuned_exist
 
 EXAMPLE = (
     "Example: svftool evaluate factors --tuned birds.svf.safetensors --data test "
@@ -64,6 +66,10 @@ def command(
     display: Display,
 ) -> None:
     """Measure a checkpoint, or factors with a tuned file, on a data set."""
+    check_device(device)
+    check_exists(checkpoint)
+    check_tuned_exist([] if tuned is None else [str(tuned)])
+    check_data(data, task)
     from svftool.report import evaluate as report
     from svftool.stages.evaluate import evaluate
 

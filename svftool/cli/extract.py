@@ -13,6 +13,8 @@ from svftool.cli.common import (
     OutputOption,
     leave_to_first_process,
 )
+from svftool.files.folder import check_exists
+from svftool.files.output import check_output
 
 EXAMPLE = "Example: svftool extract base.safetensors tuned.safetensors -o small.svf.safetensors"
 
@@ -27,6 +29,9 @@ def command(
 ) -> None:
     """Turn a dense fine-tune into the tuned file that approximates it best."""
     leave_to_first_process("extract")
+    for one in (base, tuned):
+        check_exists(one)
+    check_output(output, force=force, inputs=[base, tuned])
     from svftool.report import extract as report
     from svftool.stages.extract import extract
 

@@ -17,9 +17,12 @@ from svftool.cli.common import (
     ModelFlags,
     OutputOption,
     TaskOption,
+    check_device,
     is_first_process,
 )
 from svftool.cli.signature import TaskFlags, options_of
+from svftool.files.folder import check_data, check_factors
+from svftool.files.output import check_output
 
 if TYPE_CHECKING:
     from svftool.training import Settings
@@ -248,6 +251,11 @@ def command(
 ) -> None:
     """Train singular values on a few examples, beside other regimes if asked for."""
     del config  # its options are among the others
+    check_device(device)
+    check_factors(factors)
+    check_data(data, task)
+    if is_first_process():
+        check_output(output, force=force or resume, inputs=[factors, data])
     from svftool.report.finetune import document, view
     from svftool.report.training import ReportFile
     from svftool.stages.finetune import finetune

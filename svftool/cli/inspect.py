@@ -13,8 +13,11 @@ from svftool.cli.common import (
     Display,
     ExcludeOption,
     IncludeOption,
+    check_device,
     is_first_process,
 )
+from svftool.files.folder import check_exists
+from svftool.files.output import check_output
 
 EXAMPLE = "Example: svftool inspect base.safetensors merged.safetensors --html report.html"
 
@@ -100,6 +103,14 @@ def command(
     display: Display,
 ) -> None:
     """Say what fine-tunes did to a checkpoint, layer by layer."""
+    check_device(device)
+    for one in (base, *(tuned or ())):
+        check_exists(one)
+    inputs, force = (base, *(tuned or ())), asked.force
+    if is_first_process():
+        for written in (asked.csv, asked.html, asked.plot, asked.feature_maps):
+            if written is not None:
+                check_output(written, force=force, inputs=[*map(Path, inputs)])
     from svftool.auditing.gatekeeper import Gatekeeper, close
     from svftool.report import inspect as report
     from svftool.report.inspect.annotations import Annotations
@@ -108,7 +119,6 @@ def command(
 
     gate = Gatekeeper.read(limits.fail_above or (), limits.policy)
     others = tuned or []
-    inputs, force = (base, *others), asked.force
     annotations = Annotations.read(limits.annotate or (), force=force, inputs=inputs)
     files = Files(asked.csv, asked.html, asked.plot, force=force, inputs=inputs)
     maps = MapsFile(asked.feature_maps, asked.image, force=force, inputs=inputs)

@@ -14,7 +14,8 @@ from svftool.cli.common import (
     OutputOption,
     leave_to_first_process,
 )
-from svftool.files.folder import check_dense_name, is_tuned_name
+from svftool.files.folder import check_dense_name, check_factors, check_tuned_exist, is_tuned_name
+from svftool.files.output import check_output
 
 EXAMPLE = "Example: svftool merge factors birds.svf.safetensors@0.7 -o merged.safetensors --verify"
 
@@ -46,7 +47,10 @@ def command(
 ) -> None:
     """Fold tuned singular values back into dense weights, or mix tuned files to one."""
     leave_to_first_process("merge")
+    check_factors(factors)
+    check_tuned_exist(tuned or ())
     check_dense_name(output, tuned=bool(tuned) and is_tuned_name(output))
+    check_output(output, force=force, inputs=[factors])
     from svftool.report import merge as report
     from svftool.stages.merge import merge
 

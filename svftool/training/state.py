@@ -122,6 +122,13 @@ def _digest(facts: str, tensors: Mapping[str, Tensor]) -> str:
     return hashlib.sha256(f"{facts}{shapes}".encode()).hexdigest()
 
 
+def write_safely(text: str, path: Path) -> None:
+    """Write a text to a file that is never seen half written."""
+    fresh = path.with_name(f"{path.name}.new")
+    fresh.write_text(text, encoding="utf-8")
+    replace_safely(fresh, path)
+
+
 def replace_safely(fresh: Path, path: Path) -> None:
     """Rename a file that was written beside its place, once the disk holds all of it."""
     with fresh.open("rb") as stream:

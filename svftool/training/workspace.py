@@ -21,7 +21,7 @@ from svftool.checkpoints import PARTIAL, parse_json, replace_output, write_error
 from svftool.errors import UsageError, kept_work, shortlist
 from svftool.files.output import remove
 from svftool.training.plan import Run, run_from_plain, run_to_plain
-from svftool.training.state import StateFile, replace_safely
+from svftool.training.state import StateFile, write_safely
 
 SUFFIX = f"{PARTIAL}.runs"
 _REQUEST, _OUTPUTS, _PUBLISHED = "request.json", "outputs", "published.json"
@@ -91,7 +91,7 @@ class Workspace:
         remove(self.folder)
         with write_errors(self.folder):
             self.folder.mkdir(parents=True)
-            path.write_text(json.dumps(plain), encoding="utf-8")
+            write_safely(json.dumps(plain), path)
 
     def publish(self, partial: Path) -> None:
         """Put a copy of the outputs at `partial`."""
@@ -108,9 +108,7 @@ class Workspace:
             remove(self.folder)
             return
         with write_errors(self.folder):
-            (self.folder / _PUBLISHED).write_text(
-                json.dumps(_identity(self.target)), encoding="utf-8"
-            )
+            write_safely(json.dumps(_identity(self.target)), self.folder / _PUBLISHED)
 
 
 @contextmanager
@@ -267,11 +265,9 @@ class Journal:
             If the disk refuses it.
         """
         path = self.folder / RECORDS / f"{name}.json"
-        fresh = path.with_name(f"{path.name}.new")
         with write_errors(path):
             path.parent.mkdir(parents=True, exist_ok=True)
-            fresh.write_text(json.dumps({"sha256": _digest(value), "value": value}), "utf-8")
-            replace_safely(fresh, path)
+            write_safely(json.dumps({"sha256": _digest(value), "value": value}), path)
 
     def noted(self, name: str) -> dict[str, Any] | None:
         """Return the values kept under a name; None if there are none.
