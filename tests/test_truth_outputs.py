@@ -209,9 +209,10 @@ def test_what_was_asked_for_is_never_seen_half_written(
         raise Killed
 
     work = Workspace(tmp_path / "out")
-    with monkeypatch.context() as patch, pytest.raises(Killed):
+    with monkeypatch.context() as patch:
         patch.setattr(Path, "write_text", half)
-        work.begin({"seed": 1}, resume=True)
+        with pytest.raises(Killed):
+            work.begin({"seed": 1}, resume=True)
     work.begin({"seed": 1}, resume=True)
     with pytest.raises(UsageError, match="seed was 1, now 2"):
         work.begin({"seed": 2}, resume=True)
