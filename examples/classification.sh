@@ -2,6 +2,14 @@
 # Ten textures that ImageNet does not have, ten images each, on a ResNet-18 up to its third stage.
 #
 #   examples/classification.sh DATA OUTPUT [options of svftool finetune]
+#
+# DATA holds
+#   checkpoints/resnet18_to_layer3.safetensors  an ImageNet ResNet-18 without its last stage and head,
+#                                               such as torchvision's IMAGENET1K_V1 weights
+#   models.py                                   resnet18_to_layer3(), which builds that network
+#   images/dtd10/CLASS/*.jpg                    ten classes of the Describable Textures Dataset
+#                                               (Cimpoi et al., 2014), 80 images each
+# Any checkpoint and folder of classes do: without a factory, as --model torchvision:resnet18.
 set -euo pipefail
 data=$1 output=$2
 shift 2

@@ -2,6 +2,11 @@
 # A small Llama that has read children's stories learns the style of Shakespeare's plays.
 #
 #   examples/language.sh DATA OUTPUT [options of svftool finetune]
+#
+# DATA holds
+#   checkpoints/stories260K/                  karpathy/tinyllamas' stories260K as a transformers folder
+#   text/shakespeare_{train,eval}.jsonl       64 and 128 passages, one {"text": ...} a line
+# Any folder of a causal language model and any JSONL or CSV of texts do.
 set -euo pipefail
 data=$1 output=$2
 shift 2

@@ -2,6 +2,13 @@
 # Eleven classes of street scenes, ten images, on a ResNet-18 up to its third stage.
 #
 #   examples/segmentation.sh DATA OUTPUT [options of svftool finetune]
+#
+# DATA holds
+#   checkpoints/resnet18_to_layer3.safetensors  an ImageNet ResNet-18 without its last stage and head
+#   models.py                                   resnet18_to_layer3(), which builds that network
+#   images/camvid/{train,test}/{images,masks}/  street scenes of CamVid (Brostow et al., 2009), maps
+#                                               of 11 classes as PNG, 11 where there is no label
+# Any backbone and any folders of images and masks do.
 set -euo pipefail
 data=$1 output=$2
 shift 2

@@ -19,6 +19,7 @@ Messages read ``<file>: <tensor or layer>: <found>, expected <what>`` and end wi
 from __future__ import annotations
 
 import errno
+import shlex
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -91,13 +92,31 @@ class MissingDependencyError(SvftoolError):
     exit_code = 9
 
     def __init__(self, package: str, *, extra: str | None, purpose: str) -> None:
-        wanted = package if extra is None else f"'svftool[{extra}]'"
+        wanted = package if extra is None else shlex.quote(f"{_source()}[{extra}]")
         super().__init__(
             f"{purpose} needs the package {package!r}, which is not installed. "
             f"Install it with: pip install {wanted}"
         )
         self.package = package
         self.extra = extra
+
+
+def _source() -> str:
+    """Return what pip can install this package from again: its clone, or its name."""
+    import json
+    from importlib import metadata
+    from urllib.parse import unquote, urlsplit
+
+    clone = Path(__file__).parents[1]
+    if (clone / "pyproject.toml").is_file():
+        return str(clone)
+    try:
+        stated = metadata.distribution("svftool").read_text("direct_url.json")
+        url = json.loads(stated or "{}").get("url", "")
+    except (metadata.PackageNotFoundError, ValueError, AttributeError):
+        return "svftool"
+    folder = Path(unquote(urlsplit(url).path))
+    return str(folder) if url.startswith("file:") and folder.is_dir() else "svftool"
 
 
 class GateError(SvftoolError):
