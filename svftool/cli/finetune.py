@@ -19,6 +19,7 @@ from svftool.cli.common import (
     TaskOption,
     is_first_process,
 )
+from svftool.cli.completion import REGIMES, list_of
 from svftool.cli.signature import TaskFlags, options_of
 
 if TYPE_CHECKING:
@@ -45,7 +46,8 @@ class RepeatFlags:
     regime: Annotated[
         str,
         typer.Option(
-            help="Comma-separated: head, svf, bias, norm, svf+bias, svf+norm, lora:8, full."
+            autocompletion=list_of(*REGIMES),
+            help="Comma-separated: head, svf, bias, norm, svf+bias, svf+norm, lora:8, full.",
         ),
     ] = "svf"
     seeds: Annotated[int, typer.Option(min=1, help="How many seeds; each draws anew.")] = 1
@@ -174,6 +176,7 @@ class LogFlags:
         str | None,
         typer.Option(
             metavar="TRACKER",
+            autocompletion=list_of("tensorboard", "wandb"),
             help="Comma-separated: tensorboard, wandb, or another tracker that accelerate knows.",
             show_default="none",
             rich_help_panel=TRAINING,
