@@ -2,13 +2,10 @@
 
 from __future__ import annotations
 
-import functools
-import json
 import os
 import signal
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
 
 import pytest
 
@@ -19,12 +16,11 @@ os.environ.setdefault("OMP_NUM_THREADS", "2")
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 
 import torch
+from documents import checked
 from hypothesis import HealthCheck, settings
 from safetensors.torch import save_file
 
 from svftool.cli.common import Display
-from svftool.report.json import to_json
-from svftool.report.schemas import schema
 
 REPOSITORY = Path(__file__).resolve().parents[1]
 
@@ -39,26 +35,6 @@ settings.register_profile(
     suppress_health_check=[HealthCheck.function_scoped_fixture],
 )
 settings.load_profile("svftool")
-
-
-@functools.cache
-def validator(command: str) -> Any:
-    from jsonschema import Draft202012Validator
-
-    return Draft202012Validator(schema(command))
-
-
-def checked(emit: Callable[..., None]) -> Callable[..., None]:
-    def emit_checked(self: Display, document: dict[str, Any], view: Any) -> None:
-        plain = json.loads(to_json(document))
-        faults = [
-            f"{one.json_path}: {one.message[:200]}"
-            for one in validator(plain["command"]).iter_errors(plain)
-        ]
-        assert not faults, faults[:5]
-        emit(self, document, view)
-
-    return emit_checked
 
 
 @pytest.fixture(scope="session", autouse=True)

@@ -12,6 +12,9 @@ from svftool.report.schemas import described, metric_names
 Proposer = Callable[[str], list[str]]
 """From what was typed so far to whole words; those that do not begin like it are left out."""
 
+NUMBERS = ("rounding_floor", "change_rank")
+"""What `inspect` computes beside the metrics; tables go by them, and gates hold them."""
+
 REGIMES = ("head", "svf", "bias", "norm", "svf+bias", "svf+norm", "lora:8", "full")
 
 
@@ -40,8 +43,8 @@ def list_of(*values: str) -> Proposer:
 
 
 def metric(incomplete: str) -> list[str]:
-    """Propose the name of a metric."""
-    return metric_names()
+    """Propose the name of a number that every layer has."""
+    return [*metric_names(), *NUMBERS]
 
 
 def metrics(incomplete: str) -> list[str]:
@@ -50,8 +53,8 @@ def metrics(incomplete: str) -> list[str]:
 
 
 def gate(incomplete: str) -> list[str]:
-    """Propose a metric that a gate may hold, up to its limit."""
-    return [f"{name}=" for name in metric_names()]
+    """Propose a number that a gate may hold, up to its limit."""
+    return [f"{name}=" for name in metric(incomplete)]
 
 
 def documents(incomplete: str) -> list[str]:
