@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import subprocess
 import sys
+from pathlib import Path
 from typing import get_args
 
 import pytest
@@ -142,3 +143,16 @@ def test_completion_and_schemas_import_nothing_heavy() -> None:
     ran = subprocess.run([sys.executable, "-c", LIGHT], capture_output=True, text=True, check=True)
     assert ran.stdout.splitlines()[-1] == "[]"
     assert {"svf", "weight_drift", "segmentation"} <= set(ran.stdout.split())
+
+
+def test_completion_is_installed_and_shown(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path))
+    # What started the tests is no shell, so the shell is named.
+    monkeypatch.setenv("_TYPER_COMPLETE_TEST_DISABLE_SHELL_DETECTION", "1")
+    shown = CliRunner().invoke(app, ["--show-completion", "bash"], prog_name="svftool")
+    assert (shown.exit_code, shown.stderr) == (0, "")
+    done = CliRunner().invoke(app, ["--install-completion", "bash"], prog_name="svftool")
+    assert (done.exit_code, done.stderr) == (0, "")
+    (script,) = tmp_path.rglob("svftool.sh")
+    assert script.read_text().strip() == shown.stdout.strip()
+    assert str(script) in (tmp_path / ".bashrc").read_text()
