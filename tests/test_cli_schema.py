@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import copy
 import json
+import math
 import signal
 from collections.abc import Callable, Iterator
 from dataclasses import replace
@@ -317,6 +318,24 @@ def test_a_field_that_is_missing_does_not_fit(
     whole = documents[kind]
     for key in whole.keys() - {"command"}:
         assert faults({name: value for name, value in whole.items() if name != key}), key
+
+
+FINITE = {"seconds", "factor", "learning_rates", "share", "ci95", "value", "accuracy"}
+"""Numbers that are counted, measured by a clock, given, or checked before they are shown."""
+
+
+def without_numbers(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {k: v if k in FINITE else without_numbers(v) for k, v in value.items()}
+    if isinstance(value, list):
+        return [without_numbers(one) for one in value]
+    return math.nan if isinstance(value, float) else value
+
+
+def test_numbers_that_are_not_finite_fit(documents: dict[str, dict[str, Any]]) -> None:
+    for kind, document in documents.items():
+        assert faults(without_numbers(document)) == [], kind
+    assert faults(without_numbers({**documents["plan"], "output_bytes": 1.5}))
 
 
 def test_a_verdict_of_another_name_does_not_fit(documents: dict[str, dict[str, Any]]) -> None:
