@@ -108,13 +108,15 @@ QUICK = {
 class Runner:
     """One regime of one model, ready to step."""
 
-    def __init__(self, case: Case, folder: Path, regime: str, layout: str) -> None:
+    def __init__(
+        self, case: Case, folder: Path, regime: str, layout: str, device: str = "cpu"
+    ) -> None:
         torch.manual_seed(0)
         self.case, self.regime, self.layout = case, regime, layout
         model = case.build()
         model.load_state_dict(torch.load(folder / "state.pt", weights_only=True))  # noqa: TID251
-        model.eval()
-        self.batch = case.batch()
+        model.eval().to(device)
+        self.batch = {name: one.to(device) for name, one in case.batch().items()}
         if layout == "channels_last":
             model.to(memory_format=torch.channels_last)
             self.batch["x"] = self.batch["x"].to(memory_format=torch.channels_last)

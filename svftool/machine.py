@@ -15,7 +15,8 @@ import torch
 from svftool.errors import ResourceError, UsageError, no_such
 
 _DEVICE = re.compile(r"auto|cpu|cuda(:\d+)?")
-_SIGNS = ("out of memory", "not enough memory", "can't allocate memory")
+# Also as cuBLAS, cuSOLVER and cuDNN say it.
+_SIGNS = ("out of memory", "not enough memory", "allocate memory", "status_alloc_failed")
 _GROUPS = Path("/sys/fs/cgroup")
 _OWN_GROUP = Path("/proc/self/cgroup")
 _NO_LIMIT = 1 << 60
@@ -173,6 +174,22 @@ def peak_memory(device: torch.device) -> int | None:
     return peak_memory_bytes()
 
 
+def is_out_of_memory(error: BaseException) -> bool:
+    """Tell whether an error says that memory ran out, on the machine or on a device.
+
+    torch raises a plain RuntimeError where memory of the CPU runs out, and so do the libraries that
+    it calls on a GPU.
+
+    Examples
+    --------
+    >>> is_out_of_memory(RuntimeError("cusolver error: CUSOLVER_STATUS_ALLOC_FAILED"))
+    True
+    """
+    if isinstance(error, MemoryError):
+        return True
+    return isinstance(error, RuntimeError) and any(s in str(error).lower() for s in _SIGNS)
+
+
 @contextmanager
 def explain_out_of_memory(batch_size: int | None) -> Iterator[None]:
     """Turn a failed allocation into an error that says what to lower.
@@ -187,7 +204,7 @@ def explain_out_of_memory(batch_size: int | None) -> Iterator[None]:
     try:
         yield
     except (MemoryError, RuntimeError) as error:
-        if isinstance(error, RuntimeError) and not any(s in str(error) for s in _SIGNS):
+        if not is_out_of_memory(error):
             raise
         if batch_size is None:
             raise ResourceError(

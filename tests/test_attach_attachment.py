@@ -198,6 +198,37 @@ def test_autocast_computes_in_low_precision_and_trains_in_float32(mode: str) -> 
     assert all(theta.grad.dtype == torch.float32 for theta in attached.parameters())
 
 
+@pytest.mark.parametrize("grad", [True, False])
+def test_a_model_that_was_moved_is_known_again_under_autocast(grad: bool) -> None:
+    """Its weights are looked at in the first pass, which autocast makes of less precision."""
+    model, _, x = attached_net()
+    for parameter in model.parameters():
+        parameter.data = parameter.data.clone()
+    with torch.autocast("cpu", torch.bfloat16), torch.set_grad_enabled(grad):
+        assert model(x).isfinite().all()
+
+
+def test_what_is_kept_of_a_pass_under_autocast_is_exact() -> None:
+    model, attached, x = attached_net()
+    randomise(attached, 0.1)
+    expected = copy.deepcopy(model)
+    with torch.no_grad():
+        with torch.autocast("cpu", torch.bfloat16):
+            model(x)
+        assert torch.equal(model(x), expected(x))
+
+
+def test_a_merged_state_dict_loads_under_autocast() -> None:
+    model, attached, _ = attached_net()
+    randomise(attached, 0.1)
+    state, wanted = model.state_dict(), attached.singular_values()
+    other, loaded, _ = attached_net()
+    with torch.autocast("cpu", torch.bfloat16):
+        other.load_state_dict(state)
+    for name, S in loaded.singular_values().items():
+        torch.testing.assert_close(S, wanted[name], rtol=1e-5, atol=1e-5)
+
+
 def test_a_bfloat16_model_runs_residual_and_keeps_its_output() -> None:
     model = small_net().to(torch.bfloat16)
     store = MemoryStore(model, dtype=torch.float32)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import json
 import subprocess
 import sys
@@ -24,3 +25,40 @@ def test_the_engine_holds_its_bounds(tmp_path: Path) -> None:
     assert rows["quick rank 64"]["methods"] == {"krylov": 1}
     for row in rows.values():
         assert all(error <= 1e-6 for kind, error in row["our_errors"].items() if kind == "values")
+
+
+@pytest.mark.skipif(not SCRIPT.is_file(), reason="benchmarks/ is not in this checkout")
+def test_what_a_gpu_is_measured_with_runs_on_a_cpu(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.syspath_prepend(str(SCRIPT.parent))
+    gpu = importlib.import_module("gpu")
+    measured = tmp_path / "rows.json"
+    monkeypatch.setattr(sys, "argv", ["gpu", "--device", "cpu", "--quick", "--json", str(measured)])
+    assert gpu.main() == 0, capsys.readouterr()
+    document = json.loads(measured.read_text(encoding="utf-8"))
+    assert document.keys() == {"machine", "seconds", *gpu.PARTS}
+    assert not any(row["broken"] for row in document["bounds"])
+    methods = " ".join(row.get("methods", "") for row in document["bounds"])
+    assert all(method in methods for method in ("gram", "krylov", "lapack64", "zero"))
+    ratios = {(row["kind"], row["peer"]) for row in document["networks"] if "ratio" in row}
+    assert ratios == {("full", "default"), ("values", "default"), ("rank", "default"),
+                      ("rank", "svd_lowrank")}  # fmt: skip
+    assert [row["regime"] for row in document["training"]] == ["svf", "full"]
+    assert [row["command"] for row in document["commands"]] == ["decompose", "merge", "inspect"]
+
+
+@pytest.mark.skipif(not SCRIPT.is_file(), reason="benchmarks/ is not in this checkout")
+@pytest.mark.parametrize("part", ["bounds", "commands"])
+def test_it_fails_where_something_is_broken(
+    part: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.syspath_prepend(str(SCRIPT.parent))
+    gpu = importlib.import_module("gpu")
+    if part == "bounds":
+        bounds = importlib.import_module("gpu_bounds")
+        monkeypatch.setitem(bounds.BOUNDS, "orthogonality", 1e-18)
+    else:
+        monkeypatch.setitem(gpu.PARTS, part, lambda device, quick: iter([{"broken": True}]))
+    monkeypatch.setattr(sys, "argv", ["gpu", part, "--device", "cpu", "--quick"])
+    assert gpu.main() == 1

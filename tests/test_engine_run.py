@@ -193,30 +193,3 @@ def test_other_errors_of_a_layer_stay_what_they_are(monkeypatch: pytest.MonkeyPa
     monkeypatch.setattr(run, "svd", fail)
     with pytest.raises(RuntimeError, match="a bug"):
         list(run_svds([Job("w", (3, 4))], lambda _: torch.ones(3, 4)))
-
-
-def test_another_device_runs_the_same_code_and_falls_back(monkeypatch: pytest.MonkeyPatch) -> None:
-    tensors = {"w": torch.randn(300, 400), "tiny": torch.randn(5, 4)}
-    moved: list[str] = []
-
-    def full(device: torch.device, tensor: Tensor, work: object) -> None:
-        moved.append(str(device))
-        raise torch.OutOfMemoryError("CUDA out of memory")
-
-    monkeypatch.setattr(run, "_on_device", full)
-    found = dict(run_svds(jobs_of(tensors), tensors.__getitem__, device="cuda:1"))
-    assert moved == ["cuda:1"]
-    assert torch.equal(found["w"].U, svd(tensors["w"]).U)
-    assert found.keys() == tensors.keys()
-
-
-@pytest.mark.gpu
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
-@pytest.mark.parametrize("shape", [(4096, 4096), (1024, 4096), (3, 700, 500)])
-def test_on_a_gpu(shape: tuple[int, ...]) -> None:
-    W = torch.randn(*shape)
-    found = dict(run_svds([Job("w", shape)], lambda _: W, device="cuda"))["w"]
-    assert found.U.device.type == "cpu"
-    torch.testing.assert_close(found.S.double(), singular_values(W), rtol=0, atol=1e-4)
-    rebuilt = (found.U * found.S.unsqueeze(-2)) @ found.Vh
-    assert float((rebuilt - W).norm() / W.norm()) <= 1e-6

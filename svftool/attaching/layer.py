@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any, Literal, Self, get_args
 
@@ -285,14 +286,24 @@ class AttachedLayer(KeepsDtype):
         """Return ``U diag(delta) Vh`` in the shape of the file's tensor and the vectors' dtype."""
         matrices = self.factors()
         scaled = matrices.U * delta.to(matrices.U.dtype).unsqueeze(-2)
-        return (scaled @ matrices.Vh).reshape(self.shape)
+        with _own_precision(scaled):
+            return (scaled @ matrices.Vh).reshape(self.shape)
 
     def project(self, gradient: Tensor) -> Tensor:
         """Return ``diag(U' G V)`` for a tensor `gradient` of the file's shape, like `S_base`."""
         matrices = self.factors()
         rows = gradient.reshape(*matrices.U.shape[:-1], matrices.Vh.shape[-1]).to(matrices.U.dtype)
-        inner = matrices.U.mT @ rows
+        with _own_precision(rows):
+            inner = matrices.U.mT @ rows
         return (inner * matrices.Vh).sum(-1, dtype=self.S_base.dtype)
+
+
+def _own_precision(like: Tensor) -> AbstractContextManager[None]:
+    """Multiply in the dtype of the operands: a dense weight is kept, also beyond an autocast."""
+    kind = like.device.type
+    if not torch.amp.is_autocast_available(kind):
+        return nullcontext()
+    return torch.autocast(kind, enabled=False)
 
 
 def _frozen(values: Tensor) -> nn.Parameter:
@@ -346,20 +357,29 @@ def _one_belongs(
     z = z.to(W.device)
     if k <= _PROBES:
         z = torch.eye(k, dtype=torch.float64, device=W.device) * k**0.5
-    # Only what is as long as a vector is in double precision; a wide Vh would fill the memory.
-    probe = (Vh.float().mT @ z.float()).double()
-    left, right, squares = torch.zeros_like(probe), [], 0.0
-    step = max(1, _CHUNK // max(1, W.shape[1]))
-    for start in range(0, len(W), step):
-        rows, basis = W[start : start + step].double(), U[start : start + step].double()
-        right.append(rows @ probe - basis @ (S[:, None] * z))
+    # In double precision throughout: what is in float32 may be multiplied in less, where the caller
+    # set autocast or TF32. A block at a time, because a wide Vh would fill the memory.
+    Sz = S[:, None] * z
+    probe, left = (z.new_empty(Vh.shape[1], z.shape[1]) for _ in range(2))
+    for part in _blocks(Vh.shape[1], k):
+        turned = Vh[:, part].double().mT
+        probe[part], left[part] = turned @ z, -(turned @ Sz)
+    right, squares = [], 0.0
+    for part in _blocks(len(W), W.shape[1]):
+        rows, basis = W[part].double(), U[part].double()
+        right.append(rows @ probe - basis @ Sz)
         left += rows.mT @ (basis @ z)
         squares += float(rows.square().sum())
-    left -= (Vh.float().mT @ (S[:, None] * z).float()).double()
     off = min(float(torch.cat(right).norm()), float(left.norm())) / z.shape[1] ** 0.5
     kind = torch.finfo(W.dtype)
     underflow = 0.5 * kind.smallest_normal * kind.eps * W.numel() ** 0.5 if roundoff else 0.0
     return bool(off <= roundoff * squares**0.5 + underflow + exact * float(S.norm()))
+
+
+def _blocks(total: int, width: int) -> Iterator[slice]:
+    """Cut rows of a width into blocks of some megabytes."""
+    step = max(1, _CHUNK // max(1, width))
+    return (slice(start, start + step) for start in range(0, total, step))
 
 
 def unit_roundoff(dtype: torch.dtype) -> float:

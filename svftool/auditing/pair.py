@@ -196,10 +196,11 @@ class MatrixPair:
     def _C(self) -> Tensor:
         A, D = self._A, self._D
         C = torch.zeros(A.n, A.n, dtype=torch.float64, device=A.matrix.device)
-        columns = cuts(A.n, _TILE)
+        columns = cuts(A.n, _TILE if A.on_cpu else A.n)
+        blocks = A.slices(_ROWS if A.on_cpu else None)
 
         def tile(i: slice, j: slice) -> None:
-            for rows in A.slices(_ROWS):
+            for rows in blocks:
                 C[i, j].addmm_(A.double(rows, i).mT, D.double(rows, j))
 
         self._pool.share([partial(tile, i, j) for i in columns for j in columns])

@@ -17,17 +17,17 @@ import torch
 from torch import Tensor
 
 from svftool.engine.flow import flow
+from svftool.engine.gpu import STREAMS, DoesNotFit, Gpu, to_host
 from svftool.engine.plan import Job, budget, job_bytes, longest_first, seconds
 from svftool.engine.rank_rule import FULL, RankRule
 from svftool.errors import NumericalError, ResourceError
-from svftool.machine import available_memory
+from svftool.machine import available_memory, is_out_of_memory
 from svftool.numerics import Method, Svd, ThreadPool, singular_values, svd
 from svftool.progress import SILENT, Progress
 
 Skip = Callable[[str, NumericalError], None]
 _T = TypeVar("_T")
 _SMALL = 256
-_STREAMS = 2
 _GIB = float(1 << 30)
 
 
@@ -94,7 +94,7 @@ def run_svds(
         m, n = job.matrix[-2:]
         kept = fixed(job) or partial(rank.rank_of, m=m, n=n)
         result = svd(tensor, rank=kept, method=method, seed=seed, dtype=dtype, pool=pool)
-        return replace(result, U=result.U.cpu(), S=result.S.cpu(), Vh=result.Vh.cpu())
+        return replace(result, U=to_host(result.U), S=to_host(result.S), Vh=to_host(result.Vh))
 
     return run_layers(
         jobs,
@@ -190,13 +190,14 @@ def run_layers(
     if ordered:
         largest = max(ordered, key=size)
         _check_memory(largest, size(largest))
+    gpu = None if place.type == "cpu" else Gpu(place)
     outcomes = flow(
         ordered,
         read,
-        partial(_on, place, work),
+        partial(_on, gpu, work),
         size=size,
         budget=memory or budget(ordered),
-        workers=workers or (torch.get_num_threads() if place.type == "cpu" else _STREAMS),
+        workers=workers or max(torch.get_num_threads(), 1 if gpu is None else STREAMS),
     )
     total = sum(map(seconds, ordered))
     with progress.task(title, total=total, unit="work") as task, closing(outcomes):
@@ -212,28 +213,23 @@ def run_layers(
 
 
 def _on(
-    device: torch.device,
+    gpu: Gpu | None,
     work: Callable[[Job, Tensor, ThreadPool], _T],
     job: Job,
     tensor: Tensor,
     pool: ThreadPool,
 ) -> _T:
-    """Run on a device what is large enough for it, and on the CPU what does not fit there."""
-    if device.type != "cpu" and job.sides[1] >= _SMALL:
+    """Run on a GPU what is large enough for it, and on the CPU what does not fit there."""
+    if gpu is not None and job.sides[1] >= _SMALL:
         try:
-            return _on_device(device, tensor, lambda moved: work(job, moved, pool))
-        except torch.OutOfMemoryError:
-            torch.cuda.empty_cache()
+            # Nobody helps: another thread would work on a stream of its own, and not wait for this.
+            return gpu.run(tensor, lambda moved: work(job, moved, ThreadPool()))
+        except DoesNotFit:
+            pass
     try:
         return work(job, tensor, pool)
     except (MemoryError, RuntimeError) as exc:
         raise _as_resource_error(job, exc) or exc from exc
-
-
-def _on_device(device: torch.device, tensor: Tensor, work: Callable[[Tensor], _T]) -> _T:
-    """Run on a stream of its own, so that transfers of one layer overlap with work on another."""
-    with torch.cuda.stream(torch.cuda.Stream(device)):  # type: ignore[no-untyped-call]
-        return work(tensor.to(device))
 
 
 def _check_memory(job: Job, needed: int) -> None:
@@ -254,12 +250,8 @@ def _check_memory(job: Job, needed: int) -> None:
 
 
 def _as_resource_error(job: Job, error: Exception) -> ResourceError | None:
-    """Tell what an allocation that failed means to the user; None for any other error.
-
-    torch raises a plain RuntimeError where memory of the CPU runs out.
-    """
-    text = str(error)
-    if not isinstance(error, MemoryError) and "allocate memory" not in text:
+    """Tell what an allocation that failed means to the user; None for any other error."""
+    if not is_out_of_memory(error):
         return None
     return ResourceError(
         f"{job.name}: out of memory in a matrix of {_shape(job)}. What is finished is kept. "

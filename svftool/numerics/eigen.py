@@ -242,14 +242,21 @@ def eigenvalues(G: Tensor, pool: ThreadPool) -> Tensor:
         If LAPACK says so.
     """
     if not _in_parts(G):
-        values: Tensor = torch.linalg.eigvalsh(G, UPLO="U")
-        return values.flip(0)
+        return _dense_values(G).flip(0)
     d, e = banded_tridiagonal(G, pool) if len(G) >= _LARGE else lapack.tridiagonalise(G)[:2]
     return lapack.tridiagonal_values(d, e).flip(0)
 
 
 def _in_parts(G: Tensor) -> bool:
     return G.device.type == "cpu" and _SMALL < len(G) <= lapack.LARGEST and lapack.available()
+
+
+def _dense_values(G: Tensor) -> Tensor:
+    try:
+        values: Tensor = torch.linalg.eigvalsh(G, UPLO="U")
+    except LinAlgError as exc:
+        raise lapack.NotConverged(str(exc)) from exc
+    return values
 
 
 def _dense(G: Tensor, choose: Choose) -> tuple[Tensor, Tensor]:

@@ -145,6 +145,7 @@ class _Space:
         device = A.matrix.device
         self._A = A.single(slice(None))
         self._pool = pool
+        self._cut = _CUT if A.on_cpu else max(A.matrix.shape)
         self._generator = torch.Generator().manual_seed(seed)
         self._basis = torch.empty(limit, A.n, device=device)
         self._H = torch.zeros(limit, limit, dtype=torch.float64, device=device)
@@ -197,26 +198,31 @@ class _Space:
     def _times(self, rows: Tensor) -> Tensor:
         """Return ``A rows'``."""
         A, left = self._A, rows.new_empty(self._A.shape[0], len(rows))
-        _spread(self._pool, len(left), lambda s: torch.mm(A[s], rows.mT, out=left[s]))
+        self._spread(len(left), lambda s: torch.mm(A[s], rows.mT, out=left[s]))
         return left
 
     def _times_back(self, left: Tensor) -> Tensor:
         """Return ``left' A``."""
         A, rows = self._A, left.new_empty(left.shape[1], self._A.shape[1])
-        _spread(self._pool, rows.shape[1], lambda s: torch.mm(left.mT, A[:, s], out=rows[:, s]))
+        self._spread(rows.shape[1], lambda s: torch.mm(left.mT, A[:, s], out=rows[:, s]))
         return rows
 
     def _take_out(self, rows: Tensor) -> Tensor:
         """Take the space's share out of `rows`, in place; return its coordinates, by columns."""
         basis = self._basis[: self.dimension]
         share = rows.new_empty(len(basis), len(rows))
-        _spread(self._pool, len(basis), lambda s: torch.mm(basis[s], rows.mT, out=share[s]))
-        _spread(
-            self._pool,
+        self._spread(len(basis), lambda s: torch.mm(basis[s], rows.mT, out=share[s]))
+        self._spread(
             rows.shape[1],
             lambda s: rows[:, s].addmm_(share.mT, basis[:, s], alpha=-1.0),
         )
         return share
+
+    def _spread(self, total: int, work: Callable[[slice], object]) -> None:
+        def one(part: slice) -> None:
+            work(part)
+
+        self._pool.share([partial(one, part) for part in cuts(total, self._cut)])
 
     def _orthonormal(self, rows: Tensor) -> tuple[Tensor, Tensor]:
         """Orthogonalise twice: what rounding left of a vanished row becomes a new direction.
@@ -244,13 +250,6 @@ def _values_error(off: Tensor, S: Tensor, values: Tensor) -> float:
     k = len(S)
     gap = (S.square() - values[min(k + k // 2, len(values) - 1)]).clamp_min(1e-300)
     return float(torch.minimum(off, off.square() * S / (2.0 * gap)).max() / S[0])
-
-
-def _spread(pool: ThreadPool, total: int, work: Callable[[slice], object]) -> None:
-    def one(part: slice) -> None:
-        work(part)
-
-    pool.share([partial(one, part) for part in cuts(total, _CUT)])
 
 
 def _rotated(A: Tall, vectors: Tensor, pool: ThreadPool) -> Thin:

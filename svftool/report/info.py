@@ -126,6 +126,8 @@ def _fact(key: str, value: Any) -> Iterator[tuple[str, str]]:
             yield from _fact(str(name), value.get(name))
     elif key == "metrics" and isinstance(value, Mapping):
         yield "scores", _scores(value)
+    elif key == "support" and isinstance(value, Mapping):
+        yield "trained on", f"{_brief(value.get('examples'))} examples"
     elif key.endswith("fingerprint"):
         yield key.replace("_", " "), str(value)[:12]
     else:

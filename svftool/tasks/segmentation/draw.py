@@ -197,7 +197,7 @@ class SegmentationDraw:
         chosen, ignore = self._parts[part], self._setting.ignore
         if not len(chosen):
             return {}
-        metrics = _metrics(len(self._setting.classes), ignore)
+        metrics = _metrics(len(self._setting.classes), ignore).to(device_of(model))
         loss, pixels = 0.0, 0
         with progress.task("evaluate", total=len(chosen), unit="images") as bar:
             for positions, logits, labels in self.logits(model, part):
