@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import signal
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -16,8 +16,11 @@ os.environ.setdefault("OMP_NUM_THREADS", "2")
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 
 import torch
+from documents import checked
 from hypothesis import HealthCheck, settings
 from safetensors.torch import save_file
+
+from svftool.cli.common import Display
 
 REPOSITORY = Path(__file__).resolve().parents[1]
 
@@ -32,6 +35,14 @@ settings.register_profile(
     suppress_health_check=[HealthCheck.function_scoped_fixture],
 )
 settings.load_profile("svftool")
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _documents_fit_their_schemas() -> Iterator[None]:
+    """Hold every document of a command that a test runs in this process against its schema."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Display, "emit", checked(Display.emit))
+        yield
 
 
 @pytest.fixture(scope="session")

@@ -11,6 +11,7 @@ from rich.text import Text
 
 from svftool.cli.common import Display, progress_for, stderr
 from svftool.cli.signature import expanded
+from svftool.report.demo import document
 
 CLEAR = "\r\x1b[K"
 
@@ -56,7 +57,7 @@ def test_it_goes_before_anything_else_is_shown(terminal: Terminal, how: str) -> 
         elif how == "error":
             stderr().print("first")
         elif how == "result":
-            display.emit({}, Text("first"))
+            display.emit(document([]), Text("first"))
         elif how == "raise":
             raise KeyError("first")
         else:

@@ -21,7 +21,7 @@ from svftool import errors
 from svftool.stages.catalogue import ModelFacts, make_tasks
 
 try:
-    make_tasks({task!r}, Path("nowhere"), ModelFacts(), {{}})
+    make_tasks({task!r}, Path({data!r}), ModelFacts(), {{}})
 except errors.SvftoolError:
     pass
 print(*(name for name in sys.modules if name.startswith("svftool.")))
@@ -80,8 +80,8 @@ def test_a_long_parameter_list_is_found():
         ("segmentation", "svftool.tasks.segmentation", ["few_shot", "tasks.classification"]),
     ],
 )
-def test_a_task_imports_no_other(task: str, own: str, others: list[str]):
-    code = IMPORTED.format(task=task)
+def test_a_task_imports_no_other(tmp_path: Path, task: str, own: str, others: list[str]):
+    code = IMPORTED.format(task=task, data=str(tmp_path))
     run = subprocess.run(
         [sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT, check=True
     )

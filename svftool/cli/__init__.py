@@ -31,6 +31,7 @@ NAMES = (
     "info",
     "extract",
     "demo",
+    "schema",
 )
 """The commands, in the order of the help; each is a module here."""
 
@@ -141,8 +142,8 @@ _STYLE: dict[str, Any] = {
 app = typer.Typer(name="svftool", cls=ErrorBoundary, no_args_is_help=True, **_STYLE)
 
 
-def _print_version(value: bool) -> None:
-    if value:
+def _print_version(ctx: typer.Context, value: bool) -> None:
+    if value and not ctx.resilient_parsing:
         from svftool.version import __version__
 
         typer.echo(f"svftool {__version__}")

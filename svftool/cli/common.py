@@ -17,6 +17,7 @@ from typing import Annotated, Any, TextIO
 import typer
 from rich.console import Console, RenderableType
 
+from svftool.cli.completion import one_of
 from svftool.cli.progress import WAITING, ConsoleProgress
 from svftool.errors import ResourceError
 from svftool.progress import SILENT, Progress
@@ -196,6 +197,7 @@ ModelOption = Annotated[
     str,
     typer.Option(
         metavar="SPEC",
+        autocompletion=one_of("auto", "timm:", "torchvision:"),
         help="auto (by config.json), timm:NAME, torchvision:NAME, FILE.py:FACTORY or "
         "package.module:FACTORY.",
     ),
@@ -219,7 +221,14 @@ ExcludeOption = Annotated[
     list[str] | None,
     typer.Option("--exclude", metavar="GLOB", help="Tensor names to leave out (repeatable)."),
 ]
-DeviceOption = Annotated[str, typer.Option(metavar="auto|cpu|cuda[:i]", help="Where to compute.")]
+DeviceOption = Annotated[
+    str,
+    typer.Option(
+        metavar="auto|cpu|cuda[:i]",
+        autocompletion=one_of("auto", "cpu", "cuda"),
+        help="Where to compute.",
+    ),
+]
 JsonOption = Annotated[
     bool, typer.Option("--json", help="Print one JSON document instead of tables.")
 ]

@@ -17,6 +17,7 @@ from svftool.cli.common import (
     check_device,
     is_first_process,
 )
+from svftool.cli.completion import one_of
 from svftool.files.folder import check_exists
 from svftool.files.output import check_output
 
@@ -32,15 +33,30 @@ class HowToDecompose:
 
     rank: Annotated[
         str,
-        typer.Option(help="Singular values kept: full, 64, 0.25 (of the short side), energy:0.99."),
+        typer.Option(
+            autocompletion=one_of("full", "energy:0.99"),
+            help="Singular values kept: full, 64, 0.25 (of the short side), energy:0.99.",
+        ),
     ] = "full"
-    method: Annotated[str, typer.Option(metavar="auto|exact|randomized", help="How.")] = "auto"
+    method: Annotated[
+        str,
+        typer.Option(
+            metavar="auto|exact|randomized",
+            autocompletion=one_of("auto", "exact", "randomized"),
+            help="How.",
+        ),
+    ] = "auto"
     view: Annotated[
         list[str] | None,
         typer.Option(metavar="GLOB=batch", help="3-D tensors that are a batch of matrices."),
     ] = None
     dtype: Annotated[
-        str, typer.Option(metavar="float32|bfloat16|float16", help="Storage of U and Vh.")
+        str,
+        typer.Option(
+            metavar="float32|bfloat16|float16",
+            autocompletion=one_of("float32", "bfloat16", "float16"),
+            help="Storage of U and Vh.",
+        ),
     ] = "float32"
     max_shard_size: Annotated[str, typer.Option(help="Where a new shard begins.")] = "5GB"
     layers_only: Annotated[

@@ -25,7 +25,6 @@ def command(
     A network that knows the digits 0 to 5 is tuned for 6 to 9 from a few images of each.
     """
     from svftool.report import demo as report
-    from svftool.report.json import to_json
     from svftool.stages.demo import demo
 
     done: list[dict[str, Any]] = []
@@ -34,4 +33,4 @@ def command(
         if not display.json:
             stdout().print(report.step_view(step))
     if display.json:
-        typer.echo(to_json(report.document(done)))
+        display.emit(report.document(done), "")

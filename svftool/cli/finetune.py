@@ -20,6 +20,7 @@ from svftool.cli.common import (
     check_device,
     is_first_process,
 )
+from svftool.cli.completion import REGIMES, list_of
 from svftool.cli.signature import TaskFlags, options_of
 from svftool.files.folder import check_data, check_factors
 from svftool.files.output import check_output
@@ -48,7 +49,8 @@ class RepeatFlags:
     regime: Annotated[
         str,
         typer.Option(
-            help="Comma-separated: head, svf, bias, norm, svf+bias, svf+norm, lora:8, full."
+            autocompletion=list_of(*REGIMES),
+            help="Comma-separated: head, svf, bias, norm, svf+bias, svf+norm, lora:8, full.",
         ),
     ] = "svf"
     seeds: Annotated[int, typer.Option(min=1, help="How many seeds; each draws anew.")] = 1
@@ -177,6 +179,7 @@ class LogFlags:
         str | None,
         typer.Option(
             metavar="TRACKER",
+            autocompletion=list_of("tensorboard", "wandb"),
             help="Comma-separated: tensorboard, wandb, or another tracker that accelerate knows.",
             show_default="none",
             rich_help_panel=TRAINING,

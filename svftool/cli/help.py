@@ -49,7 +49,7 @@ class Command(_PlainHelp, TyperCommand):
     def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
         """Keep what was given, for the help; answer ``--help-all``."""
         ctx.meta[_ARGS] = list(args)
-        if ALL in args:
+        if ALL in args and not ctx.resilient_parsing:  # a shell that completes wants no help
             typer.echo(ctx.get_help(), color=ctx.color)
             ctx.exit()
         return super().parse_args(ctx, args)

@@ -8,6 +8,7 @@ from typing import Annotated
 
 import typer
 
+from svftool.cli import completion
 from svftool.cli.common import (
     DeviceOption,
     Display,
@@ -42,7 +43,12 @@ class FilesToWrite:
     ] = None
     image: Annotated[Path | None, typer.Option(help="Image for --feature-maps.")] = None
     model: Annotated[
-        str, typer.Option(metavar="SPEC", help="Model for --feature-maps, as in 'finetune'.")
+        str,
+        typer.Option(
+            metavar="SPEC",
+            autocompletion=completion.one_of("auto", "timm:", "torchvision:"),
+            help="Model for --feature-maps, as in 'finetune'.",
+        ),
     ] = "auto"
     force: Annotated[bool, typer.Option("--force", help="Replace existing files.")] = False
 
@@ -54,7 +60,9 @@ class Limits:
     fail_above: Annotated[
         list[str] | None,
         typer.Option(
-            metavar="METRIC=VALUE", help="Exit with 10 if any layer exceeds it (repeatable)."
+            metavar="METRIC=VALUE",
+            autocompletion=completion.gate,
+            help="Exit with 10 if any layer exceeds it (repeatable).",
         ),
     ] = None
     policy: Annotated[
@@ -64,6 +72,7 @@ class Limits:
         list[str] | None,
         typer.Option(
             metavar="github|junit[=FILE]",
+            autocompletion=completion.one_of("github", "junit", "junit="),
             help="Say what gates held to GitHub (on stderr), or in JUnit's XML (repeatable).",
         ),
     ] = None
@@ -80,13 +89,22 @@ def command(
     *,
     metrics: Annotated[
         str | None,
-        typer.Option(metavar="NAME,...|all", help="Metrics beside the default ones."),
+        typer.Option(
+            metavar="NAME,...|all",
+            autocompletion=completion.metrics,
+            help="Metrics beside the default ones.",
+        ),
     ] = None,
     fast: Annotated[
         bool, typer.Option("--fast", help="Singular values only: no shares, no intruders.")
     ] = False,
     sort: Annotated[
-        str, typer.Option(metavar="METRIC", help="Metric that orders the table.")
+        str,
+        typer.Option(
+            metavar="METRIC",
+            autocompletion=completion.metric,
+            help="Metric that orders the table.",
+        ),
     ] = "weight_drift",
     top: Annotated[int | None, typer.Option(min=1, help="Rows to show.", show_default="40")] = None,
     group: Annotated[

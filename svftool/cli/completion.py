@@ -1,0 +1,68 @@
+"""What a shell proposes for options whose texts come from a closed set; nothing heavy is imported.
+
+Options with a type of few values, names of options and of commands complete by themselves.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+from svftool.report.schemas import described, metric_names
+
+Proposer = Callable[[str], list[str]]
+"""From what was typed so far to whole words; those that do not begin like it are left out."""
+
+NUMBERS = ("rounding_floor", "change_rank")
+"""What `inspect` computes beside the metrics; tables go by them, and gates hold them."""
+
+REGIMES = ("head", "svf", "bias", "norm", "svf+bias", "svf+norm", "lora:8", "full")
+
+
+def one_of(*values: str) -> Proposer:
+    """Propose the values of an option that takes one of them."""
+
+    def propose(incomplete: str) -> list[str]:
+        return list(values)
+
+    return propose
+
+
+def list_of(*values: str) -> Proposer:
+    """Propose the values of an option that takes several of them with commas, each once.
+
+    Examples
+    --------
+    >>> list_of("head", "svf")("head,s")
+    ['head,svf']
+    """
+
+    def propose(incomplete: str) -> list[str]:
+        return _listed(values, incomplete)
+
+    return propose
+
+
+def metric(incomplete: str) -> list[str]:
+    """Propose the name of a number that every layer has."""
+    return [*metric_names(), *NUMBERS]
+
+
+def metrics(incomplete: str) -> list[str]:
+    """Propose names of metrics with commas, or all."""
+    return _listed(["all", *metric_names()], incomplete)
+
+
+def gate(incomplete: str) -> list[str]:
+    """Propose a number that a gate may hold, up to its limit."""
+    return [f"{name}=" for name in metric(incomplete)]
+
+
+def documents(incomplete: str) -> list[str]:
+    """Propose a command whose document has a schema."""
+    return described()
+
+
+def _listed(values: Sequence[str], incomplete: str) -> list[str]:
+    before, comma, last = incomplete.rpartition(",")
+    taken = before.split(",")
+    return [f"{before}{comma}{one}" for one in values if one not in taken and one.startswith(last)]
