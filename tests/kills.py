@@ -26,6 +26,8 @@ from random import Random
 import fuzz_seeds
 import warm
 
+from svftool.stages.configuration import MARK
+
 LATE = 1.1
 """Share of an undisturbed run within which the kill comes."""
 TIMED = ("results.json", "report.html")
@@ -57,7 +59,8 @@ COMMANDS = (
     Command("merge without base", ("merge", "factors", "--without-base", "-o", "out"), ("out",)),
     Command("extract", ("extract", "base.safetensors", "tuned.safetensors", "-o",
                         "out.svf.safetensors"), ("out.svf.safetensors",)),
-    Command("finetune", (*_FINETUNE, "-o", "out.svf.safetensors"), ("out.svf.safetensors",), True),
+    Command("finetune", (*_FINETUNE, "-o", "out.svf.safetensors"),
+            ("out.svf.safetensors", "out.run.toml"), True),
     Command("finetune regimes", (*_FINETUNE, "-o", "out", "--regime", "svf,head", "--report",
                                  "report.html"), ("out", "report.html"), True),
     Command("inspect", ("inspect", "base.safetensors", "tuned.safetensors", "--csv", "out.csv",
@@ -163,7 +166,8 @@ class Kills:
             if "." not in name:
                 place.mkdir()
                 place = place / "older"
-            place.write_text("older")
+            # A file beside the output that no run wrote is never replaced.
+            place.write_text(f"{MARK}\n" if place.suffix == ".toml" else "older")
         return {name: digest(case / name) for name in command.outputs}
 
     @staticmethod

@@ -18,8 +18,10 @@ from svftool.training import Settings
 from svftool.version import __version__
 
 RUN_FILE = "run.toml"
-_MARK = "# svftool finetune: what this run was made with."
-_HEAD = f"""{_MARK}
+MARK = "# svftool finetune: what this run was made with."
+"""First line of every configuration that is written."""
+
+_HEAD = f"""{MARK}
 # Repeat it: svftool finetune --config THIS-FILE -o NEW
 # Paths are relative to the folder of this file. svftool {__version__}
 """
@@ -58,7 +60,7 @@ class Configuration:
         try:
             return f"{_HEAD}\n{to_toml(self._values(folder))}"
         except UnicodeEncodeError:
-            return f"{_MARK}\n# A name is not UTF-8, and no TOML file can hold it.\n"
+            return f"{MARK}\n# A name is not UTF-8, and no TOML file can hold it.\n"
 
     def _values(self, folder: Path) -> dict[str, Any]:
         places = {
@@ -157,7 +159,7 @@ def check_beside(target: Path) -> None:
     if target.suffix not in WEIGHT_SUFFIXES or not os.path.lexists(place):
         return
     try:
-        ours = place.read_text(encoding="utf-8", errors="replace").startswith(_MARK)
+        ours = place.read_text(encoding="utf-8", errors="replace").startswith(MARK)
     except OSError:
         ours = False
     if not ours:
