@@ -112,6 +112,8 @@ def fault(ended: warm.Ended, case: Path, before: set[str]) -> str:
     """Say what is wrong with how a command ended; nothing if it is right."""
     lines = ended.err.rstrip().splitlines() or [""]
     said = [line for line in lines if line.startswith("error:")]
+    # An argument that is missing is answered with how the command is used.
+    said = said or (lines[-1:] if lines[0].startswith("Usage: ") and ended.code == 2 else [])
     new = {path.name for path in case.iterdir()} - before
     code = ended.code
     faults = {

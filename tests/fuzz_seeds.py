@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import struct
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -112,7 +113,8 @@ def _index(folder: Path) -> None:
         file = f"model-0000{number}-of-00002.safetensors"
         _save({name: state[name] for name in some}, folder / "model" / file)
         weight_map |= dict.fromkeys(some, file)
-    index = {"metadata": {"total_size": 9}, "weight_map": weight_map}
+    size = sum(one.numel() * one.element_size() for one in state.values())
+    index = {"metadata": {"total_size": size}, "weight_map": weight_map}
     (folder / "model" / "model.safetensors.index.json").write_text(json.dumps(index))
     _save(_other(state), folder / "tuned.safetensors")
 
@@ -142,6 +144,28 @@ def _trained(folder: Path) -> None:
     write_factors(folder)
     words = ("--data", "data", "--model", "net.py:Plain", "--shots", "1", "--steps", "1")
     _svftool(folder, "finetune", "factors", "-o", "trained.svf.safetensors", *words)
+
+
+def _merged(folder: Path) -> None:
+    _trained(folder)
+    _svftool(folder, "merge", "factors", "trained.svf.safetensors", "-o", "merged.safetensors")
+
+
+def _configured(folder: Path) -> None:
+    _trained(folder)
+    (folder / "trained.svf.safetensors").unlink()
+
+
+def _gguf(folder: Path) -> None:
+    def text(value: str) -> bytes:
+        return struct.pack("<Q", len(value)) + value.encode()
+
+    fields = text("general.architecture") + struct.pack("<I", 8) + text("llama")
+    fields += text("tokens") + struct.pack("<IIQ", 9, 8, 2) + text("a") + text("bc")
+    one = text("blk.0.q.weight") + struct.pack("<IQQIQ", 2, 64, 3, 2, 0)
+    two = text("norm.weight") + struct.pack("<IQIQ", 1, 8, 0, 128)
+    head = b"GGUF" + struct.pack("<IQQ", 3, 2, 2) + fields + one + two
+    (folder / "model.gguf").write_bytes(head + bytes(-len(head) % 32) + bytes(160))
 
 
 def _stop_in_decompose() -> None:
@@ -307,18 +331,22 @@ FORMATS = (
         ("inspect", "base.safetensors", "tuned.safetensors", "--json", "--csv", "out.csv"),
         ("inspect", "base.safetensors", "--metrics", "all", "--html", "out.html"),
         ("decompose", "base.safetensors", "-o", "out"),
+        ("info", "base.safetensors", "--check", "--all"),
         ("extract", "base.safetensors", "tuned.safetensors", "-o", "out.svf.safetensors"),
     )),
     Format("index", _index, ("model/*.json", "model/*.json", "model/*.safetensors"), (
         ("inspect", "model", "tuned.safetensors"), ("decompose", "model", "-o", "out"),
+        ("info", "model", "--check", "--json"),
     )),
     Format("pickle", _pickles, ("*.pt", "*.pth"), (
         ("inspect", "{}", "tuned.safetensors"), ("decompose", "{}", "-o", "out"),
+        ("info", "{}"),
         ("extract", "{}", "tuned.safetensors", "-o", "out.svf.safetensors"),
     )),
     Format("factors", write_factors, ("factors/svf_config.json", "factors/*"), (
         ("merge", "factors", "t.svf.safetensors", "-o", "out"), ("inspect", "factors"),
         ("merge", "factors", "--without-base", "-o", "out.safetensors"),
+        ("info", "factors", "--check"),
         ("inspect", "factors", "t.svf.safetensors"),
         ("extract", "factors", "tuned.safetensors", "-o", "out.svf.safetensors"),
     )),
@@ -326,6 +354,10 @@ FORMATS = (
         ("merge", "factors", "{}", "-o", "out", "--verify"), ("inspect", "factors", "{}"),
         ("inspect", "{}"),
         ("merge", "factors", "t.svf.safetensors@0.5", "trained.svf.safetensors@0.5", "-o", "out"),
+        ("merge", "factors", "t.svf.safetensors@0.5", "trained.svf.safetensors@0.5", "-o",
+         "mix.svf.safetensors"),
+        ("info", "{}", "--check"),
+        ("predict", "factors", "data", "--tuned", "{}", "--model", "net.py:Plain"),
         ("evaluate", "factors", "--tuned", "{}", "--data", "data", "--model", "net.py:Plain"),
     )),
     Format("resumed", _resumed, ("again.partial/layers/*", "runs.partial.runs/**/*"), (
@@ -335,15 +367,18 @@ FORMATS = (
     Format("adapter", _adapter, ("adapter/*.json", "adapter/*"), (
         ("inspect", "base.safetensors", "adapter"),
         ("inspect", "base.safetensors", "adapter", "--json"),
+        ("info", "adapter", "--check"),
     )),
     Format("timm", _timm, ("model/config.json",), (
         ("evaluate", "model", "--data", "data"), ("decompose", "model", "-o", "out"),
     )),
     Format("vit", _vit, ("model/config.json", "model/preprocessor_config.json"), (
+        ("predict", "model", "data", "-o", "out.csv"),
         ("evaluate", "model", "--data", "data"),
     )),
     Format("llama", _llama, ("model/config.json", "model/*.json", "texts.jsonl"), (
         ("evaluate", "model", "--task", "language", "--data", "texts.jsonl"),
+        ("predict", "model", "texts.jsonl", "-o", "out.jsonl"),
     )),
     Format("segformer", _segformer, ("model/config.json",), (
         ("evaluate", "model", "--task", "segmentation", "--data", "data", "--head", "keep"),
@@ -351,6 +386,7 @@ FORMATS = (
     )),
     Format("images", _pictures, ("data/*/*.png", "data/*/*.png", "list.csv", "classes.txt"), (
         (*_EVALUATE, "--data", "data"), (*_EVALUATE, "--data", "list.csv"),
+        ("predict", "base.safetensors", "data", "--model", "net.py:Plain", "-o", "out.csv"),
         (*_EVALUATE, "--data", "data", "--classes", "classes.txt", "--predictions", "out.jsonl"),
     )),
     Format("masks", _masks, ("data/masks/*.png", "data/images/*.png", "*.txt"), (
@@ -364,5 +400,16 @@ FORMATS = (
     )),
     Format("policy", _policy, ("policy.toml",), (
         ("inspect", "base.safetensors", "tuned.safetensors", "--policy", "policy.toml"),
+    )),
+    Format("merged", _merged, ("merged.safetensors",), (
+        ("evaluate", "merged.safetensors", "--data", "data", "--model", "net.py:Plain"),
+        ("predict", "merged.safetensors", "data", "--model", "net.py:Plain"),
+        ("info", "merged.safetensors"),
+    )),
+    Format("configuration", _configured, ("*.run.toml",), (
+        ("finetune", "--config", "{}", "-o", "again"),
+    )),
+    Format("gguf", _gguf, ("model.gguf",), (
+        ("info", "model.gguf"), ("info", "model.gguf", "--check", "--json"),
     )),
 )  # fmt: skip

@@ -218,6 +218,8 @@ def test_the_command(tmp_path: Path) -> None:
     document = json.loads(result.stdout)
     assert result.exit_code == 3
     assert "4 of them behind" in document["problems"][0]
+    assert result.stderr.startswith(f"error: {file}: ")
+    assert "4 of them behind" in result.stderr
     result = CliRunner().invoke(app, ["info", str(tmp_path / "missing")])
     assert result.exit_code == 3
 

@@ -7,6 +7,7 @@ from typing import Annotated
 import typer
 
 from svftool.cli.common import Display
+from svftool.errors import CheckpointError, shortlist
 
 EXAMPLE = "Example: svftool info model.safetensors"
 
@@ -29,5 +30,6 @@ def command(
 
     found = info(path, check=check, progress=display.progress())
     display.emit(report.document(found), report.view(found, all_rows=every))
-    if found.contents.problems:
-        raise typer.Exit(3)
+    problems = found.contents.problems
+    if problems:
+        raise CheckpointError(f"{path}: {shortlist(problems, 1)}")

@@ -205,7 +205,7 @@ def _task(asked: str | None, source: Source, inputs: Sequence[Path]) -> str:
     trained = source.stated.task
     if asked is not None and source.tuned is not None and trained not in (None, asked):
         raise UsageError(f"{source.tuned.path}: was trained for --task {trained}, not {asked}")
-    kind = " ".join((source.checkpoint.config or {}).get("architectures") or [])
+    kind = str((source.checkpoint.config or {}).get("architectures"))
     guessed = "classification"
     if "Segmentation" in kind:
         guessed = "segmentation"
