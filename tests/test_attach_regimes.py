@@ -142,7 +142,7 @@ def test_adapters_are_saved_as_a_peft_folder(tmp_path: Path) -> None:
 def test_without_peft_the_extra_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "peft", None)
     model = network()
-    with pytest.raises(MissingDependencyError, match=r"svftool\[train\]"):
+    with pytest.raises(MissingDependencyError, match=r"pip install .*\[train\]"):
         apply_regime(model, "lora:2", MemoryStore(model), head="fc")
 
 

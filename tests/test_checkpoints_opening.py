@@ -541,7 +541,7 @@ def test_without_the_hubs_package_its_extra_is_named(
 ) -> None:
     monkeypatch.chdir(tmp_path)
     monkeypatch.setitem(sys.modules, "huggingface_hub", None)
-    with pytest.raises(MissingDependencyError, match=r"'owner/name' here; .*svftool\[language\]"):
+    with pytest.raises(MissingDependencyError, match=r"'owner/name' here; .*pip install .*\[language\]"):
         open_checkpoint("owner/name")
 
 

@@ -481,5 +481,5 @@ def test_a_saved_data_set_is_a_source_of_images(tmp_path: Path) -> None:
 def test_a_saved_data_set_needs_the_library(tmp_path: Path, monkeypatch: Any) -> None:
     monkeypatch.setitem(sys.modules, "datasets", None)
     (tmp_path / "state.json").write_text("{}")
-    with pytest.raises(MissingDependencyError, match=r"'datasets'.*svftool\[datasets\]"):
+    with pytest.raises(MissingDependencyError, match=r"'datasets'.*pip install .*\[datasets\]"):
         Classification(tmp_path, shots=2)
