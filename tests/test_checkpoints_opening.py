@@ -541,7 +541,8 @@ def test_without_the_hubs_package_its_extra_is_named(
 ) -> None:
     monkeypatch.chdir(tmp_path)
     monkeypatch.setitem(sys.modules, "huggingface_hub", None)
-    with pytest.raises(MissingDependencyError, match=r"'owner/name' here; .*pip install .*\[language\]"):
+    told = r"'owner/name' here; .*pip install .*\[language\]"
+    with pytest.raises(MissingDependencyError, match=told):
         open_checkpoint("owner/name")
 
 
