@@ -257,7 +257,7 @@ def _norm(values: Tensor) -> float:
     if values.numel() <= _ROWS or values.ndim < 2:
         return float(torch.linalg.vector_norm(values.double()))
     step = max(1, _ROWS // max(1, values[0].numel()))
-    return math.hypot(*(float(one.double().norm()) for one in values.split(step)))
+    return math.hypot(*(float(one.double().norm()) for one in values.split(step)))  # type: ignore[no-untyped-call]
 
 
 def resized(layer: LowRank, rank: AdapterRank, *, dtype: torch.dtype) -> tuple[LowRank, float]:

@@ -286,7 +286,9 @@ class PeftWriter(LayoutWriter):
         return any(one[1] == 3 * one[0] for one in joint if len(one) == 2)
 
     def _ends_another(self, module: str, modules: Mapping[str, int]) -> bool:
-        return any(other.endswith(f".{module}") or module.endswith(f".{other}") for other in modules)
+        return any(
+            other.endswith(f".{module}") or module.endswith(f".{other}") for other in modules
+        )
 
     def _targets(self, modules: Collection[str]) -> list[str] | str:
         """List all names; as one pattern where a name would also fit the end of another's."""
