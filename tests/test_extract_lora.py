@@ -119,7 +119,7 @@ def test_peft_merges_the_folder_to_the_fine_tune(tmp_path: Path, uniform: bool) 
 
 def test_peft_gives_each_layer_its_own_rank(tmp_path: Path) -> None:
     peft = pytest.importorskip("peft")
-    base, tuned = nets()
+    base, _ = nets()
     after = {k: v.clone() for k, v in base.state_dict().items()}
     # The shorter name is the end of the longer ones: PEFT goes by the first that fits.
     for name, rank in (("fc.weight", 1), ("blocks.0.fc.weight", 3), ("blocks.1.fc.weight", 2)):

@@ -221,7 +221,7 @@ def _try(
     limit = rank.limit(*change.shape)
     result = svd(change, rank=limit if rank.kind == "count" else rank.of_spectrum, pool=pool)
     S = result.S.double()
-    kept = int((S > floor).sum())
+    kept = int((floor < S).sum())
     floored = kept < len(S)
     if not kept:
         total = _norm(change)

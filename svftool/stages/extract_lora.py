@@ -317,7 +317,7 @@ def _survey(pair: _Pair, progress: Progress) -> _Survey:
 
 
 def _compare(pair: _Pair, name: str) -> tuple[float, list[float], bool]:
-    """Return the change's sum of squares, the products of the two sides, and whether it is sound."""
+    """Return the change's sum of squares, the products of both sides, and whether it is sound."""
     weight = pair.before.read(name)
     found = pair.side.read(name, weight)
     assert found is not None
