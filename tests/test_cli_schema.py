@@ -229,6 +229,9 @@ def documents(tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict[str, A
     keep("mixture", "merge", factors, f"{tuned}@0.5", "-o", work / "m.svf.safetensors")
     keep("rebuilt", "merge", factors, "-o", work / "r.safetensors", "--without-base")
     keep("extract", "extract", base, other, "-o", work / "x.svf.safetensors")
+    adapted = ["extract", base, dense, "-o", work / "x.lora", "--as", "lora", "--rank", "2"]
+    keep("adapted", *adapted)
+    keep("adapted plan", *adapted[:4], work / "y.lora", *adapted[5:], "--dry-run")
     lora = adapter(work / "lora")
     keep("alone", "inspect", base)
     keep("pair", "inspect", base, dense, "--metrics", "all")

@@ -2,21 +2,88 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from svftool.cli.common import (
     Display,
+    ExcludeOption,
     ForceOption,
+    IncludeOption,
     OutputOption,
     leave_to_first_process,
 )
+from svftool.cli.completion import one_of
+from svftool.errors import UsageError, no_such
 from svftool.files.folder import check_exists
 from svftool.files.output import check_output
 
+if TYPE_CHECKING:
+    from svftool.stages.extract_lora import LoraOptions
+
 EXAMPLE = "Example: svftool extract base.safetensors tuned.safetensors -o small.svf.safetensors"
+FORMS = ("svf", "lora")
+_LAYOUTS = ("peft", "kohya", "comfy", "diffusers")
+
+
+@dataclass(frozen=True, kw_only=True)
+class HowToAdapt:
+    """What ``--as lora`` alone takes."""
+
+    rank: Annotated[
+        str | None,
+        typer.Option(
+            metavar="N|energy:X|error:X",
+            autocompletion=one_of("64", "energy:0.95", "error:0.1"),
+            help="Of --as lora: a rank, the share of squares to keep, or of the norm to lose "
+            "(default: 64).",
+        ),
+    ] = None
+    layout: Annotated[
+        str | None,
+        typer.Option(
+            metavar="|".join(_LAYOUTS),
+            autocompletion=one_of(*_LAYOUTS),
+            help="Of --as lora: whose names the adapter has (default: peft).",
+        ),
+    ] = None
+    max_rank: Annotated[
+        int | None, typer.Option(min=1, help="Of --as lora: the highest rank of any layer.")
+    ] = None
+    uniform_rank: Annotated[
+        bool, typer.Option("--uniform-rank", help="Of --as lora: one rank for all layers.")
+    ] = False
+    dtype: Annotated[
+        str | None,
+        typer.Option(
+            metavar="float32|bfloat16|float16",
+            autocompletion=one_of("float32", "bfloat16", "float16"),
+            help="Of --as lora: storage of the matrices (default: that of the fine-tune).",
+        ),
+    ] = None
+    include: IncludeOption = None
+    exclude: ExcludeOption = None
+
+    def options(self) -> LoraOptions:
+        """Return them under the names of the library."""
+        from svftool.stages.extract_lora import LoraOptions
+
+        return LoraOptions(
+            rank=self.rank or "64",
+            layout=self.layout or "peft",
+            max_rank=self.max_rank,
+            uniform_rank=self.uniform_rank,
+            dtype=self.dtype,
+            include=self.include or (),
+            exclude=self.exclude or (),
+        )
+
+    def given(self) -> list[str]:
+        """List the flags that were given."""
+        return [f"--{name.replace('_', '-')}" for name, value in vars(self).items() if value]
 
 
 def command(
@@ -24,22 +91,51 @@ def command(
     tuned: Annotated[Path, typer.Argument(help="Its dense fine-tune.")],
     *,
     output: OutputOption,
+    form: Annotated[
+        str,
+        typer.Option(
+            "--as",
+            metavar="svf|lora",
+            autocompletion=one_of(*FORMS),
+            help="A tuned file (singular values alone), or a low-rank adapter.",
+        ),
+    ] = "svf",
+    how: HowToAdapt,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Of --as lora: show ranks and sizes; write nothing.")
+    ] = False,
     force: ForceOption = False,
     display: Display,
 ) -> None:
-    """Turn a dense fine-tune into the tuned file that approximates it best."""
+    """Turn a dense fine-tune into a small tuned file or a LoRA, with its error."""
     leave_to_first_process("extract")
+    if form not in FORMS:
+        raise UsageError(no_such("--as", form, FORMS))
+    given = [*how.given(), *(["--dry-run"] * dry_run)]
+    if form == "svf" and given:
+        raise UsageError(f"{given[0]} is an option of --as lora, expected --as lora with it")
     for one in (base, tuned):
         check_exists(one)
-    check_output(output, force=force, inputs=[base, tuned])
+    if not dry_run:
+        check_output(output, force=force, inputs=[base, tuned])
     from svftool.report import extract as report
+
+    progress = display.progress()
+    if form == "lora":
+        from svftool.stages.extract_lora import extract_lora
+
+        adapter = extract_lora(
+            base,
+            tuned,
+            output=output,
+            options=how.options(),
+            dry_run=dry_run,
+            force=force,
+            progress=progress,
+        )
+        display.emit(report.lora_document(adapter), report.lora_view(adapter))
+        return
     from svftool.stages.extract import extract
 
-    result = extract(
-        base,
-        tuned,
-        output=output,
-        force=force,
-        progress=display.progress(),
-    )
+    result = extract(base, tuned, output=output, force=force, progress=progress)
     display.emit(report.document(result), report.view(result))

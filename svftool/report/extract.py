@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import asdict
 from typing import Any
 
@@ -14,6 +15,7 @@ from svftool.report.names import Names
 from svftool.report.table import NameTable
 from svftool.report.text import safe
 from svftool.stages.extract import ExtractResult
+from svftool.stages.extract_lora import LoraResult
 
 MOST_ROWS = 12
 
@@ -22,6 +24,7 @@ def document(result: ExtractResult) -> dict[str, Any]:
     """Return the result for scripts."""
     return json.document(
         "extract",
+        form="svf",
         output=str(result.output),
         layers=[asdict(one) for one in result.layers],
         error=result.error,
@@ -50,3 +53,67 @@ def view(result: ExtractResult) -> RenderableType:
         if listed:
             text.append(f"{title}: {shortlist(map(safe, listed), 4)}\n")
     return Group(*parts, "", text.append("tuned: ").append(safe(str(result.output)), "bold"))
+
+
+def lora_document(result: LoraResult) -> dict[str, Any]:
+    """Return the result of ``--as lora`` for scripts."""
+    return json.document(
+        "extract",
+        form="lora",
+        output=str(result.output),
+        layout=result.layout,
+        dtype=result.dtype,
+        dry_run=result.dry_run,
+        layers=[asdict(one) for one in result.layers],
+        error=result.error,
+        whole=result.whole,
+        missing=result.missing,
+        dropped=[asdict(one) for one in result.dropped],
+        bytes=result.bytes,
+    )
+
+
+def lora_view(result: LoraResult) -> RenderableType:
+    """Return the result of ``--as lora`` for people: the layers of the largest share, the whole."""
+    rows = sorted(result.layers, key=lambda one: -one.share)
+    shown = rows[:MOST_ROWS]
+    table = NameTable(Names(one.name for one in shown))
+    for title in ("rank", "error", "share"):
+        table.column(title, right=True)
+    for one in shown:
+        table.row(one.name, (str(one.rank), _error(one.error), f"{one.share:.1%}"))
+    parts: list[RenderableType] = [table]
+    if len(rows) > MOST_ROWS:
+        parts.append(Text(f"and {len(rows) - MOST_ROWS} more layers, of smaller shares", "dim"))
+    return Group(*parts, "", _lora_totals(result))
+
+
+def _lora_totals(result: LoraResult) -> Text:
+    ranks = sorted({one.rank for one in result.layers})
+    span = f"{ranks[0]} to {ranks[-1]}" if len(ranks) > 1 else str(*ranks)
+    text = Text()
+    if result.dry_run:
+        most = "at most " if ranks else ""
+        text.append(f"{len(result.layers)} layers, {most}rank {span}, ")
+        text.append(f"about {result.bytes:,} bytes in {result.dtype}; nothing written\n")
+    else:
+        text.append(f"{_error(result.error)} of the change (as a norm) is lost: ", "bold")
+        text.append(f"{len(result.layers)} layers, rank {span}, {result.dtype}, ")
+        text.append(f"{result.bytes:,} bytes\n")
+    lost = sum(one.share or 0.0 for one in result.dropped)
+    for title, listed in (
+        ("stored whole", result.whole),
+        ("not in the fine-tune", result.missing),
+        (f"left out ({lost:.2%} of the change)", [one.name for one in result.dropped]),
+    ):
+        if listed:
+            text.append(f"{title}: {shortlist(map(safe, listed), 4)}\n")
+    if not result.dry_run:
+        text.append("adapter: ").append(safe(str(result.output)), "bold")
+    return text
+
+
+def _error(value: float) -> str:
+    if math.isnan(value):
+        return "-"
+    return f"{value:.2%}" if value >= 1e-4 else f"{value:.1e}"

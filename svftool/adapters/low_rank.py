@@ -1,0 +1,297 @@
+"""A change of one tensor as the product of two thin matrices: how it is found, rounded, resized."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, replace
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from svftool.errors import UsageError
+from svftool.numerics import ThreadPool, svd
+
+_ROWS = 1 << 22
+
+
+@dataclass(frozen=True)
+class LowRank:
+    """``scale B A``, the change of one tensor seen as a matrix.
+
+    Attributes
+    ----------
+    name : str
+        The tensor that is changed.
+    B : (m, r) Tensor
+    A : (r, n) Tensor
+    scale : float
+    """
+
+    name: str
+    B: Tensor
+    A: Tensor
+    scale: float = 1.0
+
+    @property
+    def rank(self) -> int:
+        """Columns of B."""
+        return int(self.B.shape[1])
+
+    def change(self) -> Tensor:
+        """Multiply the two out, in float64."""
+        product: Tensor = self.B.double() @ self.A.double()
+        return product * self.scale
+
+    def padded(self, rank: int) -> LowRank:
+        """Return the same change at a higher rank, by columns and rows of zeros."""
+        more = rank - self.rank
+        if more <= 0:
+            return self
+        B = torch.cat([self.B, self.B.new_zeros(self.B.shape[0], more)], dim=1)
+        A = torch.cat([self.A, self.A.new_zeros(more, self.A.shape[1])])
+        return replace(self, B=B, A=A)
+
+
+@dataclass(frozen=True)
+class AdapterRank:
+    """How the rank of each layer of an adapter is found.
+
+    Attributes
+    ----------
+    kind : {"count", "energy", "error"}
+    value : float
+        The rank; the share of the sum of squares to keep; the share of the norm that may be lost.
+    most : int or None
+        No layer gets a higher one.
+    """
+
+    kind: Literal["count", "energy", "error"]
+    value: float
+    most: int | None = None
+
+    def limit(self, m: int, n: int) -> int:
+        """Return the highest rank that an m x n matrix can get."""
+        wanted = [m, n]
+        if self.kind == "count":
+            wanted.append(int(self.value))
+        if self.most is not None:
+            wanted.append(self.most)
+        return min(wanted)
+
+    def of_spectrum(self, S: Tensor) -> int:
+        """Return the rank that all singular values of a matrix ask for; at least 1.
+
+        Examples
+        --------
+        >>> parse_adapter_rank("error:0.5").of_spectrum(torch.tensor([4.0, 3.0, 1.0, 1.0]))
+        2
+        """
+        most = self.limit(len(S), len(S))
+        if self.kind == "count":
+            return most
+        squares = S.double().square()
+        left = squares.sum() - squares.cumsum(0)
+        lost = 1.0 - self.value if self.kind == "energy" else self.value**2
+        enough = left <= lost * squares.sum() * (1 + 1e-12)
+        needed = int(enough.int().argmax()) + 1 if bool(enough.any()) else len(S)
+        return min(most, needed)
+
+    def __str__(self) -> str:
+        return f"{int(self.value)}" if self.kind == "count" else f"{self.kind}:{self.value:g}"
+
+
+def parse_adapter_rank(text: str, most: int | None = None) -> AdapterRank:
+    """Read ``64``, ``energy:0.95`` or ``error:0.1``.
+
+    Raises
+    ------
+    UsageError
+        If the text is none of these, or out of range.
+
+    Examples
+    --------
+    >>> parse_adapter_rank("64").kind
+    'count'
+    """
+    if most is not None and most < 1:
+        raise UsageError(f"--max-rank is {most}, expected 1 or more")
+    plain = text.strip().lower()
+    if plain.isdecimal() and int(plain) > 0:
+        return AdapterRank("count", int(plain), most)
+    kind, _, number = plain.partition(":")
+    try:
+        value = float(number)
+    except ValueError:
+        value = math.nan
+    if kind == "energy" and 0.0 < value <= 1.0:
+        return AdapterRank("energy", value, most)
+    if kind == "error" and 0.0 < value < 1.0:
+        return AdapterRank("error", value, most)
+    raise UsageError(
+        f"rank {text!r}, expected a count such as 64, 'energy:0.95' (share of the squares to keep) "
+        "or 'error:0.1' (share of the norm that may be lost)"
+    )
+
+
+@dataclass(frozen=True)
+class Truncated:
+    """The best change of low rank.
+
+    Attributes
+    ----------
+    layer : LowRank or None
+        As it is stored; None where nothing of the change is above rounding.
+    total, rest : float
+        Norms of the change, and of what the stored matrices miss of it.
+    floored : bool
+        Whether the rank ends where rounding begins.
+    """
+
+    layer: LowRank | None
+    total: float
+    rest: float
+    floored: bool = False
+
+    @property
+    def error(self) -> float:
+        """``||D - BA||_F / ||D||_F``."""
+        return self.rest / self.total if self.total > 0 else 0.0
+
+
+def truncate(
+    name: str,
+    change: Tensor,
+    rank: AdapterRank,
+    *,
+    dtype: torch.dtype,
+    floor: float = 0.0,
+    pool: ThreadPool | None = None,
+) -> Truncated:
+    """Find the best change of low rank, balanced and rounded as it will be stored.
+
+    Parameters
+    ----------
+    name : str
+    change : (m, n) Tensor
+        Finite.
+    rank : AdapterRank
+    dtype : torch.dtype
+        What the matrices are stored in.
+    floor : float
+        Singular values up to it are rounding of the weights: no rank is spent on them.
+    pool : ThreadPool, optional
+
+    Returns
+    -------
+    Truncated
+        ``B = U sqrt(S)``, ``A = sqrt(S) Vh``: the two carry the same weight, so that a narrow dtype
+        holds both.
+    """
+    total = _norm(change)
+    if total == 0.0:
+        return Truncated(None, 0.0, 0.0)
+    found = _try(name, change, rank, dtype, floor, pool)
+    rounding = found.rest**2 - found.cut**2
+    if rank.kind == "error" and found.rest > rank.value * total and rounding > 0:
+        # What rounding takes is not there for truncation.
+        allowed = (rank.value * total) ** 2 - 1.05 * rounding
+        if allowed > 0:
+            finer = replace(rank, value=math.sqrt(allowed) / total)
+            found = _try(name, change, finer, dtype, floor, pool)
+    return Truncated(found.layer, total, found.rest, found.floored)
+
+
+@dataclass(frozen=True)
+class _Try:
+    layer: LowRank | None
+    rest: float
+    cut: float
+    floored: bool
+
+
+def _try(
+    name: str,
+    change: Tensor,
+    rank: AdapterRank,
+    dtype: torch.dtype,
+    floor: float,
+    pool: ThreadPool | None,
+) -> _Try:
+    limit = rank.limit(*change.shape)
+    result = svd(change, rank=limit if rank.kind == "count" else rank.of_spectrum, pool=pool)
+    S = result.S.double()
+    kept = int((floor < S).sum())
+    floored = kept < len(S)
+    if not kept:
+        total = _norm(change)
+        return _Try(None, total, total, True)
+    root = S[:kept].sqrt()
+    layer = LowRank(
+        name,
+        B=(result.U[:, :kept].double() * root).to(dtype),
+        A=(root[:, None] * result.Vh[:kept].double()).to(dtype),
+    )
+    cut = max(_norm(change) ** 2 - float(S[:kept].square().sum()), 0.0)
+    return _Try(layer, residual(change, layer), math.sqrt(cut), floored)
+
+
+def residual(change: Tensor, layer: LowRank) -> float:
+    """Return ``||D - scale B A||_F``, a few rows at a time.
+
+    Parameters
+    ----------
+    change : (m, n) Tensor
+    layer : LowRank
+    """
+    step = max(1, _ROWS // max(1, change.shape[1]))
+    A = layer.A.double() * layer.scale
+    parts = (
+        _norm(change[at : at + step].double() - layer.B[at : at + step].double() @ A)
+        for at in range(0, len(change), step)
+    )
+    return math.hypot(*parts)
+
+
+def _norm(values: Tensor) -> float:
+    if values.numel() <= _ROWS or values.ndim < 2:
+        return float(torch.linalg.vector_norm(values.double()))
+    step = max(1, _ROWS // max(1, values[0].numel()))
+    return math.hypot(*(float(one.double().norm()) for one in values.split(step)))  # type: ignore[no-untyped-call]
+
+
+def resized(layer: LowRank, rank: AdapterRank, *, dtype: torch.dtype) -> tuple[LowRank, float]:
+    """Cut an adapter's layer to another rank: exact, without its product being formed.
+
+    ``B = Q R`` and ``A' = P T``, so the singular values of ``B A`` are those of the small ``R T'``.
+
+    Returns
+    -------
+    layer : LowRank
+        Balanced, of scale 1.
+    error : float
+        ``||BA - B'A'||_F / ||BA||_F``, what rounding to `dtype` does included.
+    """
+    Q, R = torch.linalg.qr(layer.B.double())
+    P, T = torch.linalg.qr(layer.A.double().mT)
+    core = R @ T.mT * layer.scale
+    U, S, Vh = torch.linalg.svd(core)
+    kept = min(rank.of_spectrum(S), max(1, int((S > 0).sum())))
+    root = S[:kept].sqrt()
+    small = LowRank(
+        layer.name,
+        B=(Q @ (U[:, :kept] * root)).to(dtype),
+        A=((root[:, None] * Vh[:kept]) @ P.mT).to(dtype),
+    )
+    total = float(S.norm())
+    if total == 0.0:
+        return small, 0.0
+    return small, _gap(layer, small) / total
+
+
+def _gap(one: LowRank, two: LowRank) -> float:
+    """Return the norm of the difference of two products, from a factorisation of both at once."""
+    B = torch.cat([one.B.double() * one.scale, -two.B.double() * two.scale], dim=1)
+    A = torch.cat([one.A.double(), two.A.double()])
+    R, T = (torch.linalg.qr(side, mode="r").R for side in (B, A.mT))
+    return float((R @ T.mT).norm())
