@@ -57,6 +57,8 @@ class TensorInfo:
         Name of the weight file that holds it, without folder.
     layout : {"dense", "sparse", "quantised"}
         How pickles may hold a tensor; always ``dense`` in safetensors.
+    storage : str
+        The format whose codes stand for the numbers; empty where they are stored as they are.
     """
 
     name: str
@@ -64,6 +66,7 @@ class TensorInfo:
     shape: tuple[int, ...]
     file: str
     layout: Layout = "dense"
+    storage: str = ""
 
     @property
     def numel(self) -> int:
@@ -185,6 +188,21 @@ class Checkpoint(Closing):
             If the file changed or became unreadable since it was opened.
         """
         return self._home[name].read(name)
+
+    def step(self, name: str) -> Tensor | None:
+        """Return the distance of neighbouring values of a quantised tensor, None of others.
+
+        Parameters
+        ----------
+        name : str
+            As in `infos`.
+
+        Returns
+        -------
+        Tensor or None
+            Broadcasts to what `read` returns.
+        """
+        return None
 
     @property
     def own_files(self) -> tuple[str, ...]:

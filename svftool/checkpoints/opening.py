@@ -10,6 +10,7 @@ from pathlib import Path
 
 from svftool.checkpoints.base import Checkpoint, Format, WeightFile
 from svftool.checkpoints.pickle_file import ZIP_MAGIC, PickleFile
+from svftool.checkpoints.quantised import QuantisedCheckpoint, understood
 from svftool.checkpoints.safetensors_file import SafetensorsFile
 from svftool.errors import CheckpointError, ResourceError, system_fault
 from svftool.files.folder import (
@@ -116,7 +117,9 @@ def _open_all(paths: Sequence[Path], place: Place) -> Checkpoint:
         raise
     pickled = any(isinstance(file, PickleFile) for file in files)
     kind: Format = "pickle" if pickled else "safetensors"
-    return Checkpoint(place, files, format=kind)
+    checkpoint = Checkpoint(place, files, format=kind)
+    coded = understood(checkpoint)
+    return QuantisedCheckpoint(place, files, coded, format=kind) if coded else checkpoint
 
 
 def _weight_file(path: Path) -> WeightFile:
