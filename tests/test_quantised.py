@@ -15,7 +15,7 @@ from svftool.checkpoints import Checkpoint, open_checkpoint
 
 
 def normal(*shape: int, seed: int = 0) -> Tensor:
-    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
 
 
 def opened(

@@ -71,9 +71,9 @@ def _stated_blocks(config: Mapping[str, Any]) -> list[Block]:
             stated = weights.get(key) if isinstance(weights, Mapping) else None
             if isinstance(stated, str):
                 stated = [int(side) for side in stated.split("x") if side.isdigit()]
-            if isinstance(stated, list) and len(stated) == 2:
-                if all(isinstance(side, int) and side > 0 for side in stated):
-                    found.append((stated[0], stated[1]))
+            sides = stated if isinstance(stated, list) else []
+            if len(sides) == 2 and all(isinstance(side, int) and side > 0 for side in sides):
+                found.append((sides[0], sides[1]))
     return found
 
 
@@ -120,7 +120,6 @@ def _say(scale: tuple[int, ...], block: Block, shape: tuple[int, ...]) -> str:
 
 def _decode(parts: Mapping[str, Tensor], *, block: Block) -> Numbers:
     codes = parts["codes"]
-    rows, columns = codes.shape[-2:]
     scale = _spread(parts["scale"].float(), block, codes.shape)
     values = codes.float()
     step = torch.ones(1) if codes.dtype == torch.int8 else spacing(values, codes.dtype)
