@@ -12,11 +12,27 @@ from torch import Tensor
 
 from svftool.checkpoints.base import Checkpoint, Format, Shard, TensorInfo, WeightFile
 from svftool.checkpoints.quantised.coded import Coded, Numbers, Source
+from svftool.checkpoints.quantised.packed import awq, compressed, gptq
 from svftool.checkpoints.quantised.scaled import scaled
+from svftool.checkpoints.quantised.tables import (
+    bitsandbytes_4bit,
+    bitsandbytes_int8,
+    mxfp4,
+    nvfp4,
+)
 from svftool.errors import CheckpointError
 from svftool.files.folder import Place
 
-FORMATS: tuple[Callable[[Source], Iterable[Coded]], ...] = (scaled,)
+FORMATS: tuple[Callable[[Source], Iterable[Coded]], ...] = (
+    bitsandbytes_4bit,
+    bitsandbytes_int8,
+    mxfp4,
+    nvfp4,
+    gptq,
+    awq,
+    compressed,
+    scaled,
+)
 """What recognises each family of formats. The first that takes a tensor has it."""
 
 
