@@ -14,6 +14,7 @@ from svftool.checkpoints import (
     CheckpointWriter,
     SafetensorsWriter,
     TensorInfo,
+    is_code,
     plan_shards,
     save_pickled,
     side_files,
@@ -160,6 +161,8 @@ def _update(path: Path, mixture: Mixture, progress: Progress) -> None:
     """Make ``config.json`` describe the merged tensors, where they are not those of the base."""
     before = _config(path)
     config = before
+    if not any(is_code(info) for info in mixture.infos.values()):
+        config = {key: value for key, value in config.items() if key != "quantization_config"}
     if mixture.classes is not None:
         config = follow_classes(config, mixture.classes)
     config, unexplained = follow_shapes(config, mixture.reshaped)

@@ -96,7 +96,7 @@ def gaps(levels: Tensor) -> Tensor:
     levels : (k,) Tensor
         In any order; equal ones count once.
     """
-    values, where = levels.float().unique(sorted=True, return_inverse=True)
+    values, where = torch.unique(levels.float(), sorted=True, return_inverse=True)
     apart = values.diff()
     none = torch.zeros(1)
     return torch.maximum(torch.cat((none, apart)), torch.cat((apart, none)))[where]
@@ -114,4 +114,4 @@ def unpacked(words: Tensor, bits: int) -> Tensor:
     """
     shifts = torch.arange(0, 8 * words.dtype.itemsize, bits, dtype=words.dtype)
     codes = (words.unsqueeze(-1) >> shifts) & (2**bits - 1)
-    return codes.flatten(-2)
+    return torch.flatten(codes, -2)

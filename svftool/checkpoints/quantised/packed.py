@@ -104,7 +104,8 @@ def _decode_awq(parts: Mapping[str, Tensor]) -> Numbers:
 
 
 def _in_order(codes: Tensor) -> Tensor:
-    return codes.unflatten(-1, (-1, 8))[..., list(_AWQ_ORDER)].flatten(-2)
+    words = codes.reshape(*codes.shape[:-1], -1, 8)
+    return words[..., list(_AWQ_ORDER)].reshape(codes.shape)
 
 
 def compressed(source: Source) -> Iterator[Coded]:
