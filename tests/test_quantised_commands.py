@@ -13,6 +13,7 @@ from torch import Tensor
 
 from svftool import audit, decompose, extract, merge
 from svftool.checkpoints import open_checkpoint
+from svftool.errors import NumericalError, UsageError
 
 BLOCK = {"quantization_config": {"quant_method": "fp8", "weight_block_size": [8, 8]}}
 
@@ -107,3 +108,60 @@ def test_factors_and_merges_of_codes(weight: Tensor, tmp_path: Path) -> None:
     merge(tmp_path / "factors", [tmp_path / "t.svf.safetensors"], output=tmp_path / "m")
     written = load_file(tmp_path / "m" / "model.safetensors")
     torch.testing.assert_close(written["layers.0.fc.weight"], values * 1.25)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
+@pytest.mark.parametrize("without_base", [False, True])
+def test_numbers_are_written_in_the_dtype_asked_for(
+    dtype: torch.dtype, without_base: bool, weight: Tensor, tmp_path: Path
+) -> None:
+    codes = write(tmp_path / "codes", quantised(weight, "fp8") | REST | {"n": torch.tensor(3)})
+    config = json.dumps(BLOCK | {"dtype": "float32"})
+    (codes / "config.json").write_text(config, encoding="utf-8")
+    decompose(codes, tmp_path / "factors")
+    with open_checkpoint(codes) as found:
+        values = found.read("layers.0.fc.weight")
+    name = str(dtype).removeprefix("torch.")
+    result = merge(
+        tmp_path / "factors", [], output=tmp_path / "m", dtype=name, verify=True,
+        without_base=without_base,
+    )  # fmt: skip
+    written = load_file(tmp_path / "m" / "model.safetensors")
+    same = torch.equal(written["layers.0.fc.weight"], values.to(dtype))
+    assert written["layers.0.fc.weight"].dtype == dtype
+    assert same or without_base
+    assert written["norm.weight"].dtype == dtype
+    assert written["n"].dtype == torch.int64
+    stated = json.loads((tmp_path / "m" / "config.json").read_text(encoding="utf-8"))
+    assert stated == {"dtype": name}
+    assert result.verified
+    tuned = write(tmp_path / "tuned", {"layers.0.fc.weight": values * 1.25, **REST})
+    extract(tmp_path / "factors", tuned, output=tmp_path / "t.svf.safetensors")
+    merge(tmp_path / "factors", [tmp_path / "t.svf.safetensors"], output=tmp_path / "x", dtype=name)
+    written = load_file(tmp_path / "x" / "model.safetensors")
+    torch.testing.assert_close(written["layers.0.fc.weight"], (values * 1.25).to(dtype))
+
+
+@pytest.mark.parametrize(("dtype", "name"), [("int8", "m"), ("bfloat16", "t.svf.safetensors")])
+def test_dtypes_that_cannot_be_written(
+    dtype: str, name: str, weight: Tensor, tmp_path: Path
+) -> None:
+    codes = write(tmp_path / "codes", quantised(weight, "fp8"))
+    decompose(codes, tmp_path / "factors")
+    with pytest.raises(UsageError, match="--dtype"):
+        merge(tmp_path / "factors", [], output=tmp_path / name, dtype=dtype)
+    assert not (tmp_path / name).exists()
+
+
+def test_what_overflows_the_dtype_is_refused_or_clipped(tmp_path: Path) -> None:
+    base = write(tmp_path / "base", {"a.weight": 1e5 * normal(8, 6), "b": torch.tensor([1e5])})
+    decompose(base, tmp_path / "factors")
+    with pytest.raises(NumericalError, match="overflow float16"):
+        merge(tmp_path / "factors", [], output=tmp_path / "m", dtype="float16")
+    result = merge(
+        tmp_path / "factors", [], output=tmp_path / "m", dtype="float16", allow_overflow=True
+    )
+    assert result.clipped["b"] == 1
+    assert result.unchanged == 0
+    written = load_file(tmp_path / "m" / "model.safetensors")
+    assert all(bool(value.isfinite().all()) for value in written.values())
