@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -123,7 +124,7 @@ def llama(folder: Path) -> tuple[Path, Any]:
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()
     writer.close()
-    library = transformers.modeling_gguf_pytorch_utils
+    library = import_module("transformers.modeling_gguf_pytorch_utils")
     stated = library.load_gguf_checkpoint(str(folder / "m.gguf"))["config"]
     config = transformers.AutoConfig.for_model(**stated)
     model = transformers.AutoModelForCausalLM.from_config(config)

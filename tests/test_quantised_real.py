@@ -42,5 +42,5 @@ def test_commands(tmp_path: Path) -> None:
     assert sum("Q4_1" in row.dtype for row in one.rows) == 7
     result = decompose(MODEL, tmp_path / "factors", include=LAYERS)
     assert len(result.config.layers) == 7
-    errors = [layer.reconstruction_error for layer in result.config.layers]
+    errors = [layer.reconstruction_error for layer in result.config.layers.values()]
     assert max(errors) < 1e-5
