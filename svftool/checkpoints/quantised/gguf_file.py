@@ -18,7 +18,7 @@ from svftool.checkpoints.base import TensorInfo
 from svftool.checkpoints.positions import fill
 from svftool.checkpoints.quantised.gguf_names import naming
 from svftool.checkpoints.quantised.gguf_steps import steps
-from svftool.errors import CheckpointError, MissingDependencyError, system_fault
+from svftool.errors import CheckpointError, MissingDependencyError, brief, system_fault
 from svftool.files.gguf import BLOCKS, GGUFEntry, read_gguf_header
 
 _SIZES = {name: (values, size) for name, values, size in BLOCKS.values()}
@@ -78,7 +78,13 @@ class GGUFFile:
         MissingDependencyError
             If it is not installed.
         """
-        made = self._naming.make(name, self._values)
+        try:
+            made = self._naming.make(name, self._values)
+        except (ValueError, LookupError, TypeError, ArithmeticError) as error:
+            raise CheckpointError(
+                f"{self.path}: {name}: {brief(str(error))}, expected a tensor of shape "
+                f"{self.infos[name].shape} as the metadata say. Download the file again."
+            ) from error
         if made.shape != self.infos[name].shape:
             raise CheckpointError(
                 f"{self.path}: {name}: shape {tuple(made.shape)}, expected "

@@ -17,6 +17,11 @@ from svftool.files.gguf import GGUFHeader
 
 Shape = tuple[int, ...]
 
+_REFUSALS = (
+    ValueError, LookupError, TypeError, AttributeError, RuntimeError, ArithmeticError, OSError,
+)  # fmt: skip
+"""What transformers raises for architectures and metadata that it does not know."""
+
 _MODELS = ("AutoModelForCausalLM", "AutoModelForSeq2SeqLM", "AutoModel")
 
 
@@ -88,7 +93,7 @@ def naming(path: Path, header: GGUFHeader) -> Naming:
         return Naming(own, note=f"{path.name}: {why}; tensors keep the names of the file")
     try:
         found = _as_transformers(path, header, library)
-    except (ValueError, NotImplementedError, KeyError, TypeError, AttributeError) as error:
+    except _REFUSALS as error:
         why = f"transformers cannot name the tensors of {architecture!r} ({brief(str(error))})"
         return Naming(own, note=f"{path.name}: {why}; they keep the names of the file")
     if not found.sources:
