@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from svftool.auditing.evidence import Evidence, gather, join, noise_of
+from svftool.auditing.evidence import Evidence, Quantised, gather, join, noise_of
 from svftool.auditing.metrics import Measured, Metric, combine, measure
 from svftool.auditing.pair import Array, MatrixPair
 from svftool.auditing.results import Curves
@@ -67,10 +67,13 @@ class Tuned:
         Of the base's shape.
     change : Tensor, Changes or None
         What is added to the base without rounding.
+    quantised : Quantised or None
+        Of a weight that is stored as codes.
     """
 
     weight: Tensor | None = None
     change: Tensor | Changes | None = None
+    quantised: Quantised | None = None
 
     @property
     def whole_change(self) -> Tensor | None:
@@ -86,7 +89,8 @@ class Tuned:
             None if one is None else one.reshape(shape).to(device)
             for one in (self.weight, self.whole_change)
         )
-        return Tuned(weight, change)
+        quantised = None if self.quantised is None else self.quantised.reshaped(shape, device)
+        return Tuned(weight, change, quantised)
 
     def matrix(self, index: int) -> tuple[Tensor | None, Tensor | None]:
         """Return weight and change of one matrix of a batch, (m, n); of a single one, its own."""
@@ -123,6 +127,8 @@ class BaseMatrix:
         Whether singular vectors may be computed.
     pool : ThreadPool
         Threads for large products.
+    quantised : Quantised, optional
+        Of a weight that is stored as codes, in its shape.
 
     Attributes
     ----------
@@ -131,8 +137,15 @@ class BaseMatrix:
     """
 
     def __init__(
-        self, weight: Tensor, metrics: Sequence[Metric], *, vectors: bool, pool: ThreadPool
+        self,
+        weight: Tensor,
+        metrics: Sequence[Metric],
+        *,
+        vectors: bool,
+        pool: ThreadPool,
+        quantised: Quantised | None = None,
     ) -> None:
+        self._quantised = quantised
         self._weights = weight.unsqueeze(0) if weight.ndim == 2 else weight
         self._metrics = metrics
         self._vectors = vectors
@@ -183,7 +196,9 @@ class BaseMatrix:
                 )
             pair = None if exponent else self._single
             pair = (pair or self._pair(weight)).with_tuned(other, change)
-            parts.append(self._part(pair, weight, other))
+            sides = [one for one in (self._quantised, tuned.quantised) if one is not None]
+            codes = [] if exponent else [one.of(index) for one in sides]
+            parts.append(self._part(pair, weight, other, codes))
         found = _multiplied(_joined(parts), exponent)
         return found if not exponent else _told_apart(found, self._weights, tuned)
 
@@ -191,7 +206,11 @@ class BaseMatrix:
         return MatrixPair(weight, vectors=self._vectors, pool=self._pool)
 
     def _part(
-        self, pair: MatrixPair, base: Tensor | None = None, tuned: Tensor | None = None
+        self,
+        pair: MatrixPair,
+        base: Tensor | None = None,
+        tuned: Tensor | None = None,
+        quantised: Sequence[Quantised] = (),
     ) -> _Part:
         measured = measure(pair, self._metrics)
         curves = _curves([pair])
@@ -203,6 +222,7 @@ class BaseMatrix:
             tuned,
             relative_drift=measured.change["relative_drift"],
             values=self._vectors,
+            quantised=quantised,
         )
         return _Part(measured, curves, pair.base_energy, pair.change_energy, evidence)
 

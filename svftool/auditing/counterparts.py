@@ -85,7 +85,7 @@ class Counterparts:
             return None
         if name in self.changes:
             return self.changes[name](base)
-        return Tuned(weight=self.source.read(other))
+        return Tuned(weight=self.source.read(other), quantised=self.source.quantised(other))
 
 
 def counterparts(base: AuditSource, other: AuditSource, progress: Progress) -> Counterparts:

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from svftool.auditing.pair import norm_ratio
 from svftool.auditing.spectral import AnyPair
+from svftool.checkpoints import dtype_name
 from svftool.numerics.rounding import coarser, largest_step, precision_of, rounding_noise
 
 EDGE_MARGIN = 1.1
@@ -37,12 +38,44 @@ class Noise:
     steps : float or None
         Largest change of an entry, in units of the dtype's spacing there; None where the change is
         far above it.
+    storage : str
+        The format of codes that the values are of; empty where a dtype rounded them.
     """
 
     dtype: torch.dtype
     energy: float
     edge: float = 0.0
     steps: float | None = None
+    storage: str = ""
+
+    @property
+    def name(self) -> str:
+        """What the noise is of."""
+        return self.storage or dtype_name(self.dtype)
+
+
+@dataclass(frozen=True)
+class Quantised:
+    """How far the values of a tensor lie apart that is stored as codes.
+
+    Attributes
+    ----------
+    step : Tensor
+        Of the tensor's shape; 0 where it is not known.
+    storage : str
+        The format.
+    """
+
+    step: Tensor
+    storage: str
+
+    def reshaped(self, shape: tuple[int, ...], device: torch.device) -> Quantised:
+        """Return the same in another shape and place."""
+        return replace(self, step=self.step.reshape(shape).to(device))
+
+    def of(self, index: int) -> Quantised:
+        """Return that of one matrix of a batch; of a single one, its own."""
+        return self if self.step.ndim == 2 else replace(self, step=self.step[index])
 
 
 @dataclass(frozen=True)
@@ -130,6 +163,7 @@ def gather(
     *,
     relative_drift: float | None,
     values: bool = True,
+    quantised: Sequence[Quantised] = (),
 ) -> Evidence:
     """Collect the evidence on one matrix.
 
@@ -144,6 +178,8 @@ def gather(
         As the metric.
     values : bool
         Whether the spectrum of the change may be computed.
+    quantised : sequence of Quantised
+        Of the sides that are stored as codes.
 
     Returns
     -------
@@ -162,7 +198,10 @@ def gather(
     )
     if pair.identical:
         return plain
-    found = _with_noise(plain, base, tuned)
+    if quantised and base is not None and tuned is not None:
+        found = replace(plain, noise=quantisation_noise(base, tuned, quantised))
+    else:
+        found = _with_noise(plain, base, tuned)
     if base is not None and tuned is not None and _may_be_rearranged(found):
         found = replace(found, rearranged=rearrangement(base, tuned))
     return _with_rank(found, pair) if values else found
@@ -187,6 +226,28 @@ def noise_of(base: Tensor, tuned: Tensor, dtype: torch.dtype, *, drift: float) -
         steps = largest_step(base, tuned, dtype)
     expected = rounding_noise(tuned if tuned.ndim == 2 else tuned.reshape(1, -1), dtype)
     return Noise(dtype, expected.energy, expected.edge, steps)
+
+
+def quantisation_noise(base: Tensor, tuned: Tensor, quantised: Sequence[Quantised]) -> Noise:
+    """Return the noise to expect of codes, and by how many of their steps entries moved at most.
+
+    The error of an entry is taken as uniform over a step around it, as that of rounding is.
+    """
+    step = quantised[0].step.double()
+    for other in quantised[1:]:
+        step = torch.maximum(step, other.step.double())
+    moved = (tuned.double() - base.double()).abs()
+    tiny = 1e-6 * torch.maximum(base.double().abs(), tuned.double().abs())
+    steps = torch.where(moved <= tiny, 0.0, moved / step)
+    squares = step.square_().div_(12.0)
+    rows, columns = (float(squares.sum(dim=dim).max()) for dim in (1, 0))
+    return Noise(
+        torch.float32,
+        float(squares.sum()),
+        math.sqrt(rows) + math.sqrt(columns),
+        float(steps.max()),
+        " and ".join(dict.fromkeys(one.storage for one in quantised)),
+    )
 
 
 def _with_rank(found: Evidence, pair: AnyPair) -> Evidence:
@@ -299,4 +360,5 @@ def _joined_noise(parts: Sequence[Noise | None]) -> Noise | None:
         sum(part.energy for part in known),
         max(part.edge for part in known),
         None if None in steps else max(step for step in steps if step is not None),
+        known[0].storage,
     )

@@ -13,7 +13,7 @@ from svftool.auditing.evidence import Evidence
 from svftool.auditing.formulas import Value
 from svftool.auditing.metrics import METRICS, Measured, metric_key
 from svftool.auditing.pair import Array, norm_ratio
-from svftool.auditing.verdicts import ROUNDING, UNTOUCHED, Verdict
+from svftool.auditing.verdicts import STILL, Verdict
 from svftool.checkpoints import View
 
 Shape = tuple[int, ...]
@@ -88,7 +88,7 @@ class Row:
     @property
     def changed(self) -> bool:
         """Whether the tensor changed by more than rounding."""
-        return self.verdict is not None and self.verdict.name not in (UNTOUCHED, ROUNDING)
+        return self.verdict is not None and self.verdict.name not in STILL
 
     @property
     def rounding_floor(self) -> Value:

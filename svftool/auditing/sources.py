@@ -13,6 +13,7 @@ from typing import Any, Literal, Self
 from torch import Tensor
 
 from svftool.adapters.peft import LoraFolder, is_lora, open_lora
+from svftool.auditing.evidence import Quantised
 from svftool.checkpoints import (
     TensorInfo,
     View,
@@ -51,6 +52,8 @@ class AuditSource:
         Gives a dense tensor by name.
     fingerprint : callable
         Gives the fingerprint of the checkpoint, or of the base of factors and tuned files.
+    step : callable
+        Gives the distance of neighbouring values of a tensor stored as codes, None of others.
     notes : tuple of str
         What the user should be told.
     views : mapping of str to {"matrix", "batch"}
@@ -77,6 +80,7 @@ class AuditSource:
     infos: Mapping[str, TensorInfo]
     read: Callable[[str], Tensor]
     fingerprint: Callable[[Progress], str]
+    step: Callable[[str], Tensor | None] = lambda name: None
     notes: tuple[str, ...] = ()
     views: Mapping[str, View] = field(default_factory=dict)
     config: Mapping[str, Any] | None = None
@@ -86,6 +90,12 @@ class AuditSource:
     warnings: tuple[str, ...] = ()
     passed_over: Mapping[str, int] = field(default_factory=dict)
     file: AbstractContextManager[object] = field(default_factory=nullcontext)
+
+    def quantised(self, name: str) -> Quantised | None:
+        """Return how far the values of a tensor lie apart, where it is stored as codes."""
+        info = self.infos[name]
+        step = self.step(name) if info.storage else None
+        return None if step is None else Quantised(step.expand(info.shape), info.storage)
 
     def __enter__(self) -> Self:
         return self
@@ -129,6 +139,7 @@ def open_source(path: str | os.PathLike[str]) -> AuditSource:
         file.infos,
         file.read,
         fingerprint,
+        file.step,
         notes=file.notes,
         warnings=file.warnings,
         passed_over=file.passed_over,

@@ -1,7 +1,7 @@
 """Verdicts in words, from stated rules over the evidence; docs/metrics.md explains each.
 
 The rules are asked in this order, and the first that holds gives the verdict: broken, untouched,
-rearranged, rounding noise, spectrum only, unrelated, low rank, full fine-tune.
+rearranged, rounding noise or quantisation only, spectrum only, unrelated, low rank, full fine-tune.
 """
 
 from __future__ import annotations
@@ -13,12 +13,12 @@ from dataclasses import dataclass, replace
 from typing import Literal
 
 from svftool.auditing.evidence import ROTATED, Evidence, Noise
-from svftool.checkpoints import dtype_name
 
 Confidence = Literal["high", "medium", "low"]
 
 UNTOUCHED = "untouched"
 ROUNDING = "rounding noise"
+QUANTISED = "quantisation only"
 SPECTRUM_ONLY = "spectrum only"
 LOW_RANK = "low rank"
 FULL = "full fine-tune"
@@ -32,6 +32,7 @@ UNDECIDED = "undecided"
 VERDICTS = {
     UNTOUCHED: "not one value differs",
     ROUNDING: "the change is no larger than what rounding to the dtype makes",
+    QUANTISED: "the change is no larger than what storing weights as codes makes",
     SPECTRUM_ONLY: "singular values changed, singular vectors did not: a singular value fine-tune",
     LOW_RANK: "the change has few singular values: a LoRA-like update",
     FULL: "singular values and vectors changed, in many directions",
@@ -44,6 +45,9 @@ VERDICTS = {
 }
 """Each verdict with what it means. ``changed`` and ``mixed`` are for tensors that are no matrices
 and for whole comparisons, ``undecided`` for whole comparisons and for tensors not compared."""
+
+STILL = (UNTOUCHED, ROUNDING, QUANTISED)
+"""Verdicts on what nobody trained."""
 
 STEPS = 1.0
 """Steps of the dtype up to which a moved entry counts as rounded."""
@@ -156,18 +160,37 @@ def _rearranged(found: Evidence) -> Verdict | None:
 
 def _rounding(found: Evidence) -> Verdict | None:
     noise = found.noise
+    if noise is not None and noise.storage:
+        return _quantised(found, noise)
     if 0.0 < found.weight_drift <= REBUILT:
         evidence = f"moved by {_percent(found.weight_drift)}, as rebuilding from factors does"
         return Verdict(ROUNDING, "medium", evidence)
     if noise is None or noise.steps is None or noise.steps > STEPS:
         return None
     evidence = (
-        f"no entry moved by more than {noise.steps:.2g} steps of {dtype_name(noise.dtype)}, "
+        f"no entry moved by more than {noise.steps:.2g} steps of {noise.name}, "
         f"by {_percent(found.weight_drift)} in all"
     )
     # Rounding an entry to the nearest number moves it by half a step and spreads evenly.
     single = noise.steps <= 0.51 and found.change_energy <= 2.0 * noise.energy
     return Verdict(ROUNDING, "high" if single else "medium", evidence)
+
+
+_CLIPPED = 4.0
+"""Steps that a format may move a few entries by, whose scales are chosen for the others."""
+
+
+def _quantised(found: Evidence, noise: Noise) -> Verdict | None:
+    """As of rounding, with the steps of the codes."""
+    assert noise.steps is not None
+    expected = found.change_energy <= 1.5 * noise.energy
+    if noise.steps > (_CLIPPED if expected else STEPS):
+        return None
+    evidence = (
+        f"no entry moved by more than {noise.steps:.2g} steps of {noise.name}, "
+        f"by {_percent(found.weight_drift)} in all"
+    )
+    return Verdict(QUANTISED, "high" if expected and noise.steps <= STEPS else "medium", evidence)
 
 
 def _spectrum_only(found: Evidence) -> Verdict | None:
@@ -179,9 +202,7 @@ def _spectrum_only(found: Evidence) -> Verdict | None:
             continue
         evidence = f"{_percent(found.svf_share)} of the change is one of singular values"
         if noise is not None and found.svf_share < 0.99:
-            evidence += (
-                f", {_percent(share)} without the rounding noise of {dtype_name(noise.dtype)}"
-            )
+            evidence += f", {_percent(share)} without the rounding noise of {noise.name}"
         if found.cosine is not None and abs(found.cosine) > 1.0 - 1e-9:
             evidence += "; it is a plain rescaling"
         return Verdict(SPECTRUM_ONLY, _spectral_confidence(found, noisy), evidence)
@@ -236,7 +257,7 @@ def _low_rank(found: Evidence) -> Verdict | None:
             kept = 1.0 - found.tail / found.change_energy
             evidence = f"{rank} of {found.side} directions hold {_percent(kept)} of the change"
             if noise is not None:
-                evidence += f", the rest is within the rounding of {dtype_name(noise.dtype)}"
+                evidence += f", the rest is within the rounding of {noise.name}"
             return Verdict(LOW_RANK, _rank_confidence(found, rank, noisy), evidence, rank)
     return None
 
@@ -254,7 +275,7 @@ def _full(found: Evidence) -> Verdict:
     if found.rank:
         parts.append(f"rank {found.rank} of {found.side}")
     if found.noise is not None and found.noise_share > 0.3:
-        parts.append(f"rounding to {dtype_name(found.noise.dtype)} hides what was done")
+        parts.append(f"rounding to {found.noise.name} hides what was done")
     confidence: Confidence = "high"
     if found.svf_share is None or found.side < 4 or found.noise_share > 0.3:
         confidence = "medium"
@@ -299,12 +320,14 @@ def judge_all(
     if not not_compared:
         return found
     left = f"{_tensors(not_compared)} not compared"
-    if found.name not in (UNTOUCHED, ROUNDING):
+    if found.name not in STILL:
         return replace(found, evidence=f"{found.evidence}; undecided: {left}")
     done = len(matrices) + len(others) + len(codes)
     rest = "nothing else is there"
     if done:
-        way = "equal" if found.name == UNTOUCHED else "equal but for rounding"
+        way = {UNTOUCHED: "equal", QUANTISED: "equal but for quantisation"}.get(
+            found.name, "equal but for rounding"
+        )
         rest = f"the {done} compared {'is' if done == 1 else 'are'} {way}"
     return Verdict(UNDECIDED, "low", f"{left}; {rest}")
 
@@ -322,7 +345,7 @@ def _judge_compared(
     broken = sum(verdict.name == BROKEN for verdict in (*(v for v, _ in matrices), *others))
     if broken:
         return broken_verdict(broken)
-    moved = [(v, e) for v, e in matrices if v.name not in (UNTOUCHED, ROUNDING)]
+    moved = [(v, e) for v, e in matrices if v.name not in STILL]
     if not moved:
         return _still(matrices, others, codes)
     counts = Counter(verdict.name for verdict in _absorbed(moved))
@@ -355,7 +378,8 @@ def _still(
     others: Sequence[Verdict],
     codes: Sequence[Verdict],
 ) -> Verdict:
-    rounded = sum(verdict.name == ROUNDING for verdict, _ in matrices)
+    coded = sum(verdict.name == QUANTISED for verdict, _ in matrices)
+    rounded = coded + sum(verdict.name == ROUNDING for verdict, _ in matrices)
     changed = sum(verdict.name in (CHANGED, REARRANGED) for verdict in others)
     in_codes = _say_codes(codes)
     if changed or in_codes:
@@ -367,9 +391,12 @@ def _still(
             part += f"; {changed} {others_changed} changed"
         return Verdict(CHANGED, "high", part + in_codes)
     if rounded or any(verdict.name == ROUNDING for verdict in others):
-        alike = [verdict for verdict, _ in matrices if verdict.name == ROUNDING]
+        name = QUANTISED if coded else ROUNDING
+        alike = [verdict for verdict, _ in matrices if verdict.name == name]
         return Verdict(
-            ROUNDING, _joint(alike or others), f"{rounded} of {len(matrices)} matrices, by rounding"
+            name,
+            _joint(alike or others),
+            f"{rounded} of {len(matrices)} matrices, by {'quantisation' if coded else 'rounding'}",
         )
     total = len(matrices) + len(others) + len(codes)
     return Verdict(UNTOUCHED, "high", f"all {total} tensors are equal")

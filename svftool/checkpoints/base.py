@@ -8,7 +8,7 @@ from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import MappingProxyType, TracebackType
-from typing import Literal, Protocol, Self
+from typing import Literal, Protocol, Self, runtime_checkable
 
 import torch
 from torch import Tensor
@@ -39,7 +39,7 @@ class Closing(ABC):
         self.close()
 
 
-Format = Literal["safetensors", "pickle"]
+Format = Literal["safetensors", "pickle", "gguf"]
 Layout = Literal["dense", "sparse", "quantised"]
 
 
@@ -57,6 +57,8 @@ class TensorInfo:
         Name of the weight file that holds it, without folder.
     layout : {"dense", "sparse", "quantised"}
         How pickles may hold a tensor; always ``dense`` in safetensors.
+    storage : str
+        The format whose codes stand for the numbers; empty where they are stored as they are.
     """
 
     name: str
@@ -64,6 +66,7 @@ class TensorInfo:
     shape: tuple[int, ...]
     file: str
     layout: Layout = "dense"
+    storage: str = ""
 
     @property
     def numel(self) -> int:
@@ -104,6 +107,14 @@ class WeightFile(Protocol):
         """Give the file back; reading is over."""
 
 
+@runtime_checkable
+class Stepped(Protocol):
+    """A weight file that knows how far the values of its quantised tensors lie apart."""
+
+    def step(self, name: str) -> Tensor | None:
+        """Return the distance of neighbouring values of a tensor, None where none was quantised."""
+
+
 class Checkpoint(Closing):
     """A checkpoint open for reading; a context manager. Made by `open_checkpoint`.
 
@@ -112,7 +123,7 @@ class Checkpoint(Closing):
     path : Path
         The file or folder that was opened.
     is_folder : bool
-    format : {"safetensors", "pickle"}
+    format : {"safetensors", "pickle", "gguf"}
     infos : mapping of str to TensorInfo
         In file order, shard after shard; names exactly as in the files.
     shards : tuple of Shard
@@ -185,6 +196,22 @@ class Checkpoint(Closing):
             If the file changed or became unreadable since it was opened.
         """
         return self._home[name].read(name)
+
+    def step(self, name: str) -> Tensor | None:
+        """Return the distance of neighbouring values of a quantised tensor, None of others.
+
+        Parameters
+        ----------
+        name : str
+            As in `infos`.
+
+        Returns
+        -------
+        Tensor or None
+            Broadcasts to what `read` returns.
+        """
+        file = self._home[name]
+        return file.step(name) if isinstance(file, Stepped) else None
 
     @property
     def own_files(self) -> tuple[str, ...]:

@@ -10,6 +10,8 @@ from pathlib import Path
 
 from svftool.checkpoints.base import Checkpoint, Format, WeightFile
 from svftool.checkpoints.pickle_file import ZIP_MAGIC, PickleFile
+from svftool.checkpoints.quantised import QuantisedCheckpoint, understood
+from svftool.checkpoints.quantised.gguf_file import GGUFFile
 from svftool.checkpoints.safetensors_file import SafetensorsFile
 from svftool.errors import CheckpointError, ResourceError, system_fault
 from svftool.files.folder import (
@@ -23,6 +25,7 @@ from svftool.files.folder import (
     looks_like_hub_id,
     read_config,
 )
+from svftool.files.gguf import MAGIC as GGUF_MAGIC
 from svftool.files.header import announces_header, describe_start
 from svftool.files.hub import fetch, named_in_cache
 
@@ -114,9 +117,16 @@ def _open_all(paths: Sequence[Path], place: Place) -> Checkpoint:
         for file in files:
             file.close()
         raise
-    pickled = any(isinstance(file, PickleFile) for file in files)
-    kind: Format = "pickle" if pickled else "safetensors"
-    return Checkpoint(place, files, format=kind)
+    kind = _format(files)
+    checkpoint = Checkpoint(place, files, format=kind)
+    coded = understood(checkpoint)
+    return QuantisedCheckpoint(place, files, coded, format=kind) if coded else checkpoint
+
+
+def _format(files: Sequence[WeightFile]) -> Format:
+    if any(isinstance(file, PickleFile) for file in files):
+        return "pickle"
+    return "gguf" if any(isinstance(file, GGUFFile) for file in files) else "safetensors"
 
 
 def _weight_file(path: Path) -> WeightFile:
@@ -127,6 +137,8 @@ def _weight_file(path: Path) -> WeightFile:
         return SafetensorsFile(path)
     if start.startswith((ZIP_MAGIC, b"\x80")):
         return PickleFile(path)
+    if start.startswith(GGUF_MAGIC):
+        return GGUFFile(path)
     expected = "a pickle of torch" if path.suffix in PICKLE_SUFFIXES else "a checkpoint"
     raise CheckpointError(
         f"{path}: {describe_start(start)}, expected {expected}. Check where the file came from."

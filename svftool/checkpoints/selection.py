@@ -9,6 +9,8 @@ from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from typing import Any
 
+import torch
+
 from svftool.checkpoints.base import TensorInfo
 from svftool.checkpoints.dtypes import DECOMPOSABLE, FLOAT8
 from svftool.checkpoints.views import View, matrix_shape
@@ -433,6 +435,12 @@ def _impossible(info: TensorInfo, view: View) -> str | None:
     if len(info.shape) < 2:
         return "fewer than two dimensions"
     return "one side of the matrix is 1" if 1 in matrix_shape(info.shape, view)[-2:] else None
+
+
+def is_code(info: TensorInfo) -> bool:
+    """Tell whether a tensor is one that quantisation leaves: codes, scales, packed integers."""
+    narrow = info.dtype in (*FLOAT8, torch.int8, torch.uint8)
+    return narrow or table_role(info) == QUANTISATION
 
 
 def _by_default(info: TensorInfo, heads: frozenset[str]) -> str | None:

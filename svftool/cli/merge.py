@@ -42,6 +42,10 @@ def command(
         bool,
         typer.Option("--allow-overflow", help="Clip what its dtype cannot hold; it is counted."),
     ] = False,
+    dtype: Annotated[
+        str | None,
+        typer.Option(help="Write numbers in float32, bfloat16 or float16; as the base by default."),
+    ] = None,
     force: ForceOption = False,
     display: Display,
 ) -> None:
@@ -63,6 +67,7 @@ def command(
         max_shard_size=max_shard_size,
         verify=verify,
         allow_overflow=allow_overflow,
+        dtype=dtype,
         force=force,
         progress=display.progress(),
     )

@@ -48,7 +48,13 @@ class Merged:
 
 
 def add_delta(
-    weight: Tensor, factors: LayerFactors, delta: Tensor, *, view: View, clip: bool = False
+    weight: Tensor,
+    factors: LayerFactors,
+    delta: Tensor,
+    *,
+    view: View,
+    clip: bool = False,
+    dtype: torch.dtype | None = None,
 ) -> Merged:
     """Add a change of singular values to a weight.
 
@@ -64,6 +70,8 @@ def add_delta(
         How the weight is seen as matrices.
     clip : bool
         Replace entries that the dtype cannot hold by its largest number, with their sign.
+    dtype : torch.dtype, optional
+        Of the result; the weight's if left out.
 
     Returns
     -------
@@ -73,7 +81,9 @@ def add_delta(
     if not torch.any(delta):
         return Merged(weight, 0.0, 0.0)
     matrices = to_matrix(weight, view)
-    merged = torch.empty_like(matrices, memory_format=torch.contiguous_format)
+    merged = torch.empty_like(
+        matrices, dtype=dtype or weight.dtype, memory_format=torch.contiguous_format
+    )
     sums = _Sums(clip=clip)
     if view == "batch":
         for e in range(matrices.shape[0]):

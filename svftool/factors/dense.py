@@ -14,6 +14,8 @@ from svftool.checkpoints import (
     CheckpointWriter,
     SafetensorsWriter,
     TensorInfo,
+    dtype_name,
+    is_code,
     plan_shards,
     save_pickled,
     side_files,
@@ -160,6 +162,11 @@ def _update(path: Path, mixture: Mixture, progress: Progress) -> None:
     """Make ``config.json`` describe the merged tensors, where they are not those of the base."""
     before = _config(path)
     config = before
+    if not any(is_code(info) for info in mixture.infos.values()):
+        config = {key: value for key, value in config.items() if key != "quantization_config"}
+    for key in ("dtype", "torch_dtype"):
+        if key in config and mixture.dtype is not None:
+            config = {**config, key: dtype_name(mixture.dtype)}
     if mixture.classes is not None:
         config = follow_classes(config, mixture.classes)
     config, unexplained = follow_shapes(config, mixture.reshaped)

@@ -12,13 +12,13 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from svftool.checkpoints import Checkpoint, TensorInfo, class_labels, dtype_name, dtype_named
+from svftool.checkpoints import Checkpoint, TensorInfo, class_labels, dtype_name, is_code
 from svftool.checkpoints.selection import table_role
 from svftool.errors import FactorsError, ModelError, NumericalError, UsageError, shortlist
 from svftool.factors import FactorStore, Merged, TunedFile, add_delta, read_tuned, rebuild
 from svftool.factors.delta import norm
 from svftool.factors.stated import stated_by
-from svftool.numerics.rounding import beyond, round_once
+from svftool.numerics.rounding import FLOATS, beyond, round_once
 
 
 @dataclass(frozen=True)
@@ -109,6 +109,8 @@ class Mixture:
         Checked tuned files.
     allow_overflow : bool
         Clip values that the dtype of their tensor cannot hold, instead of refusing them.
+    dtype : torch.dtype, optional
+        What all floating numbers are rounded to; codes and what counts stay as they are.
 
     Attributes
     ----------
@@ -135,6 +137,7 @@ class Mixture:
         experts: Sequence[Expert],
         *,
         allow_overflow: bool = False,
+        dtype: torch.dtype | None = None,
     ) -> None:
         if base is None and store.config.layers_only:
             raise FactorsError(
@@ -155,6 +158,12 @@ class Mixture:
             **self._base_infos,
             **{name: self._whole_info(name) for name in trained},
         }
+        self.dtype = dtype
+        if dtype is not None:
+            self.infos = {
+                name: replace(info, dtype=dtype) if _is_number(info) else info
+                for name, info in self.infos.items()
+            }
         self._check_heads()
 
     @property
@@ -170,6 +179,12 @@ class Mixture:
             name: (self._base_infos[name].shape, self.infos[name].shape) for name in self.replaced
         }
         return {name: (old, new) for name, (old, new) in pairs.items() if old != new}
+
+    @property
+    def rounded(self) -> set[str]:
+        """Tensors of the base that are written in another dtype."""
+        kept = self._base_infos.keys() - set(self.replaced)
+        return {one for one in kept if self.infos[one].dtype != self._base_infos[one].dtype}
 
     @property
     def rebuilt_error(self) -> float | None:
@@ -189,7 +204,7 @@ class Mixture:
         if name in self.added or name in self.replaced:
             return self._mix_whole(name), None
         if name not in self.store.layers:
-            return self._read(name), None
+            return self._in_dtype(name, self._read(name)), None
         delta = self.delta(name)
         merged = self._merge_layer(name, delta)
         # The delta decides: its norm may be too small for a number, or be lost in rounding.
@@ -225,6 +240,15 @@ class Mixture:
     def _read(self, name: str) -> Tensor:
         return self.store.read_whole(name) if self._values is None else self._values.read(name)
 
+    def _in_dtype(self, name: str, values: Tensor) -> Tensor:
+        """Round a tensor of the base, where it is written in another dtype."""
+        dtype = self.infos[name].dtype
+        if dtype == values.dtype:
+            return values
+        wide = values.double()
+        # What is not finite in the base may stay so; what overflows is refused or clipped.
+        return self._rounded(name, wide, dtype, torch.where(wide.isfinite(), math.inf, wide))
+
     def delta(self, name: str) -> Tensor:
         """Sum the changes of one layer's singular values, in float64.
 
@@ -245,7 +269,7 @@ class Mixture:
     def _merge_layer(self, name: str, delta: Tensor) -> Merged:
         layer = self.store.layers[name]
         if self._values is not None and not torch.any(delta):
-            return Merged(self._values.read(name), 0.0, 0.0)
+            return Merged(self._in_dtype(name, self._values.read(name)), 0.0, 0.0)
         if self._values is not None:
             merged = add_delta(
                 self._values.read(name),
@@ -253,12 +277,13 @@ class Mixture:
                 delta,
                 view=layer.view,
                 clip=self.allow_overflow,
+                dtype=self.infos[name].dtype,
             )
-            self._judge(name, merged.undefined, merged.overflow, dtype_named(layer.dtype))
+            self._judge(name, merged.undefined, merged.overflow, self.infos[name].dtype)
             return merged
         S = self.store.read_S(name).double()
         change = norm(delta) / max(norm(S), torch.finfo(torch.float64).tiny)
-        weight = self._rounded(name, self._rebuilt(name, S + delta), dtype_named(layer.dtype))
+        weight = self._rounded(name, self._rebuilt(name, S + delta), self.infos[name].dtype)
         return Merged(weight, change, 0.0)
 
     def _rebuilt(self, name: str, S: Tensor) -> Tensor:
@@ -422,6 +447,10 @@ def _is_storable(value: Tensor, dtype: torch.dtype) -> bool:
     if value.dtype != dtype:
         return False
     return not dtype.is_floating_point or bool(value.float().isfinite().all())
+
+
+def _is_number(info: TensorInfo) -> bool:
+    return info.layout == "dense" and info.dtype in FLOATS and not is_code(info)
 
 
 def _may_be_infinite(info: TensorInfo) -> bool:

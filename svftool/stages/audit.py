@@ -39,6 +39,7 @@ from svftool.auditing import (
     open_source,
     trajectory_of,
 )
+from svftool.auditing.evidence import Quantised
 from svftool.auditing.verdicts import broken_verdict
 from svftool.auditing.ways import asked_for, way_to_change, way_to_compare
 from svftool.checkpoints import (
@@ -203,7 +204,13 @@ class _Auditor:
         def work(job: Job, weight: Tensor, pool: ThreadPool) -> list[Found | None]:
             if not sides:
                 return [self._spectrum(job, weight, pool)]
-            base = BaseMatrix(weight, self.metrics, vectors=not self.fast, pool=pool)
+            base = BaseMatrix(
+                weight,
+                self.metrics,
+                vectors=not self.fast,
+                pool=pool,
+                quantised=self._quantised(job, weight.device),
+            )
             return [
                 self._held(job, base, weight, side)
                 if self._way(job.name, side) == "matrix"
@@ -232,6 +239,10 @@ class _Auditor:
                 )
             )
             return {name: one for part in processes.gather(done) for name, one in part.items()}
+
+    def _quantised(self, job: Job, device: torch.device) -> Quantised | None:
+        found = self.base.quantised(job.name)
+        return None if found is None else found.reshaped(job.matrix, device)
 
     def _spectrum(self, job: Job, weight: Tensor, pool: ThreadPool) -> Found:
         S = None if self.base.spectra is None else self.base.spectra(job.name)
@@ -336,7 +347,9 @@ class _Auditor:
             view=view,
             matrix=None if view is None else self.layers.matrix(info),
             shape=info.shape,
-            dtype=tuple(dtype_name(one.dtype) for one in (info, other) if one is not None),
+            dtype=tuple(
+                one.storage or dtype_name(one.dtype) for one in (info, other) if one is not None
+            ),
             tuned_name=None if renamed == name else renamed,
         )
         return judged_row(row, found)

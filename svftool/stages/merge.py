@@ -8,6 +8,7 @@ from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
 
+import torch
 from torch import Tensor
 
 from svftool.checkpoints import (
@@ -20,13 +21,16 @@ from svftool.checkpoints import (
     tensor_digest,
 )
 from svftool.checkpoints.pickle_writer import rivals
-from svftool.errors import NumericalError, UsageError, shortlist
+from svftool.errors import NumericalError, UsageError, no_such, shortlist
 from svftool.factors import TunedFile, check_tuned, open_factors, read_tuned
 from svftool.factors.dense import write_dense, write_mixed
 from svftool.factors.mixture import Expert, LayerChange, Mixture
 from svftool.factors.stated import Stated, stated_by
 from svftool.files.folder import check_dense_name, is_tuned_name, named
 from svftool.progress import SILENT, Progress
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+"""What `merge` can write floating numbers in."""
 
 SETTINGS = ("image_size", "crop", "short_side", "mean", "std", "sequence_length", "ignore_index")
 """Settings of tasks on which a number depends that is measured on the weights."""
@@ -86,6 +90,7 @@ def merge(
     max_shard_size: str | None = None,
     verify: bool = False,
     allow_overflow: bool = False,
+    dtype: str | None = None,
     force: bool = False,
     progress: Progress = SILENT,
 ) -> MergeResult:
@@ -114,6 +119,9 @@ def merge(
         Read the result again and compare every tensor with one derived anew.
     allow_overflow : bool
         Clip values that their dtype cannot hold to its largest number, and count them.
+    dtype : str, optional
+        ``"float32"``, ``"bfloat16"`` or ``"float16"``: what floating numbers are written in; as in
+        the base if left out, in float32 where the base stores them as codes.
     force : bool
         Replace an existing output once the new one is complete.
     progress : Progress
@@ -135,6 +143,7 @@ def merge(
         If a value would be NaN, infinite, or overflow its dtype.
     """
     target = Path(output)
+    written_in = _dtype(dtype, target)
     _check_options(target, tuned, base, without_base=without_base, shards=max_shard_size)
     experts = [Expert.parse(one) for one in tuned]
     shard_bytes = None if max_shard_size is None else parse_size(max_shard_size)
@@ -147,7 +156,9 @@ def merge(
         with opened as checkpoint:
             mixed = is_tuned_name(target)
             dropped = {} if mixed else _tell_dropped(checkpoint, target, progress)
-            mixture = Mixture(store, checkpoint, experts, allow_overflow=allow_overflow)
+            mixture = Mixture(
+                store, checkpoint, experts, allow_overflow=allow_overflow, dtype=written_in
+            )
             stated = _tell_unlike(experts, progress)
             inputs = [store.path, *(one.tuned.path for one in experts)]
             inputs += [] if checkpoint is None else [checkpoint.path]
@@ -172,7 +183,10 @@ def merge(
     return MergeResult(
         output=target,
         layers=tuple(changes),
-        unchanged=len(mixture.infos) - len(changed) - len(mixture.added) - len(mixture.replaced),
+        unchanged=len(mixture.infos)
+        - len(changed | mixture.rounded)
+        - len(mixture.added)
+        - len(mixture.replaced),
         added=mixture.added,
         replaced=mixture.replaced,
         verified=True if verify else None,
@@ -181,6 +195,26 @@ def merge(
         dropped={**dropped, **left},
         mixed=mixed,
     )
+
+
+def _dtype(name: str | None, target: Path) -> torch.dtype | None:
+    """Return the dtype that was asked for.
+
+    Raises
+    ------
+    UsageError
+        If there is none of this name, or a tuned file is written.
+    """
+    if name is None:
+        return None
+    if name not in DTYPES:
+        raise UsageError(no_such("--dtype", name, DTYPES))
+    if is_tuned_name(target):
+        raise UsageError(
+            f"--dtype: {target} is a tuned file, which holds singular values, expected a dense "
+            "output. Leave the option out."
+        )
+    return DTYPES[name]
 
 
 def _check_options(

@@ -10,6 +10,7 @@ from svftool.auditing.verdicts import (
     CHANGED,
     FULL,
     LOW_RANK,
+    QUANTISED,
     REARRANGED,
     ROUNDING,
     SPECTRUM_ONLY,
@@ -23,11 +24,12 @@ _WAYS = {
     REARRANGED: "by rearranging (permuted, sign-flipped or rotated)",
     UNRELATED: "beyond recognition (retrained, or another model)",
     ROUNDING: "by rounding alone",
+    QUANTISED: "by quantisation alone",
     BROKEN: "to values that are not finite, or to zeros",
 }
 
 
-_LAST = (CHANGED, ROUNDING)
+_LAST = (CHANGED, ROUNDING, QUANTISED)
 
 
 def headline(one: Comparison) -> str:

@@ -18,6 +18,7 @@ __all__ = [
 COLOURS = {
     "untouched": "dim",
     "rounding noise": "dim green",
+    "quantisation only": "dim green",
     "spectrum only": "cyan",
     "low rank": "blue",
     "full fine-tune": "yellow",

@@ -177,10 +177,7 @@ def _tiles(one: Comparison) -> list[tuple[str, str, str]]:
     if one.tuned is None:
         return [("matrices", matrices, "tensors of the checkpoint")]
     share = one.total("svf_share")
-    moved = sum(
-        row.verdict is not None and row.verdict.name not in ("untouched", "rounding noise")
-        for row in one.matrices
-    )
+    moved = sum(row.changed for row in one.matrices)
     intruders = [row.value("intruders") for row in one.matrices]
     found = [value for value in intruders if value is not None]
     return [

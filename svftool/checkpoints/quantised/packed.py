@@ -1,0 +1,185 @@
+"""Whole numbers of a few bits in words of 32, with scales and zero points a group of inputs.
+
+- GPTQ: ``qweight (in / k, out)``, low bits first along the inputs; the zero points in the file are
+  one too small, but for ``gptq_v2``. https://github.com/AutoGPTQ/AutoGPTQ (``qlinear_cuda.py``)
+- AWQ: ``qweight (in, out / 8)``, outputs of a word in the order 0 2 4 6 1 3 5 7.
+  https://github.com/casper-hansen/AutoAWQ (``utils/packing_utils.py``)
+- compressed-tensors: ``weight_packed (out, in / k)`` of numbers shifted to be positive, zero points
+  packed along the outputs. https://github.com/vllm-project/compressed-tensors
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from functools import partial
+
+import torch
+from torch import Tensor
+
+from svftool.checkpoints.base import TensorInfo
+from svftool.checkpoints.quantised.coded import SCALES, Coded, Numbers, Source, unpacked
+
+_BITS = (2, 4, 8)
+_AWQ_ORDER = (0, 4, 1, 5, 2, 6, 3, 7)
+"""Where in a word the code of each output lies."""
+
+
+def gptq(source: Source) -> Iterator[Coded]:
+    """Find weights packed along their inputs."""
+    method = source.config.get("quant_method", "gptq")
+    if method not in ("gptq", "auto-round", "intel/auto-round"):
+        return
+    second = source.config.get("checkpoint_format") == "gptq_v2"
+    for name, info, zeros, scales in _quantised_linears(source):
+        groups, out = scales.shape
+        bits = _whole(32 * zeros.shape[1], out)
+        if bits not in _BITS or info.shape[1] != out or zeros.shape[0] != groups:
+            continue
+        rows = info.shape[0] * 32 // bits
+        order = source.infos.get(f"{name}.g_idx")
+        if order is not None and (order.shape != (rows,) or order.dtype != torch.int32):
+            continue
+        if source.config.get("bits", bits) != bits or (order is None and rows % groups):
+            continue
+        parts = {"codes": info.name, "zero": zeros.name, "scale": scales.name}
+        if order is not None:
+            parts["order"] = order.name
+        decode = partial(_decode_gptq, bits=bits, shift=0 if second else 1)
+        yield Coded(f"{name}.weight", (out, rows), f"GPTQ, {bits} bits", parts, decode)
+
+
+def _quantised_linears(
+    source: Source,
+) -> Iterator[tuple[str, TensorInfo, TensorInfo, TensorInfo]]:
+    for name, info in source.ending(".qweight"):
+        zeros = source.get(f"{name}.qzeros", torch.int32)
+        scales = source.get(f"{name}.scales", *SCALES)
+        if info.dtype != torch.int32 or zeros is None or scales is None:
+            continue
+        if all(len(one.shape) == 2 and 0 not in one.shape for one in (info, zeros, scales)):
+            yield name, info, zeros, scales
+
+
+def _whole(part: int, whole: int) -> int:
+    """Return a quotient, 0 where it is no whole number."""
+    return part // whole if whole and part % whole == 0 else 0
+
+
+def _decode_gptq(parts: Mapping[str, Tensor], *, bits: int, shift: int) -> Numbers:
+    codes = unpacked(parts["codes"].mT, bits)
+    zero = ((unpacked(parts["zero"], bits) + shift) & (2**bits - 1)).mT.float()
+    scale = parts["scale"].mT.float()
+    order = parts.get("order")
+    if order is None:
+        count = codes.shape[1] // scale.shape[1]
+        order = torch.arange(scale.shape[1]).repeat_interleave(count)
+    zero, scale = (one[:, order.long()] for one in (zero, scale))
+    return Numbers((codes.float() - zero).mul_(scale), scale.abs())
+
+
+def awq(source: Source) -> Iterator[Coded]:
+    """Find weights packed along their outputs, four bits each."""
+    config = source.config
+    if config.get("quant_method", "awq") != "awq":
+        return
+    if str(config.get("version", "gemm")).lower() != "gemm" or config.get("bits", 4) != 4:
+        return
+    for name, info, zeros, scales in _quantised_linears(source):
+        groups, out = scales.shape
+        rows = info.shape[0]
+        if 8 * info.shape[1] != out or rows % groups or zeros.shape != (groups, info.shape[1]):
+            continue
+        if f"{name}.g_idx" in source.infos:
+            continue
+        parts = {"codes": info.name, "zero": zeros.name, "scale": scales.name}
+        yield Coded(f"{name}.weight", (out, rows), "AWQ, 4 bits", parts, _decode_awq)
+
+
+def _decode_awq(parts: Mapping[str, Tensor]) -> Numbers:
+    codes, zero = (_in_order(unpacked(parts[key], 4)).mT for key in ("codes", "zero"))
+    scale = parts["scale"].mT.float()
+    count = codes.shape[1] // scale.shape[1]
+    zero, scale = (one.repeat_interleave(count, dim=1) for one in (zero.float(), scale))
+    return Numbers((codes.float() - zero).mul_(scale), scale.abs())
+
+
+def _in_order(codes: Tensor) -> Tensor:
+    words = codes.reshape(*codes.shape[:-1], -1, 8)
+    return words[..., list(_AWQ_ORDER)].reshape(codes.shape)
+
+
+def compressed(source: Source) -> Iterator[Coded]:
+    """Find compressed-tensors' packed whole numbers."""
+    for name, info in source.ending(".weight_packed"):
+        scale = source.get(f"{name}.weight_scale", *SCALES)
+        stated = source.get(f"{name}.weight_shape", torch.int64, torch.int32)
+        if info.dtype != torch.int32 or len(info.shape) != 2 or scale is None or stated is None:
+            continue
+        if stated.shape != (2,):
+            continue
+        shape = (int(one) for one in source.read(stated.name))
+        out, columns = shape
+        bits = _bits(info.shape[1], columns)
+        if info.shape[0] != out or bits is None or not _grouped(scale.shape, out, columns):
+            continue
+        parts = {"codes": info.name, "scale": scale.name, "shape": stated.name}
+        if not _take_more(source, name, parts, (out, columns), scale.shape, bits):
+            continue
+        decode = partial(_decode_compressed, bits=bits, shape=(out, columns))
+        storage = f"compressed-tensors, {bits} bits"
+        yield Coded(f"{name}.weight", (out, columns), storage, parts, decode)
+
+
+def _bits(words: int, columns: int) -> int | None:
+    """Return the bits of a code; None where the words do not decide it."""
+    found = [bits for bits in _BITS if columns > 0 and -(-columns * bits // 32) == words]
+    return found[0] if len(found) == 1 else None
+
+
+def _grouped(scale: tuple[int, ...], out: int, columns: int) -> bool:
+    if scale in ((), (1,)):
+        return True
+    return len(scale) == 2 and scale[0] == out and scale[1] > 0 and columns % scale[1] == 0
+
+
+def _take_more(
+    source: Source,
+    name: str,
+    parts: dict[str, str],
+    shape: tuple[int, int],
+    scale: tuple[int, ...],
+    bits: int,
+) -> bool:
+    """Add zero points and the order of the groups to the parts; tell whether they fit."""
+    zero = source.infos.get(f"{name}.weight_zero_point")
+    order = source.infos.get(f"{name}.weight_g_idx")
+    if zero is not None:
+        parts["zero"] = zero.name
+        words = (-(-shape[0] * bits // 32), *scale[1:])
+        if zero.dtype != torch.int32 or len(scale) != 2 or zero.shape != words:
+            return False
+    if order is not None:
+        parts["order"] = order.name
+        return order.shape == (shape[1],) and len(scale) == 2
+    return True
+
+
+def _decode_compressed(
+    parts: Mapping[str, Tensor], *, bits: int, shape: tuple[int, int]
+) -> Numbers:
+    out, columns = shape
+    codes = unpacked(parts["codes"], bits)[:, :columns].float().sub_(2 ** (bits - 1))
+    scale = parts["scale"].float()
+    if scale.ndim < 2:
+        scale = scale.reshape(1, 1)
+    zero = None
+    if "zero" in parts:
+        zero = unpacked(parts["zero"].mT, bits)[:, :out].mT.float().sub_(2 ** (bits - 1))
+    order = parts.get("order")
+    if order is None or bool((order < 0).any()):
+        groups = scale.shape[1]
+        order = torch.arange(groups).repeat_interleave(columns // groups)
+    scale = scale[:, order.long()]
+    if zero is not None:
+        codes -= zero[:, order.long()]
+    return Numbers(codes.mul_(scale), scale.abs())
