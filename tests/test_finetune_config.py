@@ -148,6 +148,10 @@ WRONG = {
     "batch-size = 1\nbatch_size = 2": "batch-size and batch_size are the same option",
     "exclude = ['a']\nlr = ": "not readable",
     "warmup = 0.2": "warmup is no option",
+    "seed = " + "9" * 5000: "a whole number of over 64 bits",
+    "shots = 0x" + "f" * 5000: "a whole number of over 64 bits",
+    "regime = [{a = 0x" + "f" * 17 + "}]": "a whole number of over 64 bits",
+    "lr = " + "[" * 100_000: "nested too deep",
     "config = 'a'": "config is no option",
 }
 
