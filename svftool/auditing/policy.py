@@ -36,12 +36,12 @@ from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any, Literal
 
-from svftool.auditing.gates import Gate, check_metric, tripped
-from svftool.auditing.metrics import metric_key
+from svftool.auditing.gates import Gate, tripped
 from svftool.auditing.results import Comparison, Row, Unread
 from svftool.auditing.verdicts import UNDECIDED, VERDICTS
+from svftool.choices.metrics import check_metric, metric_key
 from svftool.errors import UsageError, brief, did_you_mean, no_such
-from svftool.files.toml import read_toml
+from svftool.files.toml import POLICY, read_toml
 
 SCHEMA_VERSION = 1
 NOT_COMPARED = "not compared"
@@ -186,7 +186,7 @@ def read_policy(path: Path) -> Policy:
     UsageError
         If it cannot be read, or holds a key, verdict or metric that does not exist.
     """
-    document = read_toml(path, "a policy in TOML")
+    document = read_toml(path, POLICY)
     if document.get("schema_version", SCHEMA_VERSION) != SCHEMA_VERSION:
         found = brief(document["schema_version"])
         raise UsageError(f"{path}: schema version {found}, expected {SCHEMA_VERSION}.")

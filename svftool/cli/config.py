@@ -136,7 +136,8 @@ class _Reader:
         try:
             param.type(value, param=param, ctx=self._ctx)
         except typer.BadParameter as error:
-            raise UsageError(f"{self._path}: {key} is {value!r}: {error.message}") from None
+            said = error.message.removeprefix(f"{value!r}, ")
+            raise UsageError(f"{self._path}: {key} is {value!r}, {said}") from None
         return self._placed(param, value) if kind is str else value
 
     def _placed(self, param: Any, value: str) -> str:

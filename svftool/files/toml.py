@@ -10,6 +10,9 @@ from typing import Any
 
 from svftool.errors import UsageError, system_fault
 
+POLICY = "a policy in TOML"
+"""What `inspect --policy` reads."""
+
 _WORD = 63
 """Bits of the numbers that TOML promises to hold, beside their sign."""
 
@@ -38,7 +41,6 @@ def read_toml(path: Path, expected: str) -> dict[str, Any]:
     try:
         # A byte order mark is what some editors put before everything.
         found = tomllib.loads(path.read_text(encoding="utf-8-sig"))
-        wide = _has_wide(found.values())
     except FileNotFoundError:
         raise UsageError(f"{path}: no such file, expected {expected}. Check the path.") from None
     except RecursionError:
@@ -48,8 +50,8 @@ def read_toml(path: Path, expected: str) -> dict[str, Any]:
         reason = " ".join(str(error).split())
         raise UsageError(f"{path}: not readable ({reason}), expected {expected}.") from None
     except ValueError:  # more digits than Python reads
-        wide = True
-    if wide:
+        found = {"": 1 << _WORD}
+    if _has_wide(found.values()):
         raise UsageError(f"{path}: a whole number of over 64 bits, expected {expected}.")
     return found
 
@@ -63,6 +65,7 @@ def _has_wide(values: Iterable[Any]) -> bool:
             if _has_wide(inside):
                 return True
     return False
+
 
 _BARE = re.compile(r"[A-Za-z0-9_-]+")
 _SHORT = {'"': '\\"', "\\": "\\\\", "\b": "\\b", "\t": "\\t", "\n": "\\n", "\f": "\\f", "\r": "\\r"}
