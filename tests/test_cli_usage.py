@@ -71,6 +71,8 @@ WRONG = {
     "finetune F -o new --data data --regime foo": "regime 'foo', expected one of head",
     "finetune F -o new --data data --lr -1": "--lr is -1.0, expected more than 0",
     "finetune F -o new --data data --steps 0": "--steps is 0, expected more than 0",
+    "finetune F -o new --data data --steps 99999999999999999999": "--steps is over 1000000000",
+    "finetune F -o new --data data --epochs 1e300": "--epochs is over 1000000000",
     "finetune F -o new --data data --steps 1 --epochs 1": "--steps and --epochs",
     "finetune F -o new --data data --shots 0": "--shots is 0, expected at least 1",
     "finetune F -o new --data data --train-rank x": "train rank 'x', expected 'top:N'",
