@@ -17,7 +17,7 @@ from typer.testing import CliRunner
 
 from svftool.auditing import AuditResult, Comparison, Measured, Row, Unread, Verdict
 from svftool.auditing.gatekeeper import Gatekeeper, close
-from svftool.auditing.metrics import metric_names
+from svftool.choices.metrics import metric_names
 from svftool.cli import app
 from svftool.errors import GateError, UsageError
 from svftool.report.inspect import document
@@ -266,7 +266,7 @@ def test_a_wrong_value_of_an_option_is_guessed(
 
 @pytest.mark.parametrize(("text", "meant"), [("svf+biass", "svf+bias"), ("ful", "full")])
 def test_a_misspelt_regime_is_guessed(text: str, meant: str) -> None:
-    from svftool.attaching.regimes import parse_regime
+    from svftool.choices.regimes import parse_regime
 
     with pytest.raises(UsageError, match=re.escape(f"Did you mean {meant!r}?")):
         parse_regime(text)

@@ -11,12 +11,11 @@ import pytest
 import typer
 from typer.testing import CliRunner
 
-from svftool.attaching import regimes
-from svftool.auditing.gates import check_metric
-from svftool.auditing.metrics import EXTRA
+from svftool.choices import regimes
+from svftool.choices.metrics import check_metric
 from svftool.cli import NAMES, app, completion
 from svftool.numerics import decompose
-from svftool.report.inspect.annotations import KINDS
+from svftool.report.annotations import KINDS
 from svftool.report.schemas import described
 from svftool.stages.decompose import DTYPES
 from svftool.tasks.option import TaskName
@@ -98,7 +97,6 @@ def test_what_is_proposed_is_taken() -> None:
     }
     for name in completion.metric(""):
         check_metric(name)
-    assert completion.NUMBERS == EXTRA
     assert set(KINDS) == {one.rstrip("=") for one in proposed("svftool inspect a --annotate ")}
 
 

@@ -133,8 +133,8 @@ WRONG = {
     "lr = 'fast'": "lr is 'fast', expected a number",
     "tune-lr = 1": "tune-lr is 1, expected true or false",
     "data = 3": "data is 3, expected a text",
-    "optimizer = 'adam'": "optimizer is 'adam': 'adam' is not one of",
-    "seeds = 0": "seeds is 0: ",
+    "optimizer = 'adam'": "optimizer is 'adam', expected one of adamw, sgd. Did you mean",
+    "seeds = 0": "seeds is 0, 0 is not in the range",
     "regime = [true]": "regime is True, expected a text",
     "mean = [0.1, 0.2]": "mean is [0.1, 0.2], expected a list of 3 numbers",
     "exclude = [1]": "exclude is 1, expected a text",
@@ -148,6 +148,10 @@ WRONG = {
     "batch-size = 1\nbatch_size = 2": "batch-size and batch_size are the same option",
     "exclude = ['a']\nlr = ": "not readable",
     "warmup = 0.2": "warmup is no option",
+    "seed = " + "9" * 5000: "a whole number of over 64 bits",
+    "shots = 0x" + "f" * 5000: "a whole number of over 64 bits",
+    "regime = [{a = 0x" + "f" * 17 + "}]": "a whole number of over 64 bits",
+    "lr = " + "[" * 100_000: "nested too deep",
     "config = 'a'": "config is no option",
 }
 

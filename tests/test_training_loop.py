@@ -468,7 +468,9 @@ def test_long_curves_are_thinned_and_go_on_as_they_were() -> None:
     assert points[-1][0] >= 2990
 
 
-@pytest.mark.parametrize("damage", ["a tensor less", "another shape", "another dtype", "a fact"])
+@pytest.mark.parametrize(
+    "damage", ["a tensor less", "another shape", "another dtype", "a value", "a fact"]
+)
 def test_a_damaged_state_is_not_gone_on_from(tmp_path: Path, damage: str) -> None:
     file = StateFile(tmp_path / "state")
     facts, tensors = {"step": 3}, {"a": torch.ones(3), "b": torch.ones(2)}
@@ -483,6 +485,8 @@ def test_a_damaged_state_is_not_gone_on_from(tmp_path: Path, damage: str) -> Non
             tensors["a"] = torch.ones(3, 1)
         case "another dtype":
             tensors["a"] = torch.ones(3, dtype=torch.float64)
+        case "a value":
+            tensors["a"][0] = -1.0
         case _:
             metadata["svftool"] = '{"step": "x"}'
     save_file(tensors, file.path, metadata=metadata)

@@ -337,6 +337,17 @@ def test_a_layer_that_only_one_tuned_file_has_is_as_in_the_base_in_the_other(
 # Sizes that do not square.
 
 
+@pytest.mark.parametrize("size", [1e60, 1e90, 1e140])
+def test_a_change_far_larger_than_its_base_is_measured(tmp_path: Path, size: float) -> None:
+    """Squares of squares leave the floats long before the numbers do."""
+    base = torch.eye(6, dtype=torch.float64)
+    change = torch.diag(torch.tensor([size, size, 0, 0, 0, 0], dtype=torch.float64))
+    before, after = pair(tmp_path, {"l.weight": base}, {"l.weight": base + change})
+    (row,) = audit(before, [after]).comparisons[0].rows
+    assert row.measured.change["weight_drift"] == pytest.approx(size * (2 / 6) ** 0.5)
+    assert row.change_rank == 2
+
+
 @pytest.mark.parametrize("size", [1e-200, 1e-160, 1e160, 1e200])
 def test_very_large_and_small_numbers_are_compared(size: float) -> None:
     W, T = normal(6, 5).double(), normal(6, 5).double() + 0.1 * normal(6, 5, seed=1)

@@ -23,7 +23,7 @@ IMPORTED = (
     "PIL.GifImagePlugin", "PIL.JpegImagePlugin", "PIL.PngImagePlugin", "PIL.TiffImagePlugin",
     "accelerate.state", "peft", "safetensors.torch", "svftool.auditing.policy", "svftool.cli",
     "svftool.report.decompose", "svftool.report.evaluate", "svftool.report.extract",
-    "svftool.report.finetune", "svftool.report.inspect", "svftool.report.inspect.files",
+    "svftool.report.finetune", "svftool.report.inspect", "svftool.report.inspect_files",
     "svftool.report.inspect.page", "svftool.report.merge", "svftool.report.training",
     "svftool.stages.audit", "svftool.stages.decompose", "svftool.stages.evaluate",
     "svftool.stages.extract", "svftool.stages.finetune", "svftool.stages.merge",

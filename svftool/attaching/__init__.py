@@ -1,11 +1,13 @@
 """Trainable singular values on live modules: attach, train, save, swap, detach."""
 
 from svftool.attaching.attachment import Attachment, find_attachment, load_tuned, save_tuned
-from svftool.attaching.layer import AttachedLayer, Band, Parametrisation, parse_band
+from svftool.attaching.layer import AttachedLayer
 from svftool.attaching.lifecycle import attach, detach
 from svftool.attaching.names import NameMap, map_names
-from svftool.attaching.regimes import Regime, Trainable, apply_regime, parse_regime
+from svftool.attaching.regimes import Trainable, apply_regime
 from svftool.attaching.weight import AttachedWeight, Mode
+from svftool.choices.regimes import Regime, parse_regime
+from svftool.choices.singular_values import Band, Parametrisation, parse_band
 
 __all__ = [
     "AttachedLayer",

@@ -8,16 +8,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from svftool.attaching.layer import (
-    EXACT,
-    AttachedLayer,
-    Band,
-    Parametrisation,
-    Region,
-    belongs,
-    rounding_of,
-)
+from svftool.attaching.layer import EXACT, AttachedLayer, Region, belongs, rounding_of
 from svftool.attaching.weight import AttachedWeight, Mode
+from svftool.choices.singular_values import Band, Parametrisation
 from svftool.factors import FactorStore, LayerFactors, LayerRecord
 
 

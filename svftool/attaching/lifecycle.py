@@ -18,17 +18,12 @@ from svftool.attaching.attachment import KEY, LIVE, Attachment, require_attachme
 from svftool.attaching.build import BuildOptions, build_weight
 from svftool.attaching.fusion import FusionPlan, unfuse
 from svftool.attaching.hooks import Enter, EnterRoot, Leave, LeaveRoot, LoadMerged, SaveMerged
-from svftool.attaching.layer import (
-    PREFIX,
-    Parametrisation,
-    Region,
-    check_parametrisation,
-    parse_band,
-)
+from svftool.attaching.layer import PREFIX, Region
 from svftool.attaching.matching import match_by_value
 from svftool.attaching.names import NameMap, map_names, own_names
 from svftool.attaching.weight import AttachedWeight, Mode, runs_without_base
 from svftool.checkpoints import matches, write_errors
+from svftool.choices.singular_values import Parametrisation, check_parametrisation, parse_band
 from svftool.errors import (
     FactorsError,
     ModelError,

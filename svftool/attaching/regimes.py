@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 import warnings
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -15,7 +14,8 @@ from svftool.attaching.attachment import Attachment
 from svftool.attaching.layer import is_own
 from svftool.attaching.lifecycle import attach, choose_layers
 from svftool.attaching.names import NameMap, map_names
-from svftool.errors import MissingDependencyError, ModelError, UsageError, no_such
+from svftool.choices.regimes import Regime, parse_regime
+from svftool.errors import MissingDependencyError, ModelError
 from svftool.factors import FactorStore
 
 # PEFT's LoRA on the layers that were decomposed, as the baseline to compare with.
@@ -104,57 +104,6 @@ def _adaptable(module: nn.Module) -> bool:
     if isinstance(module, nn.Conv2d):
         return module.groups == 1
     return isinstance(module, nn.Linear) or type(module).__name__ == "Conv1D"
-
-
-NAMES = "head, svf, svf+bias, svf+norm, bias, norm, lora:RANK, full"
-_PARTS = frozenset({"svf", "bias", "norm"})
-
-
-@dataclass(frozen=True)
-class Regime:
-    """What is trained beside the head.
-
-    Attributes
-    ----------
-    name : str
-        As given on the command line.
-    parts : frozenset of str
-        Some of ``svf``, ``bias``, ``norm``; empty for ``head``, ``lora`` and ``full``.
-    lora : int or None
-        Rank of the adapters.
-    full : bool
-        Everything.
-    """
-
-    name: str
-    parts: frozenset[str] = frozenset()
-    lora: int | None = None
-    full: bool = False
-
-
-def parse_regime(text: str) -> Regime:
-    """Read the name of a regime.
-
-    Raises
-    ------
-    UsageError
-        If there is no such regime.
-
-    Examples
-    --------
-    >>> sorted(parse_regime("svf+bias").parts), parse_regime("lora:8").lora
-    (['bias', 'svf'], 8)
-    """
-    name = text.strip()
-    if name in ("head", "full"):
-        return Regime(name, full=name == "full")
-    lora = re.fullmatch(r"lora:([1-9]\d*)", name)
-    if lora:
-        return Regime(name, lora=int(lora[1]))
-    parts = name.split("+")
-    if not set(parts) <= _PARTS or len(set(parts)) < len(parts):
-        raise UsageError(no_such("regime", text, NAMES.split(", ")))
-    return Regime(name, parts=frozenset(parts))
 
 
 @dataclass(frozen=True)

@@ -4,18 +4,11 @@ from svftool.auditing.compare import BaseMatrix, Found, Tuned, compare_spectra, 
 from svftool.auditing.counterparts import Counterparts, counterparts
 from svftool.auditing.evidence import Evidence
 from svftool.auditing.gatekeeper import Gatekeeper, Held, close, violations
-from svftool.auditing.gates import Gate, check_metric, parse_gate, tripped
+from svftool.auditing.gates import Gate, parse_gate, tripped
 from svftool.auditing.judging import as_in_base, judged, judged_codes, judged_row
 from svftool.auditing.matching import Matching, NamePair, match_names
 from svftool.auditing.memory import audit_budget, audit_bytes
-from svftool.auditing.metrics import (
-    METRICS,
-    Measured,
-    Metric,
-    choose_metrics,
-    metric_key,
-    metric_name,
-)
+from svftool.auditing.metrics import METRICS, Measured, Metric, choose_metrics
 from svftool.auditing.policy import Policy, Violation, read_policy
 from svftool.auditing.results import (
     AuditResult,
@@ -30,6 +23,7 @@ from svftool.auditing.results import (
 from svftool.auditing.sources import AuditSource, open_source
 from svftool.auditing.tuned_files import compare_tuned
 from svftool.auditing.verdicts import VERDICTS, Verdict, judge, judge_all, judge_tensor
+from svftool.choices.metrics import check_metric, metric_key, metric_name
 
 __all__ = [
     "METRICS",

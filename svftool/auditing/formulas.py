@@ -57,7 +57,7 @@ def power_law(attribute: str) -> Callable[[Array, int, int], Value]:
 def alpha_weighted(s: Array, m: int, n: int) -> Value:
     """Return exponent times the log of the largest eigenvalue."""
     fit = fit_power_law(s**2)
-    return None if fit is None else fit.alpha * math.log10(float(s[0]) ** 2)
+    return None if fit is None else fit.alpha * 2.0 * math.log10(float(s[0]))
 
 
 def log_alpha_norm(s: Array, m: int, n: int) -> Value:
@@ -65,8 +65,9 @@ def log_alpha_norm(s: Array, m: int, n: int) -> Value:
     fit = fit_power_law(s**2)
     if fit is None:
         return None
-    top = float(s[0]) ** 2
-    return fit.alpha * math.log10(top) + math.log10(float(((s**2 / top) ** fit.alpha).sum()))
+    top = float(s[0])
+    rest = math.log10(float(((s / top) ** (2.0 * fit.alpha)).sum()))
+    return fit.alpha * 2.0 * math.log10(top) + rest
 
 
 def log_norm(s: Array, m: int, n: int) -> Value:
@@ -82,7 +83,10 @@ def log_spectral_norm(s: Array, m: int, n: int) -> Value:
 
 def mp_softrank(s: Array, m: int, n: int) -> Value:
     """Return edge of the noise bulk over the largest eigenvalue."""
-    return (noise_bulk(s, m, n).edge / float(s[0])) ** 2 if s.size and s[0] > 0.0 else None
+    if not s.size or s[0] <= 0.0:
+        return None
+    share = noise_bulk(s, m, n).edge / float(s[0])
+    return share * share
 
 
 def matrix_entropy(s: Array, m: int, n: int) -> Value:

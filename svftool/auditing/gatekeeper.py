@@ -7,9 +7,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from svftool.auditing.gates import Gate, parse_gate, tripped
-from svftool.auditing.metrics import EXTRA, metric_key, metric_name
 from svftool.auditing.policy import DENIED, NOT_COMPARED, Policy, Rule, Violation, read_policy
 from svftool.auditing.results import AuditResult, Comparison
+from svftool.choices.metrics import EXTRA, metric_key, metric_name
 from svftool.errors import GateError, shortlist
 
 

@@ -6,12 +6,9 @@ import math
 from collections.abc import Iterable
 from dataclasses import dataclass
 
-from svftool.auditing.metrics import EXTRA, METRICS, metric_key, metric_name, metric_names
 from svftool.auditing.results import Row
 from svftool.auditing.verdicts import BROKEN, CHANGED, UNTOUCHED
-from svftool.errors import UsageError, no_such
-
-_SIDES = ("base", "tuned", "change")
+from svftool.choices.metrics import CHANGE, EXTRA, metric_name, read_limit
 
 
 @dataclass(frozen=True)
@@ -31,7 +28,7 @@ class Gate:
         """
         if row.value(self.metric) is not None or _trips_all(row):
             return True
-        of_change = self.metric in EXTRA or METRICS[self.metric.partition(".")[0]].kind == "change"
+        of_change = self.metric in (*EXTRA, *CHANGE)
         still = row.verdict is not None and row.verdict.name == UNTOUCHED
         return still and of_change and (row.is_matrix or row.by_bytes)
 
@@ -56,43 +53,7 @@ def parse_gate(text: str) -> Gate:
     >>> str(parse_gate("weight_drift=0.1"))
     'weight_drift ≤ 0.1'
     """
-    metric, separator, value = (part.strip() for part in text.partition("="))
-    check_metric(metric)
-    try:
-        number = float(value if separator else "")
-    except ValueError:
-        number = math.nan
-    if math.isnan(number):
-        raise UsageError(f"{text!r}: no number after the metric, expected METRIC=VALUE")
-    return Gate(metric_key(metric), number)
-
-
-def check_metric(name: str) -> None:
-    """Refuse the name of a metric that does not exist.
-
-    Parameters
-    ----------
-    name : str
-        A metric; one of a single spectrum may end in ``.base``, ``.tuned`` or ``.change``, which is
-        the relative difference of the two.
-
-    Raises
-    ------
-    UsageError
-        With the name that was probably meant.
-    """
-    metric, _, side = metric_key(name).partition(".")
-    if metric not in METRICS and metric not in EXTRA:
-        raise UsageError(no_such("metric", name.partition(".")[0], metric_names()))
-    if not side:
-        return
-    if metric not in METRICS or METRICS[metric].of_spectrum is None:
-        raise UsageError(
-            f"metric {name!r}: {metric_name(metric)} compares both sides, expected no side. "
-            f"Write {metric_name(metric)!r}."
-        )
-    if side not in _SIDES:
-        raise UsageError(no_such("side of a metric", side, _SIDES))
+    return Gate(*read_limit(text))
 
 
 def tripped(rows: Iterable[Row], gate: Gate) -> list[Row]:

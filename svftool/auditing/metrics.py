@@ -15,6 +15,7 @@ from svftool.auditing import formulas as f
 from svftool.auditing.formulas import Value
 from svftool.auditing.pair import Array, norm_ratio
 from svftool.auditing.spectral import AnyPair
+from svftool.choices.metrics import metric_key, metric_name
 from svftool.errors import UsageError, no_such
 from svftool.numerics import (
     effective_rank,
@@ -181,46 +182,6 @@ _CHANGE: tuple[Metric, ...] = (
 
 METRICS: Mapping[str, Metric] = {metric.name: metric for metric in (*_CHANGE, *_SPECTRUM)}
 """Every metric by its name."""
-
-SHOWN = {"relative_drift": "spectral_drift"}
-"""Names for people and in options of metrics whose key in documents is older."""
-
-_KEYS = {shown: key for key, shown in SHOWN.items()}
-
-FLOOR = "rounding_floor"
-CHANGE_RANK = "change_rank"
-EXTRA = (FLOOR, CHANGE_RANK)
-"""Numbers that verdicts rest on, in every comparison beside the metrics."""
-
-
-def metric_key(name: str) -> str:
-    """Return the key under which a metric is kept, for any of its names.
-
-    Examples
-    --------
-    >>> metric_key("spectral_drift"), metric_key("alpha.base")
-    ('relative_drift', 'alpha.base')
-    """
-    metric, dot, side = name.partition(".")
-    return f"{_KEYS.get(metric, metric)}{dot}{side}"
-
-
-def metric_name(key: str) -> str:
-    """Return the name of a metric that people read and write, the same everywhere.
-
-    Examples
-    --------
-    >>> metric_name("relative_drift"), metric_name("weight_drift")
-    ('spectral_drift', 'weight_drift')
-    """
-    metric, dot, side = key.partition(".")
-    return f"{SHOWN.get(metric, metric)}{dot}{side}"
-
-
-def metric_names() -> list[str]:
-    """List the names of all metrics, those that are always computed first."""
-    known = sorted(METRICS.values(), key=lambda one: not one.default)
-    return [*(metric_name(one.name) for one in known), *EXTRA]
 
 
 @dataclass(frozen=True)

@@ -82,8 +82,8 @@ class Difference(Tall):
 
     def energy(self) -> float:
         """Return the sum of squares."""
-        norms = [torch.linalg.vector_norm(self.double(rows)) for rows in self.slices(_ROWS)]
-        return sum(float(norm) ** 2 for norm in norms)
+        norms = (torch.linalg.vector_norm(self.double(rows)) for rows in self.slices(_ROWS))
+        return sum(float(norm.square()) for norm in norms)
 
     def any(self) -> bool:
         """Whether an entry is not zero."""
@@ -265,9 +265,13 @@ class MatrixPair:
     @lazy
     def change_participation(self) -> float:
         """Participation ratio of the change's spectrum, a lower bound of its rank."""
-        H = self._H
-        squares = 2.0 * float(H.triu(1).square().sum()) + float(H.diagonal().square().sum())
-        return float(H.trace()) ** 2 / squares if squares > 0.0 else 0.0
+        energy = self._H.trace()
+        if not 0.0 < float(energy) < math.inf:
+            return 0.0
+        shares = self._H / energy  # whose squares are within the range of floats, whatever H is
+        squares = 2.0 * float(shares.triu_(1).square_().sum())
+        squares += float((self._H.diagonal() / energy).square().sum())
+        return 1.0 / squares
 
     # Norms.
 

@@ -30,18 +30,18 @@ or it is unmatched and those are allowed; with ``unmatched = "deny"`` no rule le
 from __future__ import annotations
 
 import math
-import tomllib
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any, Literal
 
-from svftool.auditing.gates import Gate, check_metric, tripped
-from svftool.auditing.metrics import metric_key
+from svftool.auditing.gates import Gate, tripped
 from svftool.auditing.results import Comparison, Row, Unread
 from svftool.auditing.verdicts import UNDECIDED, VERDICTS
-from svftool.errors import UsageError, brief, did_you_mean, no_such, system_fault
+from svftool.choices.metrics import check_metric, metric_key
+from svftool.errors import UsageError, brief, did_you_mean, no_such
+from svftool.files.toml import POLICY, read_toml
 
 SCHEMA_VERSION = 1
 NOT_COMPARED = "not compared"
@@ -186,11 +186,7 @@ def read_policy(path: Path) -> Policy:
     UsageError
         If it cannot be read, or holds a key, verdict or metric that does not exist.
     """
-    try:
-        document = tomllib.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError) as error:
-        system_fault(error, path)
-        raise UsageError(f"{path}: {_reason(error)}, expected a policy in TOML.") from error
+    document = read_toml(path, POLICY)
     if document.get("schema_version", SCHEMA_VERSION) != SCHEMA_VERSION:
         found = brief(document["schema_version"])
         raise UsageError(f"{path}: schema version {found}, expected {SCHEMA_VERSION}.")
@@ -217,10 +213,6 @@ def _is_limit(value: object) -> bool:
         return not math.isnan(value)
     except OverflowError:  # a whole number beyond all floats
         return False
-
-
-def _reason(error: Exception) -> str:
-    return "nested too deep" if isinstance(error, RecursionError) else str(error)
 
 
 def _only(path: Path, table: Any, keys: set[str] | frozenset[str], where: str) -> None:

@@ -11,10 +11,11 @@ from pathlib import Path
 
 from svftool.auditing.evidence import Evidence
 from svftool.auditing.formulas import Value
-from svftool.auditing.metrics import METRICS, Measured, metric_key
+from svftool.auditing.metrics import METRICS, Measured
 from svftool.auditing.pair import Array, norm_ratio
 from svftool.auditing.verdicts import STILL, Verdict
 from svftool.checkpoints import View
+from svftool.choices.metrics import metric_key
 
 Shape = tuple[int, ...]
 

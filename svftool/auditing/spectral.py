@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from svftool.auditing.pair import Array, MatrixPair
+from svftool.numerics import participation_ratio
 from svftool.numerics.shares import Shares
 from svftool.numerics.subspace import INTRUDER_TOP
 
@@ -38,15 +39,14 @@ class SpectralPair:
         self.base: Array = np.abs(self._S)[self._base_order]
         self.tuned: Array | None = np.abs(self._S_tuned)[self._order]
         self.index_change: Array | None = self.along
-        self.change_values: Array | None = np.sort(np.abs(self.along))[::-1]
+        self.change_values: Array = np.sort(np.abs(self.along))[::-1]
         self.base_energy = float(self._S @ self._S) if energy is None else energy
         outside = max(self.base_energy - float(self._S @ self._S), 0.0)
         self.change_energy = float(self.along @ self.along)
         self.tuned_energy = float(self._S_tuned @ self._S_tuned) + outside
         self.inner = float(self._S @ self._S_tuned) + outside
         self.shares = None if self.identical else Shares(1.0, 0.0, 0.0)
-        squares = float((self.along**4).sum())
-        self.change_participation = self.change_energy**2 / squares if squares > 0.0 else 0.0
+        self.change_participation = participation_ratio(self.change_values)
         self.left_overlaps: Tensor | None = self._matching()
         self.right_overlaps: Tensor | None = self.left_overlaps
 

@@ -22,9 +22,10 @@ from svftool.checkpoints.selection import (
     select,
     table_role,
 )
-from svftool.checkpoints.sharding import parse_size, plan_shards, shard_names, write_index
+from svftool.checkpoints.sharding import plan_shards, shard_names, write_index
 from svftool.checkpoints.views import View, from_matrix, matrix_shape, to_matrix
 from svftool.checkpoints.writer import CheckpointWriter, SafetensorsWriter
+from svftool.choices.sizes import parse_size
 from svftool.errors import write_errors
 from svftool.files.folder import (
     PICKLE_SUFFIXES,

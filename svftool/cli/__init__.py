@@ -18,7 +18,8 @@ import typer
 
 from svftool.cli.common import lasting_streams, stderr
 from svftool.cli.help import Command, CommandLine
-from svftool.errors import SvftoolError, did_you_mean, refused
+from svftool.cli.usage import is_help, said
+from svftool.errors import SvftoolError, no_such, refused
 from svftool.report.text import one_line
 
 NAMES = (
@@ -81,7 +82,7 @@ def _guessing(kind: Any) -> Callable[..., Any]:
         try:
             return read(value, param, ctx)
         except typer.BadParameter as error:
-            error.message += did_you_mean(str(value), kind.choices)
+            error.message = no_such("", str(value), kind.choices).strip()
             raise
 
     return guessed
@@ -93,6 +94,24 @@ class ErrorBoundary(CommandLine):
     def __init__(self, **settings: Any) -> None:
         super().__init__(**settings)
         self.commands = Commands()  # type: ignore[assignment]
+
+    def main(self, *args: Any, **settings: Any) -> Any:
+        """Run the command line; what is wrong with it is one line, as every other error."""
+        standalone = settings.pop("standalone_mode", True)
+        try:
+            code = super().main(*args, **{**settings, "standalone_mode": False})
+        except typer.TyperException as error:
+            if not standalone:
+                raise
+            wrong: Any = error
+            if is_help(error):
+                wrong.show()
+            else:
+                _say_error(said(error))
+            sys.exit(wrong.exit_code)
+        if standalone:
+            sys.exit(code if isinstance(code, int) else 0)
+        return code
 
     def invoke(self, ctx: Any) -> Any:
         """Run the command."""

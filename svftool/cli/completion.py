@@ -7,13 +7,11 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 
-from svftool.report.schemas import described, metric_names
+from svftool.choices.metrics import CHANGE, SPECTRUM, metric_name, metric_names
+from svftool.report.schemas import described
 
 Proposer = Callable[[str], list[str]]
 """From what was typed so far to whole words; those that do not begin like it are left out."""
-
-NUMBERS = ("rounding_floor", "change_rank")
-"""What `inspect` computes beside the metrics; tables go by them, and gates hold them."""
 
 REGIMES = ("head", "svf", "bias", "norm", "svf+bias", "svf+norm", "lora:8", "full")
 
@@ -44,12 +42,12 @@ def list_of(*values: str) -> Proposer:
 
 def metric(incomplete: str) -> list[str]:
     """Propose the name of a number that every layer has."""
-    return [*metric_names(), *NUMBERS]
+    return metric_names()
 
 
 def metrics(incomplete: str) -> list[str]:
     """Propose names of metrics with commas, or all."""
-    return _listed(["all", *metric_names()], incomplete)
+    return _listed(["all", *map(metric_name, (*CHANGE, *SPECTRUM))], incomplete)
 
 
 def gate(incomplete: str) -> list[str]:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import difflib
-import tomllib
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -12,6 +11,7 @@ import typer
 
 from svftool.cli.help import value_of, words_given
 from svftool.errors import UsageError
+from svftool.files.toml import read_toml
 from svftool.tasks.option import options_in
 from svftool.tasks.options import TASKS, UNMEASURED
 
@@ -64,7 +64,7 @@ class _Reader:
 
     def options(self) -> dict[str, Any]:
         """Return the options by the names of their parameters, as the command line takes them."""
-        content = _content(self._path)
+        content = read_toml(self._path, "a TOML file of options")
         task = str(value_of("--task", words_given(self._ctx)) or content.get("task", ""))
         task = task or str(self._params["task"].default if "task" in self._params else "")
         chosen: dict[str, Any] = {}
@@ -136,7 +136,8 @@ class _Reader:
         try:
             param.type(value, param=param, ctx=self._ctx)
         except typer.BadParameter as error:
-            raise UsageError(f"{self._path}: {key} is {value!r}: {error.message}") from None
+            said = error.message.removeprefix(f"{value!r}, ")
+            raise UsageError(f"{self._path}: {key} is {value!r}, {said}") from None
         return self._placed(param, value) if kind is str else value
 
     def _placed(self, param: Any, value: str) -> str:
@@ -153,17 +154,6 @@ def _aliases(param: Any) -> Iterator[str]:
     """Yield what an option is called in a file: by its flags, or by its name in the library."""
     yield param.name.replace("_", "-")
     yield from (flag.removeprefix("--") for flag in param.opts if flag.startswith("--"))
-
-
-def _content(path: Path) -> dict[str, Any]:
-    expected = "a TOML file of options"
-    try:
-        return tomllib.loads(path.read_text(encoding="utf-8-sig"))
-    except FileNotFoundError:
-        raise UsageError(f"{path}: no such file, expected {expected}. Check the path.") from None
-    except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError, RecursionError) as error:
-        reason = " ".join(str(error).split())
-        raise UsageError(f"{path}: not readable ({reason}), expected {expected}") from None
 
 
 def _kind(param: Any) -> type:

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
+from svftool.choices.ranks import parse_rank
+from svftool.choices.sizes import parse_size
 from svftool.cli.common import (
     DeviceOption,
     Display,
@@ -39,24 +41,16 @@ class HowToDecompose:
         ),
     ] = "full"
     method: Annotated[
-        str,
-        typer.Option(
-            metavar="auto|exact|randomized",
-            autocompletion=one_of("auto", "exact", "randomized"),
-            help="How.",
-        ),
+        Literal["auto", "exact", "randomized"],
+        typer.Option(metavar="auto|exact|randomized", help="How."),
     ] = "auto"
     view: Annotated[
         list[str] | None,
         typer.Option(metavar="GLOB=batch", help="3-D tensors that are a batch of matrices."),
     ] = None
     dtype: Annotated[
-        str,
-        typer.Option(
-            metavar="float32|bfloat16|float16",
-            autocompletion=one_of("float32", "bfloat16", "float16"),
-            help="Storage of U and Vh.",
-        ),
+        Literal["float32", "bfloat16", "float16"],
+        typer.Option(metavar="float32|bfloat16|float16", help="Storage of U and Vh."),
     ] = "float32"
     max_shard_size: Annotated[str, typer.Option(help="Where a new shard begins.")] = "5GB"
     layers_only: Annotated[
@@ -106,6 +100,8 @@ def command(
     """Decompose a checkpoint's layers by singular value decomposition."""
     options = how.options()
     check_device(options["device"])
+    parse_rank(options["rank"])
+    parse_size(options["max_shard_size"])
     check_exists(checkpoint)
     if not dry_run and is_first_process():
         check_output(output, force=force or resume, inputs=[Path(checkpoint)])

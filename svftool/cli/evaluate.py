@@ -7,6 +7,7 @@ from typing import Annotated, Any
 
 import typer
 
+from svftool.choices.models import read_model
 from svftool.cli.common import (
     DeviceOption,
     Display,
@@ -67,6 +68,8 @@ def command(
 ) -> None:
     """Measure a checkpoint, or factors with a tuned file, on a data set."""
     check_device(device)
+    read_model(network.model)
+    chosen = options_of(task, options)
     check_exists(checkpoint)
     check_tuned_exist([] if tuned is None else [str(tuned)])
     check_data(data, task)
@@ -84,7 +87,7 @@ def command(
         predictions=predictions,
         force=force,
         progress=display.progress(),
-        **options_of(task, options),
+        **chosen,
     )
     display.wrote(predictions)
     display.emit(report.document(result), report.view(result))

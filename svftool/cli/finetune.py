@@ -4,10 +4,14 @@ from __future__ import annotations
 
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal
+from typing import Annotated, Any, Literal
 
 import typer
 
+from svftool.choices.models import read_model
+from svftool.choices.regimes import parse_regime
+from svftool.choices.singular_values import parse_band
+from svftool.choices.training import Settings
 from svftool.cli import config as config_file
 from svftool.cli.common import (
     DeviceOption,
@@ -24,9 +28,7 @@ from svftool.cli.completion import REGIMES, list_of
 from svftool.cli.signature import TaskFlags, options_of
 from svftool.files.folder import check_data, check_factors
 from svftool.files.output import check_output
-
-if TYPE_CHECKING:
-    from svftool.training import Settings
+from svftool.tasks.options import TASKS
 
 EXAMPLE = (
     "Example: svftool finetune factors -o birds.svf.safetensors --data images --shots 10 "
@@ -125,8 +127,6 @@ class TrainingFlags:
 
     def settings(self) -> Settings:
         """Return them as the library takes them."""
-        from svftool.training import Settings
-
         return Settings(**asdict(self))
 
 
@@ -255,6 +255,14 @@ def command(
     """Train singular values on a few examples, beside other regimes if asked for."""
     del config  # its options are among the others
     check_device(device)
+    settings = training.settings()
+    regimes = repeats.regime.split(",")
+    for regime in regimes:
+        parse_regime(regime)
+    parse_band(svf.train_rank)
+    read_model(network.model)
+    chosen = options_of(task, options)
+    TASKS[task](**chosen)  # refuses values that do not go together
     check_factors(factors)
     check_data(data, task)
     if is_first_process():
@@ -275,9 +283,9 @@ def command(
         output=output,
         task=task,
         **network.named(),
-        regimes=repeats.regime.split(","),
+        regimes=regimes,
         seeds=range(repeats.seed, repeats.seed + repeats.seeds),
-        settings=training.settings(),
+        settings=settings,
         include=svf.train_layers or (),
         exclude=svf.exclude or (),
         parametrisation=svf.parametrisation,
@@ -290,7 +298,7 @@ def command(
         force=force,
         resume=resume,
         progress=display.progress(),
-        **options_of(task, options),
+        **chosen,
     )
     display.wrote(options.get("overlays"))
     display.emit(document(result), view(result))

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
+from svftool.choices.metrics import check_metric, check_metrics, read_limit
 from svftool.cli import completion
 from svftool.cli.common import (
     DeviceOption,
@@ -19,6 +21,9 @@ from svftool.cli.common import (
 )
 from svftool.files.folder import check_exists
 from svftool.files.output import check_output
+from svftool.files.toml import POLICY, read_toml
+from svftool.report.annotations import Annotations
+from svftool.report.inspect_files import Files, MapsFile
 
 EXAMPLE = "Example: svftool inspect base.safetensors merged.safetensors --html report.html"
 
@@ -52,6 +57,13 @@ class FilesToWrite:
     ] = "auto"
     force: Annotated[bool, typer.Option("--force", help="Replace existing files.")] = False
 
+    def check(self, inputs: Iterable[str]) -> None:
+        """Refuse files that cannot be written."""
+        apart = [*map(Path, inputs)]
+        for written in (self.csv, self.html, self.plot, self.feature_maps):
+            if written is not None:
+                check_output(written, force=self.force, inputs=apart)
+
 
 @dataclass(frozen=True, kw_only=True)
 class Limits:
@@ -76,6 +88,13 @@ class Limits:
             help="Say what gates held to GitHub (on stderr), or in JUnit's XML (repeatable).",
         ),
     ] = None
+
+    def check(self) -> None:
+        """Refuse limits and a policy that cannot be read."""
+        for limit in self.fail_above or ():
+            read_limit(limit)
+        if self.policy is not None:
+            read_toml(self.policy, POLICY)
 
 
 def command(
@@ -122,27 +141,25 @@ def command(
 ) -> None:
     """Say what fine-tunes did to a checkpoint, layer by layer."""
     check_device(device)
-    for one in (base, *(tuned or ())):
+    check_metric(sort)
+    beside = () if metrics is None else check_metrics(metrics)
+    limits.check()
+    others, force = tuned or [], asked.force
+    inputs = (base, *others)
+    for one in inputs:
         check_exists(one)
-    inputs, force = (base, *(tuned or ())), asked.force
     if is_first_process():
-        for written in (asked.csv, asked.html, asked.plot, asked.feature_maps):
-            if written is not None:
-                check_output(written, force=force, inputs=[*map(Path, inputs)])
-    from svftool.auditing.gatekeeper import Gatekeeper, close
-    from svftool.report import inspect as report
-    from svftool.report.inspect.annotations import Annotations
-    from svftool.report.inspect.files import Files, MapsFile
-    from svftool.stages.audit import audit
-
-    gate = Gatekeeper.read(limits.fail_above or (), limits.policy)
-    others = tuned or []
+        asked.check(inputs)
     annotations = Annotations.read(limits.annotate or (), force=force, inputs=inputs)
     files = Files(asked.csv, asked.html, asked.plot, force=force, inputs=inputs)
     maps = MapsFile(asked.feature_maps, asked.image, force=force, inputs=inputs)
-    files.check(sort)
+    files.check()
     maps.check()
-    beside = () if metrics is None else tuple(name.strip() for name in metrics.split(","))
+    from svftool.auditing.gatekeeper import Gatekeeper, close
+    from svftool.report import inspect as report
+    from svftool.stages.audit import audit
+
+    gate = Gatekeeper.read(limits.fail_above or (), limits.policy)
     result = audit(
         base,
         others,

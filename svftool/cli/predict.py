@@ -7,11 +7,13 @@ from typing import Annotated, Any
 
 import typer
 
+from svftool.choices.models import read_model
 from svftool.cli.common import (
     DeviceOption,
     Display,
     ForceOption,
     ModelFlags,
+    check_device,
     leave_to_first_process,
 )
 from svftool.files.folder import (
@@ -88,6 +90,8 @@ def command(
 ) -> None:
     """Say what a model makes of new pictures or texts."""
     leave_to_first_process("predict")
+    check_device(device)
+    read_model(network.model)
     check_exists(checkpoint)
     for one in inputs:
         check_data(one)

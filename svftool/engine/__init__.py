@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from svftool.choices.ranks import FULL, RankRule, parse_rank
 from svftool.engine.plan import (
     PROCESS_BYTES,
     Job,
@@ -12,7 +13,6 @@ from svftool.engine.plan import (
     seconds,
     share,
 )
-from svftool.engine.rank_rule import FULL, RankRule, parse_rank
 from svftool.engine.run import run_layers, run_svds, run_values
 
 __all__ = [

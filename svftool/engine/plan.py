@@ -9,7 +9,7 @@ from dataclasses import dataclass
 
 import torch
 
-from svftool.engine.rank_rule import FULL, RankRule
+from svftool.choices.ranks import FULL, RankRule
 
 # Seconds an operation on one core of the machine in docs/performance.md, which does 42 GFLOP/s in
 # float64 and 89 in float32. The Gram matrix (m n^2 operations, half of a product) and the product

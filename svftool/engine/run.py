@@ -16,10 +16,10 @@ from typing import TypeVar
 import torch
 from torch import Tensor
 
+from svftool.choices.ranks import FULL, RankRule
 from svftool.engine.flow import flow
 from svftool.engine.gpu import STREAMS, DoesNotFit, Gpu, to_host
 from svftool.engine.plan import Job, budget, job_bytes, longest_first, seconds
-from svftool.engine.rank_rule import FULL, RankRule
 from svftool.errors import NumericalError, ResourceError
 from svftool.machine import available_memory, is_out_of_memory
 from svftool.numerics import Method, Svd, ThreadPool, singular_values, svd

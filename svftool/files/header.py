@@ -69,6 +69,12 @@ _STARTS: tuple[tuple[bytes, str], ...] = (
     (b"\x89HDF", "the file is in HDF5 format"),
     (b"\x93NUMPY", "the file is a NumPy array"),
     (b"\x1f\x8b", "the file is compressed with gzip"),
+    (b"\x28\xb5\x2f\xfd", "the file is compressed with zstd"),
+    (b"\x89PNG", "the file is a picture (PNG)"),
+    (b"\xff\xd8\xff", "the file is a picture (JPEG)"),
+    (b"GIF8", "the file is a picture (GIF)"),
+    (b"RIFF", "the file is a picture or a sound (RIFF)"),
+    (b"%PDF", "the file is a PDF"),
 )
 _PAGES = (b"<!doc", b"<html", b"<?xml", b"<head")
 

@@ -1,10 +1,71 @@
-"""Plain values as TOML; the standard library reads it and does not write it."""
+"""TOML: read from files of people, with errors in one line; plain values written."""
 
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping, Sequence
+import tomllib
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
 from typing import Any
+
+from svftool.errors import UsageError, system_fault
+
+POLICY = "a policy in TOML"
+"""What `inspect --policy` reads."""
+
+_WORD = 63
+"""Bits of the numbers that TOML promises to hold, beside their sign."""
+
+
+def read_toml(path: Path, expected: str) -> dict[str, Any]:
+    """Read a file that a person wrote.
+
+    Parameters
+    ----------
+    path : Path
+    expected : str
+        What the file is to be, for the errors.
+
+    Returns
+    -------
+    dict
+        Its numbers have at most 64 bits, so that they can be shown and compared.
+
+    Raises
+    ------
+    UsageError
+        If there is no such file, or it is no TOML.
+    ResourceError
+        If the system refuses to read it.
+    """
+    try:
+        # A byte order mark is what some editors put before everything.
+        found = tomllib.loads(path.read_text(encoding="utf-8-sig"))
+    except FileNotFoundError:
+        raise UsageError(f"{path}: no such file, expected {expected}. Check the path.") from None
+    except RecursionError:
+        raise UsageError(f"{path}: nested too deep, expected {expected}.") from None
+    except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
+        system_fault(error, path)
+        reason = " ".join(str(error).split())
+        raise UsageError(f"{path}: not readable ({reason}), expected {expected}.") from None
+    except ValueError:  # more digits than Python reads
+        found = {"": 1 << _WORD}
+    if _has_wide(found.values()):
+        raise UsageError(f"{path}: a whole number of over 64 bits, expected {expected}.")
+    return found
+
+
+def _has_wide(values: Iterable[Any]) -> bool:
+    for one in values:
+        if isinstance(one, int) and one.bit_length() > _WORD:
+            return True
+        if isinstance(one, (dict, list)):
+            inside = one.values() if isinstance(one, dict) else one
+            if _has_wide(inside):
+                return True
+    return False
+
 
 _BARE = re.compile(r"[A-Za-z0-9_-]+")
 _SHORT = {'"': '\\"', "\\": "\\\\", "\b": "\\b", "\t": "\\t", "\n": "\\n", "\f": "\\f", "\r": "\\r"}

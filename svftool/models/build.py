@@ -15,6 +15,7 @@ import torch
 from torch import nn
 
 from svftool.checkpoints import Checkpoint
+from svftool.choices.models import FORMS, read_model
 from svftool.errors import MissingDependencyError, ModelError
 from svftool.files.folder import real
 from svftool.models.load import MisfitError, build_within, load_weights
@@ -70,9 +71,6 @@ def _is_classifier(module: nn.Module) -> bool:
     if isinstance(module, nn.Conv2d):
         return module.kernel_size == (1, 1)
     return isinstance(module, nn.Linear)
-
-
-FORMS = "'auto', 'timm:NAME', 'torchvision:NAME', 'FILE.py:FACTORY' or 'package.module:FACTORY'"
 
 
 def build_model(
@@ -142,9 +140,7 @@ def _build(
 ) -> nn.Module:
     if spec == "auto":
         return _build_auto(checkpoint, dtype, trust_remote_code, strict)
-    source, _, name = spec.rpartition(":")
-    if not source or not name:
-        raise ModelError(f"model {spec!r}, expected {FORMS}.")
+    source, name = read_model(spec)
     if source == "timm":
         model = _build_timm(name, checkpoint, {})
     elif source == "torchvision":

@@ -1,11 +1,11 @@
 """The training loop, its optimisers, and the comparison of regimes over seeds."""
 
+from svftool.choices.training import Settings
 from svftool.training.compare import compare
 from svftool.training.group import ALONE, Group, Interruption, joined_group
 from svftool.training.loop import Ending, Log, Outcome, train
 from svftool.training.plan import Run, TrainingPlan, file_stem
 from svftool.training.results import Summary, interval, summarise
-from svftool.training.settings import Settings
 from svftool.training.state import State, StateFile
 from svftool.training.trackers import Trackers
 from svftool.training.trials import Trial, Tuning, tuning_to_plain

@@ -11,10 +11,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from svftool.choices.training import Settings
 from svftool.tasks.base import Counts, Draw, SharesBatches, Steady, to_device
 from svftool.training.frozen import FrozenOutputs
 from svftool.training.group import Group
-from svftool.training.settings import Settings
 
 # Seeds derived from a run's seed, so that any step can be repeated without those before it.
 

@@ -12,6 +12,7 @@ from typing import Any, Literal, Protocol
 import torch
 from torch import Tensor, nn
 
+from svftool.choices.training import Settings
 from svftool.errors import kept_work
 from svftool.machine import explain_out_of_memory
 from svftool.progress import SILENT, Progress
@@ -19,7 +20,6 @@ from svftool.tasks.base import Draw, TaskMetric
 from svftool.training.batches import Batches, repeatable
 from svftool.training.group import ALONE, Group, Interruption
 from svftool.training.optimise import Optimiser
-from svftool.training.settings import Settings
 from svftool.training.state import State, StateFile
 from svftool.training.threads import suited_threads
 

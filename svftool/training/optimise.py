@@ -8,9 +8,9 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch import Tensor, nn
 
+from svftool.choices.training import Settings
 from svftool.errors import UsageError
 from svftool.training.group import ALONE, Group
-from svftool.training.settings import Settings
 from svftool.training.state import State
 
 MOMENTUM = 0.9

@@ -10,10 +10,10 @@ from typing import Any
 import torch
 from torch import nn
 
+from svftool.choices.training import Settings
 from svftool.factors import FactorStore
 from svftool.tasks.base import Task
 from svftool.training.loop import Outcome, read_curves
-from svftool.training.settings import Settings
 from svftool.training.trackers import Trackers
 from svftool.training.trials import Tuning, tuning_from_plain
 

@@ -9,6 +9,7 @@ from typing import Any
 
 from svftool.attaching import Regime, Trainable
 from svftool.checkpoints import WEIGHT_SUFFIXES, Checkpoint, write_errors
+from svftool.choices.training import Settings
 from svftool.errors import UsageError
 from svftool.factors import FactorStore, TunedFile, write_tuned
 from svftool.factors.dense import write_dense
@@ -19,7 +20,6 @@ from svftool.files.output import remove
 from svftool.progress import SILENT
 from svftool.tasks.base import Task
 from svftool.training.plan import Run, file_stem
-from svftool.training.settings import Settings
 
 
 def is_run_itself(target: Path, regimes: Sequence[Regime], runs: int) -> bool:

@@ -15,7 +15,7 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from svftool.checkpoints import write_errors
+from svftool.checkpoints import fingerprint, write_errors
 from svftool.errors import kept_work
 
 SECONDS = 30.0
@@ -100,7 +100,7 @@ class StateFile:
         Raises
         ------
         FactorsError
-            If its facts, names, shapes or dtypes are not those that `write` gave it.
+            If it is not what `write` gave it.
         """
         if not self.path.exists():
             return None
@@ -117,9 +117,7 @@ class StateFile:
 
 
 def _digest(facts: str, tensors: Mapping[str, Tensor]) -> str:
-    """Hash what the next step could stumble over: all but the tensors' values."""
-    shapes = sorted((name, str(one.dtype), tuple(one.shape)) for name, one in tensors.items())
-    return hashlib.sha256(f"{facts}{shapes}".encode()).hexdigest()
+    return hashlib.sha256(f"{facts}{fingerprint(tensors.items())}".encode()).hexdigest()
 
 
 def write_safely(text: str, path: Path) -> None:

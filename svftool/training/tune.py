@@ -7,12 +7,12 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 
 from svftool.attaching import Trainable
+from svftool.choices.training import Settings
 from svftool.errors import kept_work
 from svftool.progress import SILENT, Progress
 from svftool.tasks.base import Draw, Subdivides, TaskMetric
 from svftool.training.group import ALONE, Group, Interruption
 from svftool.training.loop import train
-from svftool.training.settings import Settings
 from svftool.training.trials import Trial, Tuning, choose
 from svftool.training.workspace import Journal
 

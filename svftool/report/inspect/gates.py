@@ -36,7 +36,7 @@ def gates(held: Sequence[Held], *, several: bool = False) -> Iterator[Renderable
         colour = "green" if one.passed else "red"
         text = Text("passed" if one.passed else "failed", colour)
         text.append(f"  {where}{safe(one.rule)}", "default")
-        text.append(f"  ({_matched(one)})", "dim")
+        text.append(f"  ({_matched(one)})", "default dim")
         yield text
         if one.missed:
             yield Text(f"    {safe(one.missed)}", "red")

@@ -47,15 +47,3 @@ def schema(command: str) -> dict[str, Any]:
     others = [one for one in names if one != command and f'"{_ADDRESS}{one}"' in text]
     found.get("$defs", {}).update({one: schema(one) for one in others})
     return found
-
-
-def metric_names() -> list[str]:
-    """List the metrics that the schema of ``inspect`` describes, without importing them.
-
-    Examples
-    --------
-    >>> {"weight_drift", "spectral_drift", "alpha"} <= set(metric_names())
-    True
-    """
-    layer = schema("inspect")["$defs"]["layer"]
-    return [name for name in layer["properties"] if name not in layer["required"]]

@@ -7,12 +7,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from svftool.auditing import AuditResult, Held, check_metric
-from svftool.checkpoints import replace_output
 from svftool.errors import UsageError
-from svftool.report.inspect.document import csv_text
+from svftool.files.output import replace_output
 
 if TYPE_CHECKING:
+    from svftool.auditing import AuditResult, Held
     from svftool.stages.feature_maps import FeatureMaps
 
 FIGURES = (".png", ".svg", ".pdf")
@@ -37,17 +36,16 @@ class Files:
     force: bool
     inputs: tuple[str, ...]
 
-    def check(self, sort: str) -> None:
+    def check(self) -> None:
         """Find out before any work whether the files can be made.
 
         Raises
         ------
         UsageError
-            For an unknown metric or suffix, or a file that exists.
+            For an unknown suffix, or a file that exists.
         MissingDependencyError
             If a page or a figure needs a package that is not installed.
         """
-        check_metric(sort)
         if self.plot is not None:
             _check_figure(self.plot)
         if self.html is not None:
@@ -61,6 +59,8 @@ class Files:
         """Write what was asked for, each file complete or not at all."""
         inputs = [Path(one) for one in self.inputs]
         if self.csv is not None:
+            from svftool.report.inspect import csv_text
+
             with replace_output(self.csv, force=self.force, inputs=inputs) as partial:
                 partial.write_text(csv_text(result), encoding="utf-8")
         if self.html is not None:

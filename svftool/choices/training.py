@@ -14,6 +14,9 @@ Precision = Literal["fp32", "bf16", "fp16"]
 OptimizerName = Literal["adamw", "sgd"]
 
 SHORTEST_RUN = 100
+_MOST = 10**9
+"""More steps, passes or examples a step than any run has; beyond, products leave the floats."""
+
 EPOCHS = 10
 
 LEARNING_RATES = {
@@ -93,6 +96,12 @@ class Settings:
         for name, value in (("steps", self.steps), ("epochs", self.epochs), ("lr", self.lr)):
             if value is not None and value <= 0:
                 raise UsageError(f"--{name} is {value}, expected more than 0")
+        for name, value in (
+            ("steps", self.steps), ("epochs", self.epochs), ("batch-size", self.batch_size),
+            ("head-first", self.head_first),
+        ):  # fmt: skip
+            if value is not None and value > _MOST:
+                raise UsageError(f"--{name} is over {_MOST}, expected less")
         if self.head_first < 0:
             raise UsageError(f"--head-first is {self.head_first}, expected at least 0")
         if self.batch_size < 1:

@@ -6,11 +6,13 @@ import sys
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-from svftool.auditing import Held
-from svftool.checkpoints import replace_output
 from svftool.errors import UsageError, no_such
-from svftool.report.inspect.gates import github, junit
+from svftool.files.output import replace_output
+
+if TYPE_CHECKING:
+    from svftool.auditing import Held
 
 KINDS = ("github", "junit")
 JUNIT_FILE = "svftool-junit.xml"
@@ -65,6 +67,8 @@ class Annotations:
     def write(self, held: Sequence[Held], *, seconds: float) -> None:
         """Write the file."""
         if self.junit is not None:
+            from svftool.report.inspect.gates import junit
+
             inputs = [Path(one) for one in self.inputs]
             with replace_output(self.junit, force=self.force, inputs=inputs) as partial:
                 partial.write_text(junit(held, seconds=seconds), encoding="utf-8")
@@ -72,4 +76,6 @@ class Annotations:
     def say(self, held: Sequence[Held]) -> None:
         """Print the workflow commands, on stderr: stdout may be a document."""
         if self.github and held:
+            from svftool.report.inspect.gates import github
+
             sys.stderr.write(github(held) + "\n")

@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import Literal
-
-import numpy as np
-from torch import Tensor
+from typing import TYPE_CHECKING, Literal
 
 from svftool.errors import UsageError
-from svftool.numerics import energy_rank
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 
 @dataclass(frozen=True)
@@ -57,6 +56,8 @@ class RankRule:
         fixed = self.fixed(m, n)
         if fixed is not None:
             return fixed
+        from svftool.numerics import energy_rank
+
         rows = S.double().reshape(-1, S.shape[-1]).cpu().numpy()
         return max((energy_rank(row, self.value) for row in rows), default=1)
 
@@ -65,6 +66,8 @@ class RankRule:
             return "full"
         if self.kind == "count":
             return str(int(self.value))
+        import numpy as np
+
         number = np.format_float_positional(self.value, trim="0")
         return f"energy:{number}" if self.kind == "energy" else number
 
