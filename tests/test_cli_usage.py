@@ -28,7 +28,7 @@ SAID = {
     "inspect": "BASE: missing. See 'svftool inspect --help'.",
     "inspect a -Z": "-Z: no such option. See 'svftool inspect --help'.",
     "inspect a b --fial-above x=1": "--fial-above: no such option. Did you mean '--fail-above'?",
-    "inspect a --top 0": "--top: 0 is not in the range x>=1.",
+    "inspect a --top 0": "--top: 0, expected at least 1.",
     "inspect a --json=1": "Option '--json' does not take a value.",
     "info a b": "Got unexpected extra argument(s) (b). See 'svftool info --help'.",
     "decompose a -o f --method grm": "--method: 'grm', expected one of auto, exact, randomized.",

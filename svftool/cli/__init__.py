@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import signal
 import sys
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from functools import cache
 from importlib import import_module
 from types import FrameType
@@ -19,7 +19,8 @@ import typer
 from svftool.cli.common import lasting_streams, stderr
 from svftool.cli.help import Command, CommandLine
 from svftool.cli.usage import is_help, said
-from svftool.errors import SvftoolError, no_such, refused
+from svftool.cli.values import taken_by
+from svftool.errors import SvftoolError, refused
 from svftool.report.text import one_line
 
 NAMES = (
@@ -64,28 +65,13 @@ def _build(name: str) -> Any:
     from svftool.cli.signature import expanded
 
     module = import_module(f"svftool.cli.{name}")
+    command = expanded(module.command)
     single = typer.Typer(add_completion=False, **_STYLE)
-    single.command(name, cls=Command, epilog=module.EXAMPLE)(expanded(module.command))
+    single.command(name, cls=Command, epilog=module.EXAMPLE)(command)
     built: Any = typer.main.get_command(single)
     built.first = getattr(module, "FIRST", ())
-    for one in built.params:
-        if getattr(one.type, "choices", None):
-            one.type.convert = _guessing(one.type)
+    built.taken = taken_by(command)
     return built
-
-
-def _guessing(kind: Any) -> Callable[..., Any]:
-    """Return the reader of an option of few values that guesses what a wrong one was to be."""
-    read = kind.convert
-
-    def guessed(value: Any, param: Any, ctx: Any) -> Any:
-        try:
-            return read(value, param, ctx)
-        except typer.BadParameter as error:
-            error.message = no_such("", str(value), kind.choices).strip()
-            raise
-
-    return guessed
 
 
 class ErrorBoundary(CommandLine):

@@ -22,8 +22,6 @@ _NUMBERS = frozenset({"shots", "folds", "test_shots", "train_rank"})
 _EITHER = (("steps", "epochs"),)
 """Options of which one at most is given: that of the command line takes the place of both."""
 
-_KINDS = {bool: "true or false", int: "a whole number", float: "a number", str: "a text"}
-
 
 def load(ctx: typer.Context, value: Path | None) -> Path | None:
     """Take the options of a file as the defaults of a command.
@@ -114,12 +112,13 @@ class _Reader:
 
     def _value(self, param: Any, key: str, value: Any) -> Any:
         """Check a value against its option, and return it as the command line would hold it."""
-        if param.nargs > 1:
+        taken = self._ctx.command.taken[param.name]
+        if taken.count > 1:
             many = value if isinstance(value, list) else [value]
-            if len(many) != param.nargs or not all(_is_number(one) for one in many):
-                raise self._wrong(key, value, f"a list of {param.nargs} numbers")
+            if len(many) != taken.count or not all(_is_number(one) for one in many):
+                raise self._wrong(key, value, f"a list of {taken.count} numbers")
             return many
-        if param.multiple:
+        if taken.repeated:
             many = value if isinstance(value, list) else [value]
             return [self._single(param, key, one) for one in many]
         if isinstance(value, list) and param.name in _LISTS:
@@ -127,17 +126,16 @@ class _Reader:
         return self._single(param, key, value)
 
     def _single(self, param: Any, key: str, value: Any) -> Any:
-        kind = _kind(param)
+        taken = self._ctx.command.taken[param.name]
+        kind = str if taken.kind is Path else taken.kind
         if param.name in _NUMBERS and isinstance(value, int) and not isinstance(value, bool):
             value = str(value)
         fits = _is_number(value) if kind is float else type(value) is kind
         if not fits:
-            raise self._wrong(key, value, _KINDS[kind])
-        try:
-            param.type(value, param=param, ctx=self._ctx)
-        except typer.BadParameter as error:
-            said = error.message.removeprefix(f"{value!r}, ")
-            raise UsageError(f"{self._path}: {key} is {value!r}, {said}") from None
+            raise self._wrong(key, value, taken.words)
+        complaint = taken.complaint(value)
+        if complaint:
+            raise UsageError(f"{self._path}: {key} is {complaint}")
         return self._placed(param, value) if kind is str else value
 
     def _placed(self, param: Any, value: str) -> str:
@@ -145,7 +143,9 @@ class _Reader:
         if param.name == "model":
             source, _, name = value.rpartition(":")
             return f"{self._path.parent / source}:{name}" if source.endswith(".py") else value
-        if _is_path(param) and not (param.name == "evaluation" and value == UNMEASURED):
+        if self._ctx.command.taken[param.name].kind is Path and not (
+            param.name == "evaluation" and value == UNMEASURED
+        ):
             return str(self._path.parent / value)
         return value
 
@@ -154,19 +154,6 @@ def _aliases(param: Any) -> Iterator[str]:
     """Yield what an option is called in a file: by its flags, or by its name in the library."""
     yield param.name.replace("_", "-")
     yield from (flag.removeprefix("--") for flag in param.opts if flag.startswith("--"))
-
-
-def _kind(param: Any) -> type:
-    name = getattr(param.type, "name", "")
-    if getattr(param, "is_flag", False) or name == "boolean":
-        return bool
-    if name.startswith("int"):
-        return int
-    return float if name.startswith("float") else str
-
-
-def _is_path(param: Any) -> bool:
-    return getattr(param.type, "name", "") in ("path", "file", "directory")
 
 
 def _is_number(value: object) -> bool:

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import typer
 from typer.core import TyperCommand, TyperGroup
+
+from svftool.cli.values import Taken
 
 ALL = "--help-all"
 _ARGS = "svftool.args"
@@ -42,9 +44,12 @@ class Command(_PlainHelp, TyperCommand):
     ----------
     first : sequence of str
         Names of those options; empty where all are shown.
+    taken : mapping of str to Taken
+        What its parameters take.
     """
 
     first: Sequence[str] = ()
+    taken: Mapping[str, Taken] = {}
 
     def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
         """Keep what was given, for the help; answer ``--help-all``."""
@@ -60,7 +65,9 @@ class Command(_PlainHelp, TyperCommand):
         params = self.get_params(ctx)
         arguments = [one for one in params if one.param_type_name == "argument"]
         options = [one for one in params if one.param_type_name != "argument"]
-        _write(formatter, "Arguments", _records(ctx, arguments))
+        # Some versions of typer put the type behind the name of an argument.
+        bare = [(name.partition(" <")[0], text) for name, text in _records(ctx, arguments)]
+        _write(formatter, "Arguments", bare)
         task = value_of("--task", given)
         for heading, members in _by_panel(options, self._shown(given, task)).items():
             _write(formatter, heading, _records(ctx, members))

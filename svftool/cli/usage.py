@@ -6,6 +6,7 @@ from typing import Any
 
 import typer
 
+from svftool.cli.help import value_of, words_given
 from svftool.errors import did_you_mean
 
 
@@ -31,9 +32,17 @@ def said(error: Any) -> str:
     if kind == "MissingParameter":
         return f"{_name(error)}: missing.{way_out}"
     if kind == "BadParameter":
-        return f"{_name(error)}: {error.message}"
+        return f"{_name(error)}: {_complaint(error, ctx) or error.message}"
     text = error.format_message()
     return text if "Did you mean" in text else f"{text.rstrip('.')}.{way_out}"
+
+
+def _complaint(error: Any, ctx: Any) -> str:
+    """Say what is wrong with the value in our words, where it is one that an option takes."""
+    taken = getattr(getattr(ctx, "command", None), "taken", {}).get(error.param.name)
+    given = (value_of(flag, words_given(ctx)) for flag in error.param.opts)
+    value = next((one for one in given if one is not None), None)
+    return "" if taken is None or value is None else str(taken.complaint(value))
 
 
 def _kind(error: Exception) -> str:
@@ -44,5 +53,5 @@ def _kind(error: Exception) -> str:
 def _name(error: Any) -> str:
     """Return an option's long flag, or an argument's name."""
     if getattr(error.param, "param_type_name", "") == "argument":
-        return str(error.param.human_readable_name).upper()
+        return str(error.param.name).upper()
     return max(getattr(error.param, "opts", ()), key=len, default="an option")
