@@ -158,7 +158,9 @@ def _replaced(
 
 def _like(value: Tensor, old: object) -> object:
     if isinstance(old, np.ndarray):
-        return value.numpy().astype(old.dtype)  # its byte order
+        array = value.numpy()
+        native = old.dtype.newbyteorder("=") == array.dtype
+        return array.astype(old.dtype) if native else array  # its byte order
     if isinstance(old, nn.Parameter):
         return nn.Parameter(value, requires_grad=old.requires_grad)
     return value

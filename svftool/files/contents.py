@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from svftool.errors import CheckpointError, shortlist
-from svftool.files.folder import Place, check_shards, find_weights, read_config
+from svftool.files.folder import EXACT_KEY, Place, check_shards, find_weights, read_config
 from svftool.files.gguf import MAGIC as GGUF_MAGIC
 from svftool.files.gguf import read_gguf_header
 from svftool.files.header import DTYPES, announces_header, read_header
@@ -86,6 +86,21 @@ def is_readable(path: Path) -> bool:
         start = file.read(16)
     header = announces_header(start, path.stat().st_size) or path.suffix == ".safetensors"
     return start.startswith(GGUF_MAGIC) or header
+
+
+def is_exact_delta(path: Path) -> bool:
+    """Tell whether a file is an exact delta, which `merge` applies to a checkpoint."""
+    try:
+        if not path.is_file():
+            return False
+        with path.open("rb") as file:
+            start, size = file.read(16), path.stat().st_size
+            if not announces_header(start, size):
+                return False
+            file.seek(0)
+            return EXACT_KEY in read_header(file, path, size).metadata
+    except (CheckpointError, OSError):
+        return False
 
 
 def read_contents(path: Path, *, stem: str | None = None) -> Contents | None:

@@ -111,6 +111,9 @@ FACTORS_FILE = "svf_config.json"
 TUNED_KEY = "svftool"
 """Metadata of a safetensors file that makes it a tuned file."""
 
+EXACT_KEY = "svftool.exact"
+"""Metadata of a safetensors file that makes it an exact delta."""
+
 
 def real(path: Path) -> Path:
     """Return the absolute path with all links followed.
