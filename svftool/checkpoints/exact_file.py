@@ -42,7 +42,7 @@ _AGAIN = "Make it again with 'svftool extract BASE TUNED -o DELTA --as exact', o
 
 
 @dataclass(frozen=True)
-class Entry:
+class ExactEntry:
     """One tensor of the result.
 
     Attributes
@@ -81,7 +81,7 @@ class ExactFacts:
     ----------
     base_fingerprint, tuned_fingerprint : str
         Of all tensors of both sides.
-    entries : tuple of Entry
+    entries : tuple of ExactEntry
         Every tensor of the result, in its order.
     removed : tuple of str
         Tensors of the base that the result does not have.
@@ -98,7 +98,7 @@ class ExactFacts:
 
     base_fingerprint: str
     tuned_fingerprint: str
-    entries: tuple[Entry, ...]
+    entries: tuple[ExactEntry, ...]
     removed: tuple[str, ...]
     shards: tuple[tuple[str, int], ...]
     metadata: tuple[Mapping[str, str], ...]
@@ -139,45 +139,60 @@ class ExactFile(Closing):
             self._file.close()
             raise
 
-    def restore(self, entry: Entry, before: Tensor | None) -> Tensor:
+    def restore(self, entry: ExactEntry, before: Tensor | None) -> Tensor | None:
         """Make one tensor of the result, and hold it against its SHA-256.
+
+        Every way can be undone, so that a base of other bytes gives other bytes: one digest tells
+        that both the base and the delta are right.
 
         Parameters
         ----------
-        entry : Entry
+        entry : ExactEntry
         before : Tensor or None
             The tensor of the base; not changed. None of ``whole``.
+
+        Returns
+        -------
+        Tensor or None
+            None where the base is another.
 
         Raises
         ------
         CheckpointError
             If the file's bytes are not those that were written.
+        ResourceError
+            If memory cannot hold the tensor.
         """
+        try:
+            found = self._made(entry, before)
+        except ValueError as error:
+            raise self._broken(entry, str(error)) from None
+        digest = tensor_digest(found)
+        if digest == entry.sha256:
+            return found
+        if before is not None and tensor_digest(before) != entry.origin_sha256:
+            return None
+        raise self._broken(entry, f"restored with the SHA-256 {digest[:12]}")
+
+    def _made(self, entry: ExactEntry, before: Tensor | None) -> Tensor:
         if entry.way == "same":
             assert before is not None
             return before
         dtype = dtype_named(entry.dtype)
         width = min(dtype.itemsize, WIDEST)
         packed = self._file.read(entry.name).numpy().data
-        try:
-            packed_sizes(packed, entry.nbytes // width, width)
-            self._check_memory(entry)
-            raw = torch.empty(entry.nbytes, dtype=torch.uint8)
-            unpack(
-                packed,
-                None if before is None else words_of(before),
-                entry.way,  # type: ignore[arg-type]
-                as_words(raw.numpy(), width),
-            )
-        except ValueError as error:
-            raise self._broken(entry, str(error)) from None
-        found = raw.view(dtype).reshape(entry.shape)
-        digest = tensor_digest(found)
-        if digest != entry.sha256:
-            raise self._broken(entry, f"restored with the SHA-256 {digest[:12]}")
-        return found
+        packed_sizes(packed, entry.nbytes // width, width)
+        self._check_memory(entry)
+        raw = torch.empty(entry.nbytes, dtype=torch.uint8)
+        unpack(
+            packed,
+            None if before is None else words_of(before),
+            entry.way,  # type: ignore[arg-type]
+            as_words(raw.numpy(), width),
+        )
+        return raw.view(dtype).reshape(entry.shape)
 
-    def _check_memory(self, entry: Entry) -> None:
+    def _check_memory(self, entry: ExactEntry) -> None:
         """Refuse a tensor that memory cannot hold: zeros of any size take next to nothing here."""
         free = available_memory() if entry.nbytes > _LARGE else None
         if free is not None and entry.nbytes > free:
@@ -186,7 +201,7 @@ class ExactFile(Closing):
                 "for the tensor. Use a machine with more."
             )
 
-    def _broken(self, entry: Entry, found: str) -> CheckpointError:
+    def _broken(self, entry: ExactEntry, found: str) -> CheckpointError:
         return CheckpointError(
             f"{self.path}: {entry.name}: {found}, expected a tensor of {entry.nbytes} bytes with "
             f"the SHA-256 {entry.sha256[:12]}. {_AGAIN}"
@@ -246,14 +261,14 @@ def _parsed(stated: Mapping[str, Any]) -> ExactFacts:
     )
 
 
-def _entry(stated: Mapping[str, Any]) -> Entry:
+def _entry(stated: Mapping[str, Any]) -> ExactEntry:
     way = stated["way"]
-    if way not in WAYS or set(stated) != {one.name for one in fields(Entry)}:
+    if way not in WAYS or set(stated) != {one.name for one in fields(ExactEntry)}:
         raise ValueError(f"an odd entry, {brief(stated)}")
     shape = tuple(_count(side) for side in _list(stated["shape"]))
     origin = None if way == "whole" else _text(stated["origin"])
     before = None if way == "whole" else _text(stated["origin_sha256"])
-    entry = Entry(
+    entry = ExactEntry(
         _text(stated["name"]), _text(stated["dtype"]), shape, way, _text(stated["sha256"]), origin,
         before,
     )  # fmt: skip

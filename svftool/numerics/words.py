@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 import numpy.typing as npt
@@ -14,20 +14,21 @@ else:
     from backports import zstd
 
 Way = Literal["xor", "difference", "whole"]
-"""``after ^ before``; ``after - before`` folded so that small changes of both signs are small
-numbers; or the words themselves."""
+"""``after ^ before``; ``after - before`` with a sign in every byte, so that small changes of both
+signs have zeros above; or the words themselves."""
 
 Bytes = npt.NDArray[np.uint8]
 Words = npt.NDArray[np.unsignedinteger]
 
-BLOCK = 1 << 20
-"""Words that are coded at a time; part of the format."""
+BLOCK = 1 << 17
+"""Words that are coded at a time, few enough for a processor's cache; part of the format."""
 
 WIDEST = 8
 """Bytes of the widest words; a wider dtype is taken as several."""
 
 _SAMPLES, _SAMPLE = 4, 1 << 16
 _TABLE = np.dtype("<u4")
+_BYTE = np.uint8(8)
 _PARAMETER = zstd.CompressionParameter
 # Planes of weights repeat by accident alone: a match finder that sees little leaves the work to the
 # entropy coder, which is smaller and faster here than any higher level.
@@ -99,9 +100,9 @@ def _coded(after: Words, before: Words | None, way: Way) -> Words:
         return np.ascontiguousarray(after)
     if way == "xor":
         return after ^ before
-    change = (after - before).view(f"<i{after.itemsize}")
-    folded = (change << 1) ^ (change >> (8 * after.itemsize - 1))
-    return folded.view(after.dtype)
+    bias = _bias(after)
+    words: Words = ((after - before) + bias) ^ bias
+    return words
 
 
 def _shrunk(plane: Bytes) -> bytes:
@@ -132,14 +133,16 @@ def unpack(data: memoryview, before: Words | None, way: Way, out: Words) -> None
     number = 0
     for start in range(0, len(out), BLOCK):
         block = out[start : start + BLOCK]
-        split = block.view(np.uint8).reshape(-1, block.itemsize)
-        filled = sizes[number : number + block.itemsize]
-        if not filled.any():
-            block[:] = 0
-        for byte, size in enumerate(filled.tolist() if filled.any() else []):
-            split[:, byte] = _grown(data[at : at + size], len(block)) if size else 0
-            at += size
-        number += block.itemsize
+        filled = sizes[number : number + block.itemsize].tolist()
+        starts = [at + sum(filled[:byte]) for byte in range(block.itemsize)]
+        block[:] = 0
+        for size, begin in zip(reversed(filled), reversed(starts), strict=True):
+            if block.itemsize > 1:
+                block <<= _BYTE
+            if size:
+                plane = _grown(data[begin : begin + size], len(block))
+                np.bitwise_or(block, plane, out=block)
+        number, at = number + block.itemsize, at + sum(filled)
         if before is not None:
             _undo(block, before[start : start + BLOCK], way)
 
@@ -188,11 +191,12 @@ def _grown(data: memoryview, count: int) -> Bytes:
 
 
 def _undo(words: Words, before: Words, way: Way) -> None:
-    if way == "xor":
-        words ^= before
-        return
-    signs = words & words.dtype.type(1)
-    np.negative(signs, out=signs)
-    words >>= words.dtype.type(1)
-    words ^= signs
-    words += before
+    words ^= before if way == "xor" else _bias(words)
+    if way == "difference":
+        words -= _bias(words)
+        words += before
+
+
+def _bias(words: Words) -> Any:
+    """Return the word that carries a byte's sign up: 128 in every byte but the highest."""
+    return words.dtype.type(int.from_bytes(b"\x80" * (words.itemsize - 1), "little"))

@@ -25,7 +25,7 @@ from svftool.checkpoints import (
     tensor_digest,
     write_errors,
 )
-from svftool.checkpoints.exact_file import Entry, ExactFacts, in_order, words_of
+from svftool.checkpoints.exact_file import ExactEntry, ExactFacts, in_order, words_of
 from svftool.errors import CheckpointError, UsageError
 from svftool.files.folder import named
 from svftool.files.output import scratch_folder
@@ -174,7 +174,7 @@ def _opened(path: str | os.PathLike[str]) -> Checkpoint:
 class _Packed:
     """One tensor on its way."""
 
-    entry: Entry
+    entry: ExactEntry
     data: bytes
 
 
@@ -184,7 +184,7 @@ class _Work:
 
     before: Checkpoint
     after: Checkpoint
-    packed: list[tuple[Entry, int]] = field(default_factory=list)
+    packed: list[tuple[ExactEntry, int]] = field(default_factory=list)
     base_lines: dict[str, tuple[str, tuple[int, ...], str]] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
@@ -229,15 +229,15 @@ class _Work:
         sha, dtype = tensor_digest(new), dtype_name(info.dtype)
         if origin is None:
             data = pack(words_of(new), None, "whole")
-            return _Packed(Entry(name, dtype, info.shape, "whole", sha), data)
+            return _Packed(ExactEntry(name, dtype, info.shape, "whole", sha), data)
         old = self.before.read(origin)
         old_sha = tensor_digest(old)
         self.base_lines[origin] = (dtype, info.shape, old_sha)
         if old_sha == sha:
-            return _Packed(Entry(name, dtype, info.shape, "same", sha, origin, old_sha), b"")
+            return _Packed(ExactEntry(name, dtype, info.shape, "same", sha, origin, old_sha), b"")
         after, before = words_of(new), words_of(old)
         way: Way = best_way(after, before)
-        entry = Entry(name, dtype, info.shape, way, sha, origin, old_sha)
+        entry = ExactEntry(name, dtype, info.shape, way, sha, origin, old_sha)
         return _Packed(entry, pack(after, before, way))
 
     @property

@@ -25,9 +25,8 @@ from svftool.checkpoints import (
     replace_output,
     save_pickled,
     side_files,
-    tensor_digest,
 )
-from svftool.checkpoints.exact_file import Entry, ExactFile, in_order
+from svftool.checkpoints.exact_file import ExactEntry, ExactFile, in_order
 from svftool.checkpoints.pickle_writer import rivals
 from svftool.errors import CheckpointError, NumericalError, ResourceError, UsageError, shortlist
 from svftool.files.folder import STEMS, WEIGHT_SUFFIXES, check_dense_name, named
@@ -44,7 +43,7 @@ class RestoreResult:
     output : Path
     dry_run : bool
     ways : mapping of str to tuple of str
-        Names of the tensors restored in each way, see `Entry`.
+        Names of the tensors restored in each way, see `ExactEntry`.
     added, removed : tuple of str
         Tensors that the base does not have; tensors of the base that the result does not have.
     bytes : int
@@ -81,7 +80,7 @@ def restore(
 ) -> RestoreResult:
     """Turn a base into its fine-tune by an exact delta.
 
-    Every tensor is held against its SHA-256, on the base's side and on the result's.
+    Every tensor is held against its SHA-256, and both sides against their fingerprints.
 
     Parameters
     ----------
@@ -223,14 +222,12 @@ class _Work:
             raise self._another(f"has the fingerprint {base.hexdigest()[:12]}")
         self._check_fingerprint(tuned.hexdigest(), str(self.exact.path))
 
-    def _make(self, entry: Entry) -> tuple[Entry, Tensor]:
-        before = None
-        if entry.origin is not None:
-            before = self.before.read(entry.origin)
-            digest = tensor_digest(before)
-            if digest != entry.origin_sha256:
-                raise self._another(f"{entry.origin!r} has the SHA-256 {digest[:12]}")
-        return entry, self.exact.restore(entry, before)
+    def _make(self, entry: ExactEntry) -> tuple[ExactEntry, Tensor]:
+        before = None if entry.origin is None else self.before.read(entry.origin)
+        made = self.exact.restore(entry, before)
+        if made is None:
+            raise self._another(f"{entry.origin!r} has other bytes")
+        return entry, made
 
     def _check_fingerprint(self, found: str, where: str) -> None:
         if found != self.facts.tuned_fingerprint:
