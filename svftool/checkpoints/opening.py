@@ -86,7 +86,8 @@ def open_checkpoint(
 
 def _open_file(path: Path, *, stored: bool) -> Checkpoint:
     usual = path.name.partition(".")[0] in STEMS
-    shard = _SHARD.fullmatch(path.name)
+    # The parts of a split GGUF are always read together.
+    shard = _SHARD.fullmatch(path.name) if path.suffix != ".gguf" else None
     notes: tuple[str, ...] = ()
     if shard is not None:
         notes = (
@@ -126,6 +127,9 @@ def _open_all(paths: Sequence[Path], place: Place, *, stored: bool) -> Checkpoin
             file.close()
         raise
     kind = _format(files)
+    own = next((one.config for one in files if isinstance(one, GGUFFile)), None)
+    if place.config is None and own is not None:
+        place = replace(place, config=own)
     checkpoint = Checkpoint(place, files, format=kind)
     coded = {} if stored else understood(checkpoint)
     return QuantisedCheckpoint(place, files, coded, format=kind) if coded else checkpoint

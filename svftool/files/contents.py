@@ -12,7 +12,7 @@ from typing import Any
 from svftool.errors import CheckpointError, shortlist
 from svftool.files.folder import EXACT_KEY, Place, check_shards, find_weights, read_config
 from svftool.files.gguf import MAGIC as GGUF_MAGIC
-from svftool.files.gguf import read_gguf_header
+from svftool.files.gguf import gguf_parts, read_gguf_header
 from svftool.files.header import DTYPES, announces_header, read_header
 
 
@@ -126,7 +126,7 @@ def read_contents(path: Path, *, stem: str | None = None) -> Contents | None:
         if not is_readable(path):
             return None
         found = Contents(path, "safetensors")
-        _add_all(found, [path])
+        _add_all(found, gguf_parts(path))
         return found
     return _read_folder(path, stem)
 
