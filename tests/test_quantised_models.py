@@ -14,7 +14,7 @@ import torch
 from language import write_model, write_texts
 from safetensors.torch import load_file, save_file
 
-from svftool import audit, decompose, evaluate, finetune
+from svftool import audit, decompose, evaluate, finetune, merge
 from svftool.checkpoints import open_checkpoint
 from svftool.errors import CheckpointError
 from svftool.files.gguf import gguf_parts, read_gguf_header, write_outline
@@ -35,7 +35,7 @@ SHAPES = {
     "blk.0.attn_norm.weight": (64,), "blk.0.ffn_norm.weight": (64,), "output_norm.weight": (64,),
 }  # fmt: skip
 WEIGHTS = {
-    name: np.random.default_rng(n).standard_normal(shape).astype(np.float32)
+    name: np.random.default_rng(n).standard_normal(shape).astype(np.float32) * np.float32(0.1)
     for n, (name, shape) in enumerate(SHAPES.items())
 }
 
@@ -114,8 +114,8 @@ def test_finetune_and_evaluate(tmp_path: Path) -> None:
     (run,) = result.runs
     before = evaluate(path, **options)
     tuned = evaluate(tmp_path / "f", tuned=tmp_path / "t.svf.safetensors", **options)
-    assert before.runs[0].metrics["perplexity"] == pytest.approx(run.before["perplexity"])
-    assert tuned.runs[0].metrics["perplexity"] == pytest.approx(run.after["perplexity"])
+    assert before.runs[0].metrics["perplexity"] == pytest.approx(run.before["perplexity"], rel=1e-3)
+    assert tuned.runs[0].metrics["perplexity"] == pytest.approx(run.after["perplexity"], rel=1e-3)
     assert run.after["perplexity"] < run.before["perplexity"]
 
 
@@ -228,7 +228,7 @@ def test_a_base_against_its_own_blocks_is_quantisation_alone(tmp_path: Path) -> 
     with open_checkpoint(path) as found:
         read = {name: found.read(name) for name in found.infos}
     noisy = {
-        name: value + (0.02 * torch.randn(value.shape).clamp(-1, 1) if value.ndim > 1 else 0)
+        name: value + (0.002 * torch.randn(value.shape).clamp(-1, 1) if value.ndim > 1 else 0)
         for name, value in read.items()
     }
     save_file(read, tmp_path / "copy.safetensors")
@@ -239,3 +239,29 @@ def test_a_base_against_its_own_blocks_is_quantisation_alone(tmp_path: Path) -> 
     (near,) = audit(tmp_path / "near.safetensors", [path]).comparisons
     assert near.verdict is not None
     assert near.verdict.name == "quantisation only"
+
+
+def test_pickled_codes_are_read_and_merged_without_their_scales(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    codes, scale = int8(torch.randn(16, 12))
+    state = {"fc.weight": codes, "fc.weight_scale": scale, "fc.bias": torch.ones(16)}
+    torch.save({"state_dict": state, "epoch": 3}, tmp_path / "m.pth")
+    with open_checkpoint(tmp_path / "m.pth") as found:
+        assert set(found.infos) == {"fc.weight", "fc.bias"}
+        assert found.infos["fc.weight"].storage
+        assert torch.equal(found.read("fc.weight"), codes.float() * scale)
+    decompose(tmp_path / "m.pth", tmp_path / "f")
+    merge(tmp_path / "f", output=tmp_path / "d.pth", verify=True)
+    dense = torch.load(tmp_path / "d.pth", weights_only=True)
+    assert dense["epoch"] == 3
+    assert set(dense["state_dict"]) == {"fc.weight", "fc.bias"}
+    assert torch.equal(dense["state_dict"]["fc.weight"], codes.float() * scale)
+
+
+def test_tensors_of_torchao_are_refused_in_one_line(tmp_path: Path) -> None:
+    from svftool.checkpoints.pickle_file import _refusal
+
+    asked = RuntimeError("Weights only load failed. Unsupported global: GLOBAL torchao.dtypes.AQT")
+    error = _refusal(tmp_path / "m.pth", asked)
+    assert "torchao that is not supported" in str(error)
+    assert "\n" not in str(error)

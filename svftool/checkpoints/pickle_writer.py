@@ -47,6 +47,8 @@ def save_pickled(
     ResourceError
         If the disk refuses it.
     """
+    # What was read as numbers is written as numbers, without the parts of its codes.
+    removed = {*removed, *(name for name in template.hidden if name not in tensors)}
     single = template.files[0] if len(template.files) == 1 else None
     if isinstance(single, PickleFile):
         values = _share(template.tied, tensors)

@@ -39,10 +39,10 @@ FORMATS: tuple[Callable[[Source], Iterable[Coded]], ...] = (
 def understood(checkpoint: Checkpoint) -> dict[str, Coded]:
     """Say which tensors of a checkpoint are codes of a format that is understood.
 
-    A format is recognised by all of its parts, their dtypes and their shapes. Pickles are not
-    looked at.
+    A format is recognised by all of its parts, their dtypes and their shapes. GGUF has formats of
+    its own.
     """
-    if checkpoint.format != "safetensors":
+    if checkpoint.format == "gguf":
         return {}
     stated = (checkpoint.config or {}).get("quantization_config")
     config = stated if isinstance(stated, Mapping) else {}
@@ -98,6 +98,7 @@ class QuantisedCheckpoint(Checkpoint):
         self.infos = MappingProxyType(
             {name: self._info(name, stored) for shard in self.shards for name in shard.names}
         )
+        self.hidden = tuple(part for part in hidden if part not in self.infos)
         self.notes = (*self.notes, *_say(self.path.name, coded.values()))
 
     def read(self, name: str) -> Tensor:
