@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from svftool.checkpoints.base import Checkpoint, Format, Shard, TensorInfo, WeightFile
-from svftool.checkpoints.quantised.coded import Coded, Numbers, Source
+from svftool.checkpoints.quantised.coded import Coded, Numbers, StoredParts
 from svftool.checkpoints.quantised.packed import awq, compressed, gptq
 from svftool.checkpoints.quantised.scaled import scaled
 from svftool.checkpoints.quantised.tables import (
@@ -23,7 +23,7 @@ from svftool.checkpoints.quantised.tables import (
 from svftool.errors import CheckpointError
 from svftool.files.folder import Place
 
-FORMATS: tuple[Callable[[Source], Iterable[Coded]], ...] = (
+FORMATS: tuple[Callable[[StoredParts], Iterable[Coded]], ...] = (
     bitsandbytes_4bit,
     bitsandbytes_int8,
     mxfp4,
@@ -46,7 +46,7 @@ def understood(checkpoint: Checkpoint) -> dict[str, Coded]:
         return {}
     stated = (checkpoint.config or {}).get("quantization_config")
     config = stated if isinstance(stated, Mapping) else {}
-    source = Source(checkpoint.infos, config, checkpoint.read)
+    source = StoredParts(checkpoint.infos, config, checkpoint.read)
     found: dict[str, Coded] = {}
     taken: set[str] = set()
     for recognise in FORMATS:
