@@ -145,6 +145,8 @@ class Checkpoint(Closing):
         Those that say what was left out and may be missed.
     passed_over : mapping of str to int
         Entries of pickles that hold tensors and are not read, with their bytes.
+    hidden : tuple of str
+        Tensors of the files that are parts of others: codes, scales, tables.
     config : mapping or None
         ``config.json`` beside the weights, unread by anything here.
     hub_id : str or None
@@ -161,6 +163,7 @@ class Checkpoint(Closing):
         self.config = place.config
         self.hub_id = place.hub_id
         self.metadata: Mapping[str, str] = files[0].metadata if files else {}
+        self.hidden: tuple[str, ...] = ()
         self._home: dict[str, WeightFile] = {}
         self.shards = tuple(self._adopt(file, place.weight_map) for file in files)
         self.infos: Mapping[str, TensorInfo] = MappingProxyType(

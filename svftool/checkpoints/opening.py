@@ -15,6 +15,7 @@ from svftool.checkpoints.quantised.gguf_file import GGUFFile
 from svftool.checkpoints.safetensors_file import SafetensorsFile
 from svftool.errors import CheckpointError, ResourceError, system_fault
 from svftool.files.folder import (
+    EXACT_KEY,
     FACTORS_FILE,
     PICKLE_SUFFIXES,
     STEMS,
@@ -32,7 +33,9 @@ from svftool.files.hub import fetch, named_in_cache
 _SHARD = re.compile(r".+-(\d{5})-of-(\d{5})\.\w+")
 
 
-def open_checkpoint(path: str | os.PathLike[str], *, stem: str | None = None) -> Checkpoint:
+def open_checkpoint(
+    path: str | os.PathLike[str], *, stem: str | None = None, stored: bool = False
+) -> Checkpoint:
     """Open a checkpoint for reading, without reading its tensors.
 
     Parameters
@@ -42,6 +45,8 @@ def open_checkpoint(path: str | os.PathLike[str], *, stem: str | None = None) ->
         is not the name of anything here.
     stem : str, optional
         In a folder, open only ``STEM.safetensors`` or its shards.
+    stored : bool
+        Show codes as they are stored, not as the numbers that they stand for.
 
     Returns
     -------
@@ -61,11 +66,11 @@ def open_checkpoint(path: str | os.PathLike[str], *, stem: str | None = None) ->
     place = Path(text)
     try:
         if not os.path.lexists(place) and not place.parent.exists() and looks_like_hub_id(text):
-            return _open_folder(fetch(text), stem, hub_id=text)
+            return _open_folder(fetch(text), stem, stored=stored, hub_id=text)
         if place.is_dir():
-            return _open_folder(place, stem)
+            return _open_folder(place, stem, stored=stored)
         if place.is_file():
-            return _open_file(named_in_cache(place))
+            return _open_file(named_in_cache(place), stored=stored)
     except PermissionError as error:
         raise ResourceError(
             f"{error.filename or text}: no permission to read, expected a readable checkpoint. "
@@ -79,9 +84,10 @@ def open_checkpoint(path: str | os.PathLike[str], *, stem: str | None = None) ->
     raise CheckpointError(f"{text}: neither a file nor a folder, expected a checkpoint.")
 
 
-def _open_file(path: Path) -> Checkpoint:
+def _open_file(path: Path, *, stored: bool) -> Checkpoint:
     usual = path.name.partition(".")[0] in STEMS
-    shard = _SHARD.fullmatch(path.name)
+    # The parts of a split GGUF are always read together.
+    shard = _SHARD.fullmatch(path.name) if path.suffix != ".gguf" else None
     notes: tuple[str, ...] = ()
     if shard is not None:
         notes = (
@@ -89,10 +95,12 @@ def _open_file(path: Path) -> Checkpoint:
             "(the folder's name reads all)",
         )
     config = read_config(path.parent) if usual else None
-    return _open_all([path], Place(path, config=config, notes=notes))
+    return _open_all([path], Place(path, config=config, notes=notes), stored=stored)
 
 
-def _open_folder(folder: Path, stem: str | None, *, hub_id: str | None = None) -> Checkpoint:
+def _open_folder(
+    folder: Path, stem: str | None, *, stored: bool, hub_id: str | None = None
+) -> Checkpoint:
     if stem is None and (folder / FACTORS_FILE).is_file():
         raise CheckpointError(
             f"{folder}: svf_config.json says that these are factors, expected a checkpoint. "
@@ -104,23 +112,36 @@ def _open_folder(folder: Path, stem: str | None, *, hub_id: str | None = None) -
             "checkpoint. Merge the adapter into its base model first."
         )
     files, place = find_weights(folder, stem)
-    return _open_all(files, replace(place, hub_id=hub_id))
+    return _open_all(files, replace(place, hub_id=hub_id), stored=stored)
 
 
-def _open_all(paths: Sequence[Path], place: Place) -> Checkpoint:
+def _open_all(paths: Sequence[Path], place: Place, *, stored: bool) -> Checkpoint:
     files: list[WeightFile] = []
     try:
         for path in paths:
             files.append(_weight_file(path))
         check_shards(place, {file.path.name: file.infos for file in files})
+        _refuse_delta(files)
     except BaseException:
         for file in files:
             file.close()
         raise
     kind = _format(files)
+    own = next((one.config for one in files if isinstance(one, GGUFFile)), None)
+    if place.config is None and own is not None:
+        place = replace(place, config=own)
     checkpoint = Checkpoint(place, files, format=kind)
-    coded = understood(checkpoint)
+    coded = {} if stored else understood(checkpoint)
     return QuantisedCheckpoint(place, files, coded, format=kind) if coded else checkpoint
+
+
+def _refuse_delta(files: Sequence[WeightFile]) -> None:
+    for file in files:
+        if EXACT_KEY in file.metadata:
+            raise CheckpointError(
+                f"{file.path}: an exact delta, whose bytes are no weights, expected a checkpoint. "
+                "Run 'svftool merge BASE DELTA -o OUT' and name what it writes."
+            )
 
 
 def _format(files: Sequence[WeightFile]) -> Format:

@@ -415,6 +415,12 @@ def _refusal(path: Path, error: Exception) -> SvftoolError:
     """Say in one line why torch did not load a file."""
     text = str(error)
     named = re.search(r"GLOBAL ([\w.]+)", text)
+    if named and named[1].startswith("torchao."):
+        return CheckpointError(
+            f"{path}: the pickle holds {named[1]}, a format of torchao that is not supported, "
+            "expected plain tensors; nothing was run. Save the dequantised weights where you "
+            "trust the file."
+        )
     if named:
         return CheckpointError(
             f"{path}: the pickle asks for {named[1]}, which could run code, expected tensors and "

@@ -47,6 +47,8 @@ def save_pickled(
     ResourceError
         If the disk refuses it.
     """
+    # What was read as numbers is written as numbers, without the parts of its codes.
+    removed = {*removed, *(name for name in template.hidden if name not in tensors)}
     single = template.files[0] if len(template.files) == 1 else None
     if isinstance(single, PickleFile):
         values = _share(template.tied, tensors)
@@ -158,7 +160,9 @@ def _replaced(
 
 def _like(value: Tensor, old: object) -> object:
     if isinstance(old, np.ndarray):
-        return value.numpy().astype(old.dtype)  # its byte order
+        array = value.numpy()
+        native = old.dtype.newbyteorder("=") == array.dtype
+        return array.astype(old.dtype) if native else array  # its byte order
     if isinstance(old, nn.Parameter):
         return nn.Parameter(value, requires_grad=old.requires_grad)
     return value

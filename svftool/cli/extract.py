@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     from svftool.stages.extract_lora import LoraOptions
 
 EXAMPLE = "Example: svftool extract base.safetensors tuned.safetensors -o small.svf.safetensors"
-FORMS = ("svf", "lora")
+FORMS = ("svf", "lora", "exact")
 _LAYOUTS = ("peft", "kohya", "comfy", "diffusers")
 
 
@@ -95,24 +95,26 @@ def command(
         str,
         typer.Option(
             "--as",
-            metavar="svf|lora",
+            metavar="svf|lora|exact",
             autocompletion=one_of(*FORMS),
-            help="A tuned file (singular values alone), or a low-rank adapter.",
+            help="A tuned file (singular values alone), a low-rank adapter, or the change bit for "
+            "bit.",
         ),
     ] = "svf",
     how: HowToAdapt,
     dry_run: Annotated[
-        bool, typer.Option("--dry-run", help="Of --as lora: show ranks and sizes; write nothing.")
+        bool,
+        typer.Option("--dry-run", help="Of --as lora, exact: show ranks and sizes; write nothing."),
     ] = False,
     force: ForceOption = False,
     display: Display,
 ) -> None:
-    """Turn a dense fine-tune into a small tuned file or a LoRA, with its error."""
+    """Turn a dense fine-tune into a small tuned file, a LoRA, or an exact delta."""
     leave_to_first_process("extract")
     if form not in FORMS:
         raise UsageError(no_such("--as", form, FORMS))
-    given = [*how.given(), *(["--dry-run"] * dry_run)]
-    if form == "svf" and given:
+    given = how.given() if form == "exact" else [*how.given(), *(["--dry-run"] * dry_run)]
+    if form != "lora" and given:
         raise UsageError(f"{given[0]} is an option of --as lora, expected --as lora with it")
     for one in (base, tuned):
         check_exists(one)
@@ -134,6 +136,15 @@ def command(
             progress=progress,
         )
         display.emit(report.lora_document(adapter), report.lora_view(adapter))
+        return
+    if form == "exact":
+        from svftool.report import exact as exact_report
+        from svftool.stages.extract_exact import extract_exact
+
+        exact = extract_exact(
+            base, tuned, output=output, dry_run=dry_run, force=force, progress=progress
+        )
+        display.emit(exact_report.extract_document(exact), exact_report.extract_view(exact))
         return
     from svftool.stages.extract import extract
 

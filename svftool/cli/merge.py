@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -14,17 +14,30 @@ from svftool.cli.common import (
     OutputOption,
     leave_to_first_process,
 )
-from svftool.files.folder import check_dense_name, check_factors, check_tuned_exist, is_tuned_name
+from svftool.errors import UsageError
+from svftool.files.contents import is_exact_delta
+from svftool.files.folder import (
+    check_dense_name,
+    check_exists,
+    check_factors,
+    check_tuned_exist,
+    is_tuned_name,
+)
 from svftool.files.output import check_output
 
 EXAMPLE = "Example: svftool merge factors birds.svf.safetensors@0.7 -o merged.safetensors --verify"
 
 
 def command(
-    factors: Annotated[Path, typer.Argument(help="Factor checkpoint from 'svftool decompose'.")],
+    factors: Annotated[
+        Path,
+        typer.Argument(help="Factors of 'svftool decompose'; for an exact delta, its base."),
+    ],
     tuned: Annotated[
         list[str] | None,
-        typer.Argument(help="Tuned files, each with an optional weight: FILE@0.5."),
+        typer.Argument(
+            help="Tuned files, each with an optional weight: FILE@0.5; or one exact delta."
+        ),
     ] = None,
     *,
     output: OutputOption,
@@ -46,11 +59,36 @@ def command(
         str | None,
         typer.Option(help="Write numbers in float32, bfloat16 or float16; as the base by default."),
     ] = None,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Of an exact delta: check all, write nothing.")
+    ] = False,
     force: ForceOption = False,
     display: Display,
 ) -> None:
-    """Fold tuned singular values back into dense weights, or mix tuned files to one."""
+    """Fold tuned singular values back into dense weights, mix tuned files, or apply a delta."""
     leave_to_first_process("merge")
+    deltas = [one for one in tuned or () if is_exact_delta(Path(one))]
+    if deltas:
+        unfit = {
+            "--base": base,
+            "--without-base": without_base,
+            "--allow-overflow": allow_overflow,
+            "--dtype": dtype,
+        }
+        _check_delta_alone(tuned or [], [flag for flag, value in unfit.items() if value])
+        _restore(
+            factors,
+            Path(deltas[0]),
+            output=output,
+            max_shard_size=max_shard_size,
+            verify=verify,
+            dry_run=dry_run,
+            force=force,
+            display=display,
+        )
+        return
+    if dry_run:
+        raise UsageError("--dry-run is an option of an exact delta, expected one, or no --dry-run")
     check_factors(factors)
     check_tuned_exist(tuned or ())
     check_dense_name(output, tuned=bool(tuned) and is_tuned_name(output))
@@ -72,3 +110,28 @@ def command(
         progress=display.progress(),
     )
     display.emit(report.document(result), report.view(result))
+
+
+def _check_delta_alone(given: list[str], flags: list[str]) -> None:
+    """Refuse what an exact delta cannot be mixed with."""
+    if len(given) > 1:
+        raise UsageError(
+            f"{given[0]}: beside {given[1]}, expected an exact delta alone. Apply one after "
+            "another, each to what the last one wrote."
+        )
+    if flags:
+        raise UsageError(
+            f"{flags[0]} has no meaning for an exact delta, whose result is fixed to the last bit. "
+            "Leave the option out."
+        )
+
+
+def _restore(base: Path, delta: Path, *, output: Path, display: Display, **options: Any) -> None:
+    check_exists(base)
+    if not options["dry_run"]:
+        check_output(output, force=options["force"], inputs=[base, delta])
+    from svftool.report import exact as report
+    from svftool.stages.restore import restore
+
+    result = restore(base, delta, output=output, progress=display.progress(), **options)
+    display.emit(report.merge_document(result), report.merge_view(result))

@@ -10,9 +10,9 @@ from pathlib import Path
 from typing import Any
 
 from svftool.errors import CheckpointError, shortlist
-from svftool.files.folder import Place, check_shards, find_weights, read_config
+from svftool.files.folder import EXACT_KEY, Place, check_shards, find_weights, read_config
 from svftool.files.gguf import MAGIC as GGUF_MAGIC
-from svftool.files.gguf import read_gguf_header
+from svftool.files.gguf import gguf_parts, read_gguf_header
 from svftool.files.header import DTYPES, announces_header, read_header
 
 
@@ -88,6 +88,21 @@ def is_readable(path: Path) -> bool:
     return start.startswith(GGUF_MAGIC) or header
 
 
+def is_exact_delta(path: Path) -> bool:
+    """Tell whether a file is an exact delta, which `merge` applies to a checkpoint."""
+    try:
+        if not path.is_file():
+            return False
+        with path.open("rb") as file:
+            start, size = file.read(16), path.stat().st_size
+            if not announces_header(start, size):
+                return False
+            file.seek(0)
+            return EXACT_KEY in read_header(file, path, size).metadata
+    except (CheckpointError, OSError):
+        return False
+
+
 def read_contents(path: Path, *, stem: str | None = None) -> Contents | None:
     """List a file or folder of safetensors or GGUF.
 
@@ -111,7 +126,7 @@ def read_contents(path: Path, *, stem: str | None = None) -> Contents | None:
         if not is_readable(path):
             return None
         found = Contents(path, "safetensors")
-        _add_all(found, [path])
+        _add_all(found, gguf_parts(path))
         return found
     return _read_folder(path, stem)
 

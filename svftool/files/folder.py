@@ -111,6 +111,9 @@ FACTORS_FILE = "svf_config.json"
 TUNED_KEY = "svftool"
 """Metadata of a safetensors file that makes it a tuned file."""
 
+EXACT_KEY = "svftool.exact"
+"""Metadata of a safetensors file that makes it an exact delta."""
+
 
 def real(path: Path) -> Path:
     """Return the absolute path with all links followed.
@@ -330,7 +333,9 @@ def _unusual(names: Sequence[str]) -> list[str]:
     indexes = [name for name in names if _is_index(name)]
     weights = [name for name in names if _is_weights(name)]
     safetensors = [name for name in weights if name.endswith(".safetensors")]
-    first = indexes or safetensors or weights
+    blocks = [name for name in names if name.endswith(".gguf")]
+    parts = {re.sub(r"-\d{5}-of-", "-of-", name) for name in blocks}
+    first = indexes or safetensors or weights or (blocks[:1] if len(parts) == 1 else [])
     return first if len(first) == 1 else []
 
 
@@ -517,7 +522,7 @@ _CACHES = ("__pycache__", "runs", "wandb", "node_modules")
 
 _MOST = 16 << 20
 """Largest file, in bytes, that is copied."""
-_TOKENIZERS = (
+TOKENIZERS = (
     "tokenizer.json", "tokenizer.model", "sentencepiece.bpe.model", "spiece.model", "vocab.json",
     "vocab.txt", "merges.txt", "tekken.json",
 )  # fmt: skip
@@ -618,7 +623,7 @@ def _belongs(path: Path) -> bool:
     index = lower.endswith(".json") and ".index." in lower
     if index or lower.endswith(_LEFT_OUT):
         return False
-    return path.stat().st_size <= (_MOST_TOKENIZER if lower in _TOKENIZERS else _MOST)
+    return path.stat().st_size <= (_MOST_TOKENIZER if lower in TOKENIZERS else _MOST)
 
 
 def _is_inside(path: Path, folder: Path) -> bool:

@@ -7,12 +7,14 @@ from __future__ import annotations
 
 import math
 import os
+import re
 import struct
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO
 
-from svftool.errors import CheckpointError
+from svftool.errors import CheckpointError, shortlist
 
 MAGIC = b"GGUF"
 
@@ -84,11 +86,49 @@ class GGUFHeader:
     metadata : dict of str to object
         Numbers and texts as they are; of a list, its length as ``"[N values]"``.
     entries : tuple of GGUFEntry
+    spans : dict of str to (int, int)
+        Where each of the metadata lies in the file, its key included.
+    described : (int, int)
+        Where the description of the tensors lies.
     """
 
     version: int
     metadata: dict[str, Any]
     entries: tuple[GGUFEntry, ...]
+    spans: dict[str, tuple[int, int]]
+    described: tuple[int, int]
+
+
+_PART_NAME = re.compile(r"(.+)-(\d{5})-of-(\d{5})\.gguf")
+_MOST_PARTS = 1000
+
+
+def gguf_parts(path: Path) -> tuple[Path, ...]:
+    """Return the files that a GGUF file is split into, in order; the file alone where it is not.
+
+    Raises
+    ------
+    CheckpointError
+        If one of them is missing.
+
+    Examples
+    --------
+    >>> gguf_parts(Path("model.gguf"))
+    (PosixPath('model.gguf'),)
+    """
+    named = _PART_NAME.fullmatch(path.name)
+    if named is None or not 1 < int(named[3]) <= _MOST_PARTS:
+        return (path,)
+    count = int(named[3])
+    names = [f"{named[1]}-{number:05d}-of-{named[3]}.gguf" for number in range(1, count + 1)]
+    parts = tuple(path.with_name(name) for name in names)
+    missing = [one.name for one in parts if not one.is_file()]
+    if missing:
+        raise CheckpointError(
+            f"{path}: {len(missing)} of the {count} files are missing ({shortlist(missing, 3)}), "
+            "expected all in one folder. Download the rest."
+        )
+    return parts
 
 
 def read_gguf_header(path: Path) -> GGUFHeader:
@@ -109,6 +149,58 @@ def read_gguf_header(path: Path) -> GGUFHeader:
             ) from None
 
 
+_LONG_LIST = 4096
+"""Values from which a list is a vocabulary or the like, which names and shapes do not need."""
+
+
+def write_outline(parts: Sequence[Path], target: Path) -> None:
+    """Write a file with the header of others, but for long lists, and a hole where the data are.
+
+    Readers that turn every entry of a vocabulary into an object take seconds for it.
+
+    Parameters
+    ----------
+    parts : sequence of Path
+        A file, or those that it is split into.
+    target : Path
+
+    Raises
+    ------
+    CheckpointError
+        As `read_gguf_header`.
+    """
+    headers = [read_gguf_header(part) for part in parts]
+    first, count = headers[0], sum(len(header.entries) for header in headers)
+    kept = [span for key, span in first.spans.items() if not _is_long(first.metadata[key])]
+    spans = [(parts[0], span) for span in kept]
+    spans += [(part, one.described) for part, one in zip(parts, headers, strict=True)]
+    with target.open("wb") as outline:
+        outline.write(MAGIC + struct.pack("<IQQ", first.version, count, len(kept)))
+        for part, (begin, end) in spans:
+            with part.open("rb") as source:
+                source.seek(begin)
+                outline.write(source.read(end - begin))
+        # Tensors are described by offsets in the data, which reach no further than here.
+        outline.truncate(outline.tell() + _MOST + max(part.stat().st_size for part in parts))
+
+
+def _is_long(value: Any) -> bool:
+    count = list_length(value)
+    return count is not None and count > _LONG_LIST
+
+
+def list_length(value: Any) -> int | None:
+    """Return how long a list of the metadata is; None of other values.
+
+    Examples
+    --------
+    >>> list_length("[49152 values]"), list_length("llama")
+    (49152, None)
+    """
+    found = re.fullmatch(r"\[(\d+) values\]", value) if isinstance(value, str) else None
+    return None if found is None else int(found[1])
+
+
 class _Reader:
     """Reads values one after another."""
 
@@ -122,12 +214,15 @@ class _Reader:
         if version not in _VERSIONS:
             raise ValueError(f"version {version}, expected {' or '.join(map(str, _VERSIONS))}")
         tensors, fields = self._count(_MOST), self._count(_MOST)
-        metadata = {}
+        metadata, spans = {}, {}
         for _ in range(fields):
-            key = self._text()
+            begin, key = self._file.tell(), self._text()
             metadata[key] = self._value(self._number("I"))
+            spans[key] = begin, self._file.tell()
+        begin = self._file.tell()
         entries = [self._entry() for _ in range(tensors)]
-        return GGUFHeader(version, metadata, self._placed(entries, metadata))
+        described = begin, self._file.tell()
+        return GGUFHeader(version, metadata, self._placed(entries, metadata), spans, described)
 
     def _number(self, code: str) -> Any:
         (value,) = struct.unpack(f"<{code}", self._file.read(struct.calcsize(code)))

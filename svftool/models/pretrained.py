@@ -42,7 +42,8 @@ def load_transformers(
     except ImportError:
         purpose = f"the model of {checkpoint.path}"
         raise MissingDependencyError("transformers", extra="language", purpose=purpose) from None
-    if not checkpoint.is_folder:
+    numbers = _stands_for_numbers(checkpoint)
+    if not checkpoint.is_folder and not numbers:
         raise ModelError(
             f"{checkpoint.path}: a single file, expected its folder for a transformers model. "
             "Give the folder that also holds config.json."
@@ -50,14 +51,16 @@ def load_transformers(
     _refuse_counts(checkpoint, checkpoint.config or {})
     factory = _factory(transformers, checkpoint, trust_remote_code)
     try:
+        given = _numbers(transformers, checkpoint) if numbers else {}
         with _quiet(transformers), no_larger_than(checkpoint):
             model, report = factory.from_pretrained(
-                checkpoint.path,
+                None if numbers else checkpoint.path,
                 local_files_only=True,
                 output_loading_info=True,
                 dtype="auto" if dtype is None else dtype,
                 # Always said: without an answer, transformers asks on the terminal.
                 trust_remote_code=trust_remote_code,
+                **given,
             )
     except ModelError:
         raise
@@ -71,6 +74,29 @@ def load_transformers(
     _check(checkpoint, report)
     loaded: nn.Module = model
     return loaded
+
+
+def _stands_for_numbers(checkpoint: Checkpoint) -> bool:
+    """Whether weights are stored as codes that are read here as numbers."""
+    coded = any(info.storage for info in checkpoint.infos.values())
+    return checkpoint.format == "gguf" or coded
+
+
+def _numbers(transformers: ModuleType, checkpoint: Checkpoint) -> dict[str, Any]:
+    """Return the weights as numbers, and a configuration that knows of no codes.
+
+    transformers' own ways to read codes keep them in the model, need a GPU or a package for each
+    format, and train none of them.
+    """
+    config = dict(checkpoint.config or {})
+    config.pop("quantization_config", None)
+    kind = str(config.pop("model_type", ""))
+    config.pop("dtype", None)
+    config.pop("torch_dtype", None)
+    return {
+        "config": transformers.AutoConfig.for_model(kind, **config),
+        "state_dict": {name: checkpoint.read(name) for name in checkpoint.infos},
+    }
 
 
 _COUNTED = re.compile(r"(num|n)_.*|.*(layers?|depths?|blocks?|labels|heads|size|dim)")

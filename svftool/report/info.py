@@ -10,6 +10,7 @@ from rich.console import Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
+from svftool.files.folder import EXACT_KEY, TUNED_KEY
 from svftool.report import json
 from svftool.report.names import Names
 from svftool.report.table import NameTable
@@ -108,7 +109,9 @@ def _lines(found: Info) -> Iterator[tuple[str, str]]:
     if contents.config:
         known = {key: contents.config[key] for key in _CONFIG if key in contents.config}
         yield "config", _brief(known) if known else f"{len(contents.config)} settings"
-    stated = {key: value for key, value in contents.metadata.items() if key != "svftool"}
+    stated = {
+        key: value for key, value in contents.metadata.items() if key not in (TUNED_KEY, EXACT_KEY)
+    }
     if stated:
         yield "metadata", _brief(stated)
     for name, digest in found.digests.items():

@@ -11,7 +11,7 @@ from torch import nn
 
 from svftool.checkpoints import Checkpoint, class_labels
 from svftool.errors import UsageError, no_such
-from svftool.files.folder import check_data
+from svftool.files.folder import TOKENIZERS, check_data
 from svftool.models import DEFAULT_PREPROCESSING, Preprocessing, find_preprocessing
 from svftool.progress import SILENT, Progress
 from svftool.tasks.base import Task
@@ -28,7 +28,7 @@ class ModelFacts:
     whole_head : bool
         Whether a head is measured with all of its classes, whichever the data has.
     folder : Path or None
-        Where the checkpoint's tokenizer would lie.
+        Where the checkpoint's tokenizer would lie: a folder, or a GGUF file.
     config : mapping
         Its ``config.json``; empty where there is none.
     trust_remote_code : bool
@@ -56,11 +56,18 @@ class ModelFacts:
         """Gather them from a checkpoint and the model built for it."""
         return cls(
             preprocessing=find_preprocessing(checkpoint, model),
-            folder=checkpoint.path if checkpoint.is_folder else checkpoint.path.parent,
+            folder=_tokenizer_place(checkpoint),
             config=checkpoint.config or {},
             trust_remote_code=trust_remote_code,
             whole_head=whole_head,
         )
+
+
+def _tokenizer_place(checkpoint: Checkpoint) -> Path:
+    """Return the folder of the weights; the file itself where its metadata hold a tokenizer."""
+    folder = checkpoint.path if checkpoint.is_folder else checkpoint.path.parent
+    beside = any((folder / name).is_file() for name in TOKENIZERS)
+    return folder if checkpoint.format != "gguf" or beside else checkpoint.files[0].path
 
 
 def head_classes(config: Mapping[str, Any]) -> tuple[str, ...] | None:

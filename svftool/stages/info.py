@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+from collections import Counter
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -15,6 +16,7 @@ from svftool.adapters.peft_config import CONFIG_FILE as ADAPTER_FILE
 from svftool.errors import CheckpointError, SvftoolError, shortlist
 from svftool.files.contents import Contents, TensorEntry, read_contents, storage_of, tied_names
 from svftool.files.folder import (
+    EXACT_KEY,
     FACTORS_FILE,
     TUNED_KEY,
     check_exists,
@@ -35,7 +37,7 @@ class Info:
     ----------
     path : str
         As asked for.
-    kind : {"checkpoint", "factors", "tuned file", "adapter"}
+    kind : {"checkpoint", "factors", "tuned file", "adapter", "exact delta"}
     contents : Contents
         Files, tensors, metadata, config, and what does not hold together.
     storage : str or None
@@ -113,6 +115,8 @@ def _describe(place: Path, path: str) -> Info:
     names = [one.name for one in contents.tensors]
     if TUNED_KEY in contents.metadata:
         return Info(path, "tuned file", contents, facts=_tuned_facts(contents))
+    if EXACT_KEY in contents.metadata:
+        return Info(path, "exact delta", contents, facts=_exact_facts(contents))
     kind = adapter_kind(names)
     if kind is not None:
         return Info(path, "adapter", contents, facts=_adapter_facts(kind, contents, {}))
@@ -172,22 +176,44 @@ def _some(source: Mapping[str, Any], *keys: str) -> dict[str, Any]:
     return {key: source[key] for key in keys if key in source}
 
 
-def _tuned_facts(contents: Contents) -> dict[str, Any]:
-    """Read what a tuned file says of itself; probes stay out, which only programs read."""
+def _stated(contents: Contents, key: str) -> dict[str, Any]:
+    """Read the JSON object under one key of the metadata; where it is none, say so."""
     try:
-        stated = json.loads(contents.metadata[TUNED_KEY])
+        stated = json.loads(contents.metadata[key])
         if not isinstance(stated, dict):
             raise TypeError(f"a JSON {type(stated).__name__}")  # noqa: TRY301
     except (ValueError, TypeError, RecursionError) as error:
         contents.problems.append(
-            f"{contents.path}: {TUNED_KEY!r} metadata is not readable ({str(error)[:80]})"
+            f"{contents.path}: {key!r} metadata is not readable ({str(error)[:80]})"
         )
+        return {}
+    return stated
+
+
+def _tuned_facts(contents: Contents) -> dict[str, Any]:
+    """Read what a tuned file says of itself; probes stay out, which only programs read."""
+    stated = _stated(contents, TUNED_KEY)
+    if not stated:
         return {}
     training = stated.get("training")
     return {
         "layers": len(_list(stated.get("layers"))),
         **_some(stated, "task", "classes", "base_fingerprint", "factors_fingerprint"),
         "training": dict(training) if isinstance(training, Mapping) else {},
+    }
+
+
+def _exact_facts(contents: Contents) -> dict[str, Any]:
+    """Read what an exact delta says of itself; `merge` alone checks it."""
+    stated = _stated(contents, EXACT_KEY)
+    if not stated:
+        return {}
+    entries = [one for one in _list(stated.get("entries")) if isinstance(one, Mapping)]
+    return {
+        **_some(stated, "version", "codec", "base_fingerprint", "tuned_fingerprint", "bytes"),
+        "restores": len(entries),
+        "ways": dict(Counter(str(one.get("way")) for one in entries)),
+        "removed": _list(stated.get("removed")),
     }
 
 

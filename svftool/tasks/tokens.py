@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -38,7 +39,7 @@ class Block:
 
 
 def load_tokenizer(place: str | os.PathLike[str] | None, *, trust_remote_code: bool = False) -> Any:
-    """Load the tokenizer of a folder in transformers' layout.
+    """Load the tokenizer of a folder in transformers' layout, or of a GGUF file.
 
     Raises
     ------
@@ -55,9 +56,14 @@ def load_tokenizer(place: str | os.PathLike[str] | None, *, trust_remote_code: b
     hint = "Name the folder of the model's tokenizer with --tokenizer"
     if place is None:
         raise ModelError(f"no tokenizer is known for the model. {hint}")
+    path = Path(place)
+    blocks = {"gguf_file": path.name} if path.suffix == ".gguf" and path.is_file() else {}
     try:
         tokenizer = transformers.AutoTokenizer.from_pretrained(
-            os.fspath(place), local_files_only=True, trust_remote_code=trust_remote_code
+            os.fspath(path.parent if blocks else place),
+            local_files_only=True,
+            trust_remote_code=trust_remote_code,
+            **blocks,
         )
     except Exception as error:
         system_fault(error, place)

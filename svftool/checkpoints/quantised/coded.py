@@ -55,7 +55,7 @@ class Coded:
 
 
 @dataclass(frozen=True)
-class Source:
+class StoredParts:
     """What a format is recognised by.
 
     Attributes

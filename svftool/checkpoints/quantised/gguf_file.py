@@ -1,9 +1,10 @@
-"""Reading one GGUF file: its blocks as the numbers they stand for, one tensor at a time."""
+"""Reading GGUF: its blocks as the numbers they stand for, one tensor at a time."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from importlib import import_module
 from pathlib import Path
 from types import MappingProxyType
@@ -19,7 +20,7 @@ from svftool.checkpoints.positions import fill
 from svftool.checkpoints.quantised.gguf_names import naming
 from svftool.checkpoints.quantised.gguf_steps import steps
 from svftool.errors import CheckpointError, MissingDependencyError, brief, system_fault
-from svftool.files.gguf import BLOCKS, GGUFEntry, read_gguf_header
+from svftool.files.gguf import BLOCKS, GGUFEntry, GGUFHeader, gguf_parts, read_gguf_header
 
 _SIZES = {name: (values, size) for name, values, size in BLOCKS.values()}
 _PLAIN = {
@@ -37,23 +38,31 @@ _PART = 1 << 22
 
 
 class GGUFFile:
-    """A GGUF file open for reading; its floating tensors come in float32, as transformers has them.
+    """GGUF open for reading; its floating tensors come in float32, as transformers has them.
 
     Tensors are named and turned as transformers does where it knows the architecture; those that
-    it passes over are passed over here.
+    it passes over are passed over here. A file that is split into several is read as one.
+
+    Parameters
+    ----------
+    path : Path
+        The file, or one of those that it is split into.
 
     Raises
     ------
     CheckpointError
-        If the header is broken.
+        If a header is broken, or a part is missing.
     """
 
     def __init__(self, path: Path) -> None:
         self.path = path
-        header = read_gguf_header(path)
+        parts = gguf_parts(path)
+        header, homes = _joined(parts)
         self._entries = {one.name: one for one in header.entries}
-        self._naming = naming(path, header)
-        self._file = path.open("rb")
+        self._naming = naming(parts[0], header)
+        self.config = self._naming.config
+        self._files = {part: part.open("rb") for part in parts}
+        self._homes = homes
         self.infos: Mapping[str, TensorInfo] = MappingProxyType(
             {name: self._info(name) for name in self._naming.sources}
         )
@@ -100,7 +109,8 @@ class GGUFFile:
 
     def close(self) -> None:
         """Close the file."""
-        self._file.close()
+        for file in self._files.values():
+            file.close()
 
     def _info(self, name: str) -> TensorInfo:
         entries = [self._entries[one] for one in self._naming.sources[name]]
@@ -132,7 +142,7 @@ class GGUFFile:
     def _raw(self, entry: GGUFEntry) -> Tensor:
         raw = torch.empty(entry.nbytes, dtype=torch.uint8)
         try:
-            fill(self._file.fileno(), raw.numpy().data, entry.begin)
+            fill(self._files[self._homes[entry.name]].fileno(), raw.numpy().data, entry.begin)
         except OSError as error:
             system_fault(error, self.path)
             raise CheckpointError(
@@ -175,6 +185,21 @@ class GGUFFile:
             return torch.zeros(entry.shape)
         blocks = self._raw(entry).reshape(-1, _SIZES[entry.kind][1])
         return steps(entry.kind, blocks, values.reshape(len(blocks), -1)).reshape(entry.shape)
+
+
+def _joined(parts: Sequence[Path]) -> tuple[GGUFHeader, dict[str, Path]]:
+    """Return the first part's header with the tensors of all, and where each lies."""
+    headers = {part: read_gguf_header(part) for part in parts}
+    homes = {one.name: part for part, header in headers.items() for one in header.entries}
+    first = headers[parts[0]]
+    entries = tuple(one for header in headers.values() for one in header.entries)
+    stated = first.metadata.get("split.tensors.count", len(entries)) if len(parts) > 1 else None
+    if len(homes) != len(entries) or stated not in (None, len(entries)):
+        raise CheckpointError(
+            f"{parts[0]}: its {len(parts)} parts hold {len(homes)} tensors of {len(entries)}, "
+            f"expected {stated}, each once. Download them again, all of one model."
+        )
+    return replace(first, entries=entries), homes
 
 
 def _package() -> Any:

@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+import functools
+import logging
+import tempfile
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from importlib import import_module
 from pathlib import Path
@@ -13,7 +17,7 @@ import torch
 from torch import Tensor
 
 from svftool.errors import brief
-from svftool.files.gguf import GGUFHeader
+from svftool.files.gguf import GGUFHeader, gguf_parts, list_length, write_outline
 
 Shape = tuple[int, ...]
 
@@ -41,6 +45,8 @@ class Naming:
         transformers' way to turn one tensor of the file; None leaves them as they are.
     keys : mapping of str to str
         transformers' names by those of the file.
+    config : mapping or None
+        The configuration of transformers' model.
     """
 
     sources: Mapping[str, tuple[str, ...]]
@@ -48,6 +54,7 @@ class Naming:
     note: str = ""
     process: Callable[..., Any] | None = None
     keys: Mapping[str, str] = field(default_factory=dict)
+    config: Mapping[str, Any] | None = None
 
     def make(self, name: str, values: Callable[[str], Tensor]) -> Tensor:
         """Make a tensor of those of the file.
@@ -102,19 +109,65 @@ def naming(path: Path, header: GGUFHeader) -> Naming:
 
 
 def _as_transformers(path: Path, header: GGUFHeader, library: Any) -> Naming:
-    config = library.load_gguf_checkpoint(str(path), return_tensors=False)["config"]
+    config = gguf_config(path, header)
     architecture = header.metadata.get("general.architecture")
     kind = library.TENSOR_PROCESSORS.get(architecture, library.TensorProcessor)
     processor = kind(config=config)
     model = _model(config)
-    keys = library.get_gguf_hf_weights_map(model, processor)
+    with _one_name_map():
+        keys = library.get_gguf_hf_weights_map(model, processor)
     sources: dict[str, tuple[str, ...]] = {}
     for one in header.entries:
         name = keys.get(one.name) or keys.get(one.name.removesuffix(".weight"))
         if name is not None:
             sources[name] = (*sources.get(name, ()), one.name)
     shapes = {name: tuple(value.shape) for name, value in model.state_dict().items()}
-    return Naming(sources, shapes, "", processor.process, keys)
+    config = {**config, "architectures": [type(model).__name__]}
+    return Naming(sources, shapes, "", processor.process, keys, config)
+
+
+def gguf_config(path: Path, header: GGUFHeader) -> dict[str, Any]:
+    """Return the configuration that transformers makes of a file's metadata.
+
+    Parameters
+    ----------
+    path : Path
+        The file, or the first of its parts.
+    header : GGUFHeader
+        Of this file.
+    """
+    library = import_module("transformers.modeling_gguf_pytorch_utils")
+    with tempfile.TemporaryDirectory() as folder, _no_warnings(library.logger):
+        outline = Path(folder) / path.name
+        write_outline(gguf_parts(path), outline)
+        config: dict[str, Any] = library.load_gguf_checkpoint(str(outline))["config"]
+    tokens = list_length(header.metadata.get("tokenizer.ggml.tokens"))
+    if "vocab_size" not in config and tokens is not None:
+        config["vocab_size"] = tokens
+    return config
+
+
+@contextmanager
+def _no_warnings(logger: logging.Logger) -> Iterator[None]:
+    """Keep a library's warnings of what the outline lacks off the terminal."""
+    before = logger.level
+    logger.setLevel(logging.ERROR)
+    try:
+        yield
+    finally:
+        logger.setLevel(before)
+
+
+@contextmanager
+def _one_name_map() -> Iterator[None]:
+    """Keep the names of an architecture, which are made anew for every module of a model."""
+    package: Any = import_module("gguf")
+    before = package.get_tensor_name_map
+    package.get_tensor_name_map = functools.cache(before)
+    try:
+        yield
+    finally:
+        package.get_tensor_name_map = before
 
 
 def _model(config: Mapping[str, Any]) -> Any:

@@ -17,14 +17,14 @@ import torch
 from torch import Tensor
 
 from svftool.checkpoints.base import TensorInfo
-from svftool.checkpoints.quantised.coded import SCALES, Coded, Numbers, Source, unpacked
+from svftool.checkpoints.quantised.coded import SCALES, Coded, Numbers, StoredParts, unpacked
 
 _BITS = (2, 4, 8)
 _AWQ_ORDER = (0, 4, 1, 5, 2, 6, 3, 7)
 """Where in a word the code of each output lies."""
 
 
-def gptq(source: Source) -> Iterator[Coded]:
+def gptq(source: StoredParts) -> Iterator[Coded]:
     """Find weights packed along their inputs."""
     method = source.config.get("quant_method", "gptq")
     if method not in ("gptq", "auto-round", "intel/auto-round"):
@@ -49,7 +49,7 @@ def gptq(source: Source) -> Iterator[Coded]:
 
 
 def _quantised_linears(
-    source: Source,
+    source: StoredParts,
 ) -> Iterator[tuple[str, TensorInfo, TensorInfo, TensorInfo]]:
     for name, info in source.ending(".qweight"):
         zeros = source.get(f"{name}.qzeros", torch.int32)
@@ -77,7 +77,7 @@ def _decode_gptq(parts: Mapping[str, Tensor], *, bits: int, shift: int) -> Numbe
     return Numbers((codes.float() - zero).mul_(scale), scale.abs())
 
 
-def awq(source: Source) -> Iterator[Coded]:
+def awq(source: StoredParts) -> Iterator[Coded]:
     """Find weights packed along their outputs, four bits each."""
     config = source.config
     if config.get("quant_method", "awq") != "awq":
@@ -108,7 +108,7 @@ def _in_order(codes: Tensor) -> Tensor:
     return words[..., list(_AWQ_ORDER)].reshape(codes.shape)
 
 
-def compressed(source: Source) -> Iterator[Coded]:
+def compressed(source: StoredParts) -> Iterator[Coded]:
     """Find compressed-tensors' packed whole numbers."""
     for name, info in source.ending(".weight_packed"):
         scale = source.get(f"{name}.weight_scale", *SCALES)
@@ -143,7 +143,7 @@ def _grouped(scale: tuple[int, ...], out: int, columns: int) -> bool:
 
 
 def _take_more(
-    source: Source,
+    source: StoredParts,
     name: str,
     parts: dict[str, str],
     shape: tuple[int, int],

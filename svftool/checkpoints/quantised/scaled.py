@@ -17,7 +17,7 @@ from torch import Tensor
 
 from svftool.checkpoints.base import TensorInfo
 from svftool.checkpoints.dtypes import FLOAT8, dtype_name
-from svftool.checkpoints.quantised.coded import SCALES, Coded, Numbers, Source
+from svftool.checkpoints.quantised.coded import SCALES, Coded, Numbers, StoredParts
 from svftool.numerics.rounding import spacing
 
 Block = tuple[int, int]
@@ -28,7 +28,7 @@ _KNOWN = frozenset({torch.float8_e4m3fn, torch.float8_e5m2})
 _ENDS = ("_scale_inv", "_scale")
 
 
-def scaled(source: Source) -> Iterator[Coded]:
+def scaled(source: StoredParts) -> Iterator[Coded]:
     """Find narrow floats and signed bytes beside which scales lie."""
     blocks = _stated_blocks(source.config)
     for name, info in source.infos.items():
@@ -50,7 +50,7 @@ def scaled(source: Source) -> Iterator[Coded]:
         yield Coded(name, info.shape, storage, parts, partial(_decode, block=block))
 
 
-def _scale_of(source: Source, name: str) -> TensorInfo | None:
+def _scale_of(source: StoredParts, name: str) -> TensorInfo | None:
     owner, _, last = name.rpartition(".")
     names = [name + end for end in _ENDS]
     if last == "weight":

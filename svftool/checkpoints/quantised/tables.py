@@ -20,7 +20,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from svftool.checkpoints.quantised.coded import Coded, Numbers, Source, gaps, unpacked
+from svftool.checkpoints.quantised.coded import Coded, Numbers, StoredParts, gaps, unpacked
 
 _FP4 = torch.tensor(
     [0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0, -0.0, -0.5, -1.0, -1.5, -2.0, -3.0, -4.0, -6.0]
@@ -30,7 +30,7 @@ _KINDS = ("nf4", "fp4")
 _MOST = 1 << 20
 
 
-def bitsandbytes_4bit(source: Source) -> Iterator[Coded]:
+def bitsandbytes_4bit(source: StoredParts) -> Iterator[Coded]:
     """Find packed weights beside which bitsandbytes' state lies."""
     for kind in _KINDS:
         for name, info in source.ending(f".quant_state.bitsandbytes__{kind}"):
@@ -65,7 +65,7 @@ def _facts(packed: Tensor) -> dict[str, Any] | None:
     return found if sides and isinstance(block, int) and block > 0 else None
 
 
-def _fits(source: Source, parts: Mapping[str, str], facts: Mapping[str, Any]) -> bool:
+def _fits(source: StoredParts, parts: Mapping[str, str], facts: Mapping[str, Any]) -> bool:
     count = math.prod(facts["shape"])
     blocks = -(-count // facts["blocksize"])
     nested = "nested_absmax" in parts
@@ -103,7 +103,7 @@ def _decode_4bit(parts: Mapping[str, Tensor], *, facts: Mapping[str, Any]) -> Nu
     return Numbers(values.reshape(shape), step.reshape(shape))
 
 
-def bitsandbytes_int8(source: Source) -> Iterator[Coded]:
+def bitsandbytes_int8(source: StoredParts) -> Iterator[Coded]:
     """Find signed bytes beside which the largest size of each row lies."""
     for name, info in source.ending(".SCB"):
         codes = source.get(f"{name}.weight", torch.int8)
@@ -125,7 +125,7 @@ def _decode_int8(parts: Mapping[str, Tensor]) -> Numbers:
     return Numbers(parts["codes"] * scale * _PER_127, scale.abs() * _PER_127)
 
 
-def mxfp4(source: Source) -> Iterator[Coded]:
+def mxfp4(source: StoredParts) -> Iterator[Coded]:
     """Find blocks of 32 values of four bits beside which their exponents lie."""
     for name, info in source.ending("_blocks"):
         scales = source.get(f"{name}_scales", torch.uint8)
@@ -150,7 +150,7 @@ def _decode_mxfp4(parts: Mapping[str, Tensor]) -> Numbers:
     return Numbers(*(one.mT if turned else one for one in (values, step)))
 
 
-def nvfp4(source: Source) -> Iterator[Coded]:
+def nvfp4(source: StoredParts) -> Iterator[Coded]:
     """Find compressed-tensors' four-bit floats in blocks of 16."""
     for name, info in source.ending(".weight_packed"):
         scale = source.get(f"{name}.weight_scale", torch.float8_e4m3fn)

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from svftool.checkpoints.base import Checkpoint, Format, Shard, TensorInfo, WeightFile
-from svftool.checkpoints.quantised.coded import Coded, Numbers, Source
+from svftool.checkpoints.quantised.coded import Coded, Numbers, StoredParts
 from svftool.checkpoints.quantised.packed import awq, compressed, gptq
 from svftool.checkpoints.quantised.scaled import scaled
 from svftool.checkpoints.quantised.tables import (
@@ -23,7 +23,7 @@ from svftool.checkpoints.quantised.tables import (
 from svftool.errors import CheckpointError
 from svftool.files.folder import Place
 
-FORMATS: tuple[Callable[[Source], Iterable[Coded]], ...] = (
+FORMATS: tuple[Callable[[StoredParts], Iterable[Coded]], ...] = (
     bitsandbytes_4bit,
     bitsandbytes_int8,
     mxfp4,
@@ -39,14 +39,14 @@ FORMATS: tuple[Callable[[Source], Iterable[Coded]], ...] = (
 def understood(checkpoint: Checkpoint) -> dict[str, Coded]:
     """Say which tensors of a checkpoint are codes of a format that is understood.
 
-    A format is recognised by all of its parts, their dtypes and their shapes. Pickles are not
-    looked at.
+    A format is recognised by all of its parts, their dtypes and their shapes. GGUF has formats of
+    its own.
     """
-    if checkpoint.format != "safetensors":
+    if checkpoint.format == "gguf":
         return {}
     stated = (checkpoint.config or {}).get("quantization_config")
     config = stated if isinstance(stated, Mapping) else {}
-    source = Source(checkpoint.infos, config, checkpoint.read)
+    source = StoredParts(checkpoint.infos, config, checkpoint.read)
     found: dict[str, Coded] = {}
     taken: set[str] = set()
     for recognise in FORMATS:
@@ -98,6 +98,7 @@ class QuantisedCheckpoint(Checkpoint):
         self.infos = MappingProxyType(
             {name: self._info(name, stored) for shard in self.shards for name in shard.names}
         )
+        self.hidden = tuple(part for part in hidden if part not in self.infos)
         self.notes = (*self.notes, *_say(self.path.name, coded.values()))
 
     def read(self, name: str) -> Tensor:
