@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from svftool.adapters.low_rank import LowRank
+from svftool.adapters.parts import BaseModel
 from svftool.adapters.peft import STEM
 from svftool.adapters.peft_config import CONFIG_FILE
 from svftool.checkpoints import TensorInfo, is_expert_stack, table_role, wrapper_prefix
@@ -45,28 +46,6 @@ class Fate:
 
 
 LOW_RANK, WHOLE = Fate("low rank"), Fate("whole")
-
-
-@dataclass(frozen=True)
-class BaseModel:
-    """What a writer knows of the base.
-
-    Attributes
-    ----------
-    infos : mapping of str to TensorInfo
-    config : mapping
-        ``config.json``; empty where there is none.
-    path : str
-        What the user called it.
-    """
-
-    infos: Mapping[str, TensorInfo]
-    config: Mapping[str, Any] = field(default_factory=dict)
-    path: str = ""
-
-    def live(self, name: str) -> str:
-        """Return a name without what wrappers put before all of them."""
-        return name.removeprefix(wrapper_prefix(self.infos))
 
 
 class LayoutWriter(ABC):
@@ -302,46 +281,12 @@ class PeftWriter(LayoutWriter):
         return f"({'|'.join(map(re.escape, sorted(modules)))})"
 
 
-_PREFIXES: tuple[tuple[str, str], ...] = (
-    ("model.diffusion_model.", "unet"),
-    ("diffusion_model.", "unet"),
-    ("unet.", "unet"),
-    ("cond_stage_model.transformer.", "text_encoder"),
-    ("conditioner.embedders.0.transformer.", "text_encoder"),
-    ("conditioner.embedders.1.model.", "text_encoder_2"),
-    ("text_encoder.", "text_encoder"),
-    ("text_encoder_2.", "text_encoder_2"),
-    ("text_encoder_3.", "text_encoder_3"),
-)
-_CLASSES = (("CLIPText", "text_encoder"), ("T5Encoder", "text_encoder"), ("UNet", "unet"))
-_UNET = re.compile(r"(^|\.)(down_blocks|up_blocks|mid_block|input_blocks|output_blocks)\.")
-
-
 class _PipelineWriter(LayoutWriter):
     """Layouts of image and video generators, which name the part of the pipeline first."""
 
     def part(self, name: str) -> tuple[str, str]:
         """Split a name into the part of a pipeline and the module or tensor within it."""
-        live = self.base.live(name)
-        for prefix, part in _PREFIXES:
-            if live.startswith(prefix):
-                return part, live.removeprefix(prefix)
-        return self._part_of_all(), live
-
-    def _part_of_all(self) -> str:
-        stated = [self.base.config.get("_class_name"), *self._architectures()]
-        for one in filter(None, map(str, stated)):
-            for word, part in _CLASSES:
-                if word in one:
-                    return part
-        names = [self.base.live(name) for name in self.base.infos]
-        if names and all(name.startswith("text_model.") for name in names):
-            return "text_encoder"
-        return "unet" if any(map(_UNET.search, names)) else "transformer"
-
-    def _architectures(self) -> list[str]:
-        found = self.base.config.get("architectures")
-        return found if isinstance(found, list) else []
+        return self.base.part(name)
 
     def _fate(self, info: TensorInfo) -> Fate:
         if self._is_layer(info) and table_role(info) is None:
