@@ -381,7 +381,8 @@ class AdapterFile(Adapter):
 
     def sides(self, name: str) -> tuple[int, int]:
         """Return the outputs and inputs of a layer, as its adapter has them."""
-        return self.shape(name)[:2]
+        found = self.shape(name)
+        return (found[0], found[1]) if len(found) > 1 else (math.prod(found), 1)
 
     def shape(self, name: str) -> tuple[int, ...]:
         """Return the shape of a layer's change, as the file has it.

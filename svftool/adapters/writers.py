@@ -46,6 +46,8 @@ class Fate:
 
 
 LOW_RANK, WHOLE = Fate("low rank"), Fate("whole")
+MADE_KEY = "made_by"
+"""Metadata that say which command wrote an adapter."""
 
 
 class LayoutWriter(ABC):
@@ -57,12 +59,15 @@ class LayoutWriter(ABC):
         As ``--layout`` has it.
     is_folder : bool
         Whether its output is a folder.
+    has_scale : bool
+        Whether it stores the scale of a layer; else layers must have scale 1.
     fates : mapping of str to Fate
         By the name of every changed tensor.
     """
 
     name: ClassVar[str]
     is_folder: ClassVar[bool] = False
+    has_scale: ClassVar[bool] = False
 
     def __init__(self, base: BaseModel, changed: Collection[str]) -> None:
         self.base = base
@@ -88,7 +93,7 @@ class LayoutWriter(ABC):
 
     def metadata(self, ranks: Mapping[str, int], about: str) -> dict[str, str]:
         """Return the metadata of the file."""
-        return {"format": "pt", "svftool": about}
+        return {"format": "pt", MADE_KEY: about}
 
     def config(self, ranks: Mapping[str, int]) -> dict[str, Any] | None:
         """Return what stands beside the weights; None where nothing does."""
@@ -302,6 +307,7 @@ class KohyaWriter(_PipelineWriter):
     """``lora_unet_X_Y.lora_down.weight``, ``.lora_up.weight`` and ``.alpha``."""
 
     name = "kohya"
+    has_scale = True
 
     def __init__(self, base: BaseModel, changed: Collection[str]) -> None:
         super().__init__(base, changed)
@@ -325,7 +331,7 @@ class KohyaWriter(_PipelineWriter):
         return {
             f"{module}.lora_down.weight": down,
             f"{module}.lora_up.weight": up,
-            f"{module}.alpha": torch.tensor(float(layer.rank), dtype=up.dtype),
+            f"{module}.alpha": alpha_of(layer),
         }
 
     def metadata(self, ranks: Mapping[str, int], about: str) -> dict[str, str]:
@@ -396,6 +402,13 @@ class DiffusersWriter(_PipelineWriter):
         part, rest = self.part(layer.name)
         module = f"{part}.{rest.removesuffix('.weight')}"
         return {f"{module}.lora_A.weight": down, f"{module}.lora_B.weight": up}
+
+
+def alpha_of(layer: LowRank) -> Tensor:
+    """Return alpha, in the dtype of the matrices where that holds it."""
+    alpha = torch.tensor(layer.rank * layer.scale, dtype=torch.float64)
+    narrow = alpha.to(layer.B.dtype)
+    return narrow if torch.equal(narrow.double(), alpha) else alpha.float()
 
 
 LAYOUTS: dict[str, type[LayoutWriter]] = {
