@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import abstractmethod
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any
@@ -86,6 +86,11 @@ class Adapter(Closing):
         """
         return self
 
+    @property
+    @abstractmethod
+    def keys(self) -> Collection[str]:
+        """All tensors of the adapter's file."""
+
     @abstractmethod
     def info(self, name: str) -> TensorInfo:
         """Dtype and shape of a tensor of the adapter's file."""
@@ -97,6 +102,10 @@ class Adapter(Closing):
     @abstractmethod
     def sides(self, name: str) -> tuple[int, int]:
         """Return the outputs and inputs of a layer, a key of `layers`, as its adapter has them."""
+
+    @abstractmethod
+    def shape(self, name: str) -> tuple[int, ...]:
+        """Return the shape of a layer's change, as the adapter alone tells it."""
 
     @abstractmethod
     def bytes_of(self, name: str) -> int:

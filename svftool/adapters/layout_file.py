@@ -55,8 +55,13 @@ _KOHYA = re.compile(r"lora_(?P<part>unet|te\d*|transformer|prior_unet)_(?P<modul
 _DOTTED = re.compile(
     r"(?P<part>diffusion_model|unet|transformer(_\d)?|text_encoder(_\d)?)\.(?P<module>.+)"
 )
-_TEXT = {"te": "text_encoder", "te1": "text_encoder", "te2": "text_encoder_2", "te3": "text_encoder_3"}
-_DIFFUSERS_KEY = "lora_adapter_metadata"
+_TEXT = {
+    "te": "text_encoder",
+    "te1": "text_encoder",
+    "te2": "text_encoder_2",
+    "te3": "text_encoder_3",
+}
+STATED_KEY = "lora_adapter_metadata"
 _AGAIN = "Save or download the adapter again."
 
 
@@ -152,7 +157,7 @@ class AdapterFile(Adapter):
         self.layout = _layout(tensors)
         self.metadata = tensors.metadata
         self.notes = tensors.notes
-        self._stated = _stated(tensors)
+        self.stated = _stated(tensors) if self.layout == "diffusers" else {}
         modules: dict[str, dict[str, str]] = defaultdict(dict)
         unused = []
         for key in tensors.infos:
@@ -205,7 +210,9 @@ class AdapterFile(Adapter):
     def _split(self, module: str) -> tuple[str, str]:
         found = (_KOHYA if self.layout == "kohya" else _DOTTED).fullmatch(module)
         if found is None:
-            raise self._fault(module, "no part of a pipeline", f"a name of the {self.layout} layout")
+            raise self._fault(
+                module, "no part of a pipeline", f"a name of the {self.layout} layout"
+            )
         return found["part"], found["module"]
 
     def _kind(self, module: str, keys: Mapping[str, str]) -> str | None:
@@ -262,7 +269,7 @@ class AdapterFile(Adapter):
             return 1.0 if stated is None else stated
         if stated is not None:
             raise self._fault(
-                module, f"an alpha of its own and one in {_DIFFUSERS_KEY!r}", "one of the two"
+                module, f"an alpha of its own and one in {STATED_KEY!r}", "one of the two"
             )
         value = self.read(keys["alpha"])
         alpha = float(value) if value.numel() == 1 else math.nan
@@ -292,18 +299,18 @@ class AdapterFile(Adapter):
 
     def _stated_scale(self, part: str, inner: str, rank: int | None) -> float | None:
         """Return what diffusers wrote of alpha into the metadata; None where it wrote nothing."""
-        alpha = self._stated.get(f"{part}.lora_alpha")
+        alpha = self.stated.get(f"{part}.lora_alpha")
         if alpha is None or rank is None:
             return None
-        patterns = self._stated.get(f"{part}.alpha_pattern")
+        patterns = self.stated.get(f"{part}.alpha_pattern")
         found = pattern_value(self.path, patterns if isinstance(patterns, dict) else None, inner)
         alpha = alpha if found is None else found
         if isinstance(alpha, bool) or not isinstance(alpha, int | float) or not alpha:
             raise CheckpointError(
-                f"{self.path}: {_DIFFUSERS_KEY!r} has an alpha of {alpha!r}, expected a number "
+                f"{self.path}: {STATED_KEY!r} has an alpha of {alpha!r}, expected a number "
                 f"other than 0. {_AGAIN}"
             )
-        rooted = bool(self._stated.get(f"{part}.use_rslora"))
+        rooted = bool(self.stated.get(f"{part}.use_rslora"))
         return float(alpha) / (math.sqrt(rank) if rooted else rank)
 
     # -- names
@@ -372,6 +379,11 @@ class AdapterFile(Adapter):
     def read(self, name: str) -> Tensor:
         """Read one tensor of the adapter's file."""
         return self._tensors.read(name)
+
+    @property
+    def keys(self) -> Collection[str]:
+        """All tensors of the file."""
+        return self._tensors.infos
 
     def bytes_of(self, name: str) -> int:
         """Return the bytes of everything that the file holds for a tensor or module."""
@@ -443,7 +455,9 @@ class AdapterFile(Adapter):
         if "magnitude" in parts:
             magnitude = parts["magnitude"]
             if turned:
-                magnitude = magnitude.reshape(1, -1) if magnitude.numel() == len(product) else magnitude
+                magnitude = (
+                    magnitude.reshape(1, -1) if magnitude.numel() == len(product) else magnitude
+                )
             change = products.rescaled(weight, change, magnitude)
         return self._finite(change, layer.keys.values())
 
@@ -543,9 +557,7 @@ def _formed(kind: str, parts: Mapping[str, Tensor]) -> Tensor:
     if kind == "loha":
         sides = [
             tuple(
-                parts[one]
-                for one in (f"hada_w{n}_a", f"hada_w{n}_b", f"hada_t{n}")
-                if one in parts
+                parts[one] for one in (f"hada_w{n}_a", f"hada_w{n}_b", f"hada_t{n}") if one in parts
             )
             for n in "12"
         ]
@@ -597,7 +609,7 @@ def _layout(tensors: Checkpoint) -> str:
 
 def _stated(tensors: Checkpoint) -> dict[str, Any]:
     """Return what diffusers says of an adapter in the metadata."""
-    text = tensors.metadata.get(_DIFFUSERS_KEY)
+    text = tensors.metadata.get(STATED_KEY)
     if text is None:
         return {}
     try:
@@ -606,7 +618,7 @@ def _stated(tensors: Checkpoint) -> dict[str, Any]:
         found = None
     if not isinstance(found, dict):
         raise CheckpointError(
-            f"{tensors.path}: {_DIFFUSERS_KEY!r} in the metadata is no JSON object, expected "
+            f"{tensors.path}: {STATED_KEY!r} in the metadata is no JSON object, expected "
             f"diffusers' settings of the adapter. {_AGAIN}"
         )
     return found

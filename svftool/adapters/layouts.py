@@ -11,7 +11,10 @@ _KINDS: tuple[tuple[str, str], ...] = (
     ("IA3", r"\.ia3_l(\.weight)?$"),
     ("OFT", r"\.oft_(r|blocks|diag)\b"),
     ("VeRA", r"\bvera_lambda_[bd]\b"),
-    ("LoRA", r"\blora[_.](A|B|up|down|embedding_A|embedding_B)\b|_lora\.(up|down)\.|\blora_linear_layer\."),
+    (
+        "LoRA",
+        r"\blora[_.](A|B|up|down|embedding_A|embedding_B)\b|_lora\.(up|down)\.|\blora_linear_layer\.",
+    ),
 )
 _LAYOUTS: tuple[tuple[str, str], ...] = (
     ("peft", r"^base_model\.model\."),

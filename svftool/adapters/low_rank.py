@@ -311,7 +311,13 @@ def stored(layer: LowRank, *, dtype: torch.dtype, scaled: bool) -> Truncated:
 
 
 def along(
-    name: str, U: Tensor, values: Tensor, Vh: Tensor, rank: AdapterRank | None, *, dtype: torch.dtype
+    name: str,
+    U: Tensor,
+    values: Tensor,
+    Vh: Tensor,
+    rank: AdapterRank | None,
+    *,
+    dtype: torch.dtype,
 ) -> Truncated:
     """Write a change of singular values as two matrices: its largest entries are the best ones.
 

@@ -1,4 +1,4 @@
-"""Which part of a pipeline a base's tensor belongs to, and the base's names seen from an adapter."""
+"""Which part of a pipeline a tensor of a base belongs to."""
 
 from __future__ import annotations
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import os
 import re
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from types import MappingProxyType
@@ -219,6 +219,11 @@ class LoraFolder(Adapter):
         self.base = config.get("base_model_name_or_path")
         self.notes = (*tensors.notes, *self._own_base(), *self._unknown())
 
+    @property
+    def keys(self) -> Collection[str]:
+        """All tensors of the file."""
+        return self._tensors.infos
+
     def bytes_of(self, name: str) -> int:
         """Return the bytes of everything that the file holds for a tensor or module."""
         part = f".{name.removesuffix('.weight')}."
@@ -232,6 +237,13 @@ class LoraFolder(Adapter):
         """Return the outputs and inputs of a layer, a key of `layers`, as its adapter has them."""
         up, down = (self.info(key).shape for key in (self.layers[name].up, self.layers[name].down))
         return up[0] if up else 0, down[1] if len(down) > 1 else 0
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        """Return the shape of a layer's change, as the adapter alone tells it."""
+        layer = self.layers[name]
+        own = (self.info(layer.up).shape[0], *self.info(layer.down).shape[1:])
+        turned = layer.embedding or bool(self.config.get("fan_in_fan_out"))
+        return own[::-1] if turned and len(own) == 2 else own
 
     def info(self, name: str) -> TensorInfo:
         """Dtype and shape of a tensor of the adapter file."""

@@ -9,7 +9,7 @@ from __future__ import annotations
 import re
 from abc import ABC, abstractmethod
 from collections.abc import Collection, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any, ClassVar, Literal
 
 import torch
@@ -19,7 +19,7 @@ from svftool.adapters.low_rank import LowRank
 from svftool.adapters.parts import BaseModel
 from svftool.adapters.peft import STEM
 from svftool.adapters.peft_config import CONFIG_FILE
-from svftool.checkpoints import TensorInfo, is_expert_stack, table_role, wrapper_prefix
+from svftool.checkpoints import TensorInfo, is_expert_stack, table_role
 from svftool.checkpoints.dtypes import DECOMPOSABLE
 from svftool.errors import CheckpointError, UsageError, no_such
 
@@ -46,6 +46,7 @@ class Fate:
 
 
 LOW_RANK, WHOLE = Fate("low rank"), Fate("whole")
+COMMENT_KEY = "ss_training_comment"
 MADE_KEY = "made_by"
 """Metadata that say which command wrote an adapter."""
 
@@ -336,15 +337,7 @@ class KohyaWriter(_PipelineWriter):
 
     def metadata(self, ranks: Mapping[str, int], about: str) -> dict[str, str]:
         """Return what kohya's tools look for."""
-        several = len(set(ranks.values())) > 1
-        rank = "Dynamic" if several else str(next(iter(ranks.values()), 1))
-        return {
-            "format": "pt",
-            "ss_network_module": "networks.lora",
-            "ss_network_dim": rank,
-            "ss_network_alpha": rank,
-            "ss_training_comment": about,
-        }
+        return kohya_metadata(dict.fromkeys(ranks.values(), 1.0), about)
 
     def _check_apart(self) -> None:
         seen: dict[str, str] = {}
@@ -402,6 +395,27 @@ class DiffusersWriter(_PipelineWriter):
         part, rest = self.part(layer.name)
         module = f"{part}.{rest.removesuffix('.weight')}"
         return {f"{module}.lora_A.weight": down, f"{module}.lora_B.weight": up}
+
+
+def kohya_metadata(scales: Mapping[int, float], about: str) -> dict[str, str]:
+    """Return what kohya's tools look for.
+
+    Parameters
+    ----------
+    scales : mapping of int to float
+        Scale of the layers by their rank.
+    about : str
+        What was done.
+    """
+    several = len(scales) > 1
+    rank, scale = next(iter(scales.items()), (1, 1.0))
+    return {
+        "format": "pt",
+        "ss_network_module": "networks.lora",
+        "ss_network_dim": "Dynamic" if several else str(rank),
+        "ss_network_alpha": "Dynamic" if several else f"{rank * scale:g}",
+        COMMENT_KEY: about,
+    }
 
 
 def alpha_of(layer: LowRank) -> Tensor:

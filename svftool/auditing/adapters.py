@@ -144,6 +144,8 @@ class AdapterChanges:
         Tensors that the adapter speaks of.
     notes : tuple of str
         How names were matched.
+    adapter : Adapter
+        The adapter, whose names are those of the base where they had to be resolved.
     """
 
     others: Mapping[str, str]
@@ -153,6 +155,7 @@ class AdapterChanges:
     misshapen: Mapping[str, str]
     total: int
     notes: tuple[str, ...]
+    adapter: Adapter
 
 
 def adapter_changes(base: AuditSource, lora: Adapter) -> AdapterChanges:
@@ -218,6 +221,7 @@ def adapter_changes(base: AuditSource, lora: Adapter) -> AdapterChanges:
         misshapen={name: mine for name, mine, _ in misshapen},
         total=_count(lora),
         notes=matching.notes,
+        adapter=lora,
     )
 
 
@@ -349,4 +353,9 @@ def _strangers(lora: Adapter, found: Mapping[str, str]) -> Iterator[str]:
 
 def _count(lora: Adapter) -> int:
     wrapped = sum(len(module.pairs) for module in lora.wrapped)
-    return len({*lora.layers, *lora.biases, *lora.rows, *lora.whole}) + wrapped + len(lora.unused) + len(lora.homeless)
+    return (
+        len({*lora.layers, *lora.biases, *lora.rows, *lora.whole})
+        + wrapped
+        + len(lora.unused)
+        + len(lora.homeless)
+    )

@@ -190,9 +190,7 @@ def _from_lora(lora: Adapter) -> AuditSource:
     infos = {name: lora.info(key) for name, key in lora.whole.items()}
 
     def fingerprint(progress: Progress) -> str:
-        raise FactorsError(
-            f"{lora.path}: an adapter does not record the fingerprint of its base"
-        )
+        raise FactorsError(f"{lora.path}: an adapter does not record the fingerprint of its base")
 
     return AuditSource(
         path=lora.path,

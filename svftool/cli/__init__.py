@@ -30,6 +30,7 @@ NAMES = (
     "inspect",
     "info",
     "extract",
+    "convert",
     "demo",
     "schema",
 )
