@@ -66,7 +66,8 @@ def command(
     if not dry_run:
         check_output(output, force=force, inputs=inputs)
     from svftool.report import convert as report
-    from svftool.stages.convert import ConvertOptions, convert
+    from svftool.stages.conversion import ConvertOptions
+    from svftool.stages.convert import convert
 
     result = convert(
         source,

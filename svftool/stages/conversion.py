@@ -235,10 +235,10 @@ def _in_place(adapter: Adapter, options: ConvertOptions, rank: AdapterRank | Non
 def _layer_in_place(adapter: Adapter, name: str, rank: AdapterRank | None) -> Layer | None:
     """Return a layer that is written anew; None where it is copied as it is."""
     layer = adapter.layers[name]
-    shape = adapter.shape(name)
-    matrix = _matrix(shape)
     if _magnitude(layer) is not None or getattr(layer, "kind", "") == "diff":
         return None
+    shape = adapter.shape(name)
+    matrix = _matrix(shape)
     if isinstance(adapter, AdapterFile) and adapter.layers[name].kind != "lora":
         if rank is None:
             return None
