@@ -13,6 +13,8 @@ from svftool.errors import UsageError
 from svftool.numerics import ThreadPool, svd
 
 _ROWS = 1 << 22
+_CONDITION = 1e4
+"""Condition of a matrix up to which its squares say enough of it."""
 
 
 @dataclass(frozen=True)
@@ -263,8 +265,9 @@ def _norm(values: Tensor) -> float:
 def resized(layer: LowRank, rank: AdapterRank, *, dtype: torch.dtype) -> Truncated:
     """Cut an adapter's layer to another rank: exact, without its product being formed.
 
-    ``B = Q R`` and ``A' = P T``, so the singular values of ``B A`` are those of the small ``R T'``,
-    and its singular vectors follow from ``B A v / s`` and ``u' B A / s`` without Q and P.
+    ``B = Q R`` and ``A' = P T`` with orthonormal Q and P, so the singular values of ``B A`` are
+    those of the small ``R T'``, and its singular vectors follow from ``B A v / s`` and
+    ``u' B A / s`` without Q and P.
 
     Returns
     -------
@@ -272,8 +275,7 @@ def resized(layer: LowRank, rank: AdapterRank, *, dtype: torch.dtype) -> Truncat
         The layer is balanced, of scale 1; the error has what rounding to `dtype` does.
     """
     B, A = layer.B.double(), layer.A.double()
-    R = torch.linalg.qr(B, mode="r").R * layer.scale
-    T = torch.linalg.qr(A.mT, mode="r").R
+    R, T = _core(B) * layer.scale, _core(A.mT)
     U, S, Vh = torch.linalg.svd(R @ T.mT)
     total = float(S.norm())
     noise = torch.finfo(S.dtype).eps * max(B.shape[0], A.shape[1]) * float(S[0])
@@ -288,6 +290,22 @@ def resized(layer: LowRank, rank: AdapterRank, *, dtype: torch.dtype) -> Truncat
     )
     small = replace(thin, B=thin.B.to(dtype), A=thin.A.to(dtype))
     return Truncated(small, total, math.hypot(float(S[kept:].norm()), _rounding(thin, small)))
+
+
+def _core(tall: Tensor) -> Tensor:
+    """Return a small R with ``R' R = X' X``: what is left of a tall X without its orthogonal part.
+
+    The Cholesky factor of ``X' X`` comes several times sooner than a QR. It squares the condition
+    of X, which costs 1e-8 at most where it is used.
+    """
+    R: Tensor
+    R, fault = torch.linalg.cholesky_ex(tall.mT @ tall, upper=True)
+    if not int(fault):
+        back = torch.linalg.solve_triangular(R, torch.eye(len(R), dtype=R.dtype), upper=True)
+        if float(R.norm()) * float(back.norm()) < _CONDITION:
+            return R
+    R = torch.linalg.qr(tall, mode="r").R
+    return R
 
 
 def stored(layer: LowRank, *, dtype: torch.dtype, scaled: bool) -> Truncated:

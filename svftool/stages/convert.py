@@ -6,7 +6,7 @@ import math
 import os
 from collections.abc import Iterator
 from contextlib import ExitStack
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -31,6 +31,7 @@ from svftool.checkpoints import (
     open_checkpoint,
     replace_output,
 )
+from svftool.engine import Job, job_bytes, run_layers
 from svftool.errors import CheckpointError, UsageError, shortlist
 from svftool.factors import (
     check_tuned,
@@ -42,6 +43,7 @@ from svftool.factors import (
 from svftool.factors.shifts import is_shifts, tuned_values
 from svftool.files.folder import WEIGHT_SUFFIXES, is_tuned_name
 from svftool.files.output import scratch_folder
+from svftool.numerics import ThreadPool
 from svftool.progress import SILENT, Progress
 from svftool.stages.conversion import (
     DTYPES,
@@ -271,16 +273,6 @@ def _tensor_bytes(path: Path) -> int:
         return sum(info.nbytes for info in file.infos.values())
 
 
-@dataclass
-class _Tally:
-    """Sums over the layers."""
-
-    rows: list[ConvertedLayer] = field(default_factory=list)
-    layers: dict[str, LowRank] = field(default_factory=dict)
-    rest: float = 0.0
-    total: float = 0.0
-
-
 def _finish(
     work: Work,
     source: str | os.PathLike[str],
@@ -300,70 +292,91 @@ def _finish(
         replace_output(target, force=force, inputs=inputs) as partial,
         scratch_folder(partial) as folder,
     ):
-        spool, tally = Spool(folder), _Tally()
-        with progress.task("converting", len(work.layers), unit="layers") as task:
-            for layer in work.layers:
-                _convert(work, layer, rank, spool, tally)
-                task.advance(detail=layer.name)
+        spool = Spool(folder)
+        found = _converted(work, rank, spool, progress)
+        layers = {name: one.layer for name, one in found.items() if one.layer is not None}
 
         def pairs() -> Iterator[Entries]:
-            for name in tally.layers:
+            for name in layers:
                 yield work.entries(spool.load(name))
 
         about = _about(source, work, rank)
         size = write_adapter(
             partial,
             (pairs, work.rest),
-            metadata=work.metadata(tally.layers, about),
+            metadata=work.metadata(layers, about),
             weights_file=work.weights_file,
-            config=work.config(tally.layers),
+            config=work.config(layers),
         )
     if work.dropped:
         listed = shortlist((f"{one.name} ({one.reason})" for one in work.dropped), 4)
         progress.warn(f"{Path(source).name}: left out: {listed}")
-    total = tally.total + work.lost
+    rest, total = (
+        math.fsum((*(size**2 for size in sizes), work.lost))
+        for sizes in ([one.rest for one in found.values()], [one.total for one in found.values()])
+    )
+    shown = {one.name: one.shown for one in work.layers}
     return ConvertResult(
         output=target,
         source=work.kind,
         layout=work.layout,
         dtype=dtype_name(work.dtype),
         dry_run=False,
-        layers=tuple(tally.rows),
-        error=math.sqrt((tally.rest + work.lost) / total) if total > 0 else 0.0,
+        layers=tuple(
+            ConvertedLayer(shown[name], layer.rank, found[name].error)
+            for name, layer in layers.items()
+        ),
+        error=math.sqrt(rest / total) if total > 0 else 0.0,
         whole=work.whole,
         dropped=tuple(work.dropped),
         bytes=size,
     )
 
 
-def _convert(
-    work: Work, layer: Layer, rank: AdapterRank | None, spool: Spool, tally: _Tally
-) -> None:
-    found = _made(work, layer, rank)
-    tally.rest += found.rest**2
-    tally.total += found.total**2
-    kept = found.layer
-    if kept is None:
+def _converted(
+    work: Work, rank: AdapterRank | None, spool: Spool, progress: Progress
+) -> dict[str, Truncated]:
+    """Find the matrices of every layer; they go to the disk, and their shapes are kept."""
+    layers = {one.name: one for one in work.layers}
+    formed: dict[str, LowRank | Tensor] = {}
+
+    def read(name: str) -> Tensor:
+        value = layers[name].form()
+        formed[name] = value
+        # What is a product already is never multiplied out.
+        return value if isinstance(value, Tensor) else torch.zeros(1).expand(layers[name].matrix)
+
+    def do(job: Job, value: Tensor, pool: ThreadPool) -> Truncated:
+        return _made(work, layers[job.name], formed.pop(job.name), rank, pool)
+
+    def size(job: Job) -> int:
+        own = layers[job.name].rank
+        return job_bytes(job) if own is None else 32 * (own + 8) * sum(job.matrix)
+
+    jobs = [Job(one.name, one.matrix) for one in work.layers]
+    found = {}
+    for name, one in run_layers(jobs, read, do, size=size, title="converting", progress=progress):
         # A change of zero is still one pair of the layout.
-        m, n = layer.matrix
-        kept = LowRank(
-            layer.name, torch.zeros(m, 1).to(work.dtype), torch.zeros(1, n).to(work.dtype)
-        )
-    tally.layers[layer.name] = spool.keep(kept)
-    tally.rows.append(ConvertedLayer(layer.shown, kept.rank, found.error))
+        kept = one.layer or _zeros(layers[name], work.dtype)
+        found[name] = Truncated(spool.keep(kept), one.total, one.rest)
+    return {name: found[name] for name in layers}
 
 
-def _made(work: Work, layer: Layer, rank: AdapterRank | None) -> Truncated:
+def _zeros(layer: Layer, dtype: torch.dtype) -> LowRank:
+    m, n = layer.matrix
+    return LowRank(layer.name, torch.zeros(m, 1, dtype=dtype), torch.zeros(1, n, dtype=dtype))
+
+
+def _made(
+    work: Work, layer: Layer, formed: LowRank | Tensor, rank: AdapterRank | None, pool: ThreadPool
+) -> Truncated:
     if work.cut is not None:
         return work.cut(layer.name)
-    formed = layer.form()
     if isinstance(formed, Tensor):
         assert rank is not None
-        return truncate(layer.name, formed, rank, dtype=work.dtype)
-    lasting = rank is None or (rank.kind == "count" and rank.limit(*layer.matrix) >= formed.rank)
-    if lasting:
+        return truncate(layer.name, formed, rank, dtype=work.dtype, pool=pool)
+    if rank is None or (rank.kind == "count" and rank.limit(*layer.matrix) >= formed.rank):
         return stored(formed, dtype=work.dtype, scaled=work.scaled(layer.name))
-    assert rank is not None
     return resized(formed, rank, dtype=work.dtype)
 
 
