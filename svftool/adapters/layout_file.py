@@ -180,7 +180,7 @@ class AdapterFile(Adapter):
         self.whole = MappingProxyType(
             {name: one.keys["set_weight"] for name, one in self._whole_layers.items()}
         )
-        self.bound = False
+        self._modules: dict[str, FileLayer] = {}
 
     # -- what the file holds
 
@@ -322,7 +322,7 @@ class AdapterFile(Adapter):
         names = _Names(BaseModel(infos, config, path), words=self.layout == "kohya")
         found = {
             name: self._home(names, one.role, one.inner, "weight")
-            for name, one in {**self.layers, **self._whole_layers}.items()
+            for name, one in self._all_layers()
         }
         for name, (key, _) in self.biases.items():
             part, inner = self._split(_module(key))
@@ -336,6 +336,9 @@ class AdapterFile(Adapter):
                 "as its keys are. Name the base that it was trained on."
             )
         return self._renamed({name: home for name, home in found.items() if home is not None})
+
+    def _all_layers(self) -> list[tuple[str, FileLayer]]:
+        return [*self.layers.items(), *self._whole_layers.items()]
 
     def _bare(self, name: str) -> str:
         """Return a name without the part, where only one part is changed."""
@@ -365,9 +368,10 @@ class AdapterFile(Adapter):
         twin.whole = MappingProxyType(
             {names[name]: one for name, one in self.whole.items() if name in names}
         )
-        everything = (*self.layers, *self.biases, *self.whole)
-        twin.homeless = tuple(name for name in everything if name not in names)
-        twin.bound = True
+        gone = [one.module for name, one in self._all_layers() if name not in names]
+        gone += [key for name, (key, _) in self.biases.items() if name not in names]
+        twin.homeless = tuple(gone)
+        twin._modules = {one.module: one for _, one in self._all_layers()}
         return twin
 
     # -- values
@@ -387,7 +391,7 @@ class AdapterFile(Adapter):
 
     def bytes_of(self, name: str) -> int:
         """Return the bytes of everything that the file holds for a tensor or module."""
-        layer = self.layers.get(name)
+        layer = self.layers.get(name) or self._modules.get(name)
         keys = (name,) if layer is None else layer.keys.values()
         return sum(self._tensors.infos[key].nbytes for key in keys if key in self._tensors.infos)
 

@@ -14,17 +14,24 @@ from svftool.cli.common import (
     OutputOption,
     leave_to_first_process,
 )
-from svftool.files.folder import check_dense_name, check_factors, check_tuned_exist, is_tuned_name
+from svftool.files.folder import (
+    check_base,
+    check_dense_name,
+    check_tuned_exist,
+    is_tuned_name,
+)
 from svftool.files.output import check_output
 
 EXAMPLE = "Example: svftool merge factors birds.svf.safetensors@0.7 -o merged.safetensors --verify"
 
 
 def command(
-    factors: Annotated[Path, typer.Argument(help="Factor checkpoint from 'svftool decompose'.")],
+    factors: Annotated[
+        Path, typer.Argument(help="Factors from 'svftool decompose'; for adapters alone the base.")
+    ],
     tuned: Annotated[
         list[str] | None,
-        typer.Argument(help="Tuned files, each with an optional weight: FILE@0.5."),
+        typer.Argument(help="Tuned files and adapters, each with an optional weight: FILE@0.5."),
     ] = None,
     *,
     output: OutputOption,
@@ -49,9 +56,9 @@ def command(
     force: ForceOption = False,
     display: Display,
 ) -> None:
-    """Fold tuned singular values back into dense weights, or mix tuned files to one."""
+    """Fold tuned files and adapters into dense weights, or mix tuned files to one."""
     leave_to_first_process("merge")
-    check_factors(factors)
+    check_base(factors, tuned or ())
     check_tuned_exist(tuned or ())
     check_dense_name(output, tuned=bool(tuned) and is_tuned_name(output))
     check_output(output, force=force, inputs=[factors])
