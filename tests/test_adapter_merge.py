@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -19,6 +20,7 @@ from adapter_files import (
     save,
 )
 from documents import faults
+from pictures import write_pictures
 from safetensors.torch import load_file
 from torch import Tensor, nn
 from typer.testing import CliRunner
@@ -220,6 +222,56 @@ def test_overflow_of_a_narrow_dtype_is_refused(tmp_path: Path) -> None:
         merge(base, [(adapter, 1e6)], output=tmp_path / "m.safetensors")
     found = merge(base, [(adapter, 1e6)], output=tmp_path / "m.safetensors", allow_overflow=True)
     assert found.clipped
+
+
+NET = """
+import torch
+from torch import nn
+
+class Net(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.conv = nn.Conv2d(3, 8, 3)
+        self.fc = nn.Linear(8, 3)
+
+    def forward(self, images):
+        return self.fc(self.conv(images).relu().mean((2, 3)))
+
+def net():
+    torch.manual_seed(0)
+    return Net()
+"""
+
+
+@pytest.mark.parametrize("form", ["checkpoint", "factors"])
+def test_evaluate_and_predict_put_an_adapter_on_the_model(tmp_path: Path, form: str) -> None:
+    (tmp_path / "net.py").write_text(NET)
+    write_pictures(tmp_path / "data", count=3)
+    scope: dict[str, Any] = {}
+    exec(compile(NET, "net.py", "exec"), scope)
+    base = save(tmp_path / "b.safetensors", scope["net"]().state_dict())
+    state = {"lora_unet_fc.lora_up.weight": torch.randn(3, 2)}
+    state |= {"lora_unet_fc.lora_down.weight": torch.randn(2, 8)}
+    state |= {"lora_unet_conv.lora_up.weight": torch.randn(8, 2, 1, 1)}
+    state |= {"lora_unet_conv.lora_down.weight": torch.randn(2, 3, 3, 3)}
+    adapter = save(tmp_path / "a.safetensors", state)
+    merge(base, [adapter], output=tmp_path / "m.safetensors")
+    if form == "factors":
+        decompose(base, tmp_path / "factors")
+    start = base if form == "checkpoint" else tmp_path / "factors"
+    given = {"model": f"{tmp_path}/net.py:net", "image_size": 8}
+    whole = {**given, "data": tmp_path / "data"}
+    one = svftool.evaluate(start, tuned=adapter, **whole)
+    two = svftool.evaluate(tmp_path / "m.safetensors", **whole)
+    bare = svftool.evaluate(base, **whole)
+    assert one.tuned == adapter
+    assert one.runs[0].metrics == two.runs[0].metrics != bare.runs[0].metrics
+    classes = {"classes": ["a", "b", "c"], "task": "classification"}
+    rows = [
+        svftool.predict(path, tmp_path / "data", tuned=tuned, **given, **classes).rows
+        for path, tuned in ((start, adapter), (tmp_path / "m.safetensors", None))
+    ]
+    assert rows[0] == rows[1]
 
 
 # Live models.
