@@ -97,6 +97,19 @@ def test_text_encoders_are_told_apart_by_number(tmp_path: Path) -> None:
     }
 
 
+@pytest.mark.parametrize("prefix", ["lora_transformer", "lora_prior_unet", "lycoris"])
+def test_other_words_for_the_denoiser(tmp_path: Path, base: Path, prefix: str) -> None:
+    state = {key.replace("lora_unet", prefix): value for key, value in kohya().items()}
+    check(formed(save(tmp_path / "a.safetensors", state), base), changes(0.5))
+
+
+@pytest.mark.parametrize("dtype", [torch.float8_e4m3fn, torch.bfloat16, torch.float64])
+def test_every_storage(tmp_path: Path, base: Path, dtype: torch.dtype) -> None:
+    state = {key: value.to(dtype) for key, value in comfy().items()}
+    expected = {name: product(up.to(dtype), down.to(dtype)) for name, (up, down) in pairs().items()}
+    check(formed(save(tmp_path / "a.safetensors", state), base), expected)
+
+
 def test_attention_processors_of_old_files(tmp_path: Path, base: Path) -> None:
     both = pairs()
     state = {}

@@ -24,7 +24,7 @@ from adapter_files import (
 )
 from documents import faults
 from safetensors.torch import load_file, save_file
-from torch import Tensor
+from torch import Tensor, nn
 from typer.testing import CliRunner
 
 from svftool.adapters.writers import LAYOUTS
@@ -293,6 +293,47 @@ def test_a_resized_peft_folder_keeps_its_configuration(tmp_path: Path) -> None:
     for name, value in words(changes_in(tmp_path / "out")).items():
         full = words(changes(2 / 4**0.5))[name]
         assert float((value.reshape(full.shape) - full).norm() / full.norm()) <= 0.3**0.5 + 1e-9
+
+
+class Net(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.conv = nn.Conv2d(2, 3, 3)
+        self.layers = nn.ModuleList([nn.Linear(6, 6), nn.Linear(6, 4)])
+
+    def forward(self, x: Tensor) -> Tensor:
+        for layer in self.layers:
+            x = layer(x)
+        return x
+
+
+@pytest.mark.parametrize("rank", [None, "2"])
+def test_peft_loads_what_becomes_of_a_kohya_file(tmp_path: Path, rank: str | None) -> None:
+    peft = pytest.importorskip("peft")
+    model = Net()
+    base = save(tmp_path / "b.safetensors", model.state_dict())
+    generator = torch.Generator().manual_seed(1)
+    state = {}
+    for number, (module, shape) in enumerate(
+        [("conv", (3, 2, 3, 3)), ("layers_0", (6, 6)), ("layers_1", (4, 6))]
+    ):
+        key, own, ones = f"lora_unet_{module}", 2 + number % 2, (1,) * (len(shape) - 2)
+        up = torch.randn(shape[0], own, *ones, generator=generator)
+        down = torch.randn(own, *shape[1:], generator=generator)
+        state |= {f"{key}.lora_up.weight": up, f"{key}.lora_down.weight": down}
+        state[f"{key}.alpha"] = torch.tensor(1.5)
+    source = save(tmp_path / "in.safetensors", state)
+    run(source, tmp_path / "out", layout="peft", base=base, rank=rank)
+    merged = peft.PeftModel.from_pretrained(Net(), tmp_path / "out").merge_and_unload()
+    run(source, tmp_path / "same.safetensors", rank=rank)
+    expected = changes_in(tmp_path / "same.safetensors")
+    for name, W in model.state_dict().items():
+        change = expected.get("lora_unet_" + name.removesuffix(".weight").replace(".", "_"))
+        total = W if change is None else W.double() + change
+        torch.testing.assert_close(
+            merged.state_dict()[name].double(), total.double(), rtol=1e-5, atol=1e-5
+        )
 
 
 # Tuned files.

@@ -51,7 +51,9 @@ _KEY = re.compile(
 _PROCESSOR = re.compile(r"(?P<module>.+)\.processor\.(?P<part>\w+)_lora\.(?P<role>down|up)\.weight")
 """Attention processors, as diffusers named them before it used PEFT."""
 
-_KOHYA = re.compile(r"lora_(?P<part>unet|te\d*|transformer|prior_unet)_(?P<module>.+)")
+_KOHYA = re.compile(
+    r"(?P<part>lora_unet|lora_te\d*|lora_transformer|lora_prior_unet|lycoris)_(?P<module>.+)"
+)
 _DOTTED = re.compile(
     r"(?P<part>diffusion_model|unet|transformer(_\d)?|text_encoder(_\d)?)\.(?P<module>.+)"
 )
@@ -213,7 +215,7 @@ class AdapterFile(Adapter):
             raise self._fault(
                 module, "no part of a pipeline", f"a name of the {self.layout} layout"
             )
-        return found["part"], found["module"]
+        return found["part"].removeprefix("lora_"), found["module"]
 
     def _kind(self, module: str, keys: Mapping[str, str]) -> str | None:
         """Tell how a module's change is stored; refuse halves of it, and two at once."""
@@ -484,7 +486,9 @@ class AdapterFile(Adapter):
         return LowRank(name, B=B, A=A, scale=layer.scale)
 
     def _finite(self, values: Tensor, keys: Collection[str]) -> Tensor:
-        if not bool(values.isfinite().all()):
+        # float8 has no test of its own.
+        wide = values.float() if values.element_size() == 1 else values
+        if not bool(wide.isfinite().all()):
             raise NumericalError(
                 f"{self.path}: {shortlist(map(repr, keys), 2)}: NaN or infinity, expected finite "
                 f"values. {_AGAIN}"

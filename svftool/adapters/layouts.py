@@ -18,7 +18,7 @@ _KINDS: tuple[tuple[str, str], ...] = (
 )
 _LAYOUTS: tuple[tuple[str, str], ...] = (
     ("peft", r"^base_model\.model\."),
-    ("kohya", r"^lora_(unet|te\d*|transformer|prior_unet)_"),
+    ("kohya", r"^(lora_(unet|te\d*|transformer|prior_unet)|lycoris)_"),
     ("comfy", r"^diffusion_model\."),
     ("diffusers", r"^(unet|transformer(_\d)?|text_encoder(_\d)?)\."),
 )
