@@ -494,6 +494,26 @@ def test_values_that_are_not_finite_are_refused_by_name(tmp_path: Path) -> None:
     assert not list(tmp_path.glob("out*"))
 
 
+@pytest.mark.parametrize(
+    ("ending", "value", "dtype"),
+    [
+        ("mid_block.norm.diff", float("nan"), None),
+        ("mid_block.to_q.diff_b", float("inf"), "bfloat16"),
+        ("mid_block.norm.diff", 1e6, "float16"),
+        ("mid_block.to_q.lora_up.weight", 1e6, "float16"),
+    ],
+)
+def test_nothing_that_is_not_finite_is_written(
+    tmp_path: Path, ending: str, value: float, dtype: str | None
+) -> None:
+    state = comfy() | {
+        f"diffusion_model.{ending}": torch.full((9, 4)[: 1 + ("up" in ending)], value)
+    }
+    with pytest.raises(NumericalError, match=ending.replace(".", r"\.")):
+        run(save(tmp_path / "in.safetensors", state), tmp_path / "out.safetensors", dtype=dtype)
+    assert not list(tmp_path.glob("*out*"))
+
+
 def test_another_base_is_refused(tmp_path: Path) -> None:
     base = save(tmp_path / "b.safetensors", {"mid_block.to_q.weight": torch.ones(7, 7)})
     with pytest.raises(CheckpointError, match="another base"):

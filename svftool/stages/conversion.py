@@ -519,6 +519,9 @@ def _config(adapter: Adapter, writer: LayoutWriter, made: Ranks) -> dict[str, An
     if found is not None:
         known = adapter.base or adapter.metadata.get("base_model_name_or_path")
         found["base_model_name_or_path"] = known or found["base_model_name_or_path"] or None
+        if isinstance(adapter, LoraFolder):
+            kept = ("task_type", "revision", "auto_mapping")
+            found |= {key: adapter.config[key] for key in kept if key in adapter.config}
     return found
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 import os
 from collections.abc import Iterator
@@ -12,7 +13,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from svftool.adapters.assembly import Spool, write_adapter
+from svftool.adapters.assembly import Source, Spool, write_adapter
 from svftool.adapters.layout_file import is_adapter, open_adapter
 from svftool.adapters.low_rank import (
     AdapterRank,
@@ -32,7 +33,7 @@ from svftool.checkpoints import (
     replace_output,
 )
 from svftool.engine import Job, job_bytes, run_layers
-from svftool.errors import CheckpointError, UsageError, shortlist
+from svftool.errors import CheckpointError, NumericalError, UsageError, shortlist
 from svftool.factors import (
     check_tuned,
     is_tuned,
@@ -303,7 +304,7 @@ def _finish(
         about = _about(source, work, rank)
         size = write_adapter(
             partial,
-            (pairs, work.rest),
+            [functools.partial(_sound, each, source) for each in (pairs, work.rest)],
             metadata=work.metadata(layers, about),
             weights_file=work.weights_file,
             config=work.config(layers),
@@ -331,6 +332,19 @@ def _finish(
         dropped=tuple(work.dropped),
         bytes=size,
     )
+
+
+def _sound(entries: Source, source: str | os.PathLike[str]) -> Iterator[Entries]:
+    """Yield entries that are finite; refuse others by name."""
+    for each in entries():
+        for key, value in each.items():
+            wide = value.float() if value.element_size() == 1 else value
+            if not bool(wide.isfinite().all()):
+                raise NumericalError(
+                    f"{source}: {key!r} would hold NaN or infinity in {dtype_name(value.dtype)}, "
+                    "expected finite values. Choose a wider --dtype, or save the adapter again."
+                )
+        yield each
 
 
 def _converted(

@@ -198,7 +198,10 @@ def extract_lora(
     if options.dtype is not None and options.dtype not in _DTYPES:
         raise UsageError(f"dtype {options.dtype!r}, expected one of {shortlist(_DTYPES)}")
     if is_tuned(tuned):
-        raise UsageError(f"{tuned}: a tuned file, expected a dense fine-tune or a LoRA folder")
+        raise UsageError(
+            f"{tuned}: a tuned file, expected a dense fine-tune or an adapter. Turn it into an "
+            "adapter with svftool convert"
+        )
     with ExitStack() as stack:
         before = stack.enter_context(open_source(base))
         after = stack.enter_context(open_source(tuned))
