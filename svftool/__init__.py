@@ -36,9 +36,10 @@ from svftool.errors import (
 from svftool.version import __version__
 
 if TYPE_CHECKING:
-    from svftool.attaching import Attachment, attach, detach, load_tuned, save_tuned
+    from svftool.attaching import Attachment, attach, detach, save_tuned
     from svftool.checkpoints import open_checkpoint
     from svftool.factors import open_factors, read_tuned
+    from svftool.stages.adapt import load_tuned
     from svftool.stages.audit import audit
     from svftool.stages.decompose import decompose
     from svftool.stages.evaluate import evaluate
@@ -85,7 +86,7 @@ _HOMES = {
     "evaluate": "svftool.stages.evaluate",
     "extract": "svftool.stages.extract",
     "finetune": "svftool.stages.finetune",
-    "load_tuned": "svftool.attaching",
+    "load_tuned": "svftool.stages.adapt",
     "merge": "svftool.stages.merge",
     "open_checkpoint": "svftool.checkpoints",
     "open_factors": "svftool.factors",

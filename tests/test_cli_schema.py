@@ -146,7 +146,7 @@ def test_an_unknown_name_is_one_line(name: str, meant: str) -> None:
 def test_what_has_no_document_has_no_schema(name: str) -> None:
     result = run("schema", name)
     assert (result.exit_code, result.stdout) == (2, "")
-    assert "expected one of decompose, demo" in result.stderr
+    assert "expected one of convert, decompose, demo" in result.stderr
 
 
 # Documents.
@@ -232,6 +232,9 @@ def documents(tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict[str, A
     adapted = ["extract", base, dense, "-o", work / "x.lora", "--as", "lora", "--rank", "2"]
     keep("adapted", *adapted)
     keep("adapted plan", *adapted[:4], work / "y.lora", *adapted[5:], "--dry-run")
+    keep("convert", "convert", tuned, "-o", work / "c.safetensors", "--base", factors,
+         *("--layout", "kohya"))  # fmt: skip
+    keep("convert plan", "convert", work / "x.lora", "-o", work / "d", "--dry-run", "--rank", 1)
     lora = adapter(work / "lora")
     keep("alone", "inspect", base)
     keep("pair", "inspect", base, dense, "--metrics", "all")

@@ -302,7 +302,9 @@ def test_a_bound_of_the_error_holds_with_rounding_included(bound: float) -> None
 def test_resizing_is_the_full_decomposition_of_the_product() -> None:
     torch.manual_seed(0)
     layer = LowRank("x", torch.randn(50, 8), torch.randn(8, 30), 0.5)
-    small, error = resized(layer, parse_adapter_rank("3"), dtype=torch.float32)
+    found = resized(layer, parse_adapter_rank("3"), dtype=torch.float32)
+    small, error = found.layer, found.error
+    assert small is not None
     full = 0.5 * layer.B.double() @ layer.A.double()
     U, S, Vh = torch.linalg.svd(full, full_matrices=False)
     best = (U[:, :3] * S[:3]) @ Vh[:3]

@@ -6,20 +6,26 @@ import re
 from collections.abc import Collection
 
 _KINDS: tuple[tuple[str, str], ...] = (
-    ("LoHa", r"\.hada_w[12]_[ab]$"),
-    ("LoKr", r"\.lokr_w[12](_[ab])?$"),
+    ("LoHa", r"\.hada_(w[12]_[ab]|t[12])$"),
+    ("LoKr", r"\.lokr_(w[12](_[ab])?|t2)$"),
     ("IA3", r"\.ia3_l(\.weight)?$"),
     ("OFT", r"\.oft_(r|blocks|diag)\b"),
     ("VeRA", r"\bvera_lambda_[bd]\b"),
-    ("LoRA", r"\blora[_.](A|B|up|down|embedding_A|embedding_B)\b"),
+    (
+        "LoRA",
+        r"\blora[_.](A|B|up|down|embedding_A|embedding_B)\b|_lora\.(up|down)\.|\blora_linear_layer\.",
+    ),
 )
 _LAYOUTS: tuple[tuple[str, str], ...] = (
     ("peft", r"^base_model\.model\."),
-    ("kohya", r"^lora_(unet|te\d*|transformer|prior_unet)_"),
+    ("kohya", r"^(lora_(unet|te\d*|transformer|prior_unet)|lycoris)_"),
     ("comfy", r"^diffusion_model\."),
-    ("diffusers", r"^(unet|transformer|text_encoder(_\d)?)\."),
+    ("diffusers", r"^(unet|transformer(_\d)?|text_encoder(_\d)?)\."),
 )
-_PARTS = re.compile("|".join(pattern for _, pattern in _KINDS) + r"|\.(dora_scale|diff|diff_b)$")
+_PARTS = re.compile(
+    "|".join(pattern for _, pattern in _KINDS)
+    + r"|\.(dora_scale|lora_mid\.weight|diff|diff_b|w_norm|b_norm|set_weight)$"
+)
 
 
 def adapter_kind(names: Collection[str]) -> str | None:
@@ -36,7 +42,7 @@ def adapter_kind(names: Collection[str]) -> str | None:
         if any(re.search(pattern, name) for name in names):
             scaled = any("dora_scale" in one or "lora_magnitude_vector" in one for one in names)
             return f"{kind} with DoRA scales" if scaled else kind
-    return None
+    return "differences" if adapter_layout(names) else None
 
 
 def adapter_layout(names: Collection[str]) -> str | None:

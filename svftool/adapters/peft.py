@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import os
 import re
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from types import MappingProxyType
@@ -14,6 +14,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from svftool.adapters.adapter import Adapter
+from svftool.adapters.low_rank import LowRank
 from svftool.adapters.peft_config import (
     CONFIG_FILE,
     pattern_value,
@@ -26,10 +28,10 @@ from svftool.adapters.peft_parameters import (
     place,
     wrapped_modules,
 )
-from svftool.checkpoints.base import Checkpoint, Closing, TensorInfo
+from svftool.checkpoints.base import Checkpoint, TensorInfo
 from svftool.checkpoints.dtypes import dtype_name
 from svftool.checkpoints.opening import open_checkpoint
-from svftool.errors import CheckpointError, shortlist
+from svftool.errors import CheckpointError, NumericalError, shortlist
 
 STEM = "adapter_model"
 _PREFIX = "base_model.model."
@@ -131,7 +133,7 @@ def open_lora(path: str | os.PathLike[str]) -> LoraFolder:
         raise
 
 
-class LoraFolder(Closing):
+class LoraFolder(Adapter):
     """A LoRA adapter open for reading; see `open_lora`.
 
     Attributes
@@ -157,9 +159,12 @@ class LoraFolder(Closing):
         Sentences for the user.
     """
 
+    layout = "peft"
+
     def __init__(self, path: Path, config: Mapping[str, Any], tensors: Checkpoint) -> None:
         self.path = path
-        self._config = config
+        self.config = config
+        self.metadata = tensors.metadata
         self._tensors = tensors
         self._check_filled()
         inner = next(filter(_INSIDE.search, tensors.infos), None)
@@ -214,6 +219,11 @@ class LoraFolder(Closing):
         self.base = config.get("base_model_name_or_path")
         self.notes = (*tensors.notes, *self._own_base(), *self._unknown())
 
+    @property
+    def keys(self) -> Collection[str]:
+        """All tensors of the file."""
+        return self._tensors.infos
+
     def bytes_of(self, name: str) -> int:
         """Return the bytes of everything that the file holds for a tensor or module."""
         part = f".{name.removesuffix('.weight')}."
@@ -227,6 +237,13 @@ class LoraFolder(Closing):
         """Return the outputs and inputs of a layer, a key of `layers`, as its adapter has them."""
         up, down = (self.info(key).shape for key in (self.layers[name].up, self.layers[name].down))
         return up[0] if up else 0, down[1] if len(down) > 1 else 0
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        """Return the shape of a layer's change, as the adapter alone tells it."""
+        layer = self.layers[name]
+        own = (self.info(layer.up).shape[0], *self.info(layer.down).shape[1:])
+        turned = layer.embedding or bool(self.config.get("fan_in_fan_out"))
+        return own[::-1] if turned and len(own) == 2 else own
 
     def info(self, name: str) -> TensorInfo:
         """Dtype and shape of a tensor of the adapter file."""
@@ -272,6 +289,25 @@ class LoraFolder(Closing):
         if layer.magnitude is not None:
             change = self._rescaled(layer, start, change, columns=turned)
         return change if start is weight else change + (start.double() - weight.double())
+
+    def low_rank(self, name: str, shape: tuple[int, ...] | None = None) -> LowRank | None:
+        """Return a layer's two matrices as they are stored; see `Adapter.low_rank`."""
+        layer = self.layers[name]
+        if layer.magnitude is not None or name in self.whole:
+            return None
+        if shape is None:
+            turned = layer.embedding or bool(self.config.get("fan_in_fan_out"))
+        else:
+            turned = self.check(name, shape)
+        up, down = self.read(layer.up).flatten(1), self.read(layer.down).flatten(1)
+        for key, value in ((layer.up, up), (layer.down, down)):
+            if not bool(value.isfinite().all()):
+                raise NumericalError(
+                    f"{self.path}: {key!r}: NaN or infinity, expected finite values. Save or "
+                    "download the adapter again."
+                )
+        B, A = (down.mT, up.mT) if turned else (up, down)
+        return LowRank(name, B=B, A=A, scale=layer.scaling)
 
     def check(self, name: str, shape: tuple[int, ...]) -> bool:
         """Hold the adapter's shapes against a tensor of the base, before any is read.
@@ -390,9 +426,9 @@ class LoraFolder(Closing):
     def _check_rank(self, layer: LoraLayer) -> None:
         """Refuse matrices of another rank than the configuration's; so does PEFT."""
         module = layer.name.removesuffix(".weight")
-        patterns = self._config.get("rank_pattern")
+        patterns = self.config.get("rank_pattern")
         found = pattern_value(self.path / CONFIG_FILE, patterns, module)
-        expected = self._config.get("r", layer.rank) if found is None else found
+        expected = self.config.get("r", layer.rank) if found is None else found
         if expected != layer.rank:
             said = f"{expected} as {CONFIG_FILE} says"
             raise self._fault(layer.name, f"matrices of rank {layer.rank}", said)
@@ -416,7 +452,7 @@ class LoraFolder(Closing):
         # PEFT turns `fan_in_fan_out` on by itself for GPT-2's layers, whose weights are (in, out),
         # and off for the others: only for a square weight does the configuration decide.
         if straight and turned:
-            return layer.embedding or bool(self._config.get("fan_in_fan_out"))
+            return layer.embedding or bool(self.config.get("fan_in_fan_out"))
         return turned
 
     def _check_rows(self, rows: TokenRows, shape: tuple[int, ...]) -> None:
@@ -464,7 +500,7 @@ class LoraFolder(Closing):
                 raise self._fault(name, "part of a token adapter", "its trained rows alone")
             return None
         module = _WRAPPERS.sub("", found["module"])
-        given = self._config.get("trainable_token_indices")
+        given = self.config.get("trainable_token_indices")
         if isinstance(given, Mapping):
             fits = [v for k, v in given.items() if module == k or module.endswith(f".{k}")]
             given = fits[0] if len(fits) == 1 else None
@@ -474,11 +510,11 @@ class LoraFolder(Closing):
 
     def _is_listed(self, name: str) -> bool:
         modules = name.split(".")[:-1]
-        saved = self._config.get("modules_to_save") or ()
+        saved = self.config.get("modules_to_save") or ()
         return any(f".{one}." in f".{'.'.join(modules)}." for one in saved)
 
     def _unknown(self) -> tuple[str, ...]:
-        keys = unknown_settings(self._config)
+        keys = unknown_settings(self.config)
         if not keys:
             return ()
         return (f"{self.path.name}: settings that are not known here: {shortlist(keys, 6)}",)
@@ -534,12 +570,12 @@ class LoraFolder(Closing):
 
     def _scaling(self, module: str, rank: int) -> float:
         where = self.path / CONFIG_FILE
-        found = pattern_value(where, self._config.get("alpha_pattern"), module)
-        alpha = float(self._config.get("lora_alpha", rank) if found is None else found)
-        return alpha / (math.sqrt(rank) if self._config.get("use_rslora") else rank)
+        found = pattern_value(where, self.config.get("alpha_pattern"), module)
+        alpha = float(self.config.get("lora_alpha", rank) if found is None else found)
+        return alpha / (math.sqrt(rank) if self.config.get("use_rslora") else rank)
 
     def _own_base(self) -> tuple[str, ...]:
-        how = str(self._config.get("init_lora_weights", "")).lower()
+        how = str(self.config.get("init_lora_weights", "")).lower()
         if not how.startswith(_OWN_BASE):
             return ()
         return (

@@ -9,16 +9,17 @@ from __future__ import annotations
 import re
 from abc import ABC, abstractmethod
 from collections.abc import Collection, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any, ClassVar, Literal
 
 import torch
 from torch import Tensor
 
 from svftool.adapters.low_rank import LowRank
+from svftool.adapters.parts import BaseModel
 from svftool.adapters.peft import STEM
 from svftool.adapters.peft_config import CONFIG_FILE
-from svftool.checkpoints import TensorInfo, is_expert_stack, table_role, wrapper_prefix
+from svftool.checkpoints import TensorInfo, is_expert_stack, table_role
 from svftool.checkpoints.dtypes import DECOMPOSABLE
 from svftool.errors import CheckpointError, UsageError, no_such
 
@@ -45,28 +46,9 @@ class Fate:
 
 
 LOW_RANK, WHOLE = Fate("low rank"), Fate("whole")
-
-
-@dataclass(frozen=True)
-class BaseModel:
-    """What a writer knows of the base.
-
-    Attributes
-    ----------
-    infos : mapping of str to TensorInfo
-    config : mapping
-        ``config.json``; empty where there is none.
-    path : str
-        What the user called it.
-    """
-
-    infos: Mapping[str, TensorInfo]
-    config: Mapping[str, Any] = field(default_factory=dict)
-    path: str = ""
-
-    def live(self, name: str) -> str:
-        """Return a name without what wrappers put before all of them."""
-        return name.removeprefix(wrapper_prefix(self.infos))
+COMMENT_KEY = "ss_training_comment"
+MADE_KEY = "made_by"
+"""Metadata that say which command wrote an adapter."""
 
 
 class LayoutWriter(ABC):
@@ -78,12 +60,15 @@ class LayoutWriter(ABC):
         As ``--layout`` has it.
     is_folder : bool
         Whether its output is a folder.
+    has_scale : bool
+        Whether it stores the scale of a layer; else layers must have scale 1.
     fates : mapping of str to Fate
         By the name of every changed tensor.
     """
 
     name: ClassVar[str]
     is_folder: ClassVar[bool] = False
+    has_scale: ClassVar[bool] = False
 
     def __init__(self, base: BaseModel, changed: Collection[str]) -> None:
         self.base = base
@@ -109,7 +94,7 @@ class LayoutWriter(ABC):
 
     def metadata(self, ranks: Mapping[str, int], about: str) -> dict[str, str]:
         """Return the metadata of the file."""
-        return {"format": "pt", "svftool": about}
+        return {"format": "pt", MADE_KEY: about}
 
     def config(self, ranks: Mapping[str, int]) -> dict[str, Any] | None:
         """Return what stands beside the weights; None where nothing does."""
@@ -302,46 +287,12 @@ class PeftWriter(LayoutWriter):
         return f"({'|'.join(map(re.escape, sorted(modules)))})"
 
 
-_PREFIXES: tuple[tuple[str, str], ...] = (
-    ("model.diffusion_model.", "unet"),
-    ("diffusion_model.", "unet"),
-    ("unet.", "unet"),
-    ("cond_stage_model.transformer.", "text_encoder"),
-    ("conditioner.embedders.0.transformer.", "text_encoder"),
-    ("conditioner.embedders.1.model.", "text_encoder_2"),
-    ("text_encoder.", "text_encoder"),
-    ("text_encoder_2.", "text_encoder_2"),
-    ("text_encoder_3.", "text_encoder_3"),
-)
-_CLASSES = (("CLIPText", "text_encoder"), ("T5Encoder", "text_encoder"), ("UNet", "unet"))
-_UNET = re.compile(r"(^|\.)(down_blocks|up_blocks|mid_block|input_blocks|output_blocks)\.")
-
-
 class _PipelineWriter(LayoutWriter):
     """Layouts of image and video generators, which name the part of the pipeline first."""
 
     def part(self, name: str) -> tuple[str, str]:
         """Split a name into the part of a pipeline and the module or tensor within it."""
-        live = self.base.live(name)
-        for prefix, part in _PREFIXES:
-            if live.startswith(prefix):
-                return part, live.removeprefix(prefix)
-        return self._part_of_all(), live
-
-    def _part_of_all(self) -> str:
-        stated = [self.base.config.get("_class_name"), *self._architectures()]
-        for one in filter(None, map(str, stated)):
-            for word, part in _CLASSES:
-                if word in one:
-                    return part
-        names = [self.base.live(name) for name in self.base.infos]
-        if names and all(name.startswith("text_model.") for name in names):
-            return "text_encoder"
-        return "unet" if any(map(_UNET.search, names)) else "transformer"
-
-    def _architectures(self) -> list[str]:
-        found = self.base.config.get("architectures")
-        return found if isinstance(found, list) else []
+        return self.base.part(name)
 
     def _fate(self, info: TensorInfo) -> Fate:
         if self._is_layer(info) and table_role(info) is None:
@@ -357,6 +308,7 @@ class KohyaWriter(_PipelineWriter):
     """``lora_unet_X_Y.lora_down.weight``, ``.lora_up.weight`` and ``.alpha``."""
 
     name = "kohya"
+    has_scale = True
 
     def __init__(self, base: BaseModel, changed: Collection[str]) -> None:
         super().__init__(base, changed)
@@ -380,20 +332,12 @@ class KohyaWriter(_PipelineWriter):
         return {
             f"{module}.lora_down.weight": down,
             f"{module}.lora_up.weight": up,
-            f"{module}.alpha": torch.tensor(float(layer.rank), dtype=up.dtype),
+            f"{module}.alpha": alpha_of(layer),
         }
 
     def metadata(self, ranks: Mapping[str, int], about: str) -> dict[str, str]:
         """Return what kohya's tools look for."""
-        several = len(set(ranks.values())) > 1
-        rank = "Dynamic" if several else str(next(iter(ranks.values()), 1))
-        return {
-            "format": "pt",
-            "ss_network_module": "networks.lora",
-            "ss_network_dim": rank,
-            "ss_network_alpha": rank,
-            "ss_training_comment": about,
-        }
+        return kohya_metadata(dict.fromkeys(ranks.values(), 1.0), about)
 
     def _check_apart(self) -> None:
         seen: dict[str, str] = {}
@@ -451,6 +395,34 @@ class DiffusersWriter(_PipelineWriter):
         part, rest = self.part(layer.name)
         module = f"{part}.{rest.removesuffix('.weight')}"
         return {f"{module}.lora_A.weight": down, f"{module}.lora_B.weight": up}
+
+
+def kohya_metadata(scales: Mapping[int, float], about: str) -> dict[str, str]:
+    """Return what kohya's tools look for.
+
+    Parameters
+    ----------
+    scales : mapping of int to float
+        Scale of the layers by their rank.
+    about : str
+        What was done.
+    """
+    several = len(scales) > 1
+    rank, scale = next(iter(scales.items()), (1, 1.0))
+    return {
+        "format": "pt",
+        "ss_network_module": "networks.lora",
+        "ss_network_dim": "Dynamic" if several else str(rank),
+        "ss_network_alpha": "Dynamic" if several else f"{rank * scale:g}",
+        COMMENT_KEY: about,
+    }
+
+
+def alpha_of(layer: LowRank) -> Tensor:
+    """Return alpha, in the dtype of the matrices where that holds it."""
+    alpha = torch.tensor(layer.rank * layer.scale, dtype=torch.float64)
+    narrow = alpha.to(layer.B.dtype)
+    return narrow if torch.equal(narrow.double(), alpha) else alpha.float()
 
 
 LAYOUTS: dict[str, type[LayoutWriter]] = {

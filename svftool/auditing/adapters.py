@@ -10,7 +10,7 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from svftool.adapters.peft import LoraFolder
+from svftool.adapters.adapter import Adapter
 from svftool.adapters.peft_parameters import AdaptedParameter
 from svftool.auditing.compare import Changes, Tuned
 from svftool.auditing.matching import Matching, match_names, say_shapes
@@ -144,6 +144,8 @@ class AdapterChanges:
         Tensors that the adapter speaks of.
     notes : tuple of str
         How names were matched.
+    adapter : Adapter
+        The adapter, whose names are those of the base where they had to be resolved.
     """
 
     others: Mapping[str, str]
@@ -153,16 +155,17 @@ class AdapterChanges:
     misshapen: Mapping[str, str]
     total: int
     notes: tuple[str, ...]
+    adapter: Adapter
 
 
-def adapter_changes(base: AuditSource, lora: LoraFolder) -> AdapterChanges:
+def adapter_changes(base: AuditSource, lora: Adapter) -> AdapterChanges:
     """Find what an adapter changes in a base.
 
     Parameters
     ----------
     base : AuditSource
         Dense tensors.
-    lora : LoraFolder
+    lora : Adapter
         The adapter.
 
     Raises
@@ -176,6 +179,7 @@ def adapter_changes(base: AuditSource, lora: LoraFolder) -> AdapterChanges:
             "adapter of the base as it is. Convert the adapter with PEFT "
             "(path_initial_model_for_weight_conversion), or merge it and use the result."
         )
+    lora = lora.against(base.infos, base.config or {}, str(base.path))
     live = stacks(base.infos)
     shapes = {name: info.shape for name, info in base.infos.items()}
     shapes |= {name: stack.shape for name, stack in live.items()}
@@ -210,16 +214,18 @@ def adapter_changes(base: AuditSource, lora: LoraFolder) -> AdapterChanges:
                 else Unread(lora.whole[name], "part of no LoRA layer")
                 for name in _strangers(lora, found)
             ),
+            *(Unread(name, "not in the base") for name in lora.homeless),
             *(Unread(name, "part of no LoRA layer") for name in lora.unused),
             *(_unread(mine, two) for _, mine, two in misshapen),
         ),
         misshapen={name: mine for name, mine, _ in misshapen},
         total=_count(lora),
         notes=matching.notes,
+        adapter=lora,
     )
 
 
-def _matched(base: AuditSource, lora: LoraFolder, names: Mapping[str, object]) -> Matching:
+def _matched(base: AuditSource, lora: Adapter, names: Mapping[str, object]) -> Matching:
     parameters = [name for module in lora.wrapped for name in module.parameters]
     wanted = dict.fromkeys((*lora.layers, *lora.biases, *lora.rows, *lora.whole, *parameters))
     matching = match_names(_shapeless(names), _shapeless(wanted))
@@ -247,7 +253,7 @@ def _pieces(name: str, live: Mapping[str, Stack]) -> tuple[Piece, ...]:
 
 
 def _change(
-    lora: LoraFolder,
+    lora: Adapter,
     mine: str,
     piece: Piece,
     parameter: AdaptedParameter | None,
@@ -279,7 +285,7 @@ def _tie(base: AuditSource, others: dict[str, str], changes: dict[str, Change]) 
                 others[head], changes[head] = others[name], changes[name]
 
 
-def _refuse_tied_heads(base: AuditSource, lora: LoraFolder, found: Mapping[str, str]) -> None:
+def _refuse_tied_heads(base: AuditSource, lora: Adapter, found: Mapping[str, str]) -> None:
     """Refuse an adapter of a head that is the embedding: PEFT's merge changes both, or one twice.
 
     A tied head is often in no file: then it has the embedding's shape and no counterpart.
@@ -302,16 +308,16 @@ def _refuse_tied_heads(base: AuditSource, lora: LoraFolder, found: Mapping[str, 
         )
 
 
-def _token_rows(lora: LoraFolder, name: str, base: Tensor) -> Tuned:
+def _token_rows(lora: Adapter, name: str, base: Tensor) -> Tuned:
     return Tuned(weight=lora.tokens(name, base))
 
 
-def _layer_change(lora: LoraFolder, name: str, base: Tensor) -> Tuned:
+def _layer_change(lora: Adapter, name: str, base: Tensor) -> Tuned:
     return Tuned(change=lora.change(name, base))
 
 
 def _parameter_change(
-    lora: LoraFolder, parameter: AdaptedParameter, piece: Piece, base: Tensor, *, stacked: bool
+    lora: Adapter, parameter: AdaptedParameter, piece: Piece, base: Tensor, *, stacked: bool
 ) -> Tuned:
     if piece.expert is not None:
         return Tuned(change=lora.change_of(parameter, piece.expert)[piece.rows])
@@ -321,7 +327,7 @@ def _parameter_change(
 
 
 def _misshapen(
-    lora: LoraFolder, others: Mapping[str, str], infos: Mapping[str, TensorInfo]
+    lora: Adapter, others: Mapping[str, str], infos: Mapping[str, TensorInfo]
 ) -> Iterator[tuple[str, str, tuple[Shape, Shape]]]:
     """Yield what is stored whole in another shape: its names and shapes on both sides."""
     for name, mine in others.items():
@@ -335,7 +341,7 @@ def _unread(name: str, shapes: tuple[Shape, Shape]) -> Unread:
     return Unread(name, say_shapes(*shapes), shapes=shapes)
 
 
-def _strangers(lora: LoraFolder, found: Mapping[str, str]) -> Iterator[str]:
+def _strangers(lora: Adapter, found: Mapping[str, str]) -> Iterator[str]:
     """Yield what the base does not have."""
     for name in dict.fromkeys((*lora.layers, *lora.biases, *lora.rows, *lora.whole)):
         if name not in found:
@@ -345,6 +351,11 @@ def _strangers(lora: LoraFolder, found: Mapping[str, str]) -> Iterator[str]:
             yield from module.parameters
 
 
-def _count(lora: LoraFolder) -> int:
+def _count(lora: Adapter) -> int:
     wrapped = sum(len(module.pairs) for module in lora.wrapped)
-    return len({*lora.layers, *lora.biases, *lora.rows, *lora.whole}) + wrapped + len(lora.unused)
+    return (
+        len({*lora.layers, *lora.biases, *lora.rows, *lora.whole})
+        + wrapped
+        + len(lora.unused)
+        + len(lora.homeless)
+    )

@@ -9,7 +9,7 @@ from functools import partial
 
 from torch import Tensor
 
-from svftool.adapters.peft import LoraFolder
+from svftool.adapters.adapter import Adapter
 from svftool.auditing.adapters import Change, adapter_changes
 from svftool.auditing.compare import Tuned
 from svftool.auditing.matching import Matching, NamePair, match_names, say_shapes
@@ -234,7 +234,7 @@ def _of_tuned(
     )
 
 
-def _of_lora(base: AuditSource, other: AuditSource, lora: LoraFolder) -> Counterparts:
+def _of_lora(base: AuditSource, other: AuditSource, lora: Adapter) -> Counterparts:
     found = adapter_changes(base, lora)
     gone = {one.name for one in found.base_only}
     return Counterparts(

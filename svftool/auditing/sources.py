@@ -1,4 +1,4 @@
-"""What can be inspected: dense checkpoints, factor checkpoints, tuned files and LoRA folders."""
+"""What can be inspected: dense checkpoints, factor checkpoints, tuned files and adapters."""
 
 from __future__ import annotations
 
@@ -12,7 +12,9 @@ from typing import Any, Literal, Self
 
 from torch import Tensor
 
-from svftool.adapters.peft import LoraFolder, is_lora, open_lora
+from svftool.adapters.adapter import Adapter
+from svftool.adapters.layout_file import AdapterFile, is_adapter_file
+from svftool.adapters.peft import is_lora, open_lora
 from svftool.auditing.evidence import Quantised
 from svftool.checkpoints import (
     TensorInfo,
@@ -65,8 +67,8 @@ class AuditSource:
         of full rank have them.
     tuned : TunedFile or None
         Of a tuned file: its layers are known by their singular values alone.
-    lora : LoraFolder or None
-        Of a LoRA folder: its layers are known by their change alone.
+    lora : Adapter or None
+        Of an adapter: its layers are known by their change alone.
     warnings : tuple of str
         Those of the notes that say what was left out and may be missed.
     passed_over : mapping of str to int
@@ -86,7 +88,7 @@ class AuditSource:
     config: Mapping[str, Any] | None = None
     spectra: Callable[[str], Tensor | None] | None = None
     tuned: TunedFile | None = None
-    lora: LoraFolder | None = None
+    lora: Adapter | None = None
     warnings: tuple[str, ...] = ()
     passed_over: Mapping[str, int] = field(default_factory=dict)
     file: AbstractContextManager[object] = field(default_factory=nullcontext)
@@ -115,7 +117,7 @@ def open_source(path: str | os.PathLike[str]) -> AuditSource:
     Parameters
     ----------
     path : path-like
-        A checkpoint in any format, a factor checkpoint, a tuned file, or a PEFT LoRA folder.
+        A checkpoint in any format, a factor checkpoint, a tuned file, or an adapter in any layout.
 
     Raises
     ------
@@ -129,6 +131,12 @@ def open_source(path: str | os.PathLike[str]) -> AuditSource:
     if is_tuned(path):
         return _from_tuned(read_tuned(path))
     file = open_checkpoint(path)
+    if is_adapter_file(file.infos):
+        try:
+            return _from_lora(AdapterFile(file))
+        except BaseException:
+            file.close()
+            raise
 
     def fingerprint(progress: Progress) -> str:
         return fingerprint_checkpoint(file, progress=progress)
@@ -178,13 +186,11 @@ def _from_factors(store: FactorStore) -> AuditSource:
     )
 
 
-def _from_lora(lora: LoraFolder) -> AuditSource:
+def _from_lora(lora: Adapter) -> AuditSource:
     infos = {name: lora.info(key) for name, key in lora.whole.items()}
 
     def fingerprint(progress: Progress) -> str:
-        raise FactorsError(
-            f"{lora.path}: a LoRA folder does not record the fingerprint of its base"
-        )
+        raise FactorsError(f"{lora.path}: an adapter does not record the fingerprint of its base")
 
     return AuditSource(
         path=lora.path,

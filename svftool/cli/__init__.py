@@ -32,6 +32,7 @@ NAMES = (
     "inspect",
     "info",
     "extract",
+    "convert",
     "demo",
     "schema",
 )

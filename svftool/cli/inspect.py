@@ -103,7 +103,7 @@ def command(
     ],
     tuned: Annotated[
         list[str] | None,
-        typer.Argument(help="Fine-tunes: checkpoints, factors, tuned files, LoRA folders."),
+        typer.Argument(help="Fine-tunes: checkpoints, factors, tuned files, adapters."),
     ] = None,
     *,
     metrics: Annotated[

@@ -17,9 +17,9 @@ from svftool.cli.common import (
 from svftool.errors import UsageError
 from svftool.files.contents import is_exact_delta
 from svftool.files.folder import (
+    check_base,
     check_dense_name,
     check_exists,
-    check_factors,
     check_tuned_exist,
     is_tuned_name,
 )
@@ -31,12 +31,15 @@ EXAMPLE = "Example: svftool merge factors birds.svf.safetensors@0.7 -o merged.sa
 def command(
     factors: Annotated[
         Path,
-        typer.Argument(help="Factors of 'svftool decompose'; for an exact delta, its base."),
+        typer.Argument(
+            help="Factors of 'svftool decompose'; for adapters alone, or an exact delta, the base."
+        ),
     ],
     tuned: Annotated[
         list[str] | None,
         typer.Argument(
-            help="Tuned files, each with an optional weight: FILE@0.5; or one exact delta."
+            help="Tuned files and adapters, each with an optional weight: FILE@0.5; or one exact "
+            "delta."
         ),
     ] = None,
     *,
@@ -65,7 +68,7 @@ def command(
     force: ForceOption = False,
     display: Display,
 ) -> None:
-    """Fold tuned singular values back into dense weights, mix tuned files, or apply a delta."""
+    """Fold tuned files and adapters into dense weights, mix tuned files, or apply a delta."""
     leave_to_first_process("merge")
     deltas = [one for one in tuned or () if is_exact_delta(Path(one))]
     if deltas:
@@ -89,7 +92,7 @@ def command(
         return
     if dry_run:
         raise UsageError("--dry-run is an option of an exact delta, expected one, or no --dry-run")
-    check_factors(factors)
+    check_base(factors, tuned or ())
     check_tuned_exist(tuned or ())
     check_dense_name(output, tuned=bool(tuned) and is_tuned_name(output))
     check_output(output, force=force, inputs=[factors])

@@ -46,7 +46,8 @@ def command(
     tuned: Annotated[
         Path | None,
         typer.Option(
-            help="Tuned file to put on the factors' base.", show_default="the base itself"
+            help="Tuned file to put on the factors' base, or an adapter.",
+            show_default="the base itself",
         ),
     ] = None,
     task: Annotated[

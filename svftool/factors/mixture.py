@@ -5,8 +5,9 @@ from __future__ import annotations
 import math
 import os
 import re
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
 from typing import Any, Protocol
 
 import torch
@@ -20,10 +21,21 @@ from svftool.factors.delta import norm
 from svftool.factors.stated import stated_by
 from svftool.numerics.rounding import FLOATS, beyond, round_once
 
+ChangeOf = Callable[[Tensor], Tensor]
+"""Forms the change of a tensor, float64 and of its shape, from the base's values."""
+
 
 @dataclass(frozen=True)
 class Expert:
-    """A tuned file and its weight in the mixture.
+    """A tuned file or an adapter, and its weight in the mixture.
+
+    Attributes
+    ----------
+    tuned : TunedFile
+        Of an adapter: what it stores whole.
+    weight : float
+    changes : mapping of str to callable
+        Of an adapter: what forms the change of each tensor that it changes.
 
     Raises
     ------
@@ -33,6 +45,7 @@ class Expert:
 
     tuned: TunedFile
     weight: float = 1.0
+    changes: Mapping[str, ChangeOf] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         if not math.isfinite(self.weight):
@@ -44,19 +57,33 @@ class Expert:
     @classmethod
     def parse(cls, given: str | os.PathLike[str] | tuple[str | os.PathLike[str], float]) -> Expert:
         """Read a tuned file given as a path, ``PATH@WEIGHT``, or a pair of both."""
-        if isinstance(given, tuple):
-            path, weight = given
-            return cls(read_tuned(path), float(weight))
-        text = os.fspath(given)
-        before, separator, after = text.rpartition("@")
-        if not separator or os.path.exists(text):  # noqa: PTH110
-            return cls(read_tuned(text))
-        try:
-            return cls(read_tuned(before), float(after))
-        except ValueError:
-            raise UsageError(
-                f"{text}: weight {after!r}, expected a number such as in {before}@0.5"
-            ) from None
+        path, weight = weighted(given)
+        return cls(read_tuned(path), weight)
+
+
+def weighted(
+    given: str | os.PathLike[str] | tuple[str | os.PathLike[str], float],
+) -> tuple[Path, float]:
+    """Split what is given as a path, ``PATH@WEIGHT``, or a pair of both.
+
+    Raises
+    ------
+    UsageError
+        If the weight is no number.
+    """
+    if isinstance(given, tuple):
+        path, weight = given
+        return Path(path), float(weight)
+    text = os.fspath(given)
+    before, separator, after = text.rpartition("@")
+    if not separator or os.path.exists(text):  # noqa: PTH110
+        return Path(text), 1.0
+    try:
+        return Path(before), float(after)
+    except ValueError:
+        raise UsageError(
+            f"{text}: weight {after!r}, expected a number such as in {before}@0.5"
+        ) from None
 
 
 @dataclass(frozen=True)
@@ -101,8 +128,8 @@ class Mixture:
 
     Parameters
     ----------
-    store : FactorStore
-        Factors of the base.
+    store : FactorStore or None
+        Factors of the base; None where only adapters are merged.
     base : Checkpoint, BaseValues or None
         The base; None rebuilds weights from their factors alone.
     experts : sequence of Expert
@@ -132,26 +159,28 @@ class Mixture:
 
     def __init__(
         self,
-        store: FactorStore,
+        store: FactorStore | None,
         base: Checkpoint | BaseValues | None,
         experts: Sequence[Expert],
         *,
         allow_overflow: bool = False,
         dtype: torch.dtype | None = None,
     ) -> None:
-        if base is None and store.config.layers_only:
+        self._factors = store
+        if base is None and self.store.config.layers_only:
             raise FactorsError(
-                f"{store.path}: holds the decomposed layers only, expected the other tensors too. "
-                "Merge without --without-base."
+                f"{self.store.path}: holds the decomposed layers only, expected the other tensors "
+                "too. Merge without --without-base."
             )
-        self.store = store
+        self._layers = {} if store is None else store.layers
         self.base = base if isinstance(base, Checkpoint) else None
         self._values = base
         self.experts = tuple(experts)
         self.allow_overflow = allow_overflow
         self.clipped: dict[str, int] = {}
-        self._base_infos = _stored_infos(store) if base is None else base.infos
+        self._base_infos = _stored_infos(self.store) if base is None else base.infos
         trained = dict.fromkeys(name for one in experts for name in one.tuned.whole)
+        self._adapted = {name for one in experts for name in one.changes}
         self.added = tuple(name for name in trained if name not in self._base_infos)
         self.replaced = tuple(name for name in trained if name in self._base_infos)
         self.infos: Mapping[str, TensorInfo] = {
@@ -165,6 +194,13 @@ class Mixture:
                 for name, info in self.infos.items()
             }
         self._check_heads()
+
+    @property
+    def store(self) -> FactorStore:
+        """The factors."""
+        if self._factors is None:
+            raise FactorsError("no factors, expected those of the base")
+        return self._factors
 
     @property
     def classes(self) -> tuple[str, ...] | None:
@@ -201,9 +237,11 @@ class Mixture:
         NumericalError
             If a value becomes NaN or infinite, or the tensor's dtype cannot hold it.
         """
+        if name in self._adapted:
+            return self._adapt(name)
         if name in self.added or name in self.replaced:
             return self._mix_whole(name), None
-        if name not in self.store.layers:
+        if name not in self._layers:
             return self._in_dtype(name, self._read(name)), None
         delta = self.delta(name)
         merged = self._merge_layer(name, delta)
@@ -265,6 +303,37 @@ class Mixture:
                 "expected finite numbers. Give smaller weights."
             )
         return total
+
+    def _adapt(self, name: str) -> tuple[Tensor, LayerChange]:
+        """Add what adapters change in a tensor, and whatever else changes it, rounded once."""
+        info, known = self.infos[name], self._base_infos[name]
+        if info.shape != known.shape:
+            raise FactorsError(
+                f"tensor {name!r}: trained with shape {info.shape} and adapted in {known.shape}, "
+                "expected one shape. Merge them one at a time."
+            )
+        weight = self._read(name)
+        start = weight.double()
+        change = torch.zeros_like(start)
+        for one in self.experts:
+            if name in one.changes:
+                change += one.weight * one.changes[name](weight)
+            elif name in one.tuned.whole:
+                value = one.tuned.whole[name].double()
+                change += one.weight * torch.where(value == start, 0.0, value - start)
+        if name in self._layers and any(name in one.tuned.S for one in self.experts):
+            change += self._rebuilt(name, self.delta(name))
+        if not bool(torch.any(change)):
+            return self._in_dtype(name, weight), LayerChange(name, False, 0.0, 0.0)
+        total = start + change
+        merged = self._rounded(name, total, info.dtype, start)
+        size, drift = norm(change), norm(start)
+        return merged, LayerChange(
+            name,
+            True,
+            size / drift if drift > 0.0 else math.inf,
+            norm(torch.nan_to_num(merged.double() - total)) / size if size > 0.0 else 0.0,
+        )
 
     def _merge_layer(self, name: str, delta: Tensor) -> Merged:
         layer = self.store.layers[name]
@@ -343,7 +412,7 @@ class Mixture:
     def _mix_whole(self, name: str) -> Tensor:
         info = self.infos[name]
         trained = [one for one in self.experts if name in one.tuned.whole]
-        in_factors = name in self.store.layers and any(name in one.tuned.S for one in self.experts)
+        in_factors = name in self._layers and any(name in one.tuned.S for one in self.experts)
         based = self._is_based(name, info)
         # A mean of one is that one, whatever its weight.
         alone = len(trained) == 1 and (trained[0].weight == 1.0 or not based)
@@ -371,7 +440,7 @@ class Mixture:
 
     def _start(self, name: str) -> Tensor:
         """Return the base's values of a whole tensor, in float64."""
-        if self._values is None and name in self.store.layers:
+        if self._values is None and name in self._layers:
             return self._rebuilt(name, self.store.read_S(name).double())
         return self._read(name).double()
 

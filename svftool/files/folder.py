@@ -154,6 +154,19 @@ def check_factors(folder: Path) -> None:
         )
 
 
+def check_base(folder: Path, names: Collection[str]) -> None:
+    """Refuse a base without factors where tuned files need them; adapters need none.
+
+    Raises
+    ------
+    FactorsError
+        If it has no factors, and nothing is named or a tuned file is.
+    """
+    tuned = (is_tuned_name(Path(re.sub(r"@[^@]*$", "", name))) for name in names)
+    if not names or any(tuned) or not folder.exists():
+        check_factors(folder)
+
+
 def check_tuned_exist(names: Iterable[str]) -> None:
     """Refuse tuned files that are not there; each may carry a weight, ``FILE@0.5``.
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from dataclasses import asdict
 from typing import Any
 
@@ -13,7 +12,7 @@ from svftool.errors import shortlist
 from svftool.report import json
 from svftool.report.names import Names
 from svftool.report.table import NameTable
-from svftool.report.text import safe
+from svftool.report.text import safe, share
 from svftool.stages.extract import ExtractResult
 from svftool.stages.extract_lora import LoraResult
 
@@ -81,7 +80,7 @@ def lora_view(result: LoraResult) -> RenderableType:
     for title in ("rank", "error", "share"):
         table.column(title, right=True)
     for one in shown:
-        table.row(one.name, (str(one.rank), _error(one.error), f"{one.share:.1%}"))
+        table.row(one.name, (str(one.rank), share(one.error), f"{one.share:.1%}"))
     parts: list[RenderableType] = [table]
     if len(rows) > MOST_ROWS:
         parts.append(Text(f"and {len(rows) - MOST_ROWS} more layers, of smaller shares", "dim"))
@@ -97,7 +96,7 @@ def _lora_totals(result: LoraResult) -> Text:
         text.append(f"{len(result.layers)} layers, {most}rank {span}, ")
         text.append(f"about {result.bytes:,} bytes in {result.dtype}; nothing written\n")
     else:
-        text.append(f"{_error(result.error)} of the change (as a norm) is lost: ", "bold")
+        text.append(f"{share(result.error)} of the change (as a norm) is lost: ", "bold")
         text.append(f"{len(result.layers)} layers, rank {span}, {result.dtype}, ")
         text.append(f"{result.bytes:,} bytes\n")
     lost = sum(one.share or 0.0 for one in result.dropped)
@@ -111,9 +110,3 @@ def _lora_totals(result: LoraResult) -> Text:
     if not result.dry_run:
         text.append("adapter: ").append(safe(str(result.output)), "bold")
     return text
-
-
-def _error(value: float) -> str:
-    if math.isnan(value):
-        return "-"
-    return f"{value:.2%}" if value >= 1e-4 else f"{value:.1e}"

@@ -136,3 +136,16 @@ def by_reason(left_whole: Mapping[str, str], limit: int = 3) -> Table:
     for reason, names in sorted(groups.items(), key=lambda item: -len(item[1])):
         table.add_row(str(len(names)), Text(safe(reason)), Text(names[0]))
     return table
+
+
+def share(value: float) -> str:
+    """Return a share of a norm, which may be far below a percent; a dash where it is not known.
+
+    Examples
+    --------
+    >>> share(0.1234), share(1.5e-7), share(math.nan)
+    ('12.34%', '1.5e-07', '-')
+    """
+    if math.isnan(value):
+        return "-"
+    return f"{value:.2%}" if value >= 1e-4 else f"{value:.1e}"

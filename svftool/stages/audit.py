@@ -114,7 +114,7 @@ def audit(
             (progress.warn if note in missed else progress.note)(note)
         if source.kind == "lora":
             raise CheckpointError(
-                f"{source.path}: a LoRA folder, expected a checkpoint. Name its base first: "
+                f"{source.path}: an adapter, expected a checkpoint. Name its base first: "
                 f"svftool inspect BASE {source.path}"
             )
         layers = _layers(source, include, exclude)

@@ -14,6 +14,7 @@ from typing import Any
 
 from torch import nn
 
+from svftool.adapters.layout_file import is_adapter
 from svftool.attaching import attach, detach, load_tuned, map_names
 from svftool.checkpoints import Checkpoint, open_checkpoint, replace_output
 from svftool.errors import DataError, ModelError, UsageError, shortlist
@@ -30,6 +31,7 @@ from svftool.files.header import json_text
 from svftool.machine import explain_out_of_memory, pick_device
 from svftool.models import build_model, is_read_whole
 from svftool.progress import SILENT, Progress
+from svftool.stages.adapt import load_adapters
 from svftool.stages.catalogue import ModelFacts, head_classes, make_tasks
 from svftool.stages.evaluate_result import EvaluateResult, Evaluation
 from svftool.stages.settings import SIZES, Origins, SourcedSetting, settings_of
@@ -48,6 +50,8 @@ class Source:
     tuned: TunedFile | None = None
     model: str = "auto"
     """The spec of the model that takes them."""
+    adapter: Path | None = None
+    """An adapter in any layout."""
 
     @property
     def path(self) -> Path:
@@ -59,7 +63,12 @@ class Source:
         """Every file and folder that is read."""
         found = [self.checkpoint.path]
         found += [] if self.store is None else [self.store.path]
-        return found + ([] if self.tuned is None else [self.tuned.path])
+        return found + ([] if self.tuned_path is None else [self.tuned_path])
+
+    @property
+    def tuned_path(self) -> Path | None:
+        """The tuned file or the adapter."""
+        return self.adapter if self.tuned is None else self.tuned.path
 
     @property
     def stated(self) -> Stated:
@@ -107,7 +116,8 @@ def evaluate(
     data : path-like
         What to measure on; see the task.
     tuned : path-like, optional
-        The tuned file to put on the factors' base; the base itself is measured without one. What
+        The tuned file to put on the factors' base, or an adapter in any layout, which goes on a
+        dense checkpoint too; the base itself is measured without one. What
         it says of its classes, its normalisation and its head stands in for options not given.
     task : str
         One of `svftool.tasks.options.TASKS`.
@@ -190,7 +200,7 @@ def evaluate(
                     output.write(one, draw, live)
         return EvaluateResult(
             checkpoint=source.path,
-            tuned=None if source.tuned is None else source.tuned.path,
+            tuned=source.tuned_path,
             task=task,
             metric=tasks[0].primary.name,
             runs=tuple(runs),
@@ -216,10 +226,13 @@ def open_source(
     Raises
     ------
     UsageError
-        If there is a tuned file or a base for a dense checkpoint.
+        If there is a tuned file or a base for a dense checkpoint; adapters go on both.
     FactorsError, CheckpointError
         If something is broken or does not belong together.
     """
+    adapter = Path(tuned) if tuned is not None and is_adapter(tuned) else None
+    if adapter is not None:
+        tuned = None
     if not is_factors(path):
         for option, given in (("--tuned", tuned), ("--base", base)):
             if given is not None:
@@ -229,13 +242,13 @@ def open_source(
                 )
         checkpoint = stack.enter_context(open_checkpoint(path))
         checkpoint.tell(progress)
-        return Source(checkpoint, model=model)
+        return Source(checkpoint, model=model, adapter=adapter)
     store = stack.enter_context(open_factors(path))
     expert = None if tuned is None else read_tuned(tuned)
     if expert is not None:
         check_tuned(expert, store)
     dense = stack.enter_context(store.open_base(base, progress=progress))
-    return Source(dense, store, expert, model)
+    return Source(dense, store, expert, model, adapter)
 
 
 def filled_options(
@@ -412,6 +425,8 @@ def fit(
         names = _load_rest(prepared, classes, source.checkpoint, known, whole=whole)
     else:
         names = [] if source.tuned is None else _tune(prepared, source.tuned, source.store)
+    if source.adapter is not None:
+        names = [*names, *_adapt(prepared, source.adapter, source.checkpoint)]
     inside = prepared.head is not None and any(n.startswith(f"{prepared.head}.") for n in names)
     # A host for few-shot segmentation has no classes, and a stand-in until it is trained.
     if prepared.new_head and classes is not None and not inside:
@@ -502,6 +517,12 @@ def _require_whole_head(
             "head. Give the options that it was trained with (few-shot segmentation: --host, "
             "--start, --width, --shots)"
         )
+
+
+def _adapt(prepared: Prepared, adapter: Path, checkpoint: Checkpoint) -> list[str]:
+    """Put an adapter on a model; return the live names of what it changed."""
+    loaded = load_adapters(prepared.model, [(adapter, 1.0)], checkpoint.config)
+    return list(loaded.training["changed"])
 
 
 def _tune(prepared: Prepared, tuned: TunedFile, store: FactorStore) -> list[str]:

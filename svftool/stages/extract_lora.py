@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import json
 import math
 import os
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -14,31 +13,29 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from svftool.adapters.assembly import Spool, write_adapter
 from svftool.adapters.low_rank import (
     AdapterRank,
-    LowRank,
     Truncated,
     parse_adapter_rank,
     truncate,
 )
-from svftool.adapters.peft_config import CONFIG_FILE
-from svftool.adapters.writers import BaseModel, LayoutWriter, layout_writer
+from svftool.adapters.parts import BaseModel
+from svftool.adapters.writers import Entries, LayoutWriter, layout_writer
 from svftool.auditing import AuditSource, Counterparts, counterparts, open_source
 from svftool.auditing.evidence import EDGE_MARGIN
 from svftool.checkpoints import (
-    SafetensorsWriter,
     TensorInfo,
     check_patterns,
     dtype_name,
     matches,
     matrix_shape,
-    open_checkpoint,
     replace_output,
     to_matrix,
 )
 from svftool.checkpoints.dtypes import DECOMPOSABLE
 from svftool.engine import Job, job_bytes, run_layers
-from svftool.errors import CheckpointError, NumericalError, UsageError, shortlist, write_errors
+from svftool.errors import CheckpointError, NumericalError, UsageError, shortlist
 from svftool.factors import is_tuned
 from svftool.files.output import scratch_folder
 from svftool.numerics import ThreadPool
@@ -201,7 +198,10 @@ def extract_lora(
     if options.dtype is not None and options.dtype not in _DTYPES:
         raise UsageError(f"dtype {options.dtype!r}, expected one of {shortlist(_DTYPES)}")
     if is_tuned(tuned):
-        raise UsageError(f"{tuned}: a tuned file, expected a dense fine-tune or a LoRA folder")
+        raise UsageError(
+            f"{tuned}: a tuned file, expected a dense fine-tune or an adapter. Turn it into an "
+            "adapter with svftool convert"
+        )
     with ExitStack() as stack:
         before = stack.enter_context(open_source(base))
         after = stack.enter_context(open_source(tuned))
@@ -450,7 +450,7 @@ class _Work:
         infos = self.pair.before.infos
         return tuple(name for name in infos if name not in held and len(infos[name].shape) > 1)
 
-    def entries_of_whole(self) -> Iterator[dict[str, Tensor]]:
+    def entries_of_whole(self) -> Iterator[Entries]:
         """Yield the entries of everything that is stored whole, one tensor at a time."""
         for name in (*self.named("whole"), *self.writer.companions):
             base, tuned = self.pair.before.read(name), self.pair.tuned(name)
@@ -484,7 +484,8 @@ def _write(
     work: _Work, partial: Path, folder: Path, target: Path, progress: Progress
 ) -> LoraResult:
     names = work.named("low rank")
-    found = _truncated(work, names, folder, progress)
+    spool = Spool(folder)
+    found = _truncated(work, names, spool, progress)
     rows, rest, dropped = [], 0.0, work.left_out()
     ranks: dict[str, int] = {}
     for name in names:
@@ -508,7 +509,7 @@ def _write(
         most = max(ranks.values())
         ranks = dict.fromkeys(ranks, most)
         rows = [AdaptedLayer(r.name, most, r.error, r.share, r.floored) for r in rows]
-    size = _assemble(work, ranks, partial, folder)
+    size = _assemble(work, ranks, partial, spool)
     _say(work, rows, dropped, progress)
     return LoraResult(
         output=target,
@@ -525,11 +526,10 @@ def _write(
 
 
 def _truncated(
-    work: _Work, names: Sequence[str], folder: Path, progress: Progress
+    work: _Work, names: Sequence[str], spool: Spool, progress: Progress
 ) -> dict[str, Truncated]:
     """Truncate layer by layer; the matrices go to the disk, and their shapes are kept."""
     floors: dict[str, float] = {}
-    numbers = {name: number for number, name in enumerate(names)}
 
     def read(name: str) -> Tensor:
         floors[name] = work.pair.floor(name)
@@ -554,60 +554,26 @@ def _truncated(
     found = {}
     for name, one in run_layers(jobs, read, do, size=size, title="truncating", progress=progress):
         if one.layer is not None:
-            _keep(folder / f"{numbers[name]}.safetensors", one.layer)
-            one = Truncated(_outline(one.layer), one.total, one.rest, one.floored)
+            one = Truncated(spool.keep(one.layer), one.total, one.rest, one.floored)
         found[name] = one
     return found
 
 
-def _outline(layer: LowRank) -> LowRank:
-    """Return a layer of the same shapes that holds no numbers."""
-    return LowRank(layer.name, layer.B.to("meta"), layer.A.to("meta"), layer.scale)
-
-
-def _keep(path: Path, layer: LowRank) -> None:
-    parts = {"B": layer.B, "A": layer.A}
-    layout = {name: (part.dtype, tuple(part.shape)) for name, part in parts.items()}
-    with SafetensorsWriter(path, layout) as writer:
-        for name, part in parts.items():
-            writer.write(name, part)
-
-
-def _assemble(work: _Work, ranks: Mapping[str, int], partial: Path, folder: Path) -> int:
+def _assemble(work: _Work, ranks: Mapping[str, int], partial: Path, spool: Spool) -> int:
     """Write the adapter from what lies on the disk; return the bytes of its tensors."""
     writer = work.writer
-    numbers = {name: number for number, name in enumerate(work.named("low rank"))}
 
-    def layer(name: str) -> LowRank:
-        with open_checkpoint(folder / f"{numbers[name]}.safetensors") as file:
-            return LowRank(name, file.read("B"), file.read("A")).padded(ranks[name])
-
-    def thin() -> Iterator[dict[str, Tensor]]:
+    def thin() -> Iterator[Entries]:
         for name in ranks:
-            yield writer.entries(layer(name))
+            yield writer.entries(spool.load(name).padded(ranks[name]))
 
-    about = _about(work)
-    path = partial
-    if writer.is_folder:
-        with write_errors(partial):
-            partial.mkdir()
-        path = partial / writer.weights_file
-        text = json.dumps(writer.config(ranks), indent=2)
-        with write_errors(partial):
-            (partial / CONFIG_FILE).write_text(text + "\n", encoding="utf-8")
-    sources: tuple[Callable[[], Iterator[dict[str, Tensor]]], ...] = (thin, work.entries_of_whole)
-    layout = {
-        key: (value.dtype, tuple(value.shape))
-        for source in sources
-        for entries in source()
-        for key, value in entries.items()
-    }
-    with SafetensorsWriter(path, layout, metadata=writer.metadata(ranks, about)) as file:
-        for source in sources:
-            for entries in source():
-                for key, value in entries.items():
-                    file.write(key, value)
-    return sum(math.prod(shape) * dtype.itemsize for dtype, shape in layout.values())
+    return write_adapter(
+        partial,
+        (thin, work.entries_of_whole),
+        metadata=writer.metadata(ranks, _about(work)),
+        weights_file=writer.weights_file if writer.is_folder else None,
+        config=writer.config(ranks),
+    )
 
 
 def _about(work: _Work) -> str:

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import ExitStack
 from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
+from svftool.adapters.layout_file import is_adapter, open_adapter
 from svftool.checkpoints import (
     PICKLE_SUFFIXES,
     WEIGHT_SUFFIXES,
@@ -22,12 +23,20 @@ from svftool.checkpoints import (
 )
 from svftool.checkpoints.pickle_writer import rivals
 from svftool.errors import NumericalError, UsageError, no_such, shortlist
-from svftool.factors import TunedFile, check_tuned, open_factors, read_tuned
+from svftool.factors import (
+    FactorStore,
+    TunedFile,
+    check_tuned,
+    is_factors,
+    open_factors,
+    read_tuned,
+)
 from svftool.factors.dense import write_dense, write_mixed
-from svftool.factors.mixture import Expert, LayerChange, Mixture
+from svftool.factors.mixture import Expert, LayerChange, Mixture, weighted
 from svftool.factors.stated import Stated, stated_by
 from svftool.files.folder import check_dense_name, is_tuned_name, named
 from svftool.progress import SILENT, Progress
+from svftool.stages.adapt import base_of, fit_adapter
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 """What `merge` can write floating numbers in."""
@@ -94,17 +103,19 @@ def merge(
     force: bool = False,
     progress: Progress = SILENT,
 ) -> MergeResult:
-    """Fold tuned singular values back into dense weights, or mix tuned files to one.
+    """Fold tuned singular values and adapters into dense weights, or mix tuned files to one.
 
-    Computes ``W + sum_i a_i U diag(S_i - S_base) Vh`` in float64 and rounds once to the weight's
-    dtype. A layer whose singular values did not change keeps its bytes.
+    Computes ``W + sum_i a_i D_i`` in float64, with ``D_i = U diag(S_i - S_base) Vh`` of a tuned
+    file and ``s B A`` of an adapter, and rounds once to the weight's dtype. A layer that does not
+    change keeps its bytes.
 
     Parameters
     ----------
     factors : path-like
-        Factor checkpoint.
+        Factor checkpoint; for adapters alone the base itself in any format.
     tuned : sequence
-        Tuned files, each a path, ``"PATH@WEIGHT"`` or a pair of path and weight.
+        Tuned files and adapters in any layout, each a path, ``"PATH@WEIGHT"`` or a pair of path and
+        weight.
     output : path-like
         ``.svf.safetensors`` writes a tuned file. ``.safetensors`` writes one dense file, ``.pt``,
         ``.pth``, ``.bin``, ``.th`` a pickle nested as the base, anything else a folder with the
@@ -145,40 +156,40 @@ def merge(
     target = Path(output)
     written_in = _dtype(dtype, target)
     _check_options(target, tuned, base, without_base=without_base, shards=max_shard_size)
-    experts = [Expert.parse(one) for one in tuned]
+    parts = [weighted(one) for one in tuned]
     shard_bytes = None if max_shard_size is None else parse_size(max_shard_size)
-    with open_factors(factors) as store:
-        for expert in experts:
-            check_tuned(expert.tuned, store)
-        opened: AbstractContextManager[Checkpoint | None] = (
-            nullcontext(None) if without_base else store.open_base(base, progress=progress)
+    with ExitStack() as stack:
+        store, checkpoint = _open(
+            stack, factors, parts, base, without_base=without_base, progress=progress
         )
-        with opened as checkpoint:
-            mixed = is_tuned_name(target)
-            dropped = {} if mixed else _tell_dropped(checkpoint, target, progress)
-            mixture = Mixture(
-                store, checkpoint, experts, allow_overflow=allow_overflow, dtype=written_in
-            )
-            stated = _tell_unlike(experts, progress)
-            inputs = [store.path, *(one.tuned.path for one in experts)]
-            inputs += [] if checkpoint is None else [checkpoint.path]
-            left: dict[str, int] = {}
-            with replace_output(target, force=force, inputs=inputs) as partial:
-                if mixed:
-                    changes, written = write_mixed(mixture, partial, progress)
-                    if verify:
-                        _verify_mixed(written, partial, target)
-                else:
-                    changes, left = write_dense(
-                        mixture,
-                        partial,
-                        target=target,
-                        max_bytes=shard_bytes,
-                        progress=progress,
-                        stated=stated,
-                    )
-                    if verify:
-                        _verify(mixture, partial, target, progress)
+        mixed = is_tuned_name(target)
+        experts, homeless = _experts(stack, parts, store, checkpoint, progress)
+        if mixed:
+            _refuse_adapters(experts, target)
+        dropped = {} if mixed else _tell_dropped(checkpoint, target, progress)
+        mixture = Mixture(
+            store, checkpoint, experts, allow_overflow=allow_overflow, dtype=written_in
+        )
+        stated = _tell_unlike([one for one in experts if not is_of_adapter(one)], progress)
+        inputs = [Path(factors), *(one.tuned.path for one in experts)]
+        inputs += [] if checkpoint is None else [checkpoint.path]
+        left: dict[str, int] = {}
+        with replace_output(target, force=force, inputs=inputs) as partial:
+            if mixed:
+                changes, written = write_mixed(mixture, partial, progress)
+                if verify:
+                    _verify_mixed(written, partial, target)
+            else:
+                changes, left = write_dense(
+                    mixture,
+                    partial,
+                    target=target,
+                    max_bytes=shard_bytes,
+                    progress=progress,
+                    stated=stated,
+                )
+                if verify:
+                    _verify(mixture, partial, target, progress)
     changed = {one.name for one in changes if one.changed}
     return MergeResult(
         output=target,
@@ -192,9 +203,77 @@ def merge(
         verified=True if verify else None,
         rebuilt_error=None if mixed else mixture.rebuilt_error,
         clipped=dict(mixture.clipped),
-        dropped={**dropped, **left},
+        dropped={**homeless, **dropped, **left},
         mixed=mixed,
     )
+
+
+def _open(
+    stack: ExitStack,
+    factors: str | os.PathLike[str],
+    parts: Sequence[tuple[Path, float]],
+    base: str | os.PathLike[str] | None,
+    *,
+    without_base: bool,
+    progress: Progress,
+) -> tuple[FactorStore | None, Checkpoint | None]:
+    """Open the factors with their base; adapters alone are merged into a checkpoint as it is."""
+    if is_factors(factors) or not parts or not all(is_adapter(path) for path, _ in parts):
+        store = stack.enter_context(open_factors(factors))
+        if without_base:
+            return store, None
+        return store, stack.enter_context(store.open_base(base, progress=progress))
+    if base is not None or without_base:
+        option = "--without-base" if without_base else "--base"
+        raise UsageError(
+            f"{option}: {factors} is a checkpoint, expected factors for it. Leave the option out."
+        )
+    return None, stack.enter_context(open_checkpoint(factors))
+
+
+def _experts(
+    stack: ExitStack,
+    parts: Sequence[tuple[Path, float]],
+    store: FactorStore | None,
+    checkpoint: Checkpoint | None,
+    progress: Progress,
+) -> tuple[list[Expert], dict[str, int]]:
+    """Read tuned files and adapters; return them, and what of adapters has no place."""
+    experts: list[Expert] = []
+    homeless: dict[str, int] = {}
+    for path, weight in parts:
+        if not is_adapter(path):
+            assert store is not None
+            expert = Expert(read_tuned(path), weight)
+            check_tuned(expert.tuned, store)
+            experts.append(expert)
+            continue
+        adapter = stack.enter_context(open_adapter(path))
+        base = checkpoint or store
+        assert base is not None
+        for note in adapter.notes:
+            progress.note(note)
+        fitted = fit_adapter(base_of(base), adapter, weight)
+        if fitted.dropped:
+            progress.warn(f"{path}: left out, as the base has no place: {named(fitted.dropped)}")
+        homeless |= fitted.dropped
+        experts.append(fitted.expert)
+    return experts, homeless
+
+
+def _refuse_adapters(experts: Sequence[Expert], target: Path) -> None:
+    for one in experts:
+        if is_of_adapter(one):
+            raise UsageError(
+                f"{target}: a tuned file holds singular values, and {one.tuned.path} is an "
+                "adapter, expected a dense output. Turn the adapter into a tuned file first: "
+                "svftool convert"
+            )
+
+
+def is_of_adapter(one: Expert) -> bool:
+    """Tell whether a part of a mixture is an adapter, which belongs to no factors."""
+    return not one.tuned.base_fingerprint
 
 
 def _dtype(name: str | None, target: Path) -> torch.dtype | None:

@@ -109,7 +109,7 @@ def predict(
     inputs : path-like or sequence of path-like
         Pictures, or folders of them; files of texts (JSONL, CSV, plain lines), or folders of them.
     tuned : path-like, optional
-        The tuned file to put on the factors' base.
+        The tuned file to put on the factors' base, or an adapter in any layout.
     task : str, optional
         ``classification``, ``segmentation`` or ``language``; by default what the weights were
         trained for, or what ``config.json`` and the inputs suggest.
@@ -184,7 +184,7 @@ def predict(
         origins = origins_of(source, task, facts, given)
         return PredictResult(
             checkpoint=source.path,
-            tuned=None if source.tuned is None else source.tuned.path,
+            tuned=source.tuned_path,
             task=task,
             classes=examples.classes,
             examples=len(examples),

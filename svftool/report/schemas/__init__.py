@@ -18,7 +18,7 @@ def described() -> list[str]:
     Examples
     --------
     >>> described()[:3]
-    ['decompose', 'demo', 'evaluate']
+    ['convert', 'decompose', 'demo']
     """
     names = (one.name for one in resources.files(__name__).iterdir())
     return sorted(name.removesuffix(_SUFFIX) for name in names if name.endswith(_SUFFIX))
