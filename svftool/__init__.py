@@ -41,6 +41,7 @@ if TYPE_CHECKING:
     from svftool.factors import open_factors, read_tuned
     from svftool.stages.adapt import load_tuned
     from svftool.stages.audit import audit
+    from svftool.stages.convert import convert
     from svftool.stages.decompose import decompose
     from svftool.stages.evaluate import evaluate
     from svftool.stages.extract import extract
@@ -63,6 +64,7 @@ __all__ = [
     "__version__",
     "attach",
     "audit",
+    "convert",
     "decompose",
     "detach",
     "evaluate",
@@ -81,6 +83,7 @@ _HOMES = {
     "Attachment": "svftool.attaching",
     "attach": "svftool.attaching",
     "audit": "svftool.stages.audit",
+    "convert": "svftool.stages.convert",
     "decompose": "svftool.stages.decompose",
     "detach": "svftool.attaching",
     "evaluate": "svftool.stages.evaluate",

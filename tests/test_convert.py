@@ -32,7 +32,6 @@ from svftool.cli import app
 from svftool.errors import CheckpointError, FactorsError, NumericalError, UsageError
 from svftool.factors import open_factors, read_tuned
 from svftool.report import convert as report
-from svftool.stages.conversion import ConvertOptions
 from svftool.stages.convert import ConvertResult, convert
 from svftool.stages.decompose import decompose
 from svftool.stages.extract_lora import LoraOptions, extract_lora
@@ -47,7 +46,7 @@ def base(tmp_path: Path) -> Path:
 
 
 def run(source: Path, output: Path, **options: Any) -> ConvertResult:
-    found = convert(source, output=output, options=ConvertOptions(**options))
+    found = convert(source, output=output, **options)
     assert not faults(report.document(found))
     return found
 
@@ -522,9 +521,7 @@ def test_another_base_is_refused(tmp_path: Path) -> None:
 
 def test_a_plan_writes_nothing(tmp_path: Path) -> None:
     source = made(tmp_path, "kohya")
-    plan = convert(
-        source, output=tmp_path / "out.safetensors", options=ConvertOptions(rank="2"), dry_run=True
-    )
+    plan = convert(source, output=tmp_path / "out.safetensors", rank="2", dry_run=True)
     assert not faults(report.document(plan))
     assert not (tmp_path / "out.safetensors").exists()
     done = run(source, tmp_path / "out.safetensors", rank="2")

@@ -66,13 +66,15 @@ def command(
     if not dry_run:
         check_output(output, force=force, inputs=inputs)
     from svftool.report import convert as report
-    from svftool.stages.conversion import ConvertOptions
     from svftool.stages.convert import convert
 
     result = convert(
         source,
         output=output,
-        options=ConvertOptions(layout=layout, rank=rank, base=base, dtype=dtype),
+        layout=layout,
+        rank=rank,
+        base=base,
+        dtype=dtype,
         dry_run=dry_run,
         force=force,
         progress=display.progress(),

@@ -121,7 +121,10 @@ def convert(
     source: str | os.PathLike[str],
     *,
     output: str | os.PathLike[str],
-    options: ConvertOptions | None = None,
+    layout: str | None = None,
+    rank: str | None = None,
+    base: str | os.PathLike[str] | None = None,
+    dtype: str | None = None,
     dry_run: bool = False,
     force: bool = False,
     progress: Progress = SILENT,
@@ -136,7 +139,15 @@ def convert(
     output : path-like
         A file ``.svf.safetensors`` makes a tuned file; else a folder for PEFT's layout, a file
         ``.safetensors`` for the others.
-    options : ConvertOptions, optional
+    layout : str, optional
+        ``peft``, ``kohya``, ``comfy`` or ``diffusers``; that of the input by default, ``peft`` for
+        tuned files.
+    rank : str, optional
+        ``"8"``, ``"energy:0.95"`` or ``"error:0.1"``; each layer keeps its own without it.
+    base : path-like, optional
+        The model that the adapter belongs to; for tuned files its factors.
+    dtype : str, optional
+        ``float32``, ``bfloat16`` or ``float16``; that of the input by default.
     dry_run : bool
         Say ranks and sizes; write nothing.
     force : bool
@@ -158,8 +169,8 @@ def convert(
     UsageError
         If an option is none or is missing, or the output exists.
     """
-    options, target = options or ConvertOptions(), Path(output)
-    rank = None if options.rank is None else parse_adapter_rank(options.rank)
+    options, target = ConvertOptions(layout, rank, base, dtype), Path(output)
+    rule = None if rank is None else parse_adapter_rank(rank)
     if options.dtype is not None and options.dtype not in DTYPES:
         raise UsageError(f"dtype {options.dtype!r}, expected one of {shortlist(DTYPES)}")
     if is_tuned_name(target):
@@ -168,18 +179,18 @@ def convert(
         with factors_of(source, options) as store:
             tuned = read_tuned(source)
             check_tuned(tuned, store)
-            work = of_tuned(tuned, store, options, rank)
+            work = of_tuned(tuned, store, options, rule)
             return _finish(
-                work, source, target, rank, options, dry_run=dry_run, force=force, progress=progress
+                work, source, target, rule, options, dry_run=dry_run, force=force, progress=progress
             )
     with ExitStack() as stack:
         adapter = stack.enter_context(open_adapter(source))
         for note in adapter.notes:
             progress.note(note)
         refuse_unused(adapter)
-        work = of_adapter(adapter, options, rank, stack)
+        work = of_adapter(adapter, options, rule, stack)
         return _finish(
-            work, source, target, rank, options, dry_run=dry_run, force=force, progress=progress
+            work, source, target, rule, options, dry_run=dry_run, force=force, progress=progress
         )
 
 
