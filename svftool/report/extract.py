@@ -31,6 +31,7 @@ def document(result: ExtractResult) -> dict[str, Any]:
         whole=result.whole,
         missing=result.missing,
         dropped=[asdict(one) for one in result.dropped],
+        proposal=None if result.proposal is None else asdict(result.proposal),
     )
 
 
@@ -47,12 +48,25 @@ def view(result: ExtractResult) -> RenderableType:
     if len(rows) > MOST_ROWS:
         parts.append(Text(f"and {len(rows) - MOST_ROWS} more layers, approximated better", "dim"))
     text = Text(
-        f"{result.error:.1%} of the change (as a norm) cannot be made by singular values.\n"
+        f"{result.error:.1%} of the change (as a norm) cannot be made by singular values.\n",
+        "bold yellow" if result.poor else "",
     )
+    if result.poor:
+        text.append(_instead(result), "yellow")
     for title, listed in (("stored whole", result.whole), ("not in the fine-tune", result.missing)):
         if listed:
             text.append(f"{title}: {shortlist(map(safe, listed), 4)}\n")
     return Group(*parts, "", text.append("tuned: ").append(safe(str(result.output)), "bold"))
+
+
+def _instead(result: ExtractResult) -> str:
+    """Say what holds a change that singular values do not."""
+    one = result.proposal
+    if one is None:
+        return "No low rank holds it either: the change is as wide as the layers.\n"
+    return (
+        f"A LoRA of rank {one.rank} would lose {_error(one.error)}: --as lora --rank {one.rank}\n"
+    )
 
 
 def lora_document(result: LoraResult) -> dict[str, Any]:

@@ -1,0 +1,166 @@
+"""A base and its fine-tune: the change of each tensor, and one look at all of them."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from svftool.auditing import AuditSource, Counterparts
+from svftool.auditing.evidence import EDGE_MARGIN
+from svftool.checkpoints import to_matrix
+from svftool.errors import CheckpointError, NumericalError, shortlist
+from svftool.numerics.rounding import coarser, precision_of, rounding_noise
+from svftool.processes import ALONE, Processes
+from svftool.progress import Progress
+
+_PART = 1 << 22
+_STRANGER = 0.1
+"""Cosine of two checkpoints below which one is no fine-tune of the other."""
+
+_Compared = tuple[float, list[float], bool]
+
+
+@dataclass(frozen=True)
+class Pair:
+    """A base and its fine-tune."""
+
+    before: AuditSource
+    side: Counterparts
+
+    def change(self, name: str) -> Tensor:
+        """Return ``W' - W``, in float64 where an adapter forms it, else in float32."""
+        weight = self.before.read(name)
+        found = self.side.read(name, weight)
+        assert found is not None
+        formed = found.whole_change
+        if formed is not None:
+            return formed
+        assert found.weight is not None
+        # Parts, so that no float64 copy of the whole is made.
+        change = torch.empty(weight.shape, dtype=torch.float32)
+        flat, one, two = change.view(-1), found.weight.reshape(-1), weight.reshape(-1)
+        for at in range(0, flat.numel(), _PART):
+            cut = slice(at, at + _PART)
+            flat[cut] = one[cut].double() - two[cut].double()
+        return change
+
+    def tuned(self, name: str) -> Tensor:
+        """Return the tensor after the change."""
+        weight = self.before.read(name)
+        found = self.side.read(name, weight)
+        if found is None:
+            return weight
+        if found.weight is not None:
+            return found.weight
+        change = found.whole_change
+        assert change is not None
+        return (weight.double() + change).to(weight.dtype)
+
+    def floor(self, name: str) -> float:
+        """Bound the singular values that rounding of the fine-tune makes by itself."""
+        weight = self.before.read(name)
+        found = self.side.read(name, weight)
+        if found is None or found.weight is None:
+            return 0.0
+        dtype = precision_of(found.weight)
+        if self.before.infos[name].dtype.is_floating_point:
+            dtype = coarser(dtype, found.weight.dtype)
+        return EDGE_MARGIN * rounding_noise(to_matrix(found.weight), dtype).edge
+
+
+@dataclass
+class Survey:
+    """One look at every tensor: what changed, and by how much.
+
+    Attributes
+    ----------
+    squares : dict of str to float
+        Sum of squares of the change, of what changed.
+    sums : list of float
+        ``<W, W'>``, ``||W||^2`` and ``||W'||^2`` over matrices.
+    """
+
+    squares: dict[str, float] = field(default_factory=dict)
+    sums: list[float] = field(default_factory=lambda: [0.0, 0.0, 0.0])
+
+
+def survey_of(pair: Pair, progress: Progress, processes: Processes = ALONE) -> Survey:
+    """Look at every tensor once; the processes share them.
+
+    Raises
+    ------
+    NumericalError
+        If the fine-tune holds NaN or infinity where the base does not.
+    """
+    names = [name for name in pair.side.names if pair.side.holds(name)]
+    mine = names[processes.rank :: processes.count]
+    seen: dict[str, _Compared] = {}
+    with progress.task("comparing", len(mine), unit="tensors") as task:
+        for name in mine:
+            seen[name] = _compare(pair, name)
+            task.advance(detail=name)
+    for others in processes.gather(seen):
+        seen |= others
+    # In the order of the names: what is said does not depend on who looked.
+    found, bad = Survey(), []
+    for name in names:
+        squares, sums, finite = seen[name]
+        if not finite:
+            bad.append(name)
+        if squares:
+            found.squares[name] = squares
+        if len(pair.before.infos[name].shape) > 1:
+            found.sums = [one + two for one, two in zip(found.sums, sums, strict=True)]
+    if bad:
+        raise NumericalError(
+            f"{pair.side.source.path}: {shortlist(map(repr, bad), 4)}: NaN or infinity where the "
+            "base has none, expected finite values. Name a fine-tune that did not diverge."
+        )
+    return found
+
+
+def _compare(pair: Pair, name: str) -> _Compared:
+    """Return the change's sum of squares, the products of both sides, and whether it is sound."""
+    weight = pair.before.read(name)
+    found = pair.side.read(name, weight)
+    assert found is not None
+    formed = found.whole_change
+    other = formed if formed is not None else found.weight
+    assert other is not None
+    if other.dtype.is_complex or weight.dtype.is_complex:
+        same = torch.equal(other, weight)
+        return 0.0 if same else float((other - weight).abs().square().sum()), [0.0] * 3, True
+    squares, sums = 0.0, [0.0, 0.0, 0.0]
+    one, two = weight.reshape(-1), other.reshape(-1)
+    for at in range(0, one.numel(), _PART):
+        W, T = one[at : at + _PART].double(), two[at : at + _PART].double()
+        T = W + T if formed is not None else T
+        sound = T.isfinite() | (T == W) | (T.isnan() & W.isnan())
+        if not bool(sound.all()):
+            return 1.0, sums, False
+        D = torch.where(T.isfinite() & W.isfinite(), T - W, 0.0)
+        W, T = W.nan_to_num(0.0, 0.0, 0.0), T.nan_to_num(0.0, 0.0, 0.0)
+        squares += float(D.square().sum())
+        new = float(W @ T), float(W @ W), float(T @ T)
+        sums = [a + b for a, b in zip(sums, new, strict=True)]
+    return squares, sums, True
+
+
+def refuse_another_base(before: AuditSource, after: AuditSource, survey: Survey) -> None:
+    """Refuse two checkpoints whose names fit and whose values do not.
+
+    Raises
+    ------
+    CheckpointError
+        If the cosine of their matrices is near 0.
+    """
+    inner, one, two = survey.sums
+    if one > 0 and two > 0 and abs(inner) < _STRANGER * math.sqrt(one) * math.sqrt(two):
+        raise CheckpointError(
+            f"{after.path}: its matrices have a cosine of {inner / math.sqrt(one * two):.2f} with "
+            f"those of {before.path}, expected a fine-tune of it. Name the base that it was tuned "
+            "from."
+        )
