@@ -14,6 +14,8 @@ from svftool.cli.common import (
     ForceOption,
     IncludeOption,
     OutputOption,
+    check_device,
+    is_first_process,
     leave_to_first_process,
 )
 from svftool.cli.completion import one_of
@@ -66,6 +68,14 @@ class HowToAdapt:
     ] = None
     include: IncludeOption = None
     exclude: ExcludeOption = None
+    device: Annotated[
+        str | None,
+        typer.Option(
+            metavar="auto|cpu|cuda[:i]",
+            autocompletion=one_of("auto", "cpu", "cuda"),
+            help="Of --as lora: where to compute (default: auto).",
+        ),
+    ] = None
 
     def options(self) -> LoraOptions:
         """Return them under the names of the library."""
@@ -79,6 +89,7 @@ class HowToAdapt:
             dtype=self.dtype,
             include=self.include or (),
             exclude=self.exclude or (),
+            device=self.device or "auto",
         )
 
     def given(self) -> list[str]:
@@ -104,19 +115,25 @@ def command(
     dry_run: Annotated[
         bool, typer.Option("--dry-run", help="Of --as lora: show ranks and sizes; write nothing.")
     ] = False,
+    resume: Annotated[
+        bool,
+        typer.Option("--resume", help="Of --as lora: continue an interrupted run of the same."),
+    ] = False,
     force: ForceOption = False,
     display: Display,
 ) -> None:
     """Turn a dense fine-tune into a small tuned file or a LoRA, with its error."""
-    leave_to_first_process("extract")
     if form not in FORMS:
         raise UsageError(no_such("--as", form, FORMS))
-    given = [*how.given(), *(["--dry-run"] * dry_run)]
+    if form != "lora":
+        leave_to_first_process("extract")
+    given = [*how.given(), *(["--dry-run"] * dry_run), *(["--resume"] * resume)]
     if form == "svf" and given:
         raise UsageError(f"{given[0]} is an option of --as lora, expected --as lora with it")
     for one in (base, tuned):
         check_exists(one)
-    if not dry_run:
+    check_device(how.device or "auto")
+    if not dry_run and is_first_process():
         check_output(output, force=force, inputs=[base, tuned])
     from svftool.report import extract as report
 
@@ -130,6 +147,7 @@ def command(
             output=output,
             options=how.options(),
             dry_run=dry_run,
+            resume=resume,
             force=force,
             progress=progress,
         )

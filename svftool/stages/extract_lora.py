@@ -10,17 +10,12 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from svftool.adapters.low_rank import (
-    AdapterRank,
-    LowRank,
-    Truncated,
-    parse_adapter_rank,
-    truncate,
-)
+from svftool.adapters.low_rank import AdapterRank, parse_adapter_rank
 from svftool.adapters.peft_config import CONFIG_FILE
 from svftool.adapters.writers import BaseModel, LayoutWriter, layout_writer
 from svftool.auditing import AuditSource, counterparts, open_source
@@ -31,18 +26,20 @@ from svftool.checkpoints import (
     dtype_name,
     matches,
     matrix_shape,
-    open_checkpoint,
     replace_output,
     to_matrix,
 )
 from svftool.checkpoints.dtypes import DECOMPOSABLE
-from svftool.engine import Job, job_bytes, run_layers
+from svftool.engine import Job
 from svftool.errors import CheckpointError, UsageError, shortlist, write_errors
 from svftool.factors import is_tuned
-from svftool.files.output import scratch_folder
-from svftool.numerics import ThreadPool
+from svftool.files.output import discard_folder, kept_folder
+from svftool.machine import pick_device
+from svftool.processes import Processes, joined_processes
 from svftool.progress import SILENT, Progress
 from svftool.stages.changes import Pair, Survey, refuse_another_base, survey_of
+from svftool.stages.truncation import AdapterSpool, Truncation
+from svftool.training.workspace import describe_files
 from svftool.version import __version__
 
 _DTYPES = {
@@ -70,6 +67,8 @@ class LoraOptions:
         ``float32``, ``bfloat16`` or ``float16``; by default that of the fine-tune.
     include, exclude : sequence of str
         Patterns of tensor names of the base.
+    device : str
+        ``auto``, ``cpu``, ``cuda`` or ``cuda:i``.
     """
 
     rank: str = "64"
@@ -79,6 +78,7 @@ class LoraOptions:
     dtype: str | None = None
     include: Sequence[str] = ()
     exclude: Sequence[str] = ()
+    device: str = "auto"
 
 
 @dataclass(frozen=True)
@@ -159,6 +159,7 @@ def extract_lora(
     output: str | os.PathLike[str],
     options: LoraOptions | None = None,
     dry_run: bool = False,
+    resume: bool = False,
     force: bool = False,
     progress: Progress = SILENT,
 ) -> LoraResult:
@@ -173,6 +174,8 @@ def extract_lora(
     options : LoraOptions, optional
     dry_run : bool
         Say sizes and the ranks to expect; write nothing.
+    resume : bool
+        Continue where an interrupted run of the same options on the same checkpoints stopped.
     force : bool
         Replace an existing output.
     progress : Progress
@@ -198,14 +201,16 @@ def extract_lora(
         raise UsageError(f"dtype {options.dtype!r}, expected one of {shortlist(_DTYPES)}")
     if is_tuned(tuned):
         raise UsageError(f"{tuned}: a tuned file, expected a dense fine-tune or a LoRA folder")
+    device = pick_device(options.device)
     with ExitStack() as stack:
+        processes = stack.enter_context(joined_processes())
         before = stack.enter_context(open_source(base))
         after = stack.enter_context(open_source(tuned))
         for warning in dict.fromkeys((*before.warnings, *after.warnings)):
             progress.warn(warning)
         pair = Pair(before, counterparts(before, after, progress))
         wanted = _wanted(before.infos, options)
-        survey = survey_of(pair, progress)
+        survey = survey_of(pair, progress, processes)
         refuse_another_base(before, after, survey)
         changed = [name for name in survey.squares if name in wanted]
         if not changed:
@@ -216,15 +221,18 @@ def extract_lora(
             )
         model = BaseModel(before.infos, before.config or {}, str(base))
         work = _Work(
-            pair, survey, rank, options, kind(model, changed), _dtype(options, after, changed)
+            pair,
+            survey,
+            rank,
+            options,
+            kind(model, changed),
+            _dtype(options, after, changed),
+            device,
         )
         work.check_some()
         if dry_run:
             return _plan(work, target)
-        inputs = [Path(base), Path(tuned)]
-        partial = stack.enter_context(replace_output(target, force=force, inputs=inputs))
-        folder = stack.enter_context(scratch_folder(partial))
-        return _write(work, partial, folder, target, progress)
+        return _run(work, target, processes, force=force, resume=resume, progress=progress)
 
 
 def _wanted(infos: Mapping[str, TensorInfo], options: LoraOptions) -> set[str]:
@@ -261,6 +269,7 @@ class _Work:
     options: LoraOptions
     writer: LayoutWriter
     dtype: torch.dtype
+    device: torch.device
 
     @property
     def total(self) -> float:
@@ -283,6 +292,21 @@ class _Work:
         """Return the sides of a layer's matrix."""
         m, n = matrix_shape(self.pair.before.infos[name].shape)
         return m, n
+
+    def jobs(self) -> list[Job]:
+        """List the layers to truncate, in the base's order."""
+        return [Job(name, self.matrix(name)) for name in self.named("low rank")]
+
+    def truncation(self) -> Truncation:
+        """Return how they are truncated."""
+        return Truncation(
+            rank=self.rank,
+            dtype=self.dtype,
+            device=self.device,
+            change=lambda name: to_matrix(self.pair.change(name)),
+            floor=self.pair.floor,
+            held=lambda name: self.pair.before.infos[name].nbytes,
+        )
 
     def check_some(self) -> None:
         """Refuse where the layout holds nothing of what changed."""
@@ -354,23 +378,67 @@ def _plan(work: _Work, target: Path) -> LoraResult:
     )
 
 
-def _write(
-    work: _Work, partial: Path, folder: Path, target: Path, progress: Progress
+def _run(
+    work: _Work,
+    target: Path,
+    processes: Processes,
+    *,
+    force: bool,
+    resume: bool,
+    progress: Progress,
 ) -> LoraResult:
-    names = work.named("low rank")
-    found = _truncated(work, names, folder, progress)
+    """Truncate what is not finished and write the adapter; the processes share the layers."""
+    inputs = [work.pair.before.path, work.pair.side.source.path]
+    with ExitStack() as stack:
+
+        def claim() -> tuple[Path, Path]:
+            partial = stack.enter_context(replace_output(target, force=force, inputs=inputs))
+            return partial, kept_folder(partial, resume=resume)
+
+        partial, folder = processes.once(claim)
+        spool = AdapterSpool(folder, work.named("low rank"), target)
+        try:
+            processes.once(lambda: spool.begin(_facts(work), resume=resume))
+            work.truncation().run(work.jobs(), spool, processes=processes, progress=progress)
+            result = processes.once(lambda: _write(work, spool, partial, target, progress))
+        except BaseException:
+            if processes.first and not spool.holds_layers:
+                discard_folder(folder)
+            raise
+    # Only now: until the output is in its place, what it is made of is kept.
+    if processes.first:
+        discard_folder(folder)
+    return result
+
+
+def _facts(work: _Work) -> dict[str, Any]:
+    """Everything that decides the layers: an interrupted run must agree to be resumed."""
+    return {
+        "base": describe_files(work.pair.before.path),
+        "fine-tune": describe_files(work.pair.side.source.path),
+        "layers": [[job.name, *job.matrix] for job in work.jobs()],
+        "layout": work.options.layout,
+        "rank": str(work.rank),
+        "max_rank": work.rank.most,
+        "dtype": dtype_name(work.dtype),
+    }
+
+
+def _write(
+    work: _Work, spool: AdapterSpool, partial: Path, target: Path, progress: Progress
+) -> LoraResult:
+    found = spool.finished()
     rows, rest, dropped = [], 0.0, work.left_out()
     ranks: dict[str, int] = {}
-    for name in names:
+    for name in work.named("low rank"):
         one = found[name]
-        if one.layer is None:
+        if not one.rank:
             nbytes = work.pair.before.infos[name].nbytes
             dropped.append(LeftOut(name, "no more than rounding", nbytes, work.share(name)))
             continue
-        ranks[name] = one.layer.rank
+        ranks[name] = one.rank
         rest += one.rest**2
-        row = AdaptedLayer(name, one.layer.rank, one.error, work.share(name), one.floored)
-        rows.append(row)
+        rows.append(AdaptedLayer(name, one.rank, one.error, work.share(name), one.floored))
     whole = tuple(work.named("whole"))
     if not ranks and not whole:
         raise CheckpointError(
@@ -381,15 +449,14 @@ def _write(
     if work.options.uniform_rank and ranks:
         most = max(ranks.values())
         ranks = dict.fromkeys(ranks, most)
-        rows = [AdaptedLayer(r.name, most, r.error, r.share, r.floored) for r in rows]
-    size = _assemble(work, ranks, partial, folder)
+    size = _assemble(work, ranks, partial, spool)
     _say(work, rows, dropped, progress)
     return LoraResult(
         output=target,
         layout=work.options.layout,
         dtype=dtype_name(work.dtype),
         dry_run=False,
-        layers=tuple(rows),
+        layers=tuple(AdaptedLayer(**{**vars(r), "rank": ranks[r.name]}) for r in rows),
         error=math.sqrt(rest / work.total) if work.total > 0 else 0.0,
         whole=whole,
         missing=work.missing(),
@@ -398,67 +465,13 @@ def _write(
     )
 
 
-def _truncated(
-    work: _Work, names: Sequence[str], folder: Path, progress: Progress
-) -> dict[str, Truncated]:
-    """Truncate layer by layer; the matrices go to the disk, and their shapes are kept."""
-    floors: dict[str, float] = {}
-    numbers = {name: number for number, name in enumerate(names)}
-
-    def read(name: str) -> Tensor:
-        floors[name] = work.pair.floor(name)
-        return to_matrix(work.pair.change(name))
-
-    def do(job: Job, change: Tensor, pool: ThreadPool) -> Truncated:
-        return truncate(
-            job.name,
-            change,
-            work.rank,
-            dtype=work.dtype,
-            floor=floors[job.name],
-            pool=pool,
-        )
-
-    def size(job: Job) -> int:
-        kept = work.rank.limit(*job.matrix) if work.rank.kind == "count" else None
-        # The two weights are there while their difference is formed.
-        return job_bytes(job, kept) + 2 * work.pair.before.infos[job.name].nbytes
-
-    jobs = [Job(name, work.matrix(name), torch.float32) for name in names]
-    found = {}
-    for name, one in run_layers(jobs, read, do, size=size, title="truncating", progress=progress):
-        if one.layer is not None:
-            _keep(folder / f"{numbers[name]}.safetensors", one.layer)
-            one = Truncated(_outline(one.layer), one.total, one.rest, one.floored)
-        found[name] = one
-    return found
-
-
-def _outline(layer: LowRank) -> LowRank:
-    """Return a layer of the same shapes that holds no numbers."""
-    return LowRank(layer.name, layer.B.to("meta"), layer.A.to("meta"), layer.scale)
-
-
-def _keep(path: Path, layer: LowRank) -> None:
-    parts = {"B": layer.B, "A": layer.A}
-    layout = {name: (part.dtype, tuple(part.shape)) for name, part in parts.items()}
-    with SafetensorsWriter(path, layout) as writer:
-        for name, part in parts.items():
-            writer.write(name, part)
-
-
-def _assemble(work: _Work, ranks: Mapping[str, int], partial: Path, folder: Path) -> int:
+def _assemble(work: _Work, ranks: Mapping[str, int], partial: Path, spool: AdapterSpool) -> int:
     """Write the adapter from what lies on the disk; return the bytes of its tensors."""
     writer = work.writer
-    numbers = {name: number for number, name in enumerate(work.named("low rank"))}
-
-    def layer(name: str) -> LowRank:
-        with open_checkpoint(folder / f"{numbers[name]}.safetensors") as file:
-            return LowRank(name, file.read("B"), file.read("A")).padded(ranks[name])
 
     def thin() -> Iterator[dict[str, Tensor]]:
         for name in ranks:
-            yield writer.entries(layer(name))
+            yield writer.entries(spool.read(name).padded(ranks[name]))
 
     about = _about(work)
     path = partial
