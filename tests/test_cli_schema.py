@@ -56,7 +56,7 @@ def nodes(value: Any) -> Iterator[dict[str, Any]]:
 
 
 def test_every_command_with_a_document_has_a_schema() -> None:
-    assert set(described()) == {
+    assert set(described()) - {"pipeline"} == {  # which several commands print
         name for name, one in COMMANDS.items() if any("--json" in p.opts for p in one.params)
     }
 

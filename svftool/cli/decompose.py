@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -20,6 +20,7 @@ from svftool.cli.common import (
 from svftool.cli.completion import one_of
 from svftool.files.folder import check_exists
 from svftool.files.output import check_output
+from svftool.files.pipeline import is_pipeline, read_pipeline
 
 if TYPE_CHECKING:
     from svftool.stages.decompose import DecomposeOptions
@@ -113,9 +114,40 @@ def command(
     from svftool.stages.decompose import decompose, plan
 
     progress = display.progress()
+    if is_pipeline(checkpoint):
+        _pipeline(checkpoint, output, dry_run, display, resume=resume, force=force, **options)
+        return
     if dry_run:
         planned = plan(checkpoint, progress=progress, **options)
         display.emit(report.plan_document(planned), report.plan_view(planned))
         return
     result = decompose(checkpoint, output, resume=resume, force=force, progress=progress, **options)
     display.emit(report.document(result), report.view(result))
+
+
+def _pipeline(folder: str, output: Path, dry_run: bool, display: Display, **options: Any) -> None:
+    """Decompose a pipeline, or show what that would do to each component."""
+    from svftool.report import decompose as report
+    from svftool.report import pipeline
+    from svftool.stages.decompose import plan
+    from svftool.stages.pipeline import PipelineResult, decompose_pipeline
+
+    progress = display.progress()
+    if dry_run:
+        for name in ("resume", "force"):  # nothing is written
+            options.pop(name)
+        found = read_pipeline(folder)
+        plans = {
+            name: plan(found.path / name, progress=progress, **options) for name in found.components
+        }
+        planned = PipelineResult(None, plans)
+        display.emit(
+            pipeline.document("decompose", planned, report.plan_document),
+            pipeline.view(planned, report.plan_view),
+        )
+        return
+    result = decompose_pipeline(folder, output, progress=progress, **options)
+    display.emit(
+        pipeline.document("decompose", result, report.document),
+        pipeline.view(result, report.view),
+    )

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
+from rich.console import RenderableType
 
 from svftool.cli.common import (
     Display,
@@ -20,8 +22,10 @@ from svftool.cli.common import (
 )
 from svftool.cli.completion import one_of
 from svftool.errors import UsageError, no_such
-from svftool.files.folder import check_exists
+from svftool.files.folder import TUNED_SUFFIX, check_exists
 from svftool.files.output import check_output
+from svftool.files.pipeline import is_pipeline
+from svftool.progress import Progress
 
 if TYPE_CHECKING:
     from svftool.stages.extract_lora import LoraOptions
@@ -135,25 +139,82 @@ def command(
     check_device(how.device or "auto")
     if not dry_run and is_first_process():
         check_output(output, force=force, inputs=[base, tuned])
-    from svftool.report import extract as report
-
-    progress = display.progress()
-    if form == "lora":
-        from svftool.stages.extract_lora import extract_lora
-
-        adapter = extract_lora(
-            base,
-            tuned,
-            output=output,
-            options=how.options(),
-            dry_run=dry_run,
-            resume=resume,
-            force=force,
-            progress=progress,
-        )
-        display.emit(report.lora_document(adapter), report.lora_view(adapter))
+    way = _Way(form, how, dry_run, resume, display.progress())
+    show = way.shown()
+    if not is_pipeline(base):
+        result = way.run(base, tuned, output, force=force)
+        display.emit(show.document(result), show.view(result))
         return
-    from svftool.stages.extract import extract
+    from svftool.report import pipeline
+    from svftool.stages.pipeline import extract_pipeline
 
-    result = extract(base, tuned, output=output, force=force, progress=progress)
-    display.emit(report.document(result), report.view(result))
+    if dry_run or resume:
+        raise UsageError(
+            f"{base}: a pipeline, for which there is no {given[-1]}, expected a component of it. "
+            f"Name one, such as {base}/unet."
+        )
+    found = extract_pipeline(
+        base,
+        tuned,
+        way.run,
+        output=output,
+        suffix=way.suffix,
+        force=force,
+        shared=form == "lora",
+        progress=way.progress,
+    )
+    display.emit(
+        pipeline.document("extract", found, show.document), pipeline.view(found, show.view)
+    )
+
+
+@dataclass(frozen=True)
+class _Shown:
+    """How a form's result is shown."""
+
+    document: Callable[[Any], dict[str, Any]]
+    view: Callable[[Any], RenderableType]
+
+
+@dataclass(frozen=True)
+class _Way:
+    """One of the forms, with its options."""
+
+    form: str
+    how: HowToAdapt
+    dry_run: bool
+    resume: bool
+    progress: Progress
+
+    @property
+    def suffix(self) -> str:
+        """How the names of outputs end, in a folder of several."""
+        if self.form == "svf":
+            return TUNED_SUFFIX
+        return "" if self.how.options().layout == "peft" else ".safetensors"
+
+    def shown(self) -> _Shown:
+        from svftool.report import extract as report
+
+        if self.form == "lora":
+            return _Shown(report.lora_document, report.lora_view)
+        return _Shown(report.document, report.view)
+
+    def run(self, base: Path, tuned: Path, output: Path, *, force: bool = False) -> Any:
+        """Extract from one checkpoint."""
+        if self.form == "lora":
+            from svftool.stages.extract_lora import extract_lora
+
+            return extract_lora(
+                base,
+                tuned,
+                output=output,
+                options=self.how.options(),
+                dry_run=self.dry_run,
+                resume=self.resume,
+                force=force,
+                progress=self.progress,
+            )
+        from svftool.stages.extract import extract
+
+        return extract(base, tuned, output=output, force=force, progress=self.progress)

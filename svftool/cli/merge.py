@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -16,6 +16,7 @@ from svftool.cli.common import (
 )
 from svftool.files.folder import check_dense_name, check_factors, check_tuned_exist, is_tuned_name
 from svftool.files.output import check_output
+from svftool.files.pipeline import is_pipeline
 
 EXAMPLE = "Example: svftool merge factors birds.svf.safetensors@0.7 -o merged.safetensors --verify"
 
@@ -51,24 +52,34 @@ def command(
 ) -> None:
     """Fold tuned singular values back into dense weights, or mix tuned files to one."""
     leave_to_first_process("merge")
-    check_factors(factors)
+    whole = is_pipeline(factors)
+    if not whole:
+        check_factors(factors)
     check_tuned_exist(tuned or ())
     check_dense_name(output, tuned=bool(tuned) and is_tuned_name(output))
     check_output(output, force=force, inputs=[factors])
     from svftool.report import merge as report
     from svftool.stages.merge import merge
 
-    result = merge(
-        factors,
-        tuned or [],
-        output=output,
-        base=base,
-        without_base=without_base,
-        max_shard_size=max_shard_size,
-        verify=verify,
-        allow_overflow=allow_overflow,
-        dtype=dtype,
-        force=force,
-        progress=display.progress(),
-    )
+    options: dict[str, Any] = {
+        "base": base,
+        "without_base": without_base,
+        "max_shard_size": max_shard_size,
+        "verify": verify,
+        "allow_overflow": allow_overflow,
+        "dtype": dtype,
+        "force": force,
+        "progress": display.progress(),
+    }
+    if whole:
+        from svftool.report import pipeline
+        from svftool.stages.pipeline import merge_pipeline
+
+        merged = merge_pipeline(factors, tuned or [], output=output, **options)
+        display.emit(
+            pipeline.document("merge", merged, report.document),
+            pipeline.view(merged, report.view),
+        )
+        return
+    result = merge(factors, tuned or [], output=output, **options)
     display.emit(report.document(result), report.view(result))

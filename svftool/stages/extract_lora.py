@@ -31,7 +31,7 @@ from svftool.checkpoints import (
 )
 from svftool.checkpoints.dtypes import DECOMPOSABLE
 from svftool.engine import Job
-from svftool.errors import CheckpointError, UsageError, shortlist, write_errors
+from svftool.errors import CheckpointError, UnchangedError, UsageError, shortlist, write_errors
 from svftool.factors import is_tuned
 from svftool.files.output import discard_folder, kept_folder
 from svftool.machine import pick_device
@@ -214,7 +214,7 @@ def extract_lora(
         refuse_another_base(before, after, survey)
         changed = [name for name in survey.squares if name in wanted]
         if not changed:
-            raise CheckpointError(
+            raise UnchangedError(
                 f"{after.path}: nothing differs from {before.path}"
                 f"{' among the tensors asked for' if wanted < set(before.infos) else ''}, expected "
                 "a fine-tune of it. Name another one."
