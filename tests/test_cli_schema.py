@@ -261,7 +261,8 @@ def documents(tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict[str, A
 
 
 def test_documents_fit_their_schemas(documents: dict[str, dict[str, Any]]) -> None:
-    assert {one["command"] for one in documents.values()} == set(described())
+    every = set(described()) - {"pipeline"}  # held against its own by test_pipelines
+    assert {one["command"] for one in documents.values()} == every
     for kind, document in documents.items():
         assert faults(document) == [], kind
 

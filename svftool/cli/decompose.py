@@ -20,7 +20,7 @@ from svftool.cli.common import (
 from svftool.cli.completion import one_of
 from svftool.files.folder import check_exists
 from svftool.files.output import check_output
-from svftool.files.pipeline import is_pipeline, read_pipeline
+from svftool.files.pipeline import is_pipeline, located, read_pipeline
 
 if TYPE_CHECKING:
     from svftool.stages.decompose import DecomposeOptions
@@ -114,8 +114,9 @@ def command(
     from svftool.stages.decompose import decompose, plan
 
     progress = display.progress()
-    if is_pipeline(checkpoint):
-        _pipeline(checkpoint, output, dry_run, display, resume=resume, force=force, **options)
+    place = located(checkpoint)
+    if is_pipeline(place):
+        _pipeline(place, output, dry_run, display, resume=resume, force=force, **options)
         return
     if dry_run:
         planned = plan(checkpoint, progress=progress, **options)
@@ -125,7 +126,7 @@ def command(
     display.emit(report.document(result), report.view(result))
 
 
-def _pipeline(folder: str, output: Path, dry_run: bool, display: Display, **options: Any) -> None:
+def _pipeline(folder: Path, output: Path, dry_run: bool, display: Display, **options: Any) -> None:
     """Decompose a pipeline, or show what that would do to each component."""
     from svftool.report import decompose as report
     from svftool.report import pipeline

@@ -24,7 +24,7 @@ from svftool.cli.completion import one_of
 from svftool.errors import UsageError, no_such
 from svftool.files.folder import TUNED_SUFFIX, check_exists
 from svftool.files.output import check_output
-from svftool.files.pipeline import is_pipeline
+from svftool.files.pipeline import is_pipeline, located
 from svftool.progress import Progress
 
 if TYPE_CHECKING:
@@ -141,7 +141,8 @@ def command(
         check_output(output, force=force, inputs=[base, tuned])
     way = _Way(form, how, dry_run, resume, display.progress())
     show = way.shown()
-    if not is_pipeline(base):
+    place = located(base)
+    if not is_pipeline(place):
         result = way.run(base, tuned, output, force=force)
         display.emit(show.document(result), show.view(result))
         return
@@ -154,8 +155,8 @@ def command(
             f"Name one, such as {base}/unet."
         )
     found = extract_pipeline(
-        base,
-        tuned,
+        place,
+        located(tuned),
         way.run,
         output=output,
         suffix=way.suffix,

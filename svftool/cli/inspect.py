@@ -22,7 +22,7 @@ from svftool.cli.common import (
 from svftool.errors import GateError, UsageError, shortlist
 from svftool.files.folder import check_exists
 from svftool.files.output import check_output
-from svftool.files.pipeline import counterpart_folders, is_pipeline, read_pipeline
+from svftool.files.pipeline import counterpart_folders, is_pipeline, located, read_pipeline
 
 if TYPE_CHECKING:
     from svftool.auditing import AuditResult
@@ -158,8 +158,11 @@ def command(
         progress=display.progress(),
     )
     shown = report.Shown(sort=sort, top=top, group=group, every=every)
-    if is_pipeline(base):
-        _pipeline(base, others, look, gate, shown, asked, limits, display)
+    place = located(base)
+    if is_pipeline(place):
+        _pipeline(
+            place, [str(located(one)) for one in others], look, gate, shown, asked, limits, display
+        )
         return
     annotations = Annotations.read(limits.annotate or (), force=force, inputs=inputs)
     files = Files(asked.csv, asked.html, asked.plot, force=force, inputs=inputs)
@@ -182,7 +185,7 @@ def command(
 
 
 def _pipeline(
-    base: str,
+    base: Path,
     others: list[str],
     look: Callable[..., AuditResult],
     gate: Gatekeeper,
@@ -207,7 +210,7 @@ def _pipeline(
     pairs = counterpart_folders(source, others)
     if is_first_process():
         for name in source.components:
-            _files(asked, name, (base, *others)).check(shown.sort)
+            _files(asked, name, (str(base), *others)).check(shown.sort)
     for name, theirs in pairs.items():
         there = [one for one in theirs if one is not None]
         if len(there) < len(theirs):
@@ -216,7 +219,7 @@ def _pipeline(
             continue
         result = look(source.path / name, there)
         verdicts = gate.hold(result)
-        files = _files(asked, name, (base, *others))
+        files = _files(asked, name, (str(base), *others))
         files.write(result, verdicts)
         display.wrote(files.csv, files.html, files.plot)
         found[name], held = (result, verdicts), [*held, *verdicts]

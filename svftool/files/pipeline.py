@@ -12,12 +12,14 @@ from svftool.errors import CheckpointError, shortlist
 from svftool.files.folder import (
     FACTORS_FILE,
     SideFiles,
+    is_on_hub,
     read_object,
     side_files,
     weight_candidates,
 )
+from svftool.files.hub import PIPELINE_FILE, fetch
 
-INDEX = "model_index.json"
+INDEX = PIPELINE_FILE
 _NAME = re.compile(r"\w[\w.-]*")
 
 
@@ -45,6 +47,14 @@ class Pipeline:
         found.kept = [one for one in found.kept if one.relative_to(self.path).parts[0] not in own]
         found.left = {name: size for name, size in found.left.items() if name not in own}
         return found
+
+
+def located(path: str | os.PathLike[str]) -> Path:
+    """Return the folder of a pipeline, fetched if it is on the hub; anything else as it is."""
+    text = os.fspath(path)
+    if is_on_hub(text) and is_pipeline(here := fetch(text)):
+        return here
+    return Path(text)
 
 
 def is_pipeline(path: str | os.PathLike[str]) -> bool:

@@ -247,6 +247,8 @@ def _carry(
 ) -> tuple[tuple[str, ...], dict[str, int]]:
     rest = source.rest()
     rest.copy(partial)
+    if source.absent:
+        progress.warn(f"{source.path}: the index lists {shortlist(source.absent, 6)}, not there")
     if rest.left:
         progress.warn(f"{source.path}: not copied: {named(rest.left)}")
     return tuple(str(one.relative_to(source.path)) for one in rest.kept), dict(rest.left)
