@@ -139,11 +139,12 @@ class _Handler(BaseHTTPRequestHandler):
                 return
             self._json({"errors": [], "warnings": []})
         elif path == "api/repos/create":
-            self.hub.created.append(json.loads(raw))
-            self._json({"url": f"{self.hub.url}/{json.loads(raw)['name']}"})
+            asked = json.loads(raw)
+            self.hub.created.append(asked)
+            self._json({"url": f"{self.hub.url}/{asked['organization']}/{asked['name']}"})
         elif parts[4:5] == ["preupload"]:
-            asked = [one["path"] for one in json.loads(raw)["files"]]
-            kept = [{"path": one, "uploadMode": "regular", "shouldIgnore": False} for one in asked]
+            names = [one["path"] for one in json.loads(raw)["files"]]
+            kept = [{"path": one, "uploadMode": "regular", "shouldIgnore": False} for one in names]
             self._json({"files": kept})
         elif parts[4:5] == ["commit"]:
             repo = "/".join(parts[2:4])

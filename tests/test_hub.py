@@ -121,3 +121,113 @@ def test_both_sides_of_extract_may_be_on_the_hub(model: Hub, tmp_path: Path) -> 
     assert json.loads(run(*words, "--json").stdout)["error"] < 1e-6
     config = json.loads((tmp_path / "x" / "adapter_config.json").read_text())
     assert config["base_model_name_or_path"] == "me/model"
+
+
+# Pushing.
+
+
+@pytest.fixture
+def known(model: Hub) -> Hub:
+    run("decompose", "me/model", "-o", "f")
+    return model
+
+
+def commands(tmp_path: Path) -> dict[str, list[object]]:
+    (tmp_path / "tuned").mkdir()
+    (tmp_path / "tuned" / "model.safetensors").write_bytes(weights(2))
+    return {
+        "decompose": ["decompose", "me/model", "-o", "out"],
+        "merge": ["merge", "f", "-o", "out"],
+        "extract": ["extract", "me/model", "tuned", "-o", "out.svf.safetensors"],
+        "lora": ["extract", "me/model", "tuned", "-o", "out", "--as", "lora", "--rank", 2],
+    }
+
+
+RELATIONS = {
+    "decompose": ("quantized", "svftool"),
+    "merge": ("finetune", None),
+    "extract": ("adapter", "svftool"),
+    "lora": ("adapter", "peft"),
+}
+
+
+@pytest.mark.parametrize("name", RELATIONS)
+@pytest.mark.parametrize("flag", ["", "--private", "--create-pr"])
+def test_what_was_written_is_pushed_with_a_card(
+    known: Hub, tmp_path: Path, name: str, flag: str
+) -> None:
+    from huggingface_hub import ModelCard
+
+    words = [*commands(tmp_path)[name], "--push-to-hub", "me/new", *filter(None, [flag])]
+    run(*words)
+    (commit,) = known.commits
+    assert (commit["repo"], commit["create_pr"]) == ("me/new", flag == "--create-pr")
+    made = [one.get("visibility") == "private" for one in known.created]
+    assert made == ([] if flag == "--create-pr" else [flag == "--private"])
+    output = tmp_path / str(words[words.index("-o") + 1])
+    written = files_of(output) if output.is_dir() else {output.name: output.read_bytes()}
+    pushed = dict(commit["files"])
+    text = pushed.pop("README.md").decode()
+    assert pushed == {key: value for key, value in written.items() if key != "README.md"}
+    assert set(known.cards) == {text}  # the hub has checked it
+    card = ModelCard(text)
+    relation, library = RELATIONS[name]
+    assert card.data.base_model == "me/model"
+    assert card.data.to_dict()["base_model_relation"] == relation
+    assert card.data.library_name == library
+    assert f"svftool {words[0]} {words[1]}" in card.text
+    assert output.name in card.text
+
+
+def test_a_pipeline_is_pushed_whole(hub: Hub, tmp_path: Path) -> None:
+    base = make(tmp_path / "base")
+    hub.repos["me/pipe"] = {"main": files_of(base)}
+    run("decompose", "me/pipe", "-o", "f", "--push-to-hub", "me/f")
+    run("merge", "f", "-o", "m", "--push-to-hub", "me/m")
+    factors, merged = (dict(one["files"]) for one in hub.commits)
+    assert "unet/svf_config.json" in factors
+    card = merged.pop("README.md").decode()
+    assert "base_model: me/pipe" in card
+    assert "library_name: diffusers" in card
+    expected = contents(base)
+    expected.pop("README.md")
+    assert merged == expected
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (["--private"], "--private is an option of --push-to-hub"),
+        (["--create-pr"], "--create-pr is an option of --push-to-hub"),
+        (["--push-to-hub", "new"], "expected a repository, OWNER/NAME"),
+        (["--push-to-hub", "me/a/b"], "expected a repository, OWNER/NAME"),
+        (["--push-to-hub", "me/new@v1"], "expected a repository, OWNER/NAME"),
+        (["--push-to-hub", "me/a..b"], "--push-to-hub: "),
+    ],
+)
+def test_a_push_that_cannot_be_is_refused_before_any_work(
+    model: Hub, tmp_path: Path, words: list[str], said: str
+) -> None:
+    refused = run("decompose", "me/model", "-o", "out", *words, code=2)
+    assert said in refused.stderr
+    assert not (tmp_path / "out").exists()
+    assert not model.fetched
+
+
+def test_without_a_token_nothing_begins(
+    model: Hub, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("huggingface_hub.get_token", lambda: None)
+    refused = run("decompose", "me/model", "-o", "out", "--push-to-hub", "me/new", code=2)
+    assert "no token" in refused.stderr
+    assert not (tmp_path / "out").exists()
+
+
+def test_what_the_hub_refuses_stays_here(known: Hub, tmp_path: Path) -> None:
+    known.refuse_card = '"base_model" is wrong'
+    refused = run("merge", "f", "-o", "out", "--push-to-hub", "me/new", code=8)
+    assert '"base_model" is wrong' in refused.stderr
+    assert "hf upload me/new out" in refused.stderr
+    assert (tmp_path / "out" / "model.safetensors").is_file()
+    assert not known.created
+    assert not known.commits

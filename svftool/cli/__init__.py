@@ -16,7 +16,7 @@ from typing import Annotated, Any
 
 import typer
 
-from svftool.cli.common import lasting_streams, stderr
+from svftool.cli.common import keep_words, lasting_streams, stderr
 from svftool.cli.help import Command, CommandLine
 from svftool.errors import SvftoolError, did_you_mean, refused
 from svftool.report.text import one_line
@@ -93,6 +93,11 @@ class ErrorBoundary(CommandLine):
     def __init__(self, **settings: Any) -> None:
         super().__init__(**settings)
         self.commands = Commands()  # type: ignore[assignment]
+
+    def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
+        """Keep the words, for what is to say by which command it was made."""
+        keep_words(args)
+        return super().parse_args(ctx, args)
 
     def invoke(self, ctx: Any) -> Any:
         """Run the command."""

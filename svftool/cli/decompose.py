@@ -18,6 +18,7 @@ from svftool.cli.common import (
     is_first_process,
 )
 from svftool.cli.completion import one_of
+from svftool.cli.push import PushFlags
 from svftool.files.folder import check_exists
 from svftool.files.output import check_output
 from svftool.files.pipeline import is_pipeline, located, read_pipeline
@@ -102,12 +103,14 @@ def command(
         bool, typer.Option("--dry-run", help="Show the plan with sizes; write nothing.")
     ] = False,
     force: ForceOption = False,
+    hub: PushFlags,
     display: Display,
 ) -> None:
     """Decompose a checkpoint's layers by singular value decomposition."""
     options = how.options()
     check_device(options["device"])
     check_exists(checkpoint)
+    hub.check()
     if not dry_run and is_first_process():
         check_output(output, force=force or resume, inputs=[Path(checkpoint)])
     from svftool.report import decompose as report
@@ -116,7 +119,9 @@ def command(
     progress = display.progress()
     place = located(checkpoint)
     if is_pipeline(place):
-        _pipeline(place, output, dry_run, display, resume=resume, force=force, **options)
+        _pipeline(
+            place, output, dry_run, display, hub, checkpoint, resume=resume, force=force, **options
+        )
         return
     if dry_run:
         planned = plan(checkpoint, progress=progress, **options)
@@ -124,9 +129,18 @@ def command(
         return
     result = decompose(checkpoint, output, resume=resume, force=force, progress=progress, **options)
     display.emit(report.document(result), report.view(result))
+    hub.push(output, report.view(result), base=checkpoint, relation="quantized")
 
 
-def _pipeline(folder: Path, output: Path, dry_run: bool, display: Display, **options: Any) -> None:
+def _pipeline(
+    folder: Path,
+    output: Path,
+    dry_run: bool,
+    display: Display,
+    hub: PushFlags,
+    checkpoint: str,
+    **options: Any,
+) -> None:
     """Decompose a pipeline, or show what that would do to each component."""
     from svftool.report import decompose as report
     from svftool.report import pipeline
@@ -148,7 +162,6 @@ def _pipeline(folder: Path, output: Path, dry_run: bool, display: Display, **opt
         )
         return
     result = decompose_pipeline(folder, output, progress=progress, **options)
-    display.emit(
-        pipeline.document("decompose", result, report.document),
-        pipeline.view(result, report.view),
-    )
+    shown = pipeline.view(result, report.view)
+    display.emit(pipeline.document("decompose", result, report.document), shown)
+    hub.push(output, shown, base=checkpoint, relation="quantized")

@@ -21,6 +21,7 @@ from svftool.cli.common import (
     leave_to_first_process,
 )
 from svftool.cli.completion import one_of
+from svftool.cli.push import PushFlags
 from svftool.errors import UsageError, no_such
 from svftool.files.folder import TUNED_SUFFIX, check_exists
 from svftool.files.output import check_output
@@ -124,19 +125,15 @@ def command(
         typer.Option("--resume", help="Of --as lora: continue an interrupted run of the same."),
     ] = False,
     force: ForceOption = False,
+    hub: PushFlags,
     display: Display,
 ) -> None:
     """Turn a dense fine-tune into a small tuned file or a LoRA, with its error."""
-    if form not in FORMS:
-        raise UsageError(no_such("--as", form, FORMS))
-    if form != "lora":
-        leave_to_first_process("extract")
-    given = [*how.given(), *(["--dry-run"] * dry_run), *(["--resume"] * resume)]
-    if form == "svf" and given:
-        raise UsageError(f"{given[0]} is an option of --as lora, expected --as lora with it")
+    _check(form, how, dry_run=dry_run, resume=resume)
     for one in (base, tuned):
         check_exists(one)
     check_device(how.device or "auto")
+    hub.check()
     if not dry_run and is_first_process():
         check_output(output, force=force, inputs=[base, tuned])
     way = _Way(form, how, dry_run, resume, display.progress())
@@ -145,28 +142,49 @@ def command(
     if not is_pipeline(place):
         result = way.run(base, tuned, output, force=force)
         display.emit(show.document(result), show.view(result))
+        if not dry_run:
+            hub.push(output, show.view(result), base=base, relation="adapter", library=way.library)
         return
+    if dry_run or resume:
+        raise UsageError(
+            f"{base}: a pipeline, which takes no {'--dry-run' if dry_run else '--resume'}, "
+            f"expected a component of it. Name one, such as {base}/unet."
+        )
+    document, view = _pipeline(way, place, located(tuned), output, force=force)
+    display.emit(document, view)
+    hub.push(output, view, base=base, relation="adapter", library=way.library)
+
+
+def _check(form: str, how: HowToAdapt, *, dry_run: bool, resume: bool) -> None:
+    """Refuse options that the form does not take."""
+    if form not in FORMS:
+        raise UsageError(no_such("--as", form, FORMS))
+    if form != "lora":
+        leave_to_first_process("extract")
+    given = [*how.given(), *(["--dry-run"] * dry_run), *(["--resume"] * resume)]
+    if form == "svf" and given:
+        raise UsageError(f"{given[0]} is an option of --as lora, expected --as lora with it")
+
+
+def _pipeline(
+    way: _Way, base: Path, tuned: Path, output: Path, *, force: bool
+) -> tuple[dict[str, Any], RenderableType]:
     from svftool.report import pipeline
     from svftool.stages.pipeline import extract_pipeline
 
-    if dry_run or resume:
-        raise UsageError(
-            f"{base}: a pipeline, for which there is no {given[-1]}, expected a component of it. "
-            f"Name one, such as {base}/unet."
-        )
+    show = way.shown()
     found = extract_pipeline(
-        place,
-        located(tuned),
+        base,
+        tuned,
         way.run,
         output=output,
         suffix=way.suffix,
         force=force,
-        shared=form == "lora",
+        shared=way.form == "lora",
         progress=way.progress,
     )
-    display.emit(
-        pipeline.document("extract", found, show.document), pipeline.view(found, show.view)
-    )
+    document = pipeline.document("extract", found, show.document)
+    return document, pipeline.view(found, show.view)
 
 
 @dataclass(frozen=True)
@@ -193,6 +211,13 @@ class _Way:
         if self.form == "svf":
             return TUNED_SUFFIX
         return "" if self.how.options().layout == "peft" else ".safetensors"
+
+    @property
+    def library(self) -> str:
+        """What loads the output."""
+        if self.form != "lora":
+            return "svftool"
+        return "peft" if self.how.options().layout == "peft" else "diffusers"
 
     def shown(self) -> _Shown:
         from svftool.report import extract as report

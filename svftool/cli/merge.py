@@ -14,6 +14,7 @@ from svftool.cli.common import (
     OutputOption,
     leave_to_first_process,
 )
+from svftool.cli.push import PushFlags, library_of
 from svftool.files.folder import check_dense_name, check_factors, check_tuned_exist, is_tuned_name
 from svftool.files.output import check_output
 from svftool.files.pipeline import is_pipeline
@@ -48,10 +49,12 @@ def command(
         typer.Option(help="Write numbers in float32, bfloat16 or float16; as the base by default."),
     ] = None,
     force: ForceOption = False,
+    hub: PushFlags,
     display: Display,
 ) -> None:
     """Fold tuned singular values back into dense weights, or mix tuned files to one."""
     leave_to_first_process("merge")
+    hub.check()
     whole = is_pipeline(factors)
     if not whole:
         check_factors(factors)
@@ -76,10 +79,19 @@ def command(
         from svftool.stages.pipeline import merge_pipeline
 
         merged = merge_pipeline(factors, tuned or [], output=output, **options)
-        display.emit(
+        document, view = (
             pipeline.document("merge", merged, report.document),
             pipeline.view(merged, report.view),
         )
-        return
-    result = merge(factors, tuned or [], output=output, **options)
-    display.emit(report.document(result), report.view(result))
+    else:
+        result = merge(factors, tuned or [], output=output, **options)
+        document, view = report.document(result), report.view(result)
+    display.emit(document, view)
+    mixed = is_tuned_name(output)
+    hub.push(
+        output,
+        view,
+        base=factors,
+        relation="adapter" if mixed else "merge" if len(tuned or ()) > 1 else "finetune",
+        library="svftool" if mixed else library_of(output),
+    )

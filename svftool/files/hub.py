@@ -1,4 +1,4 @@
-"""Fetching a checkpoint from the Hugging Face hub, or from its local cache when offline."""
+"""The Hugging Face hub: checkpoints from it or from its local cache, and outputs to it."""
 
 from __future__ import annotations
 
@@ -6,7 +6,13 @@ from collections.abc import Sequence
 from pathlib import Path
 from types import ModuleType
 
-from svftool.errors import CheckpointError, MissingDependencyError, shortlist
+from svftool.errors import (
+    CheckpointError,
+    MissingDependencyError,
+    ResourceError,
+    UsageError,
+    shortlist,
+)
 from svftool.files.folder import HubPlace, hub_place, real, weight_candidates
 
 PIPELINE_FILE = "model_index.json"
@@ -159,6 +165,80 @@ def _way_out(cause: Exception, place: HubPlace) -> str:
     if kind == "OfflineModeIsEnabled":
         return "Unset HF_HUB_OFFLINE, or download it first."
     return "Check the name and the connection."
+
+
+def check_push(repo: str) -> None:
+    """Refuse, before any work, what the hub would refuse at its end.
+
+    Raises
+    ------
+    MissingDependencyError
+        If huggingface_hub is not installed.
+    UsageError
+        If the name is none, or nobody is logged in.
+    """
+    hub = hub_package(f"pushing to {repo!r}")
+    place = hub_place(repo)
+    if place is None or place != HubPlace(place.repo):
+        raise UsageError(f"--push-to-hub: {repo!r}, expected a repository, OWNER/NAME")
+    try:
+        hub.utils.validate_repo_id(repo)
+    except ValueError as error:
+        raise UsageError(f"--push-to-hub: {' '.join(str(error).split())[:200]}") from None
+    if hub.get_token() is None:
+        raise UsageError(
+            f"--push-to-hub: no token for {repo} is stored here, expected one that may write. "
+            "Log in with 'hf auth login', or set HF_TOKEN."
+        )
+
+
+def push(output: Path, repo: str, *, card: str, private: bool, create_pr: bool) -> str:
+    """Put a file or a folder on the hub, with a model card that the hub has checked.
+
+    Parameters
+    ----------
+    output : Path
+        What is put there; a folder's own ``README.md`` gives way to the card.
+    repo : str
+        ``OWNER/NAME``; made if it is not there, unless for a pull request.
+    card : str
+    private : bool
+        Whether a new repository is private.
+    create_pr : bool
+        Whether to ask the owner to take it.
+
+    Returns
+    -------
+    str
+        The address of the commit, or of the pull request.
+
+    Raises
+    ------
+    ResourceError
+        If the hub does not take it; the output stays as it is.
+    """
+    hub = hub_package(f"pushing to {repo!r}")
+    files = sorted(one for one in output.rglob("*") if one.is_file()) or [output]
+    root = output if output.is_dir() else output.parent
+    contents: dict[str, str | bytes] = {str(one.relative_to(root)): str(one) for one in files}
+    contents["README.md"] = card.encode()
+    try:
+        hub.ModelCard(card).validate()
+        api = hub.HfApi()
+        if not create_pr:
+            api.create_repo(repo, private=private or None, exist_ok=True)
+        done = api.create_commit(
+            repo,
+            [hub.CommitOperationAdd(name, value) for name, value in contents.items()],
+            commit_message=f"Add {output.name} by svftool",
+            create_pr=create_pr,
+        )
+    except Exception as error:
+        raise ResourceError(
+            f"{repo}: the hub did not take {output} ({why(error)}), expected it to. The output is "
+            f"complete here; put it there with 'hf upload {repo} {output}'."
+        ) from error
+    return str(done.pr_url or done.commit_url)
 
 
 def wanted_files(files: Sequence[str], folder: str = "") -> list[str]:
