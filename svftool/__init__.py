@@ -11,6 +11,7 @@ Files in, files out::
     svftool.predict("factors", "new-pictures", tuned="tuned.svf.safetensors")
     svftool.merge("factors", ["tuned.svf.safetensors"], output="merged.safetensors")
     svftool.audit("model.safetensors", ["merged.safetensors"])
+    svftool.extract_lora("base", "tuned", output="lora", options=svftool.LoraOptions(rank="16"))
 
 On a live model: `attach`, `detach`, `save_tuned`, `load_tuned`. Importing this package loads no
 torch; the names below are resolved at first use.
@@ -43,6 +44,7 @@ if TYPE_CHECKING:
     from svftool.stages.decompose import decompose
     from svftool.stages.evaluate import evaluate
     from svftool.stages.extract import extract
+    from svftool.stages.extract_lora import LoraOptions, extract_lora
     from svftool.stages.finetune import finetune
     from svftool.stages.merge import merge
     from svftool.stages.predict import predict
@@ -53,6 +55,7 @@ __all__ = [
     "DataError",
     "FactorsError",
     "GateError",
+    "LoraOptions",
     "MissingDependencyError",
     "ModelError",
     "NumericalError",
@@ -66,6 +69,7 @@ __all__ = [
     "detach",
     "evaluate",
     "extract",
+    "extract_lora",
     "finetune",
     "load_tuned",
     "merge",
@@ -78,12 +82,14 @@ __all__ = [
 
 _HOMES = {
     "Attachment": "svftool.attaching",
+    "LoraOptions": "svftool.stages.extract_lora",
     "attach": "svftool.attaching",
     "audit": "svftool.stages.audit",
     "decompose": "svftool.stages.decompose",
     "detach": "svftool.attaching",
     "evaluate": "svftool.stages.evaluate",
     "extract": "svftool.stages.extract",
+    "extract_lora": "svftool.stages.extract_lora",
     "finetune": "svftool.stages.finetune",
     "load_tuned": "svftool.attaching",
     "merge": "svftool.stages.merge",

@@ -345,12 +345,87 @@ def test_bad_options(tmp_path: Path, option: dict[str, object]) -> None:
 
 def test_what_has_no_counterpart_is_named(tmp_path: Path) -> None:
     torch.manual_seed(0)
-    before = {"a.weight": torch.randn(8, 8), "head.weight": torch.randn(5, 8)}
+    before = {"a.weight": torch.randn(8, 8), "head.weight": torch.randn(5, 400)}
     after = changed({"a.weight": before["a.weight"]}, 1)
-    after |= {"head.weight": torch.randn(3, 8), "new": torch.ones(2)}
+    after |= {"head.weight": torch.randn(3, 400), "new": torch.ones(2)}  # other classes
     result = run(before, after, tmp_path, rank="1")
     assert {one.name: one.share for one in result.dropped} == {"head.weight": None, "new": None}
     assert [row.name for row in result.layers] == ["a.weight"]
+
+
+@pytest.mark.parametrize("rows", [20, 35])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_of_a_resized_vocabulary_the_common_rows_are_expressed(
+    tmp_path: Path, rows: int, dtype: torch.dtype
+) -> None:
+    torch.manual_seed(0)
+    before = {"embed_tokens.weight": torch.randn(30, 16), "a.weight": torch.randn(8, 8)}
+    after = changed(before, 2)
+    table = torch.cat([after["embed_tokens.weight"], torch.randn(5, 16)])[:rows]
+    after = {"embed_tokens.weight": table.to(dtype), "a.weight": after["a.weight"]}
+    result = run(before, after, tmp_path, rank="8", dtype="float32")
+    assert {row.name for row in result.layers} == set(before)
+    common = min(rows, 30)
+    D = torch.zeros(30, 16, dtype=torch.float64)
+    D[:common] = table[:common].to(dtype).double() - before["embed_tokens.weight"][:common]
+    file = load_file(result.output / "adapter_model.safetensors")
+    key = "base_model.model.embed_tokens.lora_embedding_"
+    found = file[f"{key}B"].double() @ file[f"{key}A"].double()
+    found = found if found.shape == D.shape else found.T  # PEFT holds that of the transpose
+    row = next(row for row in result.layers if row.name == "embed_tokens.weight")
+    # PEFT holds the transpose of an embedding's change.
+    error = min(
+        float((one - D).norm() / D.norm()) for one in (found, found.T) if one.shape == D.shape
+    )
+    assert error == pytest.approx(row.error, abs=1e-6)
+    assert error < 0.05
+    assert [one.reason for one in result.dropped] == (
+        ["5 rows that the base does not have"] if rows > 30 else []
+    )
+
+
+@pytest.mark.parametrize("rank", ["energy:0.9", "error:0.2", "2"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_plan_says_the_ranks_and_sizes_that_come(
+    tmp_path: Path, rank: str, dtype: torch.dtype
+) -> None:
+    torch.manual_seed(0)
+    before = {f"l{at}.weight": torch.randn(40, 30).to(dtype) for at in range(3)}
+    step = torch.randn(40, 30) * torch.logspace(0, -3, 30)
+    after = {name: (value.float() + 0.3 * step).to(dtype) for name, value in before.items()}
+    options = LoraOptions(rank=rank, dtype="float32")
+    base, tuned = write(tmp_path, before, after)
+    plan = extract_lora(base, tuned, output=tmp_path / "out", options=options, dry_run=True)
+    assert not (tmp_path / "out").exists()
+    done = extract_lora(base, tuned, output=tmp_path / "out", options=options)
+    assert [row.rank for row in plan.layers] == [row.rank for row in done.layers]
+    assert plan.bytes == done.bytes
+    for one, two in zip(plan.layers, done.layers, strict=True):
+        assert rank == "2" or one.error == pytest.approx(two.error, abs=1e-5)
+
+
+@pytest.mark.parametrize(
+    "dtypes",
+    [
+        (torch.bfloat16, torch.float32),
+        (torch.float32, torch.bfloat16),
+        (torch.float16, torch.bfloat16),
+    ],
+)
+def test_the_two_sides_may_have_different_dtypes(
+    tmp_path: Path, dtypes: tuple[torch.dtype, torch.dtype]
+) -> None:
+    torch.manual_seed(0)
+    before = {"a.weight": torch.randn(64, 48).to(dtypes[0])}
+    up, down = torch.randn(64, 3), torch.randn(3, 48)
+    after = {"a.weight": (before["a.weight"].float() + 0.1 * up @ down).to(dtypes[1])}
+    result = run(before, after, tmp_path, rank="16", dtype="float32")
+    (row,) = result.layers
+    assert row.rank <= (16 if dtypes[1] == torch.float32 else 3)
+    D = after["a.weight"].double() - before["a.weight"].double()
+    file = load_file(result.output / "adapter_model.safetensors")
+    B, A = (file[f"base_model.model.a.lora_{part}.weight"].double() for part in "BA")
+    assert row.error == pytest.approx(float((D - B @ A).norm() / D.norm()), abs=1e-6)
 
 
 def test_patterns_leave_out_by_name_and_say_the_share(tmp_path: Path) -> None:

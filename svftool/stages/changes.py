@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
 
-from svftool.auditing import AuditSource, Counterparts
+from svftool.auditing import AuditSource, Counterparts, Tuned
 from svftool.auditing.evidence import EDGE_MARGIN
 from svftool.checkpoints import to_matrix
 from svftool.errors import CheckpointError, NumericalError, shortlist
@@ -30,10 +31,43 @@ class Pair:
     before: AuditSource
     side: Counterparts
 
+    @property
+    def names(self) -> list[str]:
+        """Tensors of the base of which the fine-tune says anything, in the base's order."""
+        known = {name for name in self.side.names if self.side.holds(name)}
+        return [n for n in self.before.infos if n in known or self.common_rows(n) is not None]
+
+    def common_rows(self, name: str) -> int | None:
+        """Return how many rows both have of a matrix that has more or fewer in the fine-tune.
+
+        A vocabulary that was resized is such a one; None of everything else.
+        """
+        other = self.side.misshapen.get(name)
+        if other is None or self.side.source.lora is not None:
+            return None
+        one, two = self.before.infos[name], self.side.source.infos[other]
+        plain = one.dtype.is_floating_point and two.dtype.is_floating_point
+        if not plain or len(one.shape) < 2 or one.shape[1:] != two.shape[1:]:
+            return None
+        return min(one.shape[0], two.shape[0]) or None
+
+    def read(self, name: str, weight: Tensor) -> Tuned | None:
+        """Read the counterpart of a tensor; of a resized one, in the base's shape.
+
+        Rows that the fine-tune does not have are those of the base.
+        """
+        rows = self.common_rows(name)
+        if rows is None:
+            return self.side.read(name, weight)
+        theirs = self.side.source.read(self.side.misshapen[name])
+        value = weight.to(torch.promote_types(weight.dtype, theirs.dtype), copy=True)
+        value[:rows] = theirs[:rows]
+        return Tuned(weight=value)
+
     def change(self, name: str) -> Tensor:
         """Return ``W' - W``, in float64 where an adapter forms it, else in float32."""
         weight = self.before.read(name)
-        found = self.side.read(name, weight)
+        found = self.read(name, weight)
         assert found is not None
         formed = found.whole_change
         if formed is not None:
@@ -50,7 +84,7 @@ class Pair:
     def tuned(self, name: str) -> Tensor:
         """Return the tensor after the change."""
         weight = self.before.read(name)
-        found = self.side.read(name, weight)
+        found = self.read(name, weight)
         if found is None:
             return weight
         if found.weight is not None:
@@ -62,7 +96,7 @@ class Pair:
     def floor(self, name: str) -> float:
         """Bound the singular values that rounding of the fine-tune makes by itself."""
         weight = self.before.read(name)
-        found = self.side.read(name, weight)
+        found = self.read(name, weight)
         if found is None or found.weight is None:
             return 0.0
         dtype = precision_of(found.weight)
@@ -95,7 +129,7 @@ def survey_of(pair: Pair, progress: Progress, processes: Processes = ALONE) -> S
     NumericalError
         If the fine-tune holds NaN or infinity where the base does not.
     """
-    names = [name for name in pair.side.names if pair.side.holds(name)]
+    names = pair.names
     mine = names[processes.rank :: processes.count]
     seen: dict[str, _Compared] = {}
     with progress.task("comparing", len(mine), unit="tensors") as task:
@@ -104,32 +138,36 @@ def survey_of(pair: Pair, progress: Progress, processes: Processes = ALONE) -> S
             task.advance(detail=name)
     for others in processes.gather(seen):
         seen |= others
-    # In the order of the names: what is said does not depend on who looked.
-    found, bad = Survey(), []
-    for name in names:
-        squares, sums, finite = seen[name]
-        if not finite:
-            bad.append(name)
-        if squares:
-            found.squares[name] = squares
-        if len(pair.before.infos[name].shape) > 1:
-            found.sums = [one + two for one, two in zip(found.sums, sums, strict=True)]
+    bad = [name for name in names if not seen[name][2]]
     if bad:
         raise NumericalError(
             f"{pair.side.source.path}: {shortlist(map(repr, bad), 4)}: NaN or infinity where the "
             "base has none, expected finite values. Name a fine-tune that did not diverge."
         )
+    # In the order of the names: what is said does not depend on who looked.
+    found = Survey()
+    for name in names:
+        squares, sums, _ = seen[name]
+        if pair.common_rows(name) is not None and _strange(sums):
+            continue  # another head, whose rows mean something else
+        if squares:
+            found.squares[name] = squares
+        if len(pair.before.infos[name].shape) > 1:
+            found.sums = [one + two for one, two in zip(found.sums, sums, strict=True)]
     return found
 
 
 def _compare(pair: Pair, name: str) -> _Compared:
     """Return the change's sum of squares, the products of both sides, and whether it is sound."""
     weight = pair.before.read(name)
-    found = pair.side.read(name, weight)
+    found = pair.read(name, weight)
     assert found is not None
     formed = found.whole_change
     other = formed if formed is not None else found.weight
     assert other is not None
+    rows = pair.common_rows(name)
+    if rows is not None:
+        weight, other = weight[:rows], other[:rows]
     if other.dtype.is_complex or weight.dtype.is_complex:
         same = torch.equal(other, weight)
         return 0.0 if same else float((other - weight).abs().square().sum()), [0.0] * 3, True
@@ -149,6 +187,12 @@ def _compare(pair: Pair, name: str) -> _Compared:
     return squares, sums, True
 
 
+def _strange(sums: Sequence[float]) -> bool:
+    """Whether two sides are about orthogonal, as what has nothing to do with each other is."""
+    inner, one, two = sums
+    return one > 0 and two > 0 and abs(inner) < _STRANGER * math.sqrt(one) * math.sqrt(two)
+
+
 def refuse_another_base(before: AuditSource, after: AuditSource, survey: Survey) -> None:
     """Refuse two checkpoints whose names fit and whose values do not.
 
@@ -158,7 +202,7 @@ def refuse_another_base(before: AuditSource, after: AuditSource, survey: Survey)
         If the cosine of their matrices is near 0.
     """
     inner, one, two = survey.sums
-    if one > 0 and two > 0 and abs(inner) < _STRANGER * math.sqrt(one) * math.sqrt(two):
+    if _strange(survey.sums):
         raise CheckpointError(
             f"{after.path}: its matrices have a cosine of {inner / math.sqrt(one * two):.2f} with "
             f"those of {before.path}, expected a fine-tune of it. Name the base that it was tuned "

@@ -8,7 +8,7 @@ import os
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -30,7 +30,7 @@ from svftool.checkpoints import (
     to_matrix,
 )
 from svftool.checkpoints.dtypes import DECOMPOSABLE
-from svftool.engine import Job
+from svftool.engine import Job, run_values
 from svftool.errors import CheckpointError, UnchangedError, UsageError, shortlist, write_errors
 from svftool.factors import is_tuned
 from svftool.files.output import discard_folder, kept_folder
@@ -231,7 +231,7 @@ def extract_lora(
         )
         work.check_some()
         if dry_run:
-            return _plan(work, target)
+            return _plan(work, target, progress)
         return _run(work, target, processes, force=force, resume=resume, progress=progress)
 
 
@@ -332,13 +332,31 @@ class _Work:
             if name not in self.writer.fates
         ]
         held, lora = side.source.infos, side.source.lora
+        resized = {side.misshapen[name]: name for name in self.resized()}
         for one in side.tuned_only:
+            if one.name in resized:
+                found += self._added_rows(resized[one.name])
+                continue
             size = held[one.name].nbytes if one.name in held else 0
             if one.name not in held and lora is not None:
                 size = lora.bytes_of(one.name)
             found.append(LeftOut(one.name, one.reason, size))
         beside = side.source.passed_over.items()
         return found + [LeftOut(name, "not among the tensors", size) for name, size in beside]
+
+    def resized(self) -> list[str]:
+        """List the matrices with more or fewer rows whose common ones are expressed."""
+        return [name for name in self.survey.squares if self.pair.common_rows(name) is not None]
+
+    def _added_rows(self, name: str) -> list[LeftOut]:
+        """Name the rows that only the fine-tune has."""
+        rows = self.pair.common_rows(name) or 0
+        theirs = self.pair.side.source.infos[self.pair.side.misshapen[name]]
+        more = theirs.shape[0] - rows
+        if not more:
+            return []
+        size = more * theirs.nbytes // theirs.shape[0]
+        return [LeftOut(name, f"{more} rows that the base does not have", size)]
 
     def missing(self) -> tuple[str, ...]:
         """Return matrices that the fine-tune does not have."""
@@ -355,14 +373,18 @@ class _Work:
             yield self.writer.whole(name, base, tuned, self.dtype)
 
 
-def _plan(work: _Work, target: Path) -> LoraResult:
-    """Say ranks and sizes; of rules that go by the spectrum, the most that they can ask for."""
-    layers, size = [], 0
-    for name in work.named("low rank"):
-        m, n = work.matrix(name)
-        rank = work.rank.limit(m, n)
-        layers.append(AdaptedLayer(name, rank, math.nan, work.share(name)))
-        size += (m + n) * rank * work.dtype.itemsize
+def _plan(work: _Work, target: Path, progress: Progress) -> LoraResult:
+    """Say ranks and sizes; where the spectrum decides, it is taken, without singular vectors."""
+    expected = {} if work.rank.kind == "count" else _expected(work, progress)
+    layers = [
+        expected.get(name)
+        or AdaptedLayer(name, work.rank.limit(*work.matrix(name)), math.nan, work.share(name))
+        for name in work.named("low rank")
+    ]
+    most = max((one.rank for one in layers), default=0)
+    if work.options.uniform_rank:
+        layers = [replace(one, rank=most) for one in layers]
+    size = sum(sum(work.matrix(one.name)) * one.rank for one in layers) * work.dtype.itemsize
     size += sum(work.pair.before.infos[name].nbytes for name in work.named("whole"))
     return LoraResult(
         output=target,
@@ -376,6 +398,23 @@ def _plan(work: _Work, target: Path) -> LoraResult:
         dropped=tuple(work.left_out()),
         bytes=size,
     )
+
+
+def _expected(work: _Work, progress: Progress) -> dict[str, AdaptedLayer]:
+    """Return what the spectra of the changes ask for; rounding of the two matrices is left out."""
+    floors: dict[str, float] = {}
+    found = {}
+
+    def read(name: str) -> Tensor:
+        floors[name] = work.pair.floor(name)
+        return to_matrix(work.pair.change(name))
+
+    for name, S in run_values(work.jobs(), read, device=work.device, progress=progress):
+        above = int((floors[name] < S).sum())
+        rank = max(1, min(work.rank.of_spectrum(S), above))
+        error = float(S[rank:].norm() / S.norm()) if float(S[0]) > 0 else 0.0
+        found[name] = AdaptedLayer(name, rank, error, work.share(name), rank == above < len(S))
+    return found
 
 
 def _run(
@@ -508,6 +547,9 @@ def _about(work: _Work) -> str:
 def _say(
     work: _Work, rows: Sequence[AdaptedLayer], dropped: Sequence[LeftOut], progress: Progress
 ) -> None:
+    for name in work.resized():
+        rows_there = work.pair.common_rows(name)
+        progress.note(f"{name}: its first {rows_there} rows, which both have, are expressed")
     floored = [row.name for row in rows if row.floored]
     if floored:
         progress.note(
