@@ -212,7 +212,7 @@ def test_an_independent_reader_finds_the_stated_error(
     file = load_file(result.output)
     assert adapter_layout(list(file)) == layout
     rows = {row.name: row for row in result.layers}
-    left, dropped = [], {one.name for one in result.dropped}
+    left, whole, dropped = [], [], {one.name for one in result.dropped}
     for name, value in before.items():
         D = after[name].double() - value.double()
         found = READERS[layout](file, name, tuple(value.shape))
@@ -223,8 +223,10 @@ def test_an_independent_reader_finds_the_stated_error(
             S = torch.linalg.svdvals(D.flatten(1))
             best = float(S[rows[name].rank :].norm() / S.norm())
             assert rows[name].error == pytest.approx(best, abs=1e-6)
-        left.append(float(rest.norm()))
-    total = math.hypot(*(float((after[n].double() - v.double()).norm()) for n, v in before.items()))
+        if value.is_floating_point():
+            left.append(float(rest.norm()))
+            whole.append(float(D.norm()))
+    total = math.hypot(*whole)
     assert result.error == pytest.approx(math.hypot(*left) / total, rel=1e-6, abs=1e-8)
     shares = [row.share for row in result.layers] + [one.share or 0 for one in result.dropped]
     if not result.whole:
@@ -426,6 +428,27 @@ def test_the_two_sides_may_have_different_dtypes(
     file = load_file(result.output / "adapter_model.safetensors")
     B, A = (file[f"base_model.model.a.lora_{part}.weight"].double() for part in "BA")
     assert row.error == pytest.approx(float((D - B @ A).norm() / D.norm()), abs=1e-6)
+
+
+@pytest.mark.parametrize("layout", ["peft", "kohya"])
+def test_counters_are_no_part_of_the_change(tmp_path: Path, layout: str) -> None:
+    torch.manual_seed(0)
+    before = {
+        "a.weight": torch.randn(8, 8),
+        "bn.weight": torch.ones(8),
+        "bn.num_batches_tracked": torch.tensor(0),
+    }
+    after = changed(before, 2) | {"bn.num_batches_tracked": torch.tensor(90_000)}
+    result = run(before, after, tmp_path, layout=layout, rank="1")
+    (row,) = result.layers
+    assert result.layer_error == pytest.approx(row.error)
+    D, d = (after[n].double() - before[n].double() for n in ("a.weight", "bn.weight"))
+    whole = math.hypot(float(D.norm()), float(d.norm()))
+    lost = row.error * float(D.norm())
+    lost = lost if layout == "peft" else math.hypot(lost, float(d.norm()))
+    assert row.error > 0.01
+    assert row.share == pytest.approx(float(D.norm()) ** 2 / whole**2)
+    assert result.error == pytest.approx(lost / whole, rel=1e-5)
 
 
 def test_patterns_leave_out_by_name_and_say_the_share(tmp_path: Path) -> None:

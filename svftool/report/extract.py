@@ -84,6 +84,7 @@ def lora_document(result: LoraResult) -> dict[str, Any]:
         missing=result.missing,
         dropped=[asdict(one) for one in result.dropped],
         bytes=result.bytes,
+        layer_error=result.layer_error,
     )
 
 
@@ -111,8 +112,10 @@ def _lora_totals(result: LoraResult) -> Text:
         text.append(f"{len(result.layers)} layers, {most}rank {span}, ")
         text.append(f"about {result.bytes:,} bytes in {result.dtype}; nothing written\n")
     else:
-        text.append(f"{_error(result.error)} of the change (as a norm) is lost: ", "bold")
-        text.append(f"{len(result.layers)} layers, rank {span}, {result.dtype}, ")
+        text.append(f"{_error(result.error)} of the change (as a norm) is lost", "bold")
+        if result.layers and _error(result.layer_error) != _error(result.error):
+            text.append(f", {_error(result.layer_error)} of that of the layers")
+        text.append(f": {len(result.layers)} layers, rank {span}, {result.dtype}, ")
         text.append(f"{result.bytes:,} bytes\n")
     lost = sum(one.share or 0.0 for one in result.dropped)
     for title, listed in (

@@ -9,6 +9,7 @@ from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -151,6 +152,13 @@ class LoraResult:
     dropped: tuple[LeftOut, ...]
     bytes: int
 
+    @property
+    def layer_error(self) -> float:
+        """The same error over the layers of low rank alone; NaN where it is not known."""
+        share = sum(one.share for one in self.layers)
+        lost = sum(one.error**2 * one.share for one in self.layers)
+        return math.sqrt(lost / share) if share > 0 else 0.0
+
 
 def extract_lora(
     base: str | os.PathLike[str],
@@ -271,10 +279,15 @@ class _Work:
     dtype: torch.dtype
     device: torch.device
 
-    @property
+    @cached_property
     def total(self) -> float:
-        """Sum of squares of the whole change."""
-        return sum(self.survey.squares.values())
+        """Sum of squares of the whole change; counters and other integers are no part of it."""
+        return sum(self.squares(name) for name in self.survey.squares)
+
+    def squares(self, name: str) -> float:
+        """Return the sum of squares of one tensor's change; 0 of integers."""
+        counts = self.pair.before.infos[name].dtype.is_floating_point
+        return self.survey.squares.get(name, 0.0) if counts else 0.0
 
     def named(self, kind: str) -> list[str]:
         """Return changed tensors of one fate, in the base's order."""
@@ -286,7 +299,7 @@ class _Work:
 
     def share(self, name: str) -> float:
         """Return a tensor's part of the whole change."""
-        return self.survey.squares[name] / self.total if self.total > 0 else 0.0
+        return self.squares(name) / self.total if self.total > 0 else 0.0
 
     def matrix(self, name: str) -> tuple[int, int]:
         """Return the sides of a layer's matrix."""
@@ -484,7 +497,7 @@ def _write(
             f"{work.pair.side.source.path}: its difference from {work.pair.before.path} is no more "
             "than the rounding of its dtype, expected a change. Name a fine-tune of this base."
         )
-    rest += sum(work.survey.squares.get(one.name, 0.0) for one in dropped)
+    rest += sum(work.squares(one.name) for one in dropped if one.share is not None)
     if work.options.uniform_rank and ranks:
         most = max(ranks.values())
         ranks = dict.fromkeys(ranks, most)
