@@ -451,6 +451,31 @@ def test_counters_are_no_part_of_the_change(tmp_path: Path, layout: str) -> None
     assert result.error == pytest.approx(lost / whole, rel=1e-5)
 
 
+@pytest.mark.parametrize("tied", [True, False])
+def test_a_tied_head_is_changed_once(tmp_path: Path, tied: bool) -> None:
+    torch.manual_seed(0)
+    table = torch.randn(20, 8)
+    names = ("model.embed_tokens.weight", "lm_head.weight")
+    before = {name: table.clone() for name in names}
+    step = torch.randn(20, 2) @ torch.randn(2, 8)
+    after = dict.fromkeys(names, table + 0.1 * step)
+    for folder, state in (("base", before), ("tuned", after)):
+        (tmp_path / folder).mkdir()
+        apart = {name: value.clone() for name, value in state.items()}
+        save_file(apart, tmp_path / folder / "model.safetensors")
+        config = {"model_type": "llama", "tie_word_embeddings": tied}
+        (tmp_path / folder / "config.json").write_text(json.dumps(config))
+    result = extract_lora(
+        tmp_path / "base",
+        tmp_path / "tuned",
+        output=tmp_path / "out",
+        options=LoraOptions(rank="2"),
+    )
+    assert len(result.layers) == (1 if tied else 2)
+    assert result.error < 1e-5
+    assert sum(row.share for row in result.layers) == pytest.approx(1.0)
+
+
 def test_patterns_leave_out_by_name_and_say_the_share(tmp_path: Path) -> None:
     before = {"a.weight": torch.eye(8), "b.weight": torch.eye(8)}
     result = run(before, changed(before, 1), tmp_path, rank="1", exclude=("b.*",))

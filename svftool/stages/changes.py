@@ -11,7 +11,7 @@ from torch import Tensor
 
 from svftool.auditing import AuditSource, Counterparts, Tuned
 from svftool.auditing.evidence import EDGE_MARGIN
-from svftool.checkpoints import to_matrix
+from svftool.checkpoints import table_role, to_matrix
 from svftool.errors import CheckpointError, NumericalError, shortlist
 from svftool.numerics.rounding import coarser, precision_of, rounding_noise
 from svftool.processes import ALONE, Processes
@@ -185,6 +185,32 @@ def _compare(pair: Pair, name: str) -> _Compared:
         new = float(W @ T), float(W @ W), float(T @ T)
         sums = [a + b for a, b in zip(sums, new, strict=True)]
     return squares, sums, True
+
+
+def drop_tied(pair: Pair, survey: Survey, progress: Progress) -> None:
+    """Count a head that is tied to the embedding once: loaders change both through one tensor.
+
+    An adapter that changed both would change the one tensor twice.
+    """
+    config = pair.before.config or {}
+    inner = config.get("text_config")
+    stated = [one.get("tie_word_embeddings") for one in (config, inner or {})]
+    if not any(one is True for one in stated):
+        return
+    first: dict[tuple[object, ...], str] = {}
+    for name, squares in tuple(survey.squares.items()):
+        info = pair.before.infos[name]
+        if table_role(info) is None or len(info.shape) != 2:
+            continue
+        kept = first.setdefault((info.shape, squares), name)
+        if kept != name and _same(pair, kept, name):
+            del survey.squares[name]
+            progress.note(f"{name}: tied to {kept}, whose change is its own")
+
+
+def _same(pair: Pair, one: str, other: str) -> bool:
+    before = torch.equal(pair.before.read(one), pair.before.read(other))
+    return before and torch.equal(pair.change(one), pair.change(other))
 
 
 def _strange(sums: Sequence[float]) -> bool:

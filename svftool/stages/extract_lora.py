@@ -38,7 +38,7 @@ from svftool.files.output import discard_folder, kept_folder
 from svftool.machine import pick_device
 from svftool.processes import Processes, joined_processes
 from svftool.progress import SILENT, Progress
-from svftool.stages.changes import Pair, Survey, refuse_another_base, survey_of
+from svftool.stages.changes import Pair, Survey, drop_tied, refuse_another_base, survey_of
 from svftool.stages.truncation import AdapterSpool, Truncation
 from svftool.training.workspace import describe_files
 from svftool.version import __version__
@@ -220,6 +220,7 @@ def extract_lora(
         wanted = _wanted(before.infos, options)
         survey = survey_of(pair, progress, processes)
         refuse_another_base(before, after, survey)
+        drop_tied(pair, survey, progress)
         changed = [name for name in survey.squares if name in wanted]
         if not changed:
             raise UnchangedError(
@@ -500,6 +501,11 @@ def _write(
     rest += sum(work.squares(one.name) for one in dropped if one.share is not None)
     if work.options.uniform_rank and ranks:
         most = max(ranks.values())
+        filled = sum(rank < most for rank in ranks.values())
+        if filled:
+            progress.note(
+                f"{filled} of {len(ranks)} layers are filled up to rank {most} with zeros"
+            )
         ranks = dict.fromkeys(ranks, most)
     size = _assemble(work, ranks, partial, spool)
     _say(work, rows, dropped, progress)
