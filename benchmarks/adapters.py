@@ -5,8 +5,8 @@
 
 Extraction: changes of square layers with a decaying and with a flat spectrum. Every round runs
 svftool's truncation, ``torch.linalg.svd`` with the same cut, and ``torch.svd_lowrank(niter=7)``
-after one another, so that a busy machine slows all of them. Resizing: an adapter of the shape of Wan 14B
-(40 blocks, ten layers each, 5120 wide, feed-forward 13824) from rank 128 to 32.
+after one another, so that a busy machine slows all of them. Resizing: an adapter of the shape of
+Wan 14B (40 blocks, ten layers each, 5120 wide, feed-forward 13824) from rank 128 to 32.
 """
 
 from __future__ import annotations

@@ -197,15 +197,15 @@ def drop_tied(pair: Pair, survey: Survey, progress: Progress) -> None:
     stated = [one.get("tie_word_embeddings") for one in (config, inner or {})]
     if not any(one is True for one in stated):
         return
-    first: dict[tuple[object, ...], str] = {}
-    for name, squares in tuple(survey.squares.items()):
-        info = pair.before.infos[name]
-        if table_role(info) is None or len(info.shape) != 2:
-            continue
-        kept = first.setdefault((info.shape, squares), name)
-        if kept != name and _same(pair, kept, name):
-            del survey.squares[name]
-            progress.note(f"{name}: tied to {kept}, whose change is its own")
+    infos, squares = pair.before.infos, survey.squares
+    tables = [n for n in squares if len(infos[n].shape) == 2 and table_role(infos[n]) is not None]
+    for table in tables:
+        alike = infos[table].shape, squares[table]
+        for name in tuple(squares):
+            other = infos[name].shape, squares[name]
+            if name not in tables and other == alike and _same(pair, table, name):
+                del squares[name]
+                progress.note(f"{name}: tied to {table}, whose change is its own")
 
 
 def _same(pair: Pair, one: str, other: str) -> bool:
