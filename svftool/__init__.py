@@ -11,6 +11,7 @@ Files in, files out::
     svftool.predict("factors", "new-pictures", tuned="tuned.svf.safetensors")
     svftool.merge("factors", ["tuned.svf.safetensors"], output="merged.safetensors")
     svftool.audit("model.safetensors", ["merged.safetensors"])
+    svftool.extract_lora("base", "tuned", output="lora", options=svftool.LoraOptions(rank="16"))
 
 On a live model: `attach`, `detach`, `save_tuned`, `load_tuned`. Importing this package loads no
 torch; the names below are resolved at first use.
@@ -45,6 +46,7 @@ if TYPE_CHECKING:
     from svftool.stages.decompose import decompose
     from svftool.stages.evaluate import evaluate
     from svftool.stages.extract import extract
+    from svftool.stages.extract_lora import LoraOptions, extract_lora
     from svftool.stages.finetune import finetune
     from svftool.stages.merge import merge
     from svftool.stages.predict import predict
@@ -55,6 +57,7 @@ __all__ = [
     "DataError",
     "FactorsError",
     "GateError",
+    "LoraOptions",
     "MissingDependencyError",
     "ModelError",
     "NumericalError",
@@ -69,6 +72,7 @@ __all__ = [
     "detach",
     "evaluate",
     "extract",
+    "extract_lora",
     "finetune",
     "load_tuned",
     "merge",
@@ -81,6 +85,7 @@ __all__ = [
 
 _HOMES = {
     "Attachment": "svftool.attaching",
+    "LoraOptions": "svftool.stages.extract_lora",
     "attach": "svftool.attaching",
     "audit": "svftool.stages.audit",
     "convert": "svftool.stages.convert",
@@ -88,6 +93,7 @@ _HOMES = {
     "detach": "svftool.attaching",
     "evaluate": "svftool.stages.evaluate",
     "extract": "svftool.stages.extract",
+    "extract_lora": "svftool.stages.extract_lora",
     "finetune": "svftool.stages.finetune",
     "load_tuned": "svftool.stages.adapt",
     "merge": "svftool.stages.merge",

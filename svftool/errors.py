@@ -46,6 +46,10 @@ class CheckpointError(SvftoolError):
     exit_code = 3
 
 
+class UnchangedError(CheckpointError):
+    """A fine-tune in which nothing differs from its base."""
+
+
 class FactorsError(SvftoolError):
     """A factor checkpoint or tuned file that is broken or belongs to another base."""
 

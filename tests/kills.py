@@ -59,6 +59,8 @@ COMMANDS = (
     Command("merge without base", ("merge", "factors", "--without-base", "-o", "out"), ("out",)),
     Command("extract", ("extract", "base.safetensors", "tuned.safetensors", "-o",
                         "out.svf.safetensors"), ("out.svf.safetensors",)),
+    Command("extract lora", ("extract", "base.safetensors", "tuned.safetensors", "-o", "out",
+                             "--as", "lora", "--rank", "2"), ("out",), True),
     Command("finetune", (*_FINETUNE, "-o", "out.svf.safetensors"),
             ("out.svf.safetensors", "out.run.toml"), True),
     Command("finetune regimes", (*_FINETUNE, "-o", "out", "--regime", "svf,head", "--report",

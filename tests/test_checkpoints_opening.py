@@ -178,7 +178,7 @@ def test_foreign_files_are_named(tmp_path: Path, name: str, content: bytes, mess
 
 
 @pytest.mark.parametrize(
-    "path", ["nothing", "./x/y", "a/b/c", "/no/where", "org/model.safetensors", "../up", "~x"]
+    "path", ["nothing", "./x/y", "a/b/c.bin", "/no/where", "org/model.safetensors", "../up", "~x"]
 )
 def test_a_missing_path_is_said_to_be_missing(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, path: str
@@ -470,7 +470,12 @@ def test_side_files_of_a_cache_are_links(tmp_path: Path) -> None:
     [
         ("timm/resnet18.a1_in1k", True),
         ("gpt2", False),
-        ("a/b/c", False),
+        ("a/b/c", True),
+        ("a/b@v1.0", True),
+        ("a/b/unet@refs/pr/1", True),
+        ("a/b@", False),
+        ("a/b@-x", False),
+        ("a/b/c.bin", False),
         ("/a/b", False),
         ("./a", False),
         ("a/.b", False),

@@ -99,3 +99,48 @@ def test_nothing_in_common_is_one_line(base: Path, factors: Path, tmp_path: Path
     assert len(result.stderr.strip().splitlines()) == 1
     assert "no tensor in common" in result.stderr
     assert not (tmp_path / "x.safetensors").exists()
+
+
+def low(shape: tuple[int, ...], rank: int, generator: torch.Generator) -> torch.Tensor:
+    m, n = shape[0], torch.Size(shape[1:]).numel()
+    up, down = (torch.randn(*two, generator=generator) for two in ((m, rank), (rank, n)))
+    return 0.1 * (up @ down).reshape(shape)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("rank", [1, 2, None])
+def test_where_singular_values_make_little_an_adapter_is_proposed(
+    tmp_path: Path, dtype: torch.dtype, rank: int | None
+) -> None:
+    generator = torch.Generator().manual_seed(1)
+    shapes = {"a.weight": (40, 32), "b.weight": (16, 8, 3, 3)}
+    before = {n: torch.randn(s, generator=generator).to(dtype) for n, s in shapes.items()}
+    after = {
+        name: (value.float() + low(tuple(value.shape), rank or 99, generator)).to(dtype)
+        for name, value in before.items()
+    }
+    paths = [tmp_path / f"{name}.safetensors" for name in ("before", "after")]
+    for path, state in zip(paths, (before, after), strict=True):
+        save_file(state, path)
+    words = ["extract", *paths, "-o", tmp_path / "x.svf.safetensors"]
+    document = json.loads(run(*words, "--json").stdout)
+    assert document["error"] > 0.5
+    text = " ".join(run(*words, "--force").stdout.split())
+    if rank is None:  # as wide as the layers
+        assert document["proposal"] is None
+        assert "No low rank holds it either" in text
+        return
+    found = document["proposal"]["rank"]
+    assert found <= rank
+    assert f"A LoRA of rank {found} would lose" in text
+    adapter = ["extract", *paths, "-o", tmp_path / "lora", "--as", "lora", "--rank", found]
+    reached = json.loads(run(*adapter, "--json").stdout)["error"]
+    assert reached == pytest.approx(document["proposal"]["error"], rel=0.02, abs=0.005)
+    assert reached < 0.3
+
+
+def test_nothing_is_proposed_where_singular_values_do(base: Path, tmp_path: Path) -> None:
+    after = {name: 1.1 * value for name, value in load_file(base).items()}
+    save_file(after, tmp_path / "t.safetensors")
+    result = run("extract", base, tmp_path / "t.safetensors", "-o", tmp_path / "x.svf.safetensors")
+    assert "LoRA" not in result.stdout

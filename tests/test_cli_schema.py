@@ -56,7 +56,7 @@ def nodes(value: Any) -> Iterator[dict[str, Any]]:
 
 
 def test_every_command_with_a_document_has_a_schema() -> None:
-    assert set(described()) == {
+    assert set(described()) - {"pipeline"} == {  # which several commands print
         name for name, one in COMMANDS.items() if any("--json" in p.opts for p in one.params)
     }
 
@@ -264,7 +264,8 @@ def documents(tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict[str, A
 
 
 def test_documents_fit_their_schemas(documents: dict[str, dict[str, Any]]) -> None:
-    assert {one["command"] for one in documents.values()} == set(described())
+    every = set(described()) - {"pipeline"}  # held against its own by test_pipelines
+    assert {one["command"] for one in documents.values()} == every
     for kind, document in documents.items():
         assert faults(document) == [], kind
 

@@ -212,7 +212,7 @@ def test_an_independent_reader_finds_the_stated_error(
     file = load_file(result.output)
     assert adapter_layout(list(file)) == layout
     rows = {row.name: row for row in result.layers}
-    left, dropped = [], {one.name for one in result.dropped}
+    left, whole, dropped = [], [], {one.name for one in result.dropped}
     for name, value in before.items():
         D = after[name].double() - value.double()
         found = READERS[layout](file, name, tuple(value.shape))
@@ -223,8 +223,10 @@ def test_an_independent_reader_finds_the_stated_error(
             S = torch.linalg.svdvals(D.flatten(1))
             best = float(S[rows[name].rank :].norm() / S.norm())
             assert rows[name].error == pytest.approx(best, abs=1e-6)
-        left.append(float(rest.norm()))
-    total = math.hypot(*(float((after[n].double() - v.double()).norm()) for n, v in before.items()))
+        if value.is_floating_point():
+            left.append(float(rest.norm()))
+            whole.append(float(D.norm()))
+    total = math.hypot(*whole)
     assert result.error == pytest.approx(math.hypot(*left) / total, rel=1e-6, abs=1e-8)
     shares = [row.share for row in result.layers] + [one.share or 0 for one in result.dropped]
     if not result.whole:
@@ -347,12 +349,133 @@ def test_bad_options(tmp_path: Path, option: dict[str, object]) -> None:
 
 def test_what_has_no_counterpart_is_named(tmp_path: Path) -> None:
     torch.manual_seed(0)
-    before = {"a.weight": torch.randn(8, 8), "head.weight": torch.randn(5, 8)}
+    before = {"a.weight": torch.randn(8, 8), "head.weight": torch.randn(5, 400)}
     after = changed({"a.weight": before["a.weight"]}, 1)
-    after |= {"head.weight": torch.randn(3, 8), "new": torch.ones(2)}
+    after |= {"head.weight": torch.randn(3, 400), "new": torch.ones(2)}  # other classes
     result = run(before, after, tmp_path, rank="1")
     assert {one.name: one.share for one in result.dropped} == {"head.weight": None, "new": None}
     assert [row.name for row in result.layers] == ["a.weight"]
+
+
+@pytest.mark.parametrize("rows", [20, 35])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_of_a_resized_vocabulary_the_common_rows_are_expressed(
+    tmp_path: Path, rows: int, dtype: torch.dtype
+) -> None:
+    torch.manual_seed(0)
+    before = {"embed_tokens.weight": torch.randn(30, 16), "a.weight": torch.randn(8, 8)}
+    after = changed(before, 2)
+    table = torch.cat([after["embed_tokens.weight"], torch.randn(5, 16)])[:rows]
+    after = {"embed_tokens.weight": table.to(dtype), "a.weight": after["a.weight"]}
+    result = run(before, after, tmp_path, rank="8", dtype="float32")
+    assert {row.name for row in result.layers} == set(before)
+    common = min(rows, 30)
+    D = torch.zeros(30, 16, dtype=torch.float64)
+    D[:common] = table[:common].to(dtype).double() - before["embed_tokens.weight"][:common]
+    file = load_file(result.output / "adapter_model.safetensors")
+    key = "base_model.model.embed_tokens.lora_embedding_"
+    found = file[f"{key}B"].double() @ file[f"{key}A"].double()
+    found = found if found.shape == D.shape else found.T  # PEFT holds that of the transpose
+    row = next(row for row in result.layers if row.name == "embed_tokens.weight")
+    # PEFT holds the transpose of an embedding's change.
+    error = min(
+        float((one - D).norm() / D.norm()) for one in (found, found.T) if one.shape == D.shape
+    )
+    assert error == pytest.approx(row.error, abs=1e-6)
+    assert error < 0.05
+    assert [one.reason for one in result.dropped] == (
+        ["5 rows that the base does not have"] if rows > 30 else []
+    )
+
+
+@pytest.mark.parametrize("rank", ["energy:0.9", "error:0.2", "2"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_plan_says_the_ranks_and_sizes_that_come(
+    tmp_path: Path, rank: str, dtype: torch.dtype
+) -> None:
+    torch.manual_seed(0)
+    before = {f"l{at}.weight": torch.randn(40, 30).to(dtype) for at in range(3)}
+    step = torch.randn(40, 30) * torch.logspace(0, -3, 30)
+    after = {name: (value.float() + 0.3 * step).to(dtype) for name, value in before.items()}
+    options = LoraOptions(rank=rank, dtype="float32")
+    base, tuned = write(tmp_path, before, after)
+    plan = extract_lora(base, tuned, output=tmp_path / "out", options=options, dry_run=True)
+    assert not (tmp_path / "out").exists()
+    done = extract_lora(base, tuned, output=tmp_path / "out", options=options)
+    assert [row.rank for row in plan.layers] == [row.rank for row in done.layers]
+    assert plan.bytes == done.bytes
+    for one, two in zip(plan.layers, done.layers, strict=True):
+        assert rank == "2" or one.error == pytest.approx(two.error, abs=1e-5)
+
+
+@pytest.mark.parametrize(
+    "dtypes",
+    [
+        (torch.bfloat16, torch.float32),
+        (torch.float32, torch.bfloat16),
+        (torch.float16, torch.bfloat16),
+    ],
+)
+def test_the_two_sides_may_have_different_dtypes(
+    tmp_path: Path, dtypes: tuple[torch.dtype, torch.dtype]
+) -> None:
+    torch.manual_seed(0)
+    before = {"a.weight": torch.randn(64, 48).to(dtypes[0])}
+    up, down = torch.randn(64, 3), torch.randn(3, 48)
+    after = {"a.weight": (before["a.weight"].float() + 0.1 * up @ down).to(dtypes[1])}
+    result = run(before, after, tmp_path, rank="16", dtype="float32")
+    (row,) = result.layers
+    assert row.rank <= (16 if dtypes[1] == torch.float32 else 3)
+    D = after["a.weight"].double() - before["a.weight"].double()
+    file = load_file(result.output / "adapter_model.safetensors")
+    B, A = (file[f"base_model.model.a.lora_{part}.weight"].double() for part in "BA")
+    assert row.error == pytest.approx(float((D - B @ A).norm() / D.norm()), abs=1e-6)
+
+
+@pytest.mark.parametrize("layout", ["peft", "kohya"])
+def test_counters_are_no_part_of_the_change(tmp_path: Path, layout: str) -> None:
+    torch.manual_seed(0)
+    before = {
+        "a.weight": torch.randn(8, 8),
+        "bn.weight": torch.ones(8),
+        "bn.num_batches_tracked": torch.tensor(0),
+    }
+    after = changed(before, 2) | {"bn.num_batches_tracked": torch.tensor(90_000)}
+    result = run(before, after, tmp_path, layout=layout, rank="1")
+    (row,) = result.layers
+    assert result.layer_error == pytest.approx(row.error)
+    D, d = (after[n].double() - before[n].double() for n in ("a.weight", "bn.weight"))
+    whole = math.hypot(float(D.norm()), float(d.norm()))
+    lost = row.error * float(D.norm())
+    lost = lost if layout == "peft" else math.hypot(lost, float(d.norm()))
+    assert row.error > 0.01
+    assert row.share == pytest.approx(float(D.norm()) ** 2 / whole**2)
+    assert result.error == pytest.approx(lost / whole, rel=1e-5)
+
+
+@pytest.mark.parametrize("tied", [True, False])
+def test_a_tied_head_is_changed_once(tmp_path: Path, tied: bool) -> None:
+    torch.manual_seed(0)
+    table = torch.randn(20, 8)
+    names = ("model.embed_tokens.weight", "lm_head.weight")
+    before = {name: table.clone() for name in names}
+    step = torch.randn(20, 2) @ torch.randn(2, 8)
+    after = dict.fromkeys(names, table + 0.1 * step)
+    for folder, state in (("base", before), ("tuned", after)):
+        (tmp_path / folder).mkdir()
+        apart = {name: value.clone() for name, value in state.items()}
+        save_file(apart, tmp_path / folder / "model.safetensors")
+        config = {"model_type": "llama", "tie_word_embeddings": tied}
+        (tmp_path / folder / "config.json").write_text(json.dumps(config))
+    result = extract_lora(
+        tmp_path / "base",
+        tmp_path / "tuned",
+        output=tmp_path / "out",
+        options=LoraOptions(rank="2"),
+    )
+    assert len(result.layers) == (1 if tied else 2)
+    assert result.error < 1e-5
+    assert sum(row.share for row in result.layers) == pytest.approx(1.0)
 
 
 def test_patterns_leave_out_by_name_and_say_the_share(tmp_path: Path) -> None:

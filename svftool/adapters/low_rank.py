@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Literal
 
@@ -134,6 +135,38 @@ def parse_adapter_rank(text: str, most: int | None = None) -> AdapterRank:
         f"rank {text!r}, expected a count such as 64, 'energy:0.95' (share of the squares to keep) "
         "or 'error:0.1' (share of the norm that may be lost)"
     )
+
+
+def common_rank(spectra: Sequence[Tensor], energy: float) -> tuple[int, float]:
+    """Find the least rank, one for all matrices, that keeps a share of the squares of all.
+
+    Parameters
+    ----------
+    spectra : sequence of (k,) Tensor
+        Singular values, non-increasing.
+    energy : float
+        The share, up to 1.
+
+    Returns
+    -------
+    rank : int
+        0 where all values are 0.
+    kept : float
+        Sum of squares that it keeps.
+
+    Examples
+    --------
+    >>> common_rank([torch.tensor([3.0, 1.0, 1.0]), torch.tensor([2.0])], 0.9)
+    (2, 14.0)
+    """
+    squares = torch.zeros(max(map(len, spectra), default=0), dtype=torch.float64)
+    for S in spectra:
+        squares[: len(S)] += S.double().square()
+    kept = squares.cumsum(0)
+    if not len(kept) or float(kept[-1]) == 0.0:
+        return 0, 0.0
+    rank = int((kept >= energy * kept[-1] * (1 - 1e-12)).int().argmax()) + 1
+    return rank, float(kept[rank - 1])
 
 
 @dataclass(frozen=True)

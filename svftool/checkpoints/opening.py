@@ -23,7 +23,7 @@ from svftool.files.folder import (
     check_exists,
     check_shards,
     find_weights,
-    looks_like_hub_id,
+    is_on_hub,
     read_config,
 )
 from svftool.files.gguf import MAGIC as GGUF_MAGIC
@@ -41,8 +41,8 @@ def open_checkpoint(
     Parameters
     ----------
     path : str or path
-        A weight file; a folder with one, or with a shard index; or a hub id ``owner/name`` that
-        is not the name of anything here.
+        A weight file; a folder with one, or with a shard index; or a hub id that is not the name
+        of anything here: ``OWNER/NAME``, ``OWNER/NAME/SUBFOLDER``, each with ``@REVISION``.
     stem : str, optional
         In a folder, open only ``STEM.safetensors`` or its shards.
     stored : bool
@@ -65,7 +65,7 @@ def open_checkpoint(
     text = os.fspath(path)
     place = Path(text)
     try:
-        if not os.path.lexists(place) and not place.parent.exists() and looks_like_hub_id(text):
+        if is_on_hub(text):
             return _open_folder(fetch(text), stem, stored=stored, hub_id=text)
         if place.is_dir():
             return _open_folder(place, stem, stored=stored)

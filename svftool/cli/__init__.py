@@ -16,7 +16,7 @@ from typing import Annotated, Any
 
 import typer
 
-from svftool.cli.common import lasting_streams, stderr
+from svftool.cli.common import keep_words, lasting_streams, stderr
 from svftool.cli.help import Command, CommandLine
 from svftool.cli.usage import is_help, said
 from svftool.cli.values import taken_by
@@ -81,6 +81,11 @@ class ErrorBoundary(CommandLine):
     def __init__(self, **settings: Any) -> None:
         super().__init__(**settings)
         self.commands = Commands()  # type: ignore[assignment]
+
+    def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
+        """Keep the words, for what is to say by which command it was made."""
+        keep_words(args)
+        return super().parse_args(ctx, args)
 
     def main(self, *args: Any, **settings: Any) -> Any:
         """Run the command line; what is wrong with it is one line, as every other error."""

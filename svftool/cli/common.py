@@ -8,7 +8,7 @@ import logging
 import os
 import select
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -24,6 +24,18 @@ from svftool.progress import SILENT, Progress
 from svftool.report.json import to_json
 from svftool.report.text import safe
 from svftool.tasks.option import TaskName
+
+_words: list[str] = []
+
+
+def keep_words(words: Sequence[str]) -> None:
+    """Remember the words of the command that runs."""
+    _words[:] = words
+
+
+def words() -> tuple[str, ...]:
+    """Return the words of the command that runs, its name first."""
+    return tuple(_words)
 
 
 def check_device(name: str) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
@@ -20,8 +20,10 @@ from svftool.cli.common import (
     is_first_process,
 )
 from svftool.cli.completion import one_of
+from svftool.cli.push import PushFlags
 from svftool.files.folder import check_exists
 from svftool.files.output import check_output
+from svftool.files.pipeline import is_pipeline, located, read_pipeline
 
 if TYPE_CHECKING:
     from svftool.stages.decompose import DecomposeOptions
@@ -95,6 +97,7 @@ def command(
         bool, typer.Option("--dry-run", help="Show the plan with sizes; write nothing.")
     ] = False,
     force: ForceOption = False,
+    hub: PushFlags,
     display: Display,
 ) -> None:
     """Decompose a checkpoint's layers by singular value decomposition."""
@@ -103,15 +106,58 @@ def command(
     parse_rank(options["rank"])
     parse_size(options["max_shard_size"])
     check_exists(checkpoint)
+    hub.check()
     if not dry_run and is_first_process():
         check_output(output, force=force or resume, inputs=[Path(checkpoint)])
     from svftool.report import decompose as report
     from svftool.stages.decompose import decompose, plan
 
     progress = display.progress()
+    place = located(checkpoint)
+    if is_pipeline(place):
+        _pipeline(
+            place, output, dry_run, display, hub, checkpoint, resume=resume, force=force, **options
+        )
+        return
     if dry_run:
         planned = plan(checkpoint, progress=progress, **options)
         display.emit(report.plan_document(planned), report.plan_view(planned))
         return
     result = decompose(checkpoint, output, resume=resume, force=force, progress=progress, **options)
     display.emit(report.document(result), report.view(result))
+    hub.push(output, report.view(result), base=checkpoint, relation="quantized")
+
+
+def _pipeline(
+    folder: Path,
+    output: Path,
+    dry_run: bool,
+    display: Display,
+    hub: PushFlags,
+    checkpoint: str,
+    **options: Any,
+) -> None:
+    """Decompose a pipeline, or show what that would do to each component."""
+    from svftool.report import decompose as report
+    from svftool.report import pipeline
+    from svftool.stages.decompose import plan
+    from svftool.stages.pipeline import PipelineResult, decompose_pipeline
+
+    progress = display.progress()
+    if dry_run:
+        for name in ("resume", "force"):  # nothing is written
+            options.pop(name)
+        found = read_pipeline(folder)
+        plans = {
+            name: plan(found.path / name, progress=progress, **options) for name in found.components
+        }
+        planned = PipelineResult(None, plans)
+        display.emit(
+            pipeline.document("decompose", planned, report.plan_document),
+            pipeline.view(planned, report.plan_view),
+        )
+        return
+    result = decompose_pipeline(folder, output, progress=progress, **options)
+    shown = pipeline.view(result, report.view)
+    display.emit(pipeline.document("decompose", result, report.document), shown)
+    hub.push(output, shown, base=checkpoint, relation="quantized")

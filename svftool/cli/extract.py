@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
+from rich.console import RenderableType
 
 from svftool.cli.common import (
     Display,
@@ -14,12 +16,17 @@ from svftool.cli.common import (
     ForceOption,
     IncludeOption,
     OutputOption,
+    check_device,
+    is_first_process,
     leave_to_first_process,
 )
 from svftool.cli.completion import one_of
+from svftool.cli.push import PushFlags
 from svftool.errors import UsageError, no_such
-from svftool.files.folder import check_exists
+from svftool.files.folder import TUNED_SUFFIX, check_exists
 from svftool.files.output import check_output
+from svftool.files.pipeline import is_pipeline, located
+from svftool.progress import Progress
 
 if TYPE_CHECKING:
     from svftool.stages.extract_lora import LoraOptions
@@ -66,6 +73,14 @@ class HowToAdapt:
     ] = None
     include: IncludeOption = None
     exclude: ExcludeOption = None
+    device: Annotated[
+        str | None,
+        typer.Option(
+            metavar="auto|cpu|cuda[:i]",
+            autocompletion=one_of("auto", "cpu", "cuda"),
+            help="Of --as lora: where to compute (default: auto).",
+        ),
+    ] = None
 
     def options(self) -> LoraOptions:
         """Return them under the names of the library."""
@@ -79,6 +94,7 @@ class HowToAdapt:
             dtype=self.dtype,
             include=self.include or (),
             exclude=self.exclude or (),
+            device=self.device or "auto",
         )
 
     def given(self) -> list[str]:
@@ -106,47 +122,146 @@ def command(
         bool,
         typer.Option("--dry-run", help="Of --as lora, exact: show ranks and sizes; write nothing."),
     ] = False,
+    resume: Annotated[
+        bool,
+        typer.Option("--resume", help="Of --as lora: continue an interrupted run of the same."),
+    ] = False,
     force: ForceOption = False,
+    hub: PushFlags,
     display: Display,
 ) -> None:
     """Turn a dense fine-tune into a small tuned file, a LoRA, or an exact delta."""
-    leave_to_first_process("extract")
-    if form not in FORMS:
-        raise UsageError(no_such("--as", form, FORMS))
-    given = how.given() if form == "exact" else [*how.given(), *(["--dry-run"] * dry_run)]
-    if form != "lora" and given:
-        raise UsageError(f"{given[0]} is an option of --as lora, expected --as lora with it")
+    _check(form, how, dry_run=dry_run, resume=resume)
     for one in (base, tuned):
         check_exists(one)
-    if not dry_run:
+    check_device(how.device or "auto")
+    hub.check()
+    if not dry_run and is_first_process():
         check_output(output, force=force, inputs=[base, tuned])
-    from svftool.report import extract as report
-
-    progress = display.progress()
-    if form == "lora":
-        from svftool.stages.extract_lora import extract_lora
-
-        adapter = extract_lora(
-            base,
-            tuned,
-            output=output,
-            options=how.options(),
-            dry_run=dry_run,
-            force=force,
-            progress=progress,
-        )
-        display.emit(report.lora_document(adapter), report.lora_view(adapter))
+    way = _Way(form, how, dry_run, resume, display.progress())
+    show = way.shown()
+    place = located(base)
+    if not is_pipeline(place):
+        result = way.run(base, tuned, output, force=force)
+        display.emit(show.document(result), show.view(result))
+        if not dry_run:
+            hub.push(output, show.view(result), base=base, relation="adapter", library=way.library)
         return
-    if form == "exact":
-        from svftool.report import exact as exact_report
-        from svftool.stages.extract_exact import extract_exact
-
-        exact = extract_exact(
-            base, tuned, output=output, dry_run=dry_run, force=force, progress=progress
+    if dry_run or resume:
+        raise UsageError(
+            f"{base}: a pipeline, which takes no {'--dry-run' if dry_run else '--resume'}, "
+            f"expected a component of it. Name one, such as {base}/unet."
         )
-        display.emit(exact_report.extract_document(exact), exact_report.extract_view(exact))
-        return
-    from svftool.stages.extract import extract
+    document, view = _pipeline(way, place, located(tuned), output, force=force)
+    display.emit(document, view)
+    hub.push(output, view, base=base, relation="adapter", library=way.library)
 
-    result = extract(base, tuned, output=output, force=force, progress=progress)
-    display.emit(report.document(result), report.view(result))
+
+def _check(form: str, how: HowToAdapt, *, dry_run: bool, resume: bool) -> None:
+    """Refuse options that the form does not take."""
+    if form not in FORMS:
+        raise UsageError(no_such("--as", form, FORMS))
+    if form != "lora":
+        leave_to_first_process("extract")
+    given = [*how.given(), *(["--resume"] * resume)]
+    if form == "svf" and dry_run:
+        given.append("--dry-run")
+    if form != "lora" and given:
+        raise UsageError(f"{given[0]} is an option of --as lora, expected --as lora with it")
+
+
+def _pipeline(
+    way: _Way, base: Path, tuned: Path, output: Path, *, force: bool
+) -> tuple[dict[str, Any], RenderableType]:
+    from svftool.report import pipeline
+    from svftool.stages.pipeline import extract_pipeline
+
+    show = way.shown()
+    found = extract_pipeline(
+        base,
+        tuned,
+        way.run,
+        output=output,
+        suffix=way.suffix,
+        force=force,
+        shared=way.form == "lora",
+        progress=way.progress,
+    )
+    document = pipeline.document("extract", found, show.document)
+    return document, pipeline.view(found, show.view)
+
+
+@dataclass(frozen=True)
+class _Shown:
+    """How a form's result is shown."""
+
+    document: Callable[[Any], dict[str, Any]]
+    view: Callable[[Any], RenderableType]
+
+
+@dataclass(frozen=True)
+class _Way:
+    """One of the forms, with its options."""
+
+    form: str
+    how: HowToAdapt
+    dry_run: bool
+    resume: bool
+    progress: Progress
+
+    @property
+    def suffix(self) -> str:
+        """How the names of outputs end, in a folder of several."""
+        if self.form == "svf":
+            return TUNED_SUFFIX
+        if self.form == "exact":
+            return ".safetensors"
+        return "" if self.how.options().layout == "peft" else ".safetensors"
+
+    @property
+    def library(self) -> str:
+        """What loads the output."""
+        if self.form != "lora":
+            return "svftool"
+        return "peft" if self.how.options().layout == "peft" else "diffusers"
+
+    def shown(self) -> _Shown:
+        from svftool.report import extract as report
+
+        if self.form == "lora":
+            return _Shown(report.lora_document, report.lora_view)
+        if self.form == "exact":
+            from svftool.report import exact
+
+            return _Shown(exact.extract_document, exact.extract_view)
+        return _Shown(report.document, report.view)
+
+    def run(self, base: Path, tuned: Path, output: Path, *, force: bool = False) -> Any:
+        """Extract from one checkpoint."""
+        if self.form == "lora":
+            from svftool.stages.extract_lora import extract_lora
+
+            return extract_lora(
+                base,
+                tuned,
+                output=output,
+                options=self.how.options(),
+                dry_run=self.dry_run,
+                resume=self.resume,
+                force=force,
+                progress=self.progress,
+            )
+        if self.form == "exact":
+            from svftool.stages.extract_exact import extract_exact
+
+            return extract_exact(
+                base,
+                tuned,
+                output=output,
+                dry_run=self.dry_run,
+                force=force,
+                progress=self.progress,
+            )
+        from svftool.stages.extract import extract
+
+        return extract(base, tuned, output=output, force=force, progress=self.progress)

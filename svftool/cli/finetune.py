@@ -25,6 +25,7 @@ from svftool.cli.common import (
     is_first_process,
 )
 from svftool.cli.completion import REGIMES, list_of
+from svftool.cli.push import PushFlags
 from svftool.cli.signature import TaskFlags, options_of
 from svftool.files.folder import check_data, check_factors
 from svftool.files.output import check_output
@@ -249,6 +250,7 @@ def command(
         bool, typer.Option("--resume", help="Go on where the same command was interrupted.")
     ] = False,
     force: ForceOption = False,
+    hub: PushFlags,
     config: ConfigOption = None,
     display: Display,
 ) -> None:
@@ -265,6 +267,7 @@ def command(
     TASKS[task](**chosen)  # refuses values that do not go together
     check_factors(factors)
     check_data(data, task)
+    hub.check()
     if is_first_process():
         check_output(output, force=force or resume, inputs=[factors, data])
     from svftool.report.finetune import document, view
@@ -305,5 +308,7 @@ def command(
     if drawing is not None and is_first_process():
         drawing.write(result)
         display.wrote(drawing.path)
-    if result.interrupted is not None:
+    if result.interrupted is None:
+        hub.push(output, view(result), base=factors, relation="adapter")
+    else:
         raise typer.Exit(SIGNAL_EXIT + result.interrupted)

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -19,11 +20,18 @@ from svftool.cli.common import (
     check_device,
     is_first_process,
 )
+from svftool.errors import GateError, UsageError, shortlist
 from svftool.files.folder import check_exists
 from svftool.files.output import check_output
+from svftool.files.pipeline import counterpart_folders, is_pipeline, located, read_pipeline
 from svftool.files.toml import POLICY, read_toml
 from svftool.report.annotations import Annotations
 from svftool.report.inspect_files import Files, MapsFile
+
+if TYPE_CHECKING:
+    from svftool.auditing import AuditResult
+    from svftool.auditing.gatekeeper import Gatekeeper, Held
+    from svftool.report.inspect import Shown
 
 EXAMPLE = "Example: svftool inspect base.safetensors merged.safetensors --html report.html"
 
@@ -160,9 +168,8 @@ def command(
     from svftool.stages.audit import audit
 
     gate = Gatekeeper.read(limits.fail_above or (), limits.policy)
-    result = audit(
-        base,
-        others,
+    look = partial(
+        audit,
         metrics=gate.with_metrics((*beside, sort)),
         fast=fast,
         include=include or (),
@@ -170,6 +177,14 @@ def command(
         device=device,
         progress=display.progress(),
     )
+    shown = report.Shown(sort=sort, top=top, group=group, every=every)
+    place = located(base)
+    if is_pipeline(place):
+        _pipeline(
+            place, [str(located(one)) for one in others], look, gate, shown, asked, limits, display
+        )
+        return
+    result = look(base, others)
     held = gate.hold(result)
     files.write(result, held)
     annotations.write(held, seconds=result.seconds)
@@ -178,8 +193,68 @@ def command(
 
         maps.write(feature_maps(base, others[0], asked.image, model=asked.model))
     display.wrote(files.csv, files.html, files.plot, maps.path)
-    shown = report.Shown(sort=sort, top=top, group=group, every=every)
     display.emit(report.document(result, held=held), report.view(result, shown, held=held))
     if is_first_process():
         annotations.say(held)
     close(held)
+
+
+def _pipeline(
+    base: Path,
+    others: list[str],
+    look: Callable[..., AuditResult],
+    gate: Gatekeeper,
+    shown: Shown,
+    asked: FilesToWrite,
+    limits: Limits,
+    display: Display,
+) -> None:
+    """Look at every component of a pipeline, with the same gates; each gets files of its own."""
+    from svftool.auditing.gatekeeper import close
+    from svftool.report import inspect as report
+    from svftool.report import pipeline
+    from svftool.stages.pipeline import PipelineResult
+
+    if asked.feature_maps is not None or limits.annotate:
+        flag = "--feature-maps" if asked.feature_maps is not None else "--annotate"
+        raise UsageError(f"{flag}: {base} is a pipeline, expected a component of it. Name one.")
+    source = read_pipeline(base)
+    found: dict[str, tuple[AuditResult, Any]] = {}
+    missing: list[str] = []
+    held: list[Held] = []
+    pairs = counterpart_folders(source, others)
+    if is_first_process():
+        for name in source.components:
+            _files(asked, name, (str(base), *others)).check()
+    for name, theirs in pairs.items():
+        there = [one for one in theirs if one is not None]
+        if len(there) < len(theirs):
+            missing.append(name)
+        if theirs and not there:
+            continue
+        result = look(source.path / name, there)
+        verdicts = gate.hold(result)
+        files = _files(asked, name, (str(base), *others))
+        files.write(result, verdicts)
+        display.wrote(files.csv, files.html, files.plot)
+        found[name], held = (result, verdicts), [*held, *verdicts]
+    whole = PipelineResult(None, found, missing=tuple(missing))
+    display.emit(
+        pipeline.document("inspect", whole, lambda one: report.document(one[0], held=one[1])),
+        pipeline.view(whole, lambda one: report.view(one[0], shown, held=one[1])),
+    )
+    close(held)
+    if missing and (limits.fail_above or limits.policy):
+        raise GateError(
+            f"{shortlist(missing, 6)}: not in every fine-tune, so not compared, expected all "
+            "components for a gate to hold."
+        )
+
+
+def _files(asked: FilesToWrite, component: str, inputs: tuple[str, ...]) -> Files:
+    """Return the files of a component: its name stands before the suffix."""
+
+    def own(path: Path | None) -> Path | None:
+        return None if path is None else path.with_suffix(f".{component}{path.suffix}")
+
+    return Files(own(asked.csv), own(asked.html), own(asked.plot), force=asked.force, inputs=inputs)

@@ -14,6 +14,7 @@ from svftool.cli.common import (
     OutputOption,
     leave_to_first_process,
 )
+from svftool.cli.push import PushFlags, library_of
 from svftool.errors import UsageError
 from svftool.files.contents import is_exact_delta
 from svftool.files.folder import (
@@ -24,6 +25,7 @@ from svftool.files.folder import (
     is_tuned_name,
 )
 from svftool.files.output import check_output
+from svftool.files.pipeline import is_pipeline
 
 EXAMPLE = "Example: svftool merge factors birds.svf.safetensors@0.7 -o merged.safetensors --verify"
 
@@ -66,10 +68,12 @@ def command(
         bool, typer.Option("--dry-run", help="Of an exact delta: check all, write nothing.")
     ] = False,
     force: ForceOption = False,
+    hub: PushFlags,
     display: Display,
 ) -> None:
     """Fold tuned files and adapters into dense weights, mix tuned files, or apply a delta."""
     leave_to_first_process("merge")
+    hub.check()
     deltas = [one for one in tuned or () if is_exact_delta(Path(one))]
     if deltas:
         unfit = {
@@ -87,32 +91,52 @@ def command(
             verify=verify,
             dry_run=dry_run,
             force=force,
+            hub=hub,
             display=display,
         )
         return
     if dry_run:
         raise UsageError("--dry-run is an option of an exact delta, expected one, or no --dry-run")
-    check_base(factors, tuned or ())
+    whole = is_pipeline(factors)
+    if not whole:
+        check_base(factors, tuned or ())
     check_tuned_exist(tuned or ())
     check_dense_name(output, tuned=bool(tuned) and is_tuned_name(output))
     check_output(output, force=force, inputs=[factors])
     from svftool.report import merge as report
     from svftool.stages.merge import merge
 
-    result = merge(
-        factors,
-        tuned or [],
-        output=output,
-        base=base,
-        without_base=without_base,
-        max_shard_size=max_shard_size,
-        verify=verify,
-        allow_overflow=allow_overflow,
-        dtype=dtype,
-        force=force,
-        progress=display.progress(),
+    options: dict[str, Any] = {
+        "base": base,
+        "without_base": without_base,
+        "max_shard_size": max_shard_size,
+        "verify": verify,
+        "allow_overflow": allow_overflow,
+        "dtype": dtype,
+        "force": force,
+        "progress": display.progress(),
+    }
+    if whole:
+        from svftool.report import pipeline
+        from svftool.stages.pipeline import merge_pipeline
+
+        merged = merge_pipeline(factors, tuned or [], output=output, **options)
+        document, view = (
+            pipeline.document("merge", merged, report.document),
+            pipeline.view(merged, report.view),
+        )
+    else:
+        result = merge(factors, tuned or [], output=output, **options)
+        document, view = report.document(result), report.view(result)
+    display.emit(document, view)
+    mixed = is_tuned_name(output)
+    hub.push(
+        output,
+        view,
+        base=factors,
+        relation="adapter" if mixed else "merge" if len(tuned or ()) > 1 else "finetune",
+        library="svftool" if mixed else library_of(output),
     )
-    display.emit(report.document(result), report.view(result))
 
 
 def _check_delta_alone(given: list[str], flags: list[str]) -> None:
@@ -129,7 +153,9 @@ def _check_delta_alone(given: list[str], flags: list[str]) -> None:
         )
 
 
-def _restore(base: Path, delta: Path, *, output: Path, display: Display, **options: Any) -> None:
+def _restore(
+    base: Path, delta: Path, *, output: Path, hub: PushFlags, display: Display, **options: Any
+) -> None:
     check_exists(base)
     if not options["dry_run"]:
         check_output(output, force=options["force"], inputs=[base, delta])
@@ -137,4 +163,7 @@ def _restore(base: Path, delta: Path, *, output: Path, display: Display, **optio
     from svftool.stages.restore import restore
 
     result = restore(base, delta, output=output, progress=display.progress(), **options)
-    display.emit(report.merge_document(result), report.merge_view(result))
+    view = report.merge_view(result)
+    display.emit(report.merge_document(result), view)
+    if not options["dry_run"]:
+        hub.push(output, view, base=base, relation="finetune", library=library_of(output))

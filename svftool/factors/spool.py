@@ -9,10 +9,12 @@ removed; their records stay until the end.
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
+
+from torch import Tensor
 
 from svftool.checkpoints import (
     SafetensorsWriter,
@@ -26,6 +28,7 @@ from svftool.errors import CheckpointError, UsageError, brief, kept_work
 from svftool.factors.schema import LayerRecord, layer_from_json
 from svftool.factors.store import LayerFactors
 
+_T = TypeVar("_T")
 FOLDER = "layers"
 RUN_FILE = "run.json"
 PARTS = ("U", "S", "Vh")
@@ -50,20 +53,23 @@ class FinishedLayer:
     seconds: float
 
 
-class LayerSpool:
-    """Finished layers in a partial folder.
+class Spool:
+    """Finished layers in a folder: of each a file of tensors, then a record that it is complete.
 
     Parameters
     ----------
-    partial : Path
-        The partial output.
+    folder : Path
+        Where they lie.
     names : sequence of str
         All layers of the run; their order names the files.
+    where : Path
+        The output, for messages.
     """
 
-    def __init__(self, partial: Path, names: Sequence[str]) -> None:
-        self.folder = partial / FOLDER
+    def __init__(self, folder: Path, names: Sequence[str], where: Path) -> None:
+        self.folder = folder
         self._numbers = {name: number for number, name in enumerate(names)}
+        self._where = where
 
     def begin(self, run: Mapping[str, Any], *, resume: bool) -> None:
         """Start a run, or check that the one found here is the same.
@@ -85,7 +91,7 @@ class LayerSpool:
         if resume and file.is_file():
             with kept_work(file):
                 found = dict(parse_json(file.read_bytes()))
-            _check_same(file, found, json.loads(text))
+            _check_same(self._where, found, json.loads(text))
             return
         with write_errors(self.folder):
             self.folder.mkdir(parents=True, exist_ok=True)
@@ -96,10 +102,15 @@ class LayerSpool:
         """Whether any layer is finished, so that there is something to resume."""
         return any(file.name != RUN_FILE for file in self.folder.glob("*.json"))
 
-    def add(self, layer: FinishedLayer, factors: LayerFactors) -> None:
-        """Store a finished layer."""
-        path = self._path(layer.record.name, "safetensors")
-        tensors = {part: getattr(factors, part) for part in PARTS}
+    def keep(self, name: str, tensors: Mapping[str, Tensor], record: Mapping[str, Any]) -> None:
+        """Store what is finished of one layer: its tensors first, then what is known of them."""
+        if tensors:
+            self._keep_tensors(self._path(name, "safetensors"), tensors)
+        path = self._path(name, "json")
+        with write_errors(path):
+            _write_text(path, json.dumps(record))
+
+    def _keep_tensors(self, path: Path, tensors: Mapping[str, Tensor]) -> None:
         layout = {part: (tensor.dtype, tuple(tensor.shape)) for part, tensor in tensors.items()}
         temporary = path.with_suffix(".writing")
         temporary.unlink(missing_ok=True)
@@ -108,25 +119,73 @@ class LayerSpool:
                 writer.write(part, tensor)
         with write_errors(path):
             temporary.replace(path)
-            text = {
-                "record": asdict(layer.record),
-                "digests": dict(layer.digests),
-                "seconds": layer.seconds,
-            }
-            _write_text(self._path(layer.record.name, "json"), json.dumps(text))
 
-    def finished(self) -> dict[str, FinishedLayer]:
-        """List the layers that are finished, by name."""
+    def records(self, read: Callable[[dict[str, Any]], _T]) -> dict[str, _T]:
+        """List what is known of the finished layers, by name.
+
+        Parameters
+        ----------
+        read : callable
+            Makes it from a record as `keep` was given it.
+        """
         found = {}
         for name in self._numbers:
             path = self._path(name, "json")
             if path.is_file():
                 with kept_work(path):
-                    item = parse_json(path.read_bytes())
-                    record = layer_from_json(item["record"])
-                    digests, seconds = dict(item["digests"]), float(item["seconds"])
-                    found[name] = FinishedLayer(record, digests, seconds)
+                    found[name] = read(dict(parse_json(path.read_bytes())))
         return found
+
+    def tensors(self, name: str) -> dict[str, Tensor]:
+        """Read the tensors of a finished layer.
+
+        Raises
+        ------
+        CheckpointError
+            If the file is gone or broken.
+        """
+        with open_checkpoint(self._path(name, "safetensors")) as file:
+            return {part: file.read(part) for part in file.infos}
+
+    def has_tensors(self, name: str) -> bool:
+        """Whether the file of a layer's tensors is here."""
+        return self._path(name, "safetensors").is_file()
+
+    def drop_factors(self, name: str) -> None:
+        """Remove a layer's tensors, which now stand in a finished shard."""
+        self._path(name, "safetensors").unlink(missing_ok=True)
+
+    def _path(self, name: str, kind: str) -> Path:
+        return self.folder / f"{self._numbers[name]:06d}.{kind}"
+
+
+class LayerSpool(Spool):
+    """Finished layers of a decomposition, in its partial folder.
+
+    Parameters
+    ----------
+    partial : Path
+        The partial output.
+    names : sequence of str
+        All layers of the run.
+    """
+
+    def __init__(self, partial: Path, names: Sequence[str]) -> None:
+        super().__init__(partial / FOLDER, names, partial)
+
+    def add(self, layer: FinishedLayer, factors: LayerFactors) -> None:
+        """Store a finished layer."""
+        record = {
+            "record": asdict(layer.record),
+            "digests": dict(layer.digests),
+            "seconds": layer.seconds,
+        }
+        tensors = {part: getattr(factors, part) for part in PARTS}
+        self.keep(layer.record.name, tensors, record)
+
+    def finished(self) -> dict[str, FinishedLayer]:
+        """List the layers that are finished, by name."""
+        return self.records(_finished)
 
     def intact(self, layer: FinishedLayer, infos: Sequence[TensorInfo]) -> bool:
         """Whether a finished layer's factors are here and hold what was written.
@@ -137,8 +196,7 @@ class LayerSpool:
         infos : sequence of TensorInfo
             Of its ``U``, ``S`` and ``Vh``.
         """
-        path = self._path(layer.record.name, "safetensors")
-        if not path.is_file():
+        if not self.has_tensors(layer.record.name):
             return False
         try:
             factors = self.read(layer.record.name)
@@ -151,15 +209,13 @@ class LayerSpool:
 
     def read(self, name: str) -> LayerFactors:
         """Read a finished layer's factors."""
-        with open_checkpoint(self._path(name, "safetensors")) as file:
-            return LayerFactors(*(file.read(part) for part in PARTS))
+        tensors = self.tensors(name)
+        return LayerFactors(*(tensors[part] for part in PARTS))
 
-    def drop_factors(self, name: str) -> None:
-        """Remove a layer's factors, which now stand in a finished shard."""
-        self._path(name, "safetensors").unlink(missing_ok=True)
 
-    def _path(self, name: str, kind: str) -> Path:
-        return self.folder / f"{self._numbers[name]:06d}.{kind}"
+def _finished(item: Mapping[str, Any]) -> FinishedLayer:
+    record = layer_from_json(item["record"])
+    return FinishedLayer(record, dict(item["digests"]), float(item["seconds"]))
 
 
 def digests_of(factors: LayerFactors) -> dict[str, str]:
@@ -173,11 +229,11 @@ def _write_text(path: Path, text: str) -> None:
     temporary.replace(path)
 
 
-def _check_same(file: Path, found: dict[str, Any], expected: dict[str, Any]) -> None:
+def _check_same(where: Path, found: dict[str, Any], expected: dict[str, Any]) -> None:
     changed = [key for key in expected if found.get(key) != expected[key]]
     if changed:
         what = ", ".join(f"{key} {brief(found.get(key))}, now {expected[key]!r}" for key in changed)
         raise UsageError(
-            f"{file.parent.parent}: the interrupted run had another {what}. "
+            f"{where}: the interrupted run had another {what}. "
             "Give the same checkpoint and options to --resume, or start anew without it."
         )

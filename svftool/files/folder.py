@@ -133,7 +133,7 @@ def check_exists(text: str | os.PathLike[str]) -> None:
         If there is no such file or folder.
     """
     place = Path(text)
-    if place.exists() or (not place.parent.exists() and looks_like_hub_id(os.fspath(text))):
+    if place.exists() or is_on_hub(os.fspath(text)):
         return
     found = "a link that leads nowhere" if place.is_symlink() else "no such file or folder"
     raise CheckpointError(f"{text}: {found}, expected a checkpoint. Check the path.")
@@ -253,18 +253,61 @@ def check_predictions_name(path: Path, *, folder: bool | None = None) -> None:
         raise UsageError(f"{path}: expected a name that ends in .jsonl or .csv")
 
 
-_HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
+_PART = r"[A-Za-z0-9][\w.-]*"
+_HUB_ID = re.compile(rf"(?P<repo>{_PART}/{_PART})(?:/(?P<folder>{_PART}(?:/{_PART})*))?")
+_REVISION = re.compile(r"[A-Za-z0-9][\w./-]*")
+
+
+@dataclass(frozen=True)
+class HubPlace:
+    """What a hub id names: ``OWNER/NAME``, ``OWNER/NAME@REVISION``, ``OWNER/NAME/SUBFOLDER``.
+
+    Attributes
+    ----------
+    repo : str
+    folder : str
+        Within the repository; empty for the whole.
+    revision : str or None
+        A branch, a tag, a commit, or ``refs/pr/N``.
+    """
+
+    repo: str
+    folder: str = ""
+    revision: str | None = None
+
+
+def hub_place(text: str) -> HubPlace | None:
+    """Read a hub id; None where it is none.
+
+    Examples
+    --------
+    >>> hub_place("owner/name/unet@refs/pr/1")
+    HubPlace(repo='owner/name', folder='unet', revision='refs/pr/1')
+    """
+    name, mark, revision = text.partition("@")
+    found = _HUB_ID.fullmatch(name)
+    if found is None or name.endswith(WEIGHT_SUFFIXES):
+        return None
+    if (mark or revision) and not _REVISION.fullmatch(revision):
+        return None
+    return HubPlace(found["repo"], found["folder"] or "", revision or None)
 
 
 def looks_like_hub_id(text: str) -> bool:
-    """Tell whether `text` can be a repository on the hub: ``owner/name``, no weight file.
+    """Tell whether `text` can be a repository on the hub, or a folder of one; no weight file.
 
     Examples
     --------
     >>> looks_like_hub_id("timm/resnet18.a1_in1k"), looks_like_hub_id("folder/model.safetensors")
     (True, False)
     """
-    return bool(_HUB_ID.fullmatch(text)) and not text.endswith(WEIGHT_SUFFIXES)
+    return hub_place(text) is not None
+
+
+def is_on_hub(text: str) -> bool:
+    """Tell whether a name can only be on the hub: an id, and no place within anything here."""
+    first = Path(text.partition("/")[0])
+    return looks_like_hub_id(text) and not os.path.lexists(text) and not os.path.lexists(first)
 
 
 def find_weights(folder: Path, stem: str | None = None) -> tuple[tuple[Path, ...], Place]:

@@ -340,10 +340,24 @@ def _acquire(place: _Place) -> int:
 def scratch_folder(partial: Path) -> Iterator[Path]:
     """Make a folder beside work in progress, for what is not kept; one of a killed process goes.
 
+    Parameters and errors are those of `kept_folder`.
+    """
+    folder = kept_folder(partial, resume=False)
+    try:
+        yield folder
+    finally:
+        discard_folder(folder)
+
+
+def kept_folder(partial: Path, *, resume: bool) -> Path:
+    """Make a folder beside work in progress, which stays until `discard_folder`.
+
     Parameters
     ----------
     partial : Path
         As `replace_output` yields it, whose lock keeps other processes away.
+    resume : bool
+        Whether what an earlier call left there is kept; otherwise it goes.
 
     Raises
     ------
@@ -355,7 +369,10 @@ def scratch_folder(partial: Path) -> Iterator[Path]:
     folder = partial.with_name(f".{partial.name}.scratch")
     with write_errors(folder):
         ours = folder.is_dir() and not folder.is_symlink()
-        if ours and (os.path.lexists(folder / _MARK) or not any(folder.iterdir())):
+        marked = ours and os.path.lexists(folder / _MARK)
+        if marked and resume:
+            return folder
+        if marked or (ours and not any(folder.iterdir())):
             _remove_marked(folder)
         if os.path.lexists(folder):
             raise UsageError(
@@ -363,11 +380,13 @@ def scratch_folder(partial: Path) -> Iterator[Path]:
             )
         folder.mkdir()
         (folder / _MARK).touch()
-    try:
-        yield folder
-    finally:
-        with _best_effort():
-            _remove_marked(folder)
+    return folder
+
+
+def discard_folder(folder: Path) -> None:
+    """Remove a folder that `kept_folder` made; what cannot be removed is logged."""
+    with _best_effort():
+        _remove_marked(folder)
 
 
 def _remove_marked(folder: Path) -> None:

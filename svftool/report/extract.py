@@ -30,6 +30,7 @@ def document(result: ExtractResult) -> dict[str, Any]:
         whole=result.whole,
         missing=result.missing,
         dropped=[asdict(one) for one in result.dropped],
+        proposal=None if result.proposal is None else asdict(result.proposal),
     )
 
 
@@ -46,12 +47,23 @@ def view(result: ExtractResult) -> RenderableType:
     if len(rows) > MOST_ROWS:
         parts.append(Text(f"and {len(rows) - MOST_ROWS} more layers, approximated better", "dim"))
     text = Text(
-        f"{result.error:.1%} of the change (as a norm) cannot be made by singular values.\n"
+        f"{result.error:.1%} of the change (as a norm) cannot be made by singular values.\n",
+        "bold yellow" if result.poor else "",
     )
+    if result.poor:
+        text.append(_instead(result), "yellow")
     for title, listed in (("stored whole", result.whole), ("not in the fine-tune", result.missing)):
         if listed:
             text.append(f"{title}: {shortlist(map(safe, listed), 4)}\n")
     return Group(*parts, "", text.append("tuned: ").append(safe(str(result.output)), "bold"))
+
+
+def _instead(result: ExtractResult) -> str:
+    """Say what holds a change that singular values do not."""
+    one = result.proposal
+    if one is None:
+        return "No low rank holds it either: the change is as wide as the layers.\n"
+    return f"A LoRA of rank {one.rank} would lose {share(one.error)}: --as lora --rank {one.rank}\n"
 
 
 def lora_document(result: LoraResult) -> dict[str, Any]:
@@ -69,6 +81,7 @@ def lora_document(result: LoraResult) -> dict[str, Any]:
         missing=result.missing,
         dropped=[asdict(one) for one in result.dropped],
         bytes=result.bytes,
+        layer_error=result.layer_error,
     )
 
 
@@ -96,8 +109,10 @@ def _lora_totals(result: LoraResult) -> Text:
         text.append(f"{len(result.layers)} layers, {most}rank {span}, ")
         text.append(f"about {result.bytes:,} bytes in {result.dtype}; nothing written\n")
     else:
-        text.append(f"{share(result.error)} of the change (as a norm) is lost: ", "bold")
-        text.append(f"{len(result.layers)} layers, rank {span}, {result.dtype}, ")
+        text.append(f"{share(result.error)} of the change (as a norm) is lost", "bold")
+        if result.layers and share(result.layer_error) != share(result.error):
+            text.append(f", {share(result.layer_error)} of that of the layers")
+        text.append(f": {len(result.layers)} layers, rank {span}, {result.dtype}, ")
         text.append(f"{result.bytes:,} bytes\n")
     lost = sum(one.share or 0.0 for one in result.dropped)
     for title, listed in (

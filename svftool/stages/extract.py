@@ -12,14 +12,17 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from svftool.adapters.low_rank import common_rank
 from svftool.auditing import AuditSource, Counterparts, counterparts, open_source
 from svftool.checkpoints import (
     TensorInfo,
     dtype_name,
+    matrix_shape,
     replace_output,
     table_role,
     to_matrix,
 )
+from svftool.engine import Job, run_values
 from svftool.errors import CheckpointError, FactorsError, NumericalError, UsageError, shortlist
 from svftool.factors import (
     FactorStore,
@@ -34,7 +37,13 @@ from svftool.factors.delta import norm
 from svftool.files.output import scratch_folder
 from svftool.numerics.rounding import round_once
 from svftool.progress import SILENT, Progress
+from svftool.stages.changes import Pair
 from svftool.stages.decompose import decompose, plan
+
+LITTLE = 0.5
+"""Share of a change (as a norm) that singular values may miss before an adapter is proposed."""
+ENERGY = 0.95
+"""Share of the squares of the changes that a proposed rank keeps."""
 
 
 @dataclass(frozen=True)
@@ -67,6 +76,23 @@ class Dropped:
 
 
 @dataclass(frozen=True)
+class Proposal:
+    """The adapter that would hold what singular values do not.
+
+    Attributes
+    ----------
+    rank : int
+        The least, one for all layers, that keeps 95 % of the squares of what changed beyond
+        rounding.
+    error : float
+        What it loses of the change of the layers, as a norm.
+    """
+
+    rank: int
+    error: float
+
+
+@dataclass(frozen=True)
 class ExtractResult:
     """What `extract` did.
 
@@ -84,6 +110,9 @@ class ExtractResult:
         Layers that the fine-tune does not have; they stay as the base.
     dropped : tuple of Dropped
         What the fine-tune holds and the tuned file does not.
+    proposal : Proposal or None
+        Where singular values miss more than half of the change, the adapter that holds it; None
+        too where that would be as large as the layers themselves.
     """
 
     output: Path
@@ -92,6 +121,12 @@ class ExtractResult:
     whole: tuple[str, ...]
     missing: tuple[str, ...]
     dropped: tuple[Dropped, ...] = ()
+    proposal: Proposal | None = None
+
+    @property
+    def poor(self) -> bool:
+        """Whether singular values make little of the change."""
+        return self.error > LITTLE
 
 
 def extract(
@@ -248,16 +283,46 @@ def _extract(
             rows.append(row)
             norms = [math.hypot(one, two) for one, two in zip(norms, sums, strict=True)]
             task.advance(detail=name)
+    error = norms[1] / norms[0] if norms[0] > 0 else 0.0
+    proposal = _proposal(store, before, side, progress) if error > LITTLE else None
     whole = _changed_whole(store, before, side)
     write_tuned(partial, store=store, S=S, whole=whole, task="extract")
     return ExtractResult(
         output=target,
         layers=tuple(rows),
-        error=norms[1] / norms[0] if norms[0] > 0 else 0.0,
+        error=error,
         whole=tuple(whole),
         missing=tuple(name for name in store.layers if name not in S),
         dropped=_dropped(side, progress),
+        proposal=proposal,
     )
+
+
+def _proposal(
+    store: FactorStore, before: AuditSource, side: Counterparts, progress: Progress
+) -> Proposal | None:
+    """Find the rank of an adapter for what singular values cannot make; one that is small."""
+    pair = Pair(before, side)
+    jobs = [
+        Job(name, matrix_shape(layer.shape))
+        for name, layer in store.layers.items()
+        if side.holds(name) and layer.view == "matrix"
+    ]
+    spectra, floors, total = {}, {}, 0.0
+
+    def read(name: str) -> Tensor:
+        floors[name] = pair.floor(name)
+        return to_matrix(pair.change(name))
+
+    for name, S in run_values(jobs, read, progress=progress):
+        total += float(S.square().sum())
+        spectra[name] = torch.where(floors[name] < S, S, 0.0)
+    rank, kept = common_rank(list(spectra.values()), ENERGY)
+    dense = sum(math.prod(job.matrix) for job in jobs)
+    thin = sum(sum(job.matrix) * min(rank, min(job.matrix)) for job in jobs)
+    if not rank or thin >= dense:
+        return None
+    return Proposal(rank, math.sqrt(max(0.0, 1.0 - kept / total)))
 
 
 def _dropped(side: Counterparts, progress: Progress) -> tuple[Dropped, ...]:

@@ -7,23 +7,19 @@ import os
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass, field
+from dataclasses import dataclass, replace
+from functools import cached_property
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from svftool.adapters.assembly import Spool, write_adapter
-from svftool.adapters.low_rank import (
-    AdapterRank,
-    Truncated,
-    parse_adapter_rank,
-    truncate,
-)
+from svftool.adapters.assembly import write_adapter
+from svftool.adapters.low_rank import AdapterRank, parse_adapter_rank
 from svftool.adapters.parts import BaseModel
 from svftool.adapters.writers import Entries, LayoutWriter, layout_writer
-from svftool.auditing import AuditSource, Counterparts, counterparts, open_source
-from svftool.auditing.evidence import EDGE_MARGIN
+from svftool.auditing import AuditSource, counterparts, open_source
 from svftool.checkpoints import (
     TensorInfo,
     check_patterns,
@@ -34,18 +30,18 @@ from svftool.checkpoints import (
     to_matrix,
 )
 from svftool.checkpoints.dtypes import DECOMPOSABLE
-from svftool.engine import Job, job_bytes, run_layers
-from svftool.errors import CheckpointError, NumericalError, UsageError, shortlist
+from svftool.engine import Job, run_values
+from svftool.errors import CheckpointError, UnchangedError, UsageError, shortlist
 from svftool.factors import is_tuned
-from svftool.files.output import scratch_folder
-from svftool.numerics import ThreadPool
-from svftool.numerics.rounding import coarser, precision_of, rounding_noise
+from svftool.files.output import discard_folder, kept_folder
+from svftool.machine import pick_device
+from svftool.processes import Processes, joined_processes
 from svftool.progress import SILENT, Progress
+from svftool.stages.changes import Pair, Survey, drop_tied, refuse_another_base, survey_of
+from svftool.stages.truncation import AdapterSpool, Truncation
+from svftool.training.workspace import describe_files
 from svftool.version import __version__
 
-_PART = 1 << 22
-_STRANGER = 0.1
-"""Cosine of two checkpoints below which one is no fine-tune of the other."""
 _DTYPES = {
     "float32": torch.float32,
     "bfloat16": torch.bfloat16,
@@ -71,6 +67,8 @@ class LoraOptions:
         ``float32``, ``bfloat16`` or ``float16``; by default that of the fine-tune.
     include, exclude : sequence of str
         Patterns of tensor names of the base.
+    device : str
+        ``auto``, ``cpu``, ``cuda`` or ``cuda:i``.
     """
 
     rank: str = "64"
@@ -80,6 +78,7 @@ class LoraOptions:
     dtype: str | None = None
     include: Sequence[str] = ()
     exclude: Sequence[str] = ()
+    device: str = "auto"
 
 
 @dataclass(frozen=True)
@@ -152,6 +151,13 @@ class LoraResult:
     dropped: tuple[LeftOut, ...]
     bytes: int
 
+    @property
+    def layer_error(self) -> float:
+        """The same error over the layers of low rank alone; NaN where it is not known."""
+        share = sum(one.share for one in self.layers)
+        lost = sum(one.error**2 * one.share for one in self.layers)
+        return math.sqrt(lost / share) if share > 0 else 0.0
+
 
 def extract_lora(
     base: str | os.PathLike[str],
@@ -160,6 +166,7 @@ def extract_lora(
     output: str | os.PathLike[str],
     options: LoraOptions | None = None,
     dry_run: bool = False,
+    resume: bool = False,
     force: bool = False,
     progress: Progress = SILENT,
 ) -> LoraResult:
@@ -174,6 +181,8 @@ def extract_lora(
     options : LoraOptions, optional
     dry_run : bool
         Say sizes and the ranks to expect; write nothing.
+    resume : bool
+        Continue where an interrupted run of the same options on the same checkpoints stopped.
     force : bool
         Replace an existing output.
     progress : Progress
@@ -202,155 +211,39 @@ def extract_lora(
             f"{tuned}: a tuned file, expected a dense fine-tune or an adapter. Turn it into an "
             "adapter with svftool convert"
         )
+    device = pick_device(options.device)
     with ExitStack() as stack:
+        processes = stack.enter_context(joined_processes())
         before = stack.enter_context(open_source(base))
         after = stack.enter_context(open_source(tuned))
         for warning in dict.fromkeys((*before.warnings, *after.warnings)):
             progress.warn(warning)
-        pair = _Pair(before, counterparts(before, after, progress))
+        pair = Pair(before, counterparts(before, after, progress))
         wanted = _wanted(before.infos, options)
-        survey = _survey(pair, progress)
-        _refuse_another_base(before, after, survey)
+        survey = survey_of(pair, progress, processes)
+        refuse_another_base(before, after, survey)
+        drop_tied(pair, survey, progress)
         changed = [name for name in survey.squares if name in wanted]
         if not changed:
-            raise CheckpointError(
+            raise UnchangedError(
                 f"{after.path}: nothing differs from {before.path}"
                 f"{' among the tensors asked for' if wanted < set(before.infos) else ''}, expected "
                 "a fine-tune of it. Name another one."
             )
         model = BaseModel(before.infos, before.config or {}, str(base))
         work = _Work(
-            pair, survey, rank, options, kind(model, changed), _dtype(options, after, changed)
+            pair,
+            survey,
+            rank,
+            options,
+            kind(model, changed),
+            _dtype(options, after, changed),
+            device,
         )
         work.check_some()
         if dry_run:
-            return _plan(work, target)
-        inputs = [Path(base), Path(tuned)]
-        partial = stack.enter_context(replace_output(target, force=force, inputs=inputs))
-        folder = stack.enter_context(scratch_folder(partial))
-        return _write(work, partial, folder, target, progress)
-
-
-@dataclass(frozen=True)
-class _Pair:
-    """A base and its fine-tune."""
-
-    before: AuditSource
-    side: Counterparts
-
-    def change(self, name: str) -> Tensor:
-        """Return ``W' - W``, in float64 where an adapter forms it, else in float32."""
-        weight = self.before.read(name)
-        found = self.side.read(name, weight)
-        assert found is not None
-        formed = found.whole_change
-        if formed is not None:
-            return formed
-        assert found.weight is not None
-        # Parts, so that no float64 copy of the whole is made.
-        change = torch.empty(weight.shape, dtype=torch.float32)
-        flat, one, two = change.view(-1), found.weight.reshape(-1), weight.reshape(-1)
-        for at in range(0, flat.numel(), _PART):
-            cut = slice(at, at + _PART)
-            flat[cut] = one[cut].double() - two[cut].double()
-        return change
-
-    def tuned(self, name: str) -> Tensor:
-        """Return the tensor after the change."""
-        weight = self.before.read(name)
-        found = self.side.read(name, weight)
-        if found is None:
-            return weight
-        if found.weight is not None:
-            return found.weight
-        change = found.whole_change
-        assert change is not None
-        return (weight.double() + change).to(weight.dtype)
-
-    def floor(self, name: str) -> float:
-        """Bound the singular values that rounding of the fine-tune makes by itself."""
-        weight = self.before.read(name)
-        found = self.side.read(name, weight)
-        if found is None or found.weight is None:
-            return 0.0
-        dtype = precision_of(found.weight)
-        if self.before.infos[name].dtype.is_floating_point:
-            dtype = coarser(dtype, found.weight.dtype)
-        return EDGE_MARGIN * rounding_noise(to_matrix(found.weight), dtype).edge
-
-
-@dataclass
-class _Survey:
-    """One look at every tensor: what changed, and by how much.
-
-    Attributes
-    ----------
-    squares : dict of str to float
-        Sum of squares of the change, of what changed.
-    sums : list of float
-        ``<W, W'>``, ``||W||^2`` and ``||W'||^2`` over matrices.
-    """
-
-    squares: dict[str, float] = field(default_factory=dict)
-    sums: list[float] = field(default_factory=lambda: [0.0, 0.0, 0.0])
-
-
-def _survey(pair: _Pair, progress: Progress) -> _Survey:
-    found, bad = _Survey(), []
-    names = [name for name in pair.side.names if pair.side.holds(name)]
-    with progress.task("comparing", len(names), unit="tensors") as task:
-        for name in names:
-            squares, sums, finite = _compare(pair, name)
-            if not finite:
-                bad.append(name)
-            if squares:
-                found.squares[name] = squares
-            if len(pair.before.infos[name].shape) > 1:
-                found.sums = [one + two for one, two in zip(found.sums, sums, strict=True)]
-            task.advance(detail=name)
-    if bad:
-        raise NumericalError(
-            f"{pair.side.source.path}: {shortlist(map(repr, bad), 4)}: NaN or infinity where the "
-            "base has none, expected finite values. Name a fine-tune that did not diverge."
-        )
-    return found
-
-
-def _compare(pair: _Pair, name: str) -> tuple[float, list[float], bool]:
-    """Return the change's sum of squares, the products of both sides, and whether it is sound."""
-    weight = pair.before.read(name)
-    found = pair.side.read(name, weight)
-    assert found is not None
-    formed = found.whole_change
-    other = formed if formed is not None else found.weight
-    assert other is not None
-    if other.dtype.is_complex or weight.dtype.is_complex:
-        same = torch.equal(other, weight)
-        return 0.0 if same else float((other - weight).abs().square().sum()), [0.0] * 3, True
-    squares, sums = 0.0, [0.0, 0.0, 0.0]
-    one, two = weight.reshape(-1), other.reshape(-1)
-    for at in range(0, one.numel(), _PART):
-        W, T = one[at : at + _PART].double(), two[at : at + _PART].double()
-        T = W + T if formed is not None else T
-        sound = T.isfinite() | (T == W) | (T.isnan() & W.isnan())
-        if not bool(sound.all()):
-            return 1.0, sums, False
-        D = torch.where(T.isfinite() & W.isfinite(), T - W, 0.0)
-        W, T = W.nan_to_num(0.0, 0.0, 0.0), T.nan_to_num(0.0, 0.0, 0.0)
-        squares += float(D.square().sum())
-        new = float(W @ T), float(W @ W), float(T @ T)
-        sums = [a + b for a, b in zip(sums, new, strict=True)]
-    return squares, sums, True
-
-
-def _refuse_another_base(before: AuditSource, after: AuditSource, survey: _Survey) -> None:
-    inner, one, two = survey.sums
-    if one > 0 and two > 0 and abs(inner) < _STRANGER * math.sqrt(one) * math.sqrt(two):
-        raise CheckpointError(
-            f"{after.path}: its matrices have a cosine of {inner / math.sqrt(one * two):.2f} with "
-            f"those of {before.path}, expected a fine-tune of it. Name the base that it was tuned "
-            "from."
-        )
+            return _plan(work, target, progress)
+        return _run(work, target, processes, force=force, resume=resume, progress=progress)
 
 
 def _wanted(infos: Mapping[str, TensorInfo], options: LoraOptions) -> set[str]:
@@ -381,17 +274,23 @@ def _dtype(options: LoraOptions, after: AuditSource, changed: Sequence[str]) -> 
 class _Work:
     """What is to be done."""
 
-    pair: _Pair
-    survey: _Survey
+    pair: Pair
+    survey: Survey
     rank: AdapterRank
     options: LoraOptions
     writer: LayoutWriter
     dtype: torch.dtype
+    device: torch.device
 
-    @property
+    @cached_property
     def total(self) -> float:
-        """Sum of squares of the whole change."""
-        return sum(self.survey.squares.values())
+        """Sum of squares of the whole change; counters and other integers are no part of it."""
+        return sum(self.squares(name) for name in self.survey.squares)
+
+    def squares(self, name: str) -> float:
+        """Return the sum of squares of one tensor's change; 0 of integers."""
+        counts = self.pair.before.infos[name].dtype.is_floating_point
+        return self.survey.squares.get(name, 0.0) if counts else 0.0
 
     def named(self, kind: str) -> list[str]:
         """Return changed tensors of one fate, in the base's order."""
@@ -403,12 +302,27 @@ class _Work:
 
     def share(self, name: str) -> float:
         """Return a tensor's part of the whole change."""
-        return self.survey.squares[name] / self.total if self.total > 0 else 0.0
+        return self.squares(name) / self.total if self.total > 0 else 0.0
 
     def matrix(self, name: str) -> tuple[int, int]:
         """Return the sides of a layer's matrix."""
         m, n = matrix_shape(self.pair.before.infos[name].shape)
         return m, n
+
+    def jobs(self) -> list[Job]:
+        """List the layers to truncate, in the base's order."""
+        return [Job(name, self.matrix(name)) for name in self.named("low rank")]
+
+    def truncation(self) -> Truncation:
+        """Return how they are truncated."""
+        return Truncation(
+            rank=self.rank,
+            dtype=self.dtype,
+            device=self.device,
+            change=lambda name: to_matrix(self.pair.change(name)),
+            floor=self.pair.floor,
+            held=lambda name: self.pair.before.infos[name].nbytes,
+        )
 
     def check_some(self) -> None:
         """Refuse where the layout holds nothing of what changed."""
@@ -434,13 +348,31 @@ class _Work:
             if name not in self.writer.fates
         ]
         held, lora = side.source.infos, side.source.lora
+        resized = {side.misshapen[name]: name for name in self.resized()}
         for one in side.tuned_only:
+            if one.name in resized:
+                found += self._added_rows(resized[one.name])
+                continue
             size = held[one.name].nbytes if one.name in held else 0
             if one.name not in held and lora is not None:
                 size = lora.bytes_of(one.name)
             found.append(LeftOut(one.name, one.reason, size))
         beside = side.source.passed_over.items()
         return found + [LeftOut(name, "not among the tensors", size) for name, size in beside]
+
+    def resized(self) -> list[str]:
+        """List the matrices with more or fewer rows whose common ones are expressed."""
+        return [name for name in self.survey.squares if self.pair.common_rows(name) is not None]
+
+    def _added_rows(self, name: str) -> list[LeftOut]:
+        """Name the rows that only the fine-tune has."""
+        rows = self.pair.common_rows(name) or 0
+        theirs = self.pair.side.source.infos[self.pair.side.misshapen[name]]
+        more = theirs.shape[0] - rows
+        if not more:
+            return []
+        size = more * theirs.nbytes // theirs.shape[0]
+        return [LeftOut(name, f"{more} rows that the base does not have", size)]
 
     def missing(self) -> tuple[str, ...]:
         """Return matrices that the fine-tune does not have."""
@@ -457,14 +389,18 @@ class _Work:
             yield self.writer.whole(name, base, tuned, self.dtype)
 
 
-def _plan(work: _Work, target: Path) -> LoraResult:
-    """Say ranks and sizes; of rules that go by the spectrum, the most that they can ask for."""
-    layers, size = [], 0
-    for name in work.named("low rank"):
-        m, n = work.matrix(name)
-        rank = work.rank.limit(m, n)
-        layers.append(AdaptedLayer(name, rank, math.nan, work.share(name)))
-        size += (m + n) * rank * work.dtype.itemsize
+def _plan(work: _Work, target: Path, progress: Progress) -> LoraResult:
+    """Say ranks and sizes; where the spectrum decides, it is taken, without singular vectors."""
+    expected = {} if work.rank.kind == "count" else _expected(work, progress)
+    layers = [
+        expected.get(name)
+        or AdaptedLayer(name, work.rank.limit(*work.matrix(name)), math.nan, work.share(name))
+        for name in work.named("low rank")
+    ]
+    most = max((one.rank for one in layers), default=0)
+    if work.options.uniform_rank:
+        layers = [replace(one, rank=most) for one in layers]
+    size = sum(sum(work.matrix(one.name)) * one.rank for one in layers) * work.dtype.itemsize
     size += sum(work.pair.before.infos[name].nbytes for name in work.named("whole"))
     return LoraResult(
         output=target,
@@ -480,35 +416,99 @@ def _plan(work: _Work, target: Path) -> LoraResult:
     )
 
 
-def _write(
-    work: _Work, partial: Path, folder: Path, target: Path, progress: Progress
+def _expected(work: _Work, progress: Progress) -> dict[str, AdaptedLayer]:
+    """Return what the spectra of the changes ask for; rounding of the two matrices is left out."""
+    floors: dict[str, float] = {}
+    found = {}
+
+    def read(name: str) -> Tensor:
+        floors[name] = work.pair.floor(name)
+        return to_matrix(work.pair.change(name))
+
+    for name, S in run_values(work.jobs(), read, device=work.device, progress=progress):
+        above = int((floors[name] < S).sum())
+        rank = max(1, min(work.rank.of_spectrum(S), above))
+        error = float(S[rank:].norm() / S.norm()) if float(S[0]) > 0 else 0.0
+        found[name] = AdaptedLayer(name, rank, error, work.share(name), rank == above < len(S))
+    return found
+
+
+def _run(
+    work: _Work,
+    target: Path,
+    processes: Processes,
+    *,
+    force: bool,
+    resume: bool,
+    progress: Progress,
 ) -> LoraResult:
-    names = work.named("low rank")
-    spool = Spool(folder)
-    found = _truncated(work, names, spool, progress)
+    """Truncate what is not finished and write the adapter; the processes share the layers."""
+    inputs = [work.pair.before.path, work.pair.side.source.path]
+    with ExitStack() as stack:
+
+        def claim() -> tuple[Path, Path]:
+            partial = stack.enter_context(replace_output(target, force=force, inputs=inputs))
+            return partial, kept_folder(partial, resume=resume)
+
+        partial, folder = processes.once(claim)
+        spool = AdapterSpool(folder, work.named("low rank"), target)
+        try:
+            processes.once(lambda: spool.begin(_facts(work), resume=resume))
+            work.truncation().run(work.jobs(), spool, processes=processes, progress=progress)
+            result = processes.once(lambda: _write(work, spool, partial, target, progress))
+        except BaseException:
+            if processes.first and not spool.holds_layers:
+                discard_folder(folder)
+            raise
+    # Only now: until the output is in its place, what it is made of is kept.
+    if processes.first:
+        discard_folder(folder)
+    return result
+
+
+def _facts(work: _Work) -> dict[str, Any]:
+    """Everything that decides the layers: an interrupted run must agree to be resumed."""
+    return {
+        "base": describe_files(work.pair.before.path),
+        "fine-tune": describe_files(work.pair.side.source.path),
+        "layers": [[job.name, *job.matrix] for job in work.jobs()],
+        "layout": work.options.layout,
+        "rank": str(work.rank),
+        "max_rank": work.rank.most,
+        "dtype": dtype_name(work.dtype),
+    }
+
+
+def _write(
+    work: _Work, spool: AdapterSpool, partial: Path, target: Path, progress: Progress
+) -> LoraResult:
+    found = spool.finished()
     rows, rest, dropped = [], 0.0, work.left_out()
     ranks: dict[str, int] = {}
-    for name in names:
+    for name in work.named("low rank"):
         one = found[name]
-        if one.layer is None:
+        if not one.rank:
             nbytes = work.pair.before.infos[name].nbytes
             dropped.append(LeftOut(name, "no more than rounding", nbytes, work.share(name)))
             continue
-        ranks[name] = one.layer.rank
+        ranks[name] = one.rank
         rest += one.rest**2
-        row = AdaptedLayer(name, one.layer.rank, one.error, work.share(name), one.floored)
-        rows.append(row)
+        rows.append(AdaptedLayer(name, one.rank, one.error, work.share(name), one.floored))
     whole = tuple(work.named("whole"))
     if not ranks and not whole:
         raise CheckpointError(
             f"{work.pair.side.source.path}: its difference from {work.pair.before.path} is no more "
             "than the rounding of its dtype, expected a change. Name a fine-tune of this base."
         )
-    rest += sum(work.survey.squares.get(one.name, 0.0) for one in dropped)
+    rest += sum(work.squares(one.name) for one in dropped if one.share is not None)
     if work.options.uniform_rank and ranks:
         most = max(ranks.values())
+        filled = sum(rank < most for rank in ranks.values())
+        if filled:
+            progress.note(
+                f"{filled} of {len(ranks)} layers are filled up to rank {most} with zeros"
+            )
         ranks = dict.fromkeys(ranks, most)
-        rows = [AdaptedLayer(r.name, most, r.error, r.share, r.floored) for r in rows]
     size = _assemble(work, ranks, partial, spool)
     _say(work, rows, dropped, progress)
     return LoraResult(
@@ -516,7 +516,7 @@ def _write(
         layout=work.options.layout,
         dtype=dtype_name(work.dtype),
         dry_run=False,
-        layers=tuple(rows),
+        layers=tuple(AdaptedLayer(**{**vars(r), "rank": ranks[r.name]}) for r in rows),
         error=math.sqrt(rest / work.total) if work.total > 0 else 0.0,
         whole=whole,
         missing=work.missing(),
@@ -525,47 +525,13 @@ def _write(
     )
 
 
-def _truncated(
-    work: _Work, names: Sequence[str], spool: Spool, progress: Progress
-) -> dict[str, Truncated]:
-    """Truncate layer by layer; the matrices go to the disk, and their shapes are kept."""
-    floors: dict[str, float] = {}
-
-    def read(name: str) -> Tensor:
-        floors[name] = work.pair.floor(name)
-        return to_matrix(work.pair.change(name))
-
-    def do(job: Job, change: Tensor, pool: ThreadPool) -> Truncated:
-        return truncate(
-            job.name,
-            change,
-            work.rank,
-            dtype=work.dtype,
-            floor=floors[job.name],
-            pool=pool,
-        )
-
-    def size(job: Job) -> int:
-        kept = work.rank.limit(*job.matrix) if work.rank.kind == "count" else None
-        # The two weights are there while their difference is formed.
-        return job_bytes(job, kept) + 2 * work.pair.before.infos[job.name].nbytes
-
-    jobs = [Job(name, work.matrix(name), torch.float32) for name in names]
-    found = {}
-    for name, one in run_layers(jobs, read, do, size=size, title="truncating", progress=progress):
-        if one.layer is not None:
-            one = Truncated(spool.keep(one.layer), one.total, one.rest, one.floored)
-        found[name] = one
-    return found
-
-
-def _assemble(work: _Work, ranks: Mapping[str, int], partial: Path, spool: Spool) -> int:
+def _assemble(work: _Work, ranks: Mapping[str, int], partial: Path, spool: AdapterSpool) -> int:
     """Write the adapter from what lies on the disk; return the bytes of its tensors."""
     writer = work.writer
 
     def thin() -> Iterator[Entries]:
         for name in ranks:
-            yield writer.entries(spool.load(name).padded(ranks[name]))
+            yield writer.entries(spool.read(name).padded(ranks[name]))
 
     return write_adapter(
         partial,
@@ -587,6 +553,9 @@ def _about(work: _Work) -> str:
 def _say(
     work: _Work, rows: Sequence[AdaptedLayer], dropped: Sequence[LeftOut], progress: Progress
 ) -> None:
+    for name in work.resized():
+        rows_there = work.pair.common_rows(name)
+        progress.note(f"{name}: its first {rows_there} rows, which both have, are expressed")
     floored = [row.name for row in rows if row.floored]
     if floored:
         progress.note(

@@ -20,7 +20,7 @@ from svftool.files.folder import (
     FACTORS_FILE,
     TUNED_KEY,
     check_exists,
-    looks_like_hub_id,
+    is_on_hub,
     read_object,
     real,
 )
@@ -98,7 +98,7 @@ def info(path: str | os.PathLike[str], *, check: bool = False, progress: Progres
 def _local(text: str) -> Path:
     """Return the place on this machine, fetching what is on the hub alone."""
     place = Path(text)
-    if not os.path.lexists(place) and not place.parent.exists() and looks_like_hub_id(text):
+    if is_on_hub(text):
         from svftool.files.hub import fetch
 
         return fetch(text)

@@ -45,5 +45,6 @@ def schema(command: str) -> dict[str, Any]:
     text = (resources.files(__name__) / f"{command}{_SUFFIX}").read_text(encoding="utf-8")
     found: dict[str, Any] = json.loads(text)
     others = [one for one in names if one != command and f'"{_ADDRESS}{one}"' in text]
-    found.get("$defs", {}).update({one: schema(one) for one in others})
+    if others:
+        found.setdefault("$defs", {}).update({one: schema(one) for one in others})
     return found
