@@ -31,9 +31,9 @@ def layers(side: int, count: int, kind: str) -> list[Tensor]:
     found = []
     for _ in range(count):
         D = torch.randn(side, side, generator=generator) * 1e-3
-        if kind == "decaying":  # scaled columns in a turned basis: values fall by four decades
+        if kind == "decaying":  # scaled columns in a turned basis: values fall about as 1/i
             turn = torch.linalg.qr(torch.randn(side, side, generator=generator)).Q
-            D = (D * torch.logspace(0, -4, side)) @ turn
+            D = (D / torch.arange(1, side + 1)) @ turn
         found.append(D)
     return found
 
