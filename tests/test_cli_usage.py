@@ -50,7 +50,7 @@ def test_nothing_at_all_is_answered_with_the_help() -> None:
     ended = CliRunner().invoke(app, [], prog_name="svftool")
     assert ended.exit_code == 2
     assert "Usage: svftool" in ended.stderr
-    assert "error" not in ended.stderr
+    assert "error:" not in ended.stderr
 
 
 WRONG = {

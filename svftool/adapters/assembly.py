@@ -19,7 +19,7 @@ from svftool.errors import write_errors
 Source = Callable[[], Iterator[Entries]]
 
 
-class Spool:
+class LayerSpool:
     """Layers that wait on the disk.
 
     Parameters

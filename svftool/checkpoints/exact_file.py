@@ -30,7 +30,9 @@ from svftool.machine import available_memory
 try:
     from svftool.numerics.words import BLOCK, WIDEST, as_words, packed_sizes, unpack
 except ModuleNotFoundError as error:
-    raise MissingDependencyError("backports.zstd", extra=None, purpose="an exact delta") from error
+    raise MissingDependencyError(
+        "backports.zstd", extra="exact", purpose="an exact delta"
+    ) from error
 
 VERSION = 1
 WAYS = ("same", "xor", "difference", "whole")

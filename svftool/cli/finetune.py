@@ -214,6 +214,21 @@ class LogFlags:
     ] = None
 
 
+@dataclass(frozen=True, kw_only=True)
+class OutputFlags:
+    """What becomes of an output that is there, and of a run that did not end."""
+
+    resume: Annotated[
+        bool, typer.Option("--resume", help="Go on where the same command was interrupted.")
+    ] = False
+    force: ForceOption = False
+
+    @property
+    def replaces(self) -> bool:
+        """Whether what is there may go."""
+        return self.force or self.resume
+
+
 ConfigOption = Annotated[
     Path | None,
     typer.Option(
@@ -246,10 +261,7 @@ def command(
     logs: LogFlags,
     options: Annotated[dict[str, Any], TaskFlags()],
     device: DeviceOption = "auto",
-    resume: Annotated[
-        bool, typer.Option("--resume", help="Go on where the same command was interrupted.")
-    ] = False,
-    force: ForceOption = False,
+    again: OutputFlags,
     hub: PushFlags,
     config: ConfigOption = None,
     display: Display,
@@ -269,7 +281,7 @@ def command(
     check_data(data, task)
     hub.check()
     if is_first_process():
-        check_output(output, force=force or resume, inputs=[factors, data])
+        check_output(output, force=again.replaces, inputs=[factors, data])
     from svftool.report.finetune import document, view
     from svftool.report.training import ReportFile
     from svftool.stages.finetune import finetune
@@ -278,7 +290,7 @@ def command(
     apart = (factors, data, output)
     drawing = None
     if logs.report is not None:
-        drawing = ReportFile(logs.report, force=force or resume, apart=apart)
+        drawing = ReportFile(logs.report, force=again.replaces, apart=apart)
         drawing.check()
     result = finetune(
         factors,
@@ -298,8 +310,8 @@ def command(
         log_with=logs.log_with.split(",") if logs.log_with else (),
         log_dir=logs.log_dir,
         save_every=logs.save_every,
-        force=force,
-        resume=resume,
+        force=again.force,
+        resume=again.resume,
         progress=display.progress(),
         **chosen,
     )
