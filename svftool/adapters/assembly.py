@@ -19,7 +19,7 @@ from svftool.errors import write_errors
 Source = Callable[[], Iterator[Entries]]
 
 
-class LayerSpool:
+class LayersOnDisk:
     """Layers that wait on the disk.
 
     Parameters

@@ -13,7 +13,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from svftool.adapters.assembly import Source, LayerSpool, write_adapter
+from svftool.adapters.assembly import LayersOnDisk, Source, write_adapter
 from svftool.adapters.layout_file import is_adapter, open_adapter
 from svftool.adapters.low_rank import (
     AdapterRank,
@@ -304,7 +304,7 @@ def _finish(
         replace_output(target, force=force, inputs=inputs) as partial,
         scratch_folder(partial) as folder,
     ):
-        spool = LayerSpool(folder)
+        spool = LayersOnDisk(folder)
         found = _converted(work, rank, spool, progress)
         layers = {name: one.layer for name, one in found.items() if one.layer is not None}
 
@@ -359,7 +359,7 @@ def _sound(entries: Source, source: str | os.PathLike[str]) -> Iterator[Entries]
 
 
 def _converted(
-    work: Work, rank: AdapterRank | None, spool: LayerSpool, progress: Progress
+    work: Work, rank: AdapterRank | None, spool: LayersOnDisk, progress: Progress
 ) -> dict[str, Truncated]:
     """Find the matrices of every layer; they go to the disk, and their shapes are kept."""
     layers = {one.name: one for one in work.layers}
