@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import adapter_files
 import language
 import pictures
 import shapes
@@ -213,6 +214,53 @@ def _adapter(folder: Path) -> None:
     (folder / "adapter" / "adapter_config.json").write_text(json.dumps(config))
 
 
+def _layouts(folder: Path) -> None:
+    adapter_files.save(folder / "base.safetensors", adapter_files.base_state())
+    made = {
+        "kohya": adapter_files.kohya(2), "comfy": adapter_files.comfy(2),
+        "diffusers": adapter_files.diffusers(2), "old": adapter_files.diffusers(2, old=True),
+    }  # fmt: skip
+    for name, state in made.items():
+        metadata = {"ss_network_dim": "2", "ss_network_alpha": "2.0"} if name == "kohya" else None
+        adapter_files.save(folder / f"{name}.lora.safetensors", state, metadata)
+
+
+def _delta(folder: Path) -> None:
+    _dense(folder)
+    words = ("base.safetensors", "tuned.safetensors", "--as", "exact", "-o", "delta.safetensors")
+    _svftool(folder, "extract", *words)
+
+
+def _codes(folder: Path) -> None:
+    torch.manual_seed(0)
+    weights = {name: torch.randn(16, 8) for name in ("a.weight", "b.weight")}
+    _save(weights, folder / "base.safetensors")
+    stored: dict[str, torch.Tensor] = {"norm.weight": torch.ones(8)}
+    for name, one in weights.items():
+        stored[name] = one.to(torch.float8_e4m3fn)
+        stored[f"{name}_scale_inv"] = torch.rand(2, 2) + 0.5
+    _save(stored, folder / "model" / "model.safetensors")
+    config = {
+        "model_type": "llama",
+        "quantization_config": {"quant_method": "fp8", "weight_block_size": [8, 4]},
+    }
+    (folder / "model" / "config.json").write_text(json.dumps(config))
+
+
+def _pipeline(folder: Path) -> None:
+    (folder / "pipe").mkdir()
+    index = {"_class_name": "Tiny", "scheduler": ["diffusers", "DDIM"], "flag": True}
+    for name in ("unet", "vae"):
+        index[name] = ["diffusers", "Model"]
+        state = {"conv.weight": torch.randn(6, 4, 3, 3), "conv.bias": torch.zeros(6)}
+        place = folder / "pipe" / name
+        _save(state, place / "diffusion_pytorch_model.safetensors")
+        (place / "config.json").write_text(json.dumps({"_class_name": name}))
+    (folder / "pipe" / "scheduler").mkdir()
+    (folder / "pipe" / "scheduler" / "scheduler_config.json").write_text("{}")
+    (folder / "pipe" / "model_index.json").write_text(json.dumps(index))
+
+
 def _timm(folder: Path) -> None:
     import timm
 
@@ -357,7 +405,8 @@ FORMATS = (
         ("merge", "factors", "t.svf.safetensors@0.5", "trained.svf.safetensors@0.5", "-o",
          "mix.svf.safetensors"),
         ("info", "{}", "--check"),
-        ("predict", "factors", "data", "--tuned", "{}", "--model", "net.py:Plain"),
+        ("predict", "factors", "data", "--tuned", "trained.svf.safetensors", "--model",
+         "net.py:Plain"),
         ("evaluate", "factors", "--tuned", "{}", "--data", "data", "--model", "net.py:Plain"),
     )),
     Format("resumed", _resumed, ("again.partial/layers/*", "runs.partial.runs/**/*"), (
@@ -411,5 +460,26 @@ FORMATS = (
     )),
     Format("gguf", _gguf, ("model.gguf",), (
         ("info", "model.gguf"), ("info", "model.gguf", "--check", "--json"),
+        ("inspect", "model.gguf"), ("decompose", "model.gguf", "-o", "out"),
+    )),
+    Format("layouts", _layouts, ("*.lora.safetensors",), (
+        ("merge", "base.safetensors", "{}", "-o", "out.safetensors"),
+        ("merge", "base.safetensors", "{}@0.5", "comfy.lora.safetensors", "-o", "out.safetensors"),
+        ("convert", "{}", "-o", "out.safetensors", "--rank", "1"),
+        ("convert", "{}", "-o", "out", "--layout", "peft", "--base", "base.safetensors"),
+        ("inspect", "base.safetensors", "{}"), ("info", "{}", "--check"),
+    )),
+    Format("delta", _delta, ("delta.safetensors",), (
+        ("merge", "base.safetensors", "delta.safetensors", "-o", "out.safetensors"),
+        ("merge", "base.safetensors", "delta.safetensors", "-o", "out.pth", "--verify"),
+        ("info", "delta.safetensors", "--check"),
+    )),
+    Format("codes", _codes, ("model/config.json", "model/*"), (
+        ("inspect", "base.safetensors", "model"), ("decompose", "model", "-o", "out"),
+        ("extract", "base.safetensors", "model", "--as", "lora", "--rank", "2", "-o", "out"),
+        ("info", "model", "--check"),
+    )),
+    Format("pipeline", _pipeline, ("pipe/*.json", "pipe/**/*"), (
+        ("inspect", "pipe"), ("decompose", "pipe", "-o", "out"), ("info", "pipe"),
     )),
 )  # fmt: skip

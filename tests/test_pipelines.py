@@ -218,3 +218,15 @@ def test_the_folder_of_factors_finds_its_base(tmp_path: Path) -> None:
     run("decompose", base, "-o", tmp_path / "f")
     with open_factors(tmp_path / "f" / "unet") as store, store.open_base() as opened:
         assert set(opened.infos) == set(load_file(base / "unet" / WEIGHTS["unet"]))
+
+
+def test_info_shows_every_component(tmp_path: Path) -> None:
+    made = make(tmp_path / "pipe")
+    found = document("info", made)
+    assert found["of"] == "info"
+    assert list(found["components"]) == list(COMPONENTS)
+    place = made / "vae" / WEIGHTS["vae"]
+    place.write_bytes(place.read_bytes()[:-4])
+    failed = run("info", made, code=3)
+    assert "vae: " in failed.stderr
+    assert len(failed.stderr.splitlines()) == 1

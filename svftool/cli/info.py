@@ -2,12 +2,20 @@
 
 from __future__ import annotations
 
-from typing import Annotated
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
 
 import typer
+from rich.console import RenderableType
 
 from svftool.cli.common import Display
 from svftool.errors import CheckpointError, shortlist
+from svftool.files.pipeline import is_pipeline, located, read_pipeline
+
+if TYPE_CHECKING:
+    from svftool.stages.info import Info
 
 EXAMPLE = "Example: svftool info model.safetensors"
 
@@ -28,8 +36,31 @@ def command(
     from svftool.report import info as report
     from svftool.stages.info import info
 
-    found = info(path, check=check, progress=display.progress())
-    display.emit(report.document(found), report.view(found, all_rows=every))
-    problems = found.contents.problems
+    look = partial(info, check=check, progress=display.progress())
+    show = partial(report.view, all_rows=every)
+    place = located(path)
+    if is_pipeline(place):
+        problems = _pipeline(place, look, show, display)
+    else:
+        found = look(path)
+        display.emit(report.document(found), show(found))
+        problems = list(found.contents.problems)
     if problems:
         raise CheckpointError(f"{path}: {shortlist(problems, 1)}")
+
+
+def _pipeline(
+    place: Path,
+    look: Callable[[Path], Info],
+    show: Callable[[Info], RenderableType],
+    display: Display,
+) -> list[str]:
+    """Show every component; return what does not hold in any."""
+    from svftool.report import info as report
+    from svftool.report import pipeline
+    from svftool.stages.pipeline import PipelineResult
+
+    found = {name: look(place / name) for name in read_pipeline(place).components}
+    whole = PipelineResult(None, found)
+    display.emit(pipeline.document("info", whole, report.document), pipeline.view(whole, show))
+    return [f"{name}: {one}" for name, of in found.items() for one in of.contents.problems]
