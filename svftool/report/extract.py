@@ -114,11 +114,16 @@ def _lora_totals(result: LoraResult) -> Text:
             text.append(f", {share(result.layer_error)} of that of the layers")
         text.append(f": {len(result.layers)} layers, rank {span}, {result.dtype}, ")
         text.append(f"{result.bytes:,} bytes\n")
-    lost = sum(one.share or 0.0 for one in result.dropped)
+    measured = [one for one in result.dropped if one.share is not None]
+    lost = sum(one.share or 0.0 for one in measured)
     for title, listed in (
         ("stored whole", result.whole),
         ("not in the fine-tune", result.missing),
-        (f"left out ({lost:.2%} of the change)", [one.name for one in result.dropped]),
+        (f"left out ({lost:.2%} of the change)", [one.name for one in measured]),
+        (
+            "left out, their change not measured",
+            [one.name for one in result.dropped if one.share is None],
+        ),
     ):
         if listed:
             text.append(f"{title}: {shortlist(map(safe, listed), 4)}\n")
