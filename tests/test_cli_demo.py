@@ -115,7 +115,7 @@ def agrees(shown: str, output: str) -> bool:
 
 def _near(number: float, other: float) -> bool:
     # What was trained on another processor differs by an image or two, in per cent.
-    room = 2.0 if abs(number) > 4 else max(0.05 * abs(number), 2e-7)
+    room = max(2.0, 0.01 * abs(number)) if abs(number) > 4 else max(0.05 * abs(number), 2e-7)
     return abs(number - other) <= room
 
 

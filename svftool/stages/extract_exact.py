@@ -281,11 +281,12 @@ class _Work:
     def result(self, target: Path, *, dry_run: bool) -> ExactResult:
         """Return what was done."""
         facts = self.facts()
+        there = set(map(plain_name, self.after.infos))
         return ExactResult(
             output=target,
             dry_run=dry_run,
             tensors=tuple(ExactTensor(e.name, e.way, e.nbytes, size) for e, size in self.packed),
-            removed=facts.removed,
+            removed=tuple(name for name in facts.removed if plain_name(name) not in there),
             dropped=tuple(self._dropped()),
             bytes=sum(size for _, size in self.packed),
             tuned_bytes=facts.nbytes,
