@@ -193,7 +193,7 @@ def screen(
 
 def _energy(values: Tensor) -> float:
     flat = values.reshape(-1)
-    parts = flat.split(_BLOCK)
+    parts = torch.split(flat, _BLOCK)
     return sum(float(torch.linalg.vector_norm(part, dtype=torch.float64)) ** 2 for part in parts)
 
 

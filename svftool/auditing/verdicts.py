@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 from typing import Literal
 
@@ -50,6 +50,9 @@ and for whole comparisons, ``undecided`` for whole comparisons and for tensors n
 
 STILL = (UNTOUCHED, ROUNDING, QUANTISED)
 """Verdicts on what nobody trained."""
+
+MAY_BE = (FULL, MIXED, LOW_RANK, SPECTRUM_ONLY, REARRANGED, UNRELATED)
+"""What a change may be that a screen cannot tell."""
 
 STEPS = 1.0
 """Steps of the dtype up to which a moved entry counts as rounded."""
@@ -121,6 +124,7 @@ def judge(found: Evidence) -> Verdict:
     if found.base_energy == 0.0:
         return Verdict(UNRELATED, "medium", _moved_by(found))
     screened = found.screened is not None
+    rules: tuple[Callable[[Evidence], Verdict | None], ...]
     rules = (_rearranged, _rounding, *((_not_certain, _by_symmetry) if screened else ()))
     for rule in (*rules, _spectrum_only, _unrelated, _low_rank):
         verdict = rule(found)

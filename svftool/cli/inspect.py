@@ -9,7 +9,7 @@ from typing import Annotated
 
 import typer
 
-from svftool.choices.metrics import check_metric, check_metrics, read_limit
+from svftool.choices.metrics import check_metric, check_metrics, check_screened, read_limit
 from svftool.cli import completion
 from svftool.cli.common import (
     DeviceOption,
@@ -19,6 +19,7 @@ from svftool.cli.common import (
     check_device,
     is_first_process,
 )
+from svftool.errors import UsageError
 from svftool.files.folder import check_exists
 from svftool.files.output import check_output
 from svftool.files.toml import POLICY, read_toml
@@ -89,12 +90,25 @@ class Limits:
         ),
     ] = None
 
+    def metrics(self) -> list[str]:
+        """List the metrics of the limits on the command line."""
+        return [read_limit(limit)[0] for limit in self.fail_above or ()]
+
     def check(self) -> None:
         """Refuse limits and a policy that cannot be read."""
         for limit in self.fail_above or ():
             read_limit(limit)
         if self.policy is not None:
             read_toml(self.policy, POLICY)
+
+
+def _check_screen(fast: bool, names: Iterable[str]) -> None:
+    """Refuse what a screen cannot do."""
+    if fast:
+        raise UsageError(
+            "--screen and --fast: a screen takes no singular values. Say one of the two."
+        )
+    check_screened(names)
 
 
 def command(
@@ -116,6 +130,12 @@ def command(
     ] = None,
     fast: Annotated[
         bool, typer.Option("--fast", help="Singular values only: no shares, no intruders.")
+    ] = False,
+    screen: Annotated[
+        bool,
+        typer.Option(
+            "--screen", help="A verdict at reading speed: nothing of the base is decomposed."
+        ),
     ] = False,
     sort: Annotated[
         str,
@@ -144,6 +164,8 @@ def command(
     check_metric(sort)
     beside = () if metrics is None else check_metrics(metrics)
     limits.check()
+    if screen:
+        _check_screen(fast, (*beside, sort, *limits.metrics()))
     others, force = tuned or [], asked.force
     inputs = (base, *others)
     for one in inputs:
@@ -165,6 +187,7 @@ def command(
         others,
         metrics=gate.with_metrics((*beside, sort)),
         fast=fast,
+        screen=screen,
         include=include or (),
         exclude=exclude or (),
         device=device,
