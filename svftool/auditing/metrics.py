@@ -269,9 +269,7 @@ def choose_metrics(
     )
 
 
-def measure_energies(
-    evidence: EnergiesOfBoth, metrics: Iterable[Metric]
-) -> Measured:
+def measure_energies(evidence: EnergiesOfBoth, metrics: Iterable[Metric]) -> Measured:
     """Return those metrics of one matrix that sums of squares give."""
     change: dict[str, Value] = {
         "weight_drift": evidence.weight_drift,

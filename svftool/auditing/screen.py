@@ -330,9 +330,7 @@ def _spectral(found: Evidence, sums: _Sums) -> Screened:
     return replace(found.screened, spectral=known, asymmetry=max(0.0, worst))
 
 
-def _shares(
-    products: Tensor, found: Evidence, length: int, noisy: float
-) -> tuple[float, float]:
+def _shares(products: Tensor, found: Evidence, length: int, noisy: float) -> tuple[float, float]:
     """Return the asymmetric part against the whole change, and against what the probes see of it.
 
     A change that has nothing to do with the base has ``||D W'||^2 = ||D||^2 ||W||^2 / length`` and
