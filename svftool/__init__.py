@@ -44,6 +44,7 @@ if TYPE_CHECKING:
     from svftool.stages.evaluate import evaluate
     from svftool.stages.extract import extract
     from svftool.stages.finetune import finetune
+    from svftool.stages.lineage import lineage
     from svftool.stages.merge import merge
     from svftool.stages.predict import predict
 
@@ -67,6 +68,7 @@ __all__ = [
     "evaluate",
     "extract",
     "finetune",
+    "lineage",
     "load_tuned",
     "merge",
     "open_checkpoint",
@@ -85,6 +87,7 @@ _HOMES = {
     "evaluate": "svftool.stages.evaluate",
     "extract": "svftool.stages.extract",
     "finetune": "svftool.stages.finetune",
+    "lineage": "svftool.stages.lineage",
     "load_tuned": "svftool.attaching",
     "merge": "svftool.stages.merge",
     "open_checkpoint": "svftool.checkpoints",

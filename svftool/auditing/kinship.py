@@ -91,7 +91,7 @@ def _units(side: Tensor, axis: int, rows: Tensor, places: Tensor) -> Tensor:
     return torch.nn.functional.normalize(some, dim=1)
 
 
-def score(agreements: Sequence[Tensor]) -> tuple[float, float]:
+def score(agreements: Sequence[Tensor]) -> float:
     """Return how far the units of two networks agree beyond what another order of them would give.
 
     Parameters
@@ -101,10 +101,8 @@ def score(agreements: Sequence[Tensor]) -> tuple[float, float]:
 
     Returns
     -------
-    score : float
+    float
         About standard normal for strangers.
-    most : float
-        What it would be for a copy.
 
     Notes
     -----
@@ -115,23 +113,15 @@ def score(agreements: Sequence[Tensor]) -> tuple[float, float]:
     groups: dict[int, list[Tensor]] = {}
     for one in agreements:
         groups.setdefault(len(one), []).append(one)
-    total = most = weights = 0.0
+    total = weights = 0.0
     for units, members in groups.items():
         whole = torch.stack(members).sum(dim=0)
         norm = float(whole.norm())
-        if norm == 0.0:
-            continue
-        weight = math.sqrt(units * len(members))
-        total += weight * float(whole.trace()) * math.sqrt(units - 1) / norm
-        most += weight * math.sqrt((units - 1) * len(members)) * _ALIKE * math.sqrt(units)
-        weights += weight * weight
-    if weights == 0.0:
-        return 0.0, 0.0
-    return total / math.sqrt(weights), most / math.sqrt(weights)
-
-
-_ALIKE = 0.5
-"""Part of the agreement of a copy that lies on the diagonal, at least, where units differ."""
+        if norm > 0.0:
+            weight = math.sqrt(units * len(members))
+            total += weight * float(whole.trace()) * math.sqrt(units - 1) / norm
+            weights += weight * weight
+    return total / math.sqrt(weights) if weights else 0.0
 
 
 def upper_tail(z: float) -> float:

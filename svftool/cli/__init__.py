@@ -29,6 +29,7 @@ NAMES = (
     "predict",
     "merge",
     "inspect",
+    "lineage",
     "info",
     "extract",
     "demo",

@@ -42,8 +42,8 @@ DERIVED = 1e-6
 CHANCE = 1e-2
 """p-value from which strangers are called so, where relatives would have been found."""
 
-FOUND = 5.0
-"""Score that a tenth of a copy's agreement must give for a test to tell strangers."""
+FOUND = 10.0
+"""Score of a copy from which a relative with half of its agreement would have been found."""
 
 CERTAIN = 1e-9
 """p-value that names alone did not give, below which spectra or values make relatives."""
@@ -259,13 +259,18 @@ _PRECISIONS = {torch.bfloat16: 8, torch.float16: 11, torch.float32: 24, torch.fl
 
 
 def _digits(weight: Tensor) -> int:
-    """Return the significant digits of a weight; of few different values, their logarithm."""
-    flat = weight.flatten()
-    some = flat[:: max(1, len(flat) // (1 << 14))].double()
-    steps = len(some.unique())
-    if steps <= min(256, len(some) // 8):
-        return max(1, math.ceil(math.log2(max(steps, 2))) - 1)
+    """Return the significant digits of a weight, or those of the whole numbers it was rounded to."""
+    rows = weight.flatten(1)[:_ROWS].double()
+    for digits in _WHOLE:
+        for top in (rows.abs().amax(dim=1, keepdim=True), weight.abs().max().double()):
+            steps = rows * ((1 << digits) - 1) / torch.where(top == 0.0, 1.0, top)
+            if rows.shape[1] >= FEWEST and bool(((steps - steps.round()).abs() < 0.01).all()):
+                return digits
     return _PRECISIONS.get(precision_of(weight), 24)
+
+
+_ROWS = 64
+_WHOLE = (1, 3, 7)
 
 
 # A pair.
@@ -275,8 +280,8 @@ def _related(a: _Model, b: _Model) -> Pair:
     names = [name for name, shape in a.weights.items() if b.weights.get(name) == shape]
     both = sum(math.prod(a.weights[name]) for name in names)
     shared = both / max(a.size, b.size, 1)
-    agreements, distance, equal = _by_name(a, b, names)
-    z, most = score(agreements)
+    agreements, own, distance, equal = _by_name(a, b, names)
+    z, most = score(agreements), score(own)
     p = upper_tail(z) if agreements else None
     way = "names" if agreements else ""
     said = f"units of {len(agreements)} layers of one name agree, score {z:.1f}" if way else ""
@@ -300,14 +305,23 @@ def _relation(p: float | None, shared: float, most: float, way: str) -> Relation
         return "derived"
     if p is None or shared < _SHARED:
         return "not comparable"
-    return "independent" if p >= CHANCE and most / 10.0 >= FOUND else "undecided"
+    return "independent" if p >= CHANCE and most >= FOUND else "undecided"
 
 
 def _by_name(
     a: _Model, b: _Model, names: Sequence[str]
-) -> tuple[list[Tensor], float | None, bool]:
-    """Return how units agree in the weights of one name, their distance, and if all are equal."""
-    agreements = []
+) -> tuple[list[Tensor], list[Tensor], float | None, bool]:
+    """Compare the weights of one name.
+
+    Returns
+    -------
+    agreements, own : list of Tensor
+        Of the two, and of the first with itself.
+    distance : float or None
+    equal : bool
+        Whether all are.
+    """
+    agreements, own = [], []
     change = energy = others = 0.0
     axes = unit_axes({name: a.weights[name] for name in a.weights}) if names else {}
     equal = bool(names)
@@ -322,15 +336,16 @@ def _by_name(
         axis = axes.get(name)
         if axis is not None and b.axes.get(name) is not None:
             found = agreement(W, T, axis)
-            if found is not None:
+            itself = agreement(W, W, axis)
+            if found is not None and itself is not None:
                 agreements.append(found)
+                own.append(itself)
     known = energy > 0.0 and others > 0.0
-    return agreements, math.sqrt(change / math.sqrt(energy * others)) if known else None, equal
+    distance = math.sqrt(change / math.sqrt(energy * others)) if known else None
+    return agreements, own, distance, equal
 
 
-def _by_values(
-    a: _Model, b: _Model, settled: Sequence[str]
-) -> tuple[float, str, str] | None:
+def _by_values(a: _Model, b: _Model, settled: Sequence[str]) -> tuple[float, str, str] | None:
     """Look for relatives whose names, order or depth differ; None where there is no certain one."""
     return _by_spectra(a, b) or _by_place(a, b, settled)
 
@@ -402,7 +417,7 @@ def _by_place(a: _Model, b: _Model, settled: Sequence[str]) -> tuple[float, str,
             best.append(max(known, key=lambda one: float(one.trace())))
     if not best:
         return None
-    z, most = score(best)
+    z, most = score(best), math.sqrt(sum(len(one) * (len(one) - 1) for one in best) / len(best))
     # The best of so many is chosen for each layer.
     p = min(1.0, upper_tail(z) * float(_READ) ** tried)
     if p >= CERTAIN or z < 0.2 * most:
@@ -479,9 +494,7 @@ def _claims(models: Sequence[_Model], pairs: Sequence[Pair]) -> Iterator[Claim]:
             )
             relation = None if found is None else relations[frozenset((model.index, found))]
             known = {"derived": True, "independent": False, "not comparable": False}
-            yield Claim(
-                model.index, base, found, None if relation is None else known.get(relation)
-            )
+            yield Claim(model.index, base, found, None if relation is None else known.get(relation))
 
 
 def _called(path: Path) -> set[str]:
@@ -502,7 +515,9 @@ def _claimed(source: AuditSource) -> list[str]:
     front = re.match(r"---\n(.*?)\n---", text, re.DOTALL)
     if front is not None:
         said += re.findall(r"^base_model:[ \t]*['\"]?([^\s'\"]+)", front[1], re.MULTILINE)
-        listed = re.search(r"^base_model:[ \t]*\n((?:[ \t]*-.*\n?)+)", front[1] + "\n", re.MULTILINE)
+        listed = re.search(
+            r"^base_model:[ \t]*\n((?:[ \t]*-.*\n?)+)", front[1] + "\n", re.MULTILINE
+        )
         if listed is not None:
             said += re.findall(r"-[ \t]*['\"]?([^\s'\"]+)", listed[1])
     return list(dict.fromkeys(said))
