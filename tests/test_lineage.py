@@ -173,8 +173,8 @@ def test_what_cannot_be_told_has_no_direction(tmp_path: Path) -> None:
 
 
 def test_age_is_read_off_counters_before_all_else() -> None:
-    assert earlier(Marks(5, 0.5, 8), Marks(9, 0.0, 24))[0] == -1
-    assert earlier(Marks(5, 0.5, 8), Marks(5, 0.5, 8)) == (0, "")
+    assert earlier(Marks({"n": 5, "new": 9}, 0.5, 8), Marks({"n": 9}, 0.0, 24))[0] == -1
+    assert earlier(Marks({"n": 5}, 0.5, 8), Marks({"n": 5}, 0.5, 8)) == (0, "")
 
 
 def test_a_network_of_other_shapes_is_not_comparable(tmp_path: Path) -> None:
@@ -222,8 +222,9 @@ def test_real_relatives_and_strangers(data: Path) -> None:
 
 def test_epochs_of_a_real_training_are_in_their_order(data: Path) -> None:
     folder = data / "pairs" / "trajectory"
-    names = ["epoch_100", "epoch_10", "Final", "epoch_50", "epoch_200"]
+    base = "base_mobilenetV1X0.25_pretrain"
+    names = ["epoch_100", "epoch_10", "Final", base, "epoch_50", "epoch_200"]
     result = lineage([folder / f"{name}.safetensors" for name in names])
     order = [names[one.child] for one in result.tree]
-    assert order == ["epoch_10", "epoch_50", "epoch_100", "epoch_200", "Final"]
+    assert order == [base, "epoch_10", "epoch_50", "epoch_100", "epoch_200", "Final"]
     assert [one.parent for one in result.tree] == [None, *(one.child for one in result.tree[:-1])]

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
@@ -173,15 +173,15 @@ class Marks:
 
     Attributes
     ----------
-    steps : float or None
-        Sum of the counters of training steps that it holds.
+    steps : mapping of str to float
+        Counters of training steps that it holds, by name.
     zeros : float
         Share of entries that are exactly zero.
     digits : int
         Significant binary digits of its values.
     """
 
-    steps: float | None = None
+    steps: Mapping[str, float] = field(default_factory=dict)
     zeros: float = 0.0
     digits: int = 0
 
@@ -202,8 +202,10 @@ def earlier(a: Marks, b: Marks) -> tuple[int, str]:
         -1 where the first did, 1 where the second did, 0 where it cannot be told.
     why : str
     """
-    if a.steps is not None and b.steps is not None and a.steps != b.steps:
-        return (-1 if a.steps < b.steps else 1), "counters of training steps"
+    # What only one of them holds was added, and counts from zero.
+    ahead = sum(b.steps[name] - count for name, count in a.steps.items() if name in b.steps)
+    if ahead:
+        return (-1 if ahead > 0 else 1), "counters of training steps"
     if abs(a.zeros - b.zeros) > _PRUNED:
         return (-1 if a.zeros < b.zeros else 1), "zeros where the other has values"
     if a.digits != b.digits:

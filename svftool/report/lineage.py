@@ -99,8 +99,8 @@ def view(found: Lineage) -> RenderableType:
     parts += [_claim(one, names) for one in found.claims]
     parts.append(
         Text(
-            "→: which came first is known; p: that strangers agree so well by chance; "
-            "distance: ‖A − B‖ against the norms",
+            "→: which came first is known; score: how far the units of layers agree, standard "
+            "normal for strangers, and p the chance of it; distance: of A and B, against norms",
             "dim",
         )
     )

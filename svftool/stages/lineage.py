@@ -234,23 +234,19 @@ class _Model:
         return self._spectra[plain]
 
     def marks(self) -> Marks:
-        """What shows the age."""
+        """Look for what shows the age."""
         if self._marks is None:
-            counters = [
-                float(self.source.read(name))
+            counters = {
+                plain_name(name): float(self.source.read(name))
                 for name, info in self.source.infos.items()
                 if is_count(info) and not info.shape and _COUNTER.search(name)
-            ]
+            }
             zeros, digits = 0, 0
             for plain in self.weights:
                 weight = self.read(plain)
                 zeros += int((weight == 0).sum())
                 digits = max(digits, _digits(weight))
-            self._marks = Marks(
-                sum(counters) / len(counters) if counters else None,
-                zeros / max(self.size, 1),
-                digits,
-            )
+            self._marks = Marks(counters, zeros / max(self.size, 1), digits)
         return self._marks
 
 
@@ -259,7 +255,7 @@ _PRECISIONS = {torch.bfloat16: 8, torch.float16: 11, torch.float32: 24, torch.fl
 
 
 def _digits(weight: Tensor) -> int:
-    """Return the significant digits of a weight, or those of the whole numbers it was rounded to."""
+    """Return the significant digits of a weight, or those of the steps it was rounded to."""
     rows = weight.flatten(1)[:_ROWS].double()
     for digits in _WHOLE:
         for top in (rows.abs().amax(dim=1, keepdim=True), weight.abs().max().double()):
@@ -284,7 +280,7 @@ def _related(a: _Model, b: _Model) -> Pair:
     z, most = score(agreements), score(own)
     p = upper_tail(z) if agreements else None
     way = "names" if agreements else ""
-    said = f"units of {len(agreements)} layers of one name agree, score {z:.1f}" if way else ""
+    said = f"{len(agreements)} layers of one name, score {z:.1f}" if way else ""
     if equal:
         p, way, said = 0.0, "names", f"all {len(names)} weights of one name are equal"
     if p is None or p >= DERIVED:
@@ -374,7 +370,7 @@ def _by_spectra(a: _Model, b: _Model) -> tuple[float, str, str] | None:
     p = _fisher(logs, tested)
     if p >= CERTAIN or kin < max(1, tested // 4):
         return None
-    said = f"singular values of {kin} of {tested} layers are the same, whatever their names"
+    said = f"the same singular values in {kin} of {tested} layers"
     return p, "spectra", said
 
 
@@ -422,7 +418,7 @@ def _by_place(a: _Model, b: _Model, settled: Sequence[str]) -> tuple[float, str,
     p = min(1.0, upper_tail(z) * float(_READ) ** tried)
     if p >= CERTAIN or z < 0.2 * most:
         return None
-    return p, "values", f"units of {tried} layers agree with those of layers of other names"
+    return p, "values", f"{tried} layers, with those of other names, score {z:.1f}"
 
 
 # All of them.
@@ -443,34 +439,41 @@ def _tree(count: int, pairs: Sequence[Pair]) -> Iterator[Branch]:
     yield from under(None)
 
 
+class _Families:
+    """Sets of checkpoints that are joined; each is known by one of its members."""
+
+    def __init__(self, count: int) -> None:
+        self._above = list(range(count))
+
+    def of(self, one: int) -> int:
+        while self._above[one] != one:
+            one = self._above[one]
+        return one
+
+    def join(self, child: int, parent: int) -> None:
+        self._above[self.of(child)] = self.of(parent)
+
+
 def _parents(count: int, pairs: Sequence[Pair]) -> dict[int, Branch]:
+    """Choose for each checkpoint the nearest before it; then join what is not joined yet."""
     kin = sorted(
         (pair for pair in pairs if pair.relation == "derived"),
         key=lambda pair: (math.inf if pair.distance is None else pair.distance, pair.a, pair.b),
     )
     found: dict[int, Branch] = {}
-    whole = list(range(count))  # a checkpoint of the same family stands for it
-
-    def family(one: int) -> int:
-        while whole[one] != one:
-            one = whole[one]
-        return one
-
-    for pair in kin:  # what is known of the order first
-        if pair.direction:
-            parent, child = (pair.a, pair.b) if pair.direction < 0 else (pair.b, pair.a)
-            if child not in found:
-                found[child] = Branch(child, parent, pair.distance, directed=True)
-                whole[family(child)] = family(parent)
+    families = _Families(count)
     for pair in kin:
-        if family(pair.a) == family(pair.b):
-            continue
-        root = next((one for one in (pair.b, pair.a) if one not in found), None)
-        if root is None:
-            continue
-        other = pair.a if root == pair.b else pair.b
-        found[root] = Branch(root, other, pair.distance)
-        whole[family(root)] = family(other)
+        parent, child = (pair.a, pair.b) if pair.direction < 0 else (pair.b, pair.a)
+        known = pair.direction != 0 and child not in found
+        if known and families.of(child) != families.of(parent):
+            found[child] = Branch(child, parent, pair.distance, directed=True)
+            families.join(child, parent)
+    for pair in kin:
+        child = pair.b if pair.b not in found else pair.a
+        parent = pair.a if child == pair.b else pair.b
+        if child not in found and families.of(child) != families.of(parent):
+            found[child] = Branch(child, parent, pair.distance)
+            families.join(child, parent)
     return {one: found.get(one, Branch(one)) for one in range(count)}
 
 
