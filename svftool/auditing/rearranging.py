@@ -44,7 +44,7 @@ def proven_rearrangement(base: Tensor, tuned: Tensor) -> str:
 
 def _lengths(matrix: Tensor) -> tuple[torch.return_types.sort, torch.return_types.sort]:
     rows, columns = (
-        torch.linalg.vector_norm(matrix, dim=dim, dtype=_wide(matrix)).sort() for dim in (1, 0)
+        torch.linalg.vector_norm(matrix, dim=dim, dtype=torch.float64).sort() for dim in (1, 0)
     )
     return rows, columns
 

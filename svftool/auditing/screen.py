@@ -187,7 +187,7 @@ def screen(
         return found
     found = _with_noise(found, sides, sums, precisions, quantised)
     found = _with_rearrangement(found, sides)
-    found = replace(found, screened=_spectral(found, sums))
+    found = replace(found, screened=_spectral(found, sides, sums, exact_side))
     return _with_rank(found, sides, sums, exact_side)
 
 
@@ -304,7 +304,7 @@ def _with_rearrangement(found: Evidence, sides: Sides) -> Evidence:
 # Singular values alone.
 
 
-def _spectral(found: Evidence, sums: _Sums) -> Screened:
+def _spectral(found: Evidence, sides: Sides, sums: _Sums, exact_side: int) -> Screened:
     """Measure how far ``D W'`` and ``W'D`` are from symmetric, as shares of the change."""
     assert sums.DR is not None
     assert sums.WR is not None
@@ -315,18 +315,19 @@ def _spectral(found: Evidence, sums: _Sums) -> Screened:
     noisy = min(1.0, (0.0 if noise is None else noise.energy) / found.change_energy)
     if noisy > 0.5 or found.base_energy == 0.0:
         return found.screened
-    sides = (
+    both = (
         (sums.DL.double().mT @ sums.WL.double(), found.n),
         (sums.DR[:, :PROBES].double().mT @ sums.WR.double(), found.m),
     )
     worst = 0.0
-    for products, length in sides:
+    for products, length in both:
         for share in _shares(products, found, length, noisy):
             worst = max(worst, (share - noisy) / (1.0 - noisy))
     error = 0.4 * noisy
-    power = _power(sums, found)
+    exact = found.side <= exact_side and found.m * found.n <= _SAMPLED
+    power = _exact_power(sides.base) if exact else _power(sums, found)
     limit = min(SPECTRAL - 2.0 * error, max(SPECTRAL * power, error))
-    known = True if worst <= limit else (False if worst >= NOT_SPECTRAL else None)
+    known = True if power > 0.0 and worst <= limit else (False if worst >= NOT_SPECTRAL else None)
     return replace(found.screened, spectral=known, asymmetry=max(0.0, worst))
 
 
@@ -345,19 +346,35 @@ def _shares(products: Tensor, found: Evidence, length: int, noisy: float) -> tup
     return uneven / expected, inside * (1.0 - noisy) + noisy
 
 
+def _exact_power(base: Tensor) -> float:
+    W = base.double()
+    W = W / torch.linalg.vector_norm(W)
+    G = W @ W.mT if W.shape[0] <= W.shape[1] else W.mT @ W
+    return max(0.0, 1.0 - 1.0 / (len(G) * float(G.square().sum())))
+
+
 def _power(sums: _Sums, found: Evidence) -> float:
     """Return how well symmetry tells directions apart: little where singular values are alike.
 
-    It is ``1 - (sum s^2)^2 / (k sum s^4)``.
+    It is ``1 - (sum s^2)^2 / (k sum s^4)``, less the doubt in its estimate. The Gram matrix G of
+    the short side is ``c`` times the identity and a rest; what the rest adds to ``(x'Gy)^2`` is
+    averaged over the probes, so that little is told from nothing.
     """
-    WR = sums.WR if found.m <= found.n else sums.WL
-    assert WR is not None
-    inner = WR.double().mT @ WR.double()
-    i, j = torch.triu_indices(len(inner), len(inner), 1)
-    fourth = float(inner[i, j].square().mean())
-    if fourth <= 0.0:
-        return 0.0
-    return max(0.0, 1.0 - found.base_energy**2 / (found.side * fourth))
+    W, length = (sums.WL, found.m) if found.m <= found.n else (sums.WR, found.n)
+    assert W is not None
+    probes = (
+        _random(length, PROBES, 2, W, W.dtype)
+        if found.m <= found.n
+        else (_random(length, SKETCH, 1, W, W.dtype)[:, :PROBES])
+    )
+    i, j = torch.triu_indices(PROBES, PROBES, 1)
+    level = found.base_energy / length
+    seen = (W.double().mT @ W.double())[i, j].square()
+    plain = (probes.double().mT @ probes.double())[i, j].square() * level**2
+    rest = seen - plain
+    least = float(rest.mean() - 2.0 * rest.std() / math.sqrt(len(rest)))
+    whole = level**2 * length + float(rest.mean())
+    return max(0.0, least / whole) if whole > 0.0 else 0.0
 
 
 # Rank.
