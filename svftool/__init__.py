@@ -48,6 +48,7 @@ if TYPE_CHECKING:
     from svftool.stages.extract import extract
     from svftool.stages.extract_lora import LoraOptions, extract_lora
     from svftool.stages.finetune import finetune
+    from svftool.stages.lineage import lineage
     from svftool.stages.merge import merge
     from svftool.stages.predict import predict
 
@@ -74,6 +75,7 @@ __all__ = [
     "extract",
     "extract_lora",
     "finetune",
+    "lineage",
     "load_tuned",
     "merge",
     "open_checkpoint",
@@ -95,6 +97,7 @@ _HOMES = {
     "extract": "svftool.stages.extract",
     "extract_lora": "svftool.stages.extract_lora",
     "finetune": "svftool.stages.finetune",
+    "lineage": "svftool.stages.lineage",
     "load_tuned": "svftool.stages.adapt",
     "merge": "svftool.stages.merge",
     "open_checkpoint": "svftool.checkpoints",

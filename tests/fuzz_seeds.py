@@ -380,6 +380,8 @@ FORMATS = (
         ("inspect", "base.safetensors", "--metrics", "all", "--html", "out.html"),
         ("decompose", "base.safetensors", "-o", "out"),
         ("info", "base.safetensors", "--check", "--all"),
+        ("inspect", "base.safetensors", "tuned.safetensors", "--screen"),
+        ("lineage", "base.safetensors", "tuned.safetensors", "--json"),
         ("extract", "base.safetensors", "tuned.safetensors", "-o", "out.svf.safetensors"),
     )),
     Format("index", _index, ("model/*.json", "model/*.json", "model/*.safetensors"), (

@@ -241,6 +241,8 @@ def documents(tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict[str, A
     keep("fast", "inspect", factors, dense, "--fast")
     keep("series", "inspect", base, dense, other, lora)
     keep("tuned", "inspect", tuned)
+    keep("screen", "inspect", base, dense, "--screen")
+    keep("lineage", "lineage", base, dense, other, "--html", work / "tree.html")
     gates = ["--policy", work / "policy.toml", "--fail-above", "weight_drift=0.01"]
     keep("gates", "inspect", base, dense, other, *gates, code=10)
     for kind, path in (("checkpoint", base), ("factors", factors), ("small", tuned)):

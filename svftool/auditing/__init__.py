@@ -1,13 +1,27 @@
 """What a fine-tune changed: sources, matching of names, metrics, verdicts, gates."""
 
-from svftool.auditing.compare import BaseMatrix, Found, Tuned, compare_spectra, compare_vectors
+from svftool.auditing.compare import (
+    BaseMatrix,
+    Found,
+    ScreenedBase,
+    Tuned,
+    compare_spectra,
+    compare_vectors,
+)
 from svftool.auditing.counterparts import Counterparts, counterparts
 from svftool.auditing.evidence import Evidence
 from svftool.auditing.gatekeeper import Gatekeeper, Held, close, violations
 from svftool.auditing.gates import Gate, parse_gate, tripped
 from svftool.auditing.judging import as_in_base, judged, judged_codes, judged_row
 from svftool.auditing.matching import Matching, NamePair, match_names
-from svftool.auditing.memory import audit_budget, audit_bytes
+from svftool.auditing.memory import (
+    audit_budget,
+    audit_bytes,
+    compared_seconds,
+    screen_budget,
+    screen_bytes,
+    screened_seconds,
+)
 from svftool.auditing.metrics import METRICS, Measured, Metric, choose_metrics
 from svftool.auditing.policy import Policy, Violation, read_policy
 from svftool.auditing.results import (
@@ -46,6 +60,7 @@ __all__ = [
     "NamePair",
     "Policy",
     "Row",
+    "ScreenedBase",
     "Trajectory",
     "Tuned",
     "Unread",
@@ -60,6 +75,7 @@ __all__ = [
     "compare_spectra",
     "compare_tuned",
     "compare_vectors",
+    "compared_seconds",
     "counterparts",
     "judge",
     "judge_all",
@@ -73,6 +89,9 @@ __all__ = [
     "open_source",
     "parse_gate",
     "read_policy",
+    "screen_budget",
+    "screen_bytes",
+    "screened_seconds",
     "trajectory_of",
     "tripped",
     "violations",

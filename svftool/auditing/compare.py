@@ -11,9 +11,10 @@ import torch
 from torch import Tensor
 
 from svftool.auditing.evidence import Evidence, Quantised, gather, join, noise_of
-from svftool.auditing.metrics import Measured, Metric, combine, measure
+from svftool.auditing.metrics import Measured, Metric, combine, measure, measure_energies
 from svftool.auditing.pair import Array, MatrixPair
 from svftool.auditing.results import Curves
+from svftool.auditing.screen import screen
 from svftool.auditing.spectral import AnyPair, SpectralPair
 from svftool.errors import NumericalError
 from svftool.numerics import ThreadPool
@@ -229,6 +230,66 @@ class BaseMatrix:
     def _unusable(self, broken: str) -> Found:
         m, n = self._weights.shape[-2:]
         return Found(Measured(), Evidence(m, n, count=len(self._weights), broken=broken))
+
+
+class ScreenedBase:
+    """A base matrix, or a batch, held against fine-tunes without being decomposed.
+
+    Parameters
+    ----------
+    weight : (m, n) or (E, m, n) Tensor
+        Any floating dtype.
+    metrics : sequence of Metric
+        Of those that a screen measures.
+    quantised : Quantised, optional
+        Of a weight that is stored as codes, in its shape.
+    """
+
+    def __init__(
+        self, weight: Tensor, metrics: Sequence[Metric], *, quantised: Quantised | None = None
+    ) -> None:
+        self._weights = weight.unsqueeze(0) if weight.ndim == 2 else weight
+        self._quantised = quantised
+        self._metrics = metrics
+
+    def against(self, tuned: Tuned) -> Found:
+        """Compare with a fine-tune, the matrices of a batch one after another."""
+        exponent = _exponent([self._weights, tuned.weight])
+        parts: list[Evidence] = []
+        for index, weight in enumerate(self._weights):
+            other, change = tuned.matrix(index)
+            sides = [one for one in (self._quantised, tuned.quantised) if one is not None]
+            codes = () if exponent else tuple(one.of(index) for one in sides)
+            found = screen(
+                _divided(weight, exponent),
+                None if other is None else _divided(other, exponent),
+                None if change is None else _divided(change, exponent),
+                quantised=codes,
+            )
+            finite = math.isfinite(found.base_energy) and math.isfinite(found.change_energy)
+            broken = "" if finite else self._defect(other, change)
+            if broken:
+                m, n = weight.shape
+                return Found(Measured(), Evidence(m, n, count=len(self._weights), broken=broken))
+            parts.append(found)
+        measured = combine([measure_energies(one, self._metrics) for one in parts], parts)
+        found = join(parts, None)
+        whole = _multiplied(Found(measured, found), exponent)
+        return whole if not exponent else _told_apart(whole, self._weights, tuned)
+
+    def _defect(self, other: Tensor | None, change: Tensor | None) -> str:
+        after = other if change is None else change
+        return _defect(self._weights, "the base") or _defect(after, "the fine-tune")
+
+    def beside(self, S_base: Tensor, S: Tensor) -> tuple[Tensor, Tensor]:
+        """Append the energy that truncated factors leave as it is in the base, as one value."""
+        kept = S_base.double().reshape(len(self._weights), -1)
+        norms = torch.stack([torch.linalg.vector_norm(one.double()) for one in self._weights])
+        rest = (norms.square() - kept.square().sum(dim=1)).clamp_min(0.0).sqrt()[:, None]
+        return tuple(  # type: ignore[return-value]
+            torch.cat((one.double().reshape(kept.shape), rest), dim=1).reshape(*one.shape[:-1], -1)
+            for one in (S_base, S)
+        )
 
 
 def _told_apart(found: Found, base: Tensor, tuned: Tuned) -> Found:

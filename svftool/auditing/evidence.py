@@ -19,8 +19,11 @@ EDGE_MARGIN = 1.1
 
 ROTATED = "rotated: the singular values are the same and the vectors are not"
 
-_RESOLVED = 1e-6
+RESOLVED = 1e-6
+"""Part of the largest singular value of a change below which one is not resolved."""
+
 _PERMUTED = 1e-6
+_ROWS = 256
 
 
 @dataclass(frozen=True)
@@ -79,6 +82,25 @@ class Quantised:
 
 
 @dataclass(frozen=True)
+class Screened:
+    """What a screen could tell of a change, without a decomposition of the base.
+
+    Attributes
+    ----------
+    spectral : bool or None
+        Whether singular values alone changed; None where that is not certain.
+    asymmetry : float or None
+        Part of the change that cannot be one of singular values, as estimated.
+    may_be_rotated : bool
+        Whether a rotation could have made it: the norm is the same, and nothing else explains it.
+    """
+
+    spectral: bool | None = None
+    asymmetry: float | None = None
+    may_be_rotated: bool = False
+
+
+@dataclass(frozen=True)
 class Evidence:
     """Numbers that a verdict is read off.
 
@@ -110,6 +132,8 @@ class Evidence:
         Power of two that entries were divided by before their squares were summed.
     whole : bool
         Both sides are whole numbers, which nothing rounds.
+    screened : Screened or None
+        Where the base was not decomposed.
     """
 
     m: int
@@ -131,6 +155,7 @@ class Evidence:
     broken: str = ""
     exponent: int = 0
     whole: bool = False
+    screened: Screened | None = None
 
     @property
     def side(self) -> int:
@@ -202,9 +227,9 @@ def gather(
         found = replace(plain, noise=quantisation_noise(base, tuned, quantised))
     else:
         found = _with_noise(plain, base, tuned)
-    if base is not None and tuned is not None and _may_be_rearranged(found):
+    if base is not None and tuned is not None and may_be_rearranged(found):
         found = replace(found, rearranged=rearrangement(base, tuned))
-    return _with_rank(found, pair) if values else found
+    return with_rank(found, pair) if values else found
 
 
 def _with_noise(found: Evidence, base: Tensor | None, tuned: Tensor | None) -> Evidence:
@@ -233,24 +258,30 @@ def quantisation_noise(base: Tensor, tuned: Tensor, quantised: Sequence[Quantise
 
     The error of an entry is taken as uniform over a step around it, as that of rounding is.
     """
-    step = quantised[0].step.double()
-    for other in quantised[1:]:
-        step = torch.maximum(step, other.step.double())
-    moved = (tuned.double() - base.double()).abs()
-    tiny = 1e-6 * torch.maximum(base.double().abs(), tuned.double().abs())
-    steps = torch.where(moved <= tiny, 0.0, moved / step)
-    squares = step.square_().div_(12.0)
-    rows, columns = (float(squares.sum(dim=dim).max()) for dim in (1, 0))
+    columns = torch.zeros(base.shape[1], dtype=torch.float64, device=base.device)
+    longest = most = 0.0
+    for start in range(0, base.shape[0], _ROWS):
+        rows = slice(start, start + _ROWS)
+        step = quantised[0].step[rows].double()
+        for other in quantised[1:]:
+            step = torch.maximum(step, other.step[rows].double())
+        before, after = base[rows].double(), tuned[rows].double()
+        moved = (after - before).abs()
+        tiny = 1e-6 * torch.maximum(before.abs(), after.abs())
+        most = max(most, float(torch.where(moved <= tiny, 0.0, moved / step).max()))
+        squares = step.square().div_(12.0)
+        columns += squares.sum(dim=0)
+        longest = max(longest, float(squares.sum(dim=1).max()))
     return Noise(
         torch.float32,
-        float(squares.sum()),
-        math.sqrt(rows) + math.sqrt(columns),
-        float(steps.max()),
+        float(columns.sum()),
+        math.sqrt(longest) + math.sqrt(float(columns.max())),
+        most,
         " and ".join(dict.fromkeys(one.storage for one in quantised)),
     )
 
 
-def _with_rank(found: Evidence, pair: AnyPair) -> Evidence:
+def with_rank(found: Evidence, pair: AnyPair) -> Evidence:
     """Count the singular values of the change above its noise, unless they are certainly many."""
     found = replace(found, participation=pair.change_participation)
     noise = found.tuned_noise or found.noise
@@ -261,11 +292,11 @@ def _with_rank(found: Evidence, pair: AnyPair) -> Evidence:
     if values is None or not values.size:
         return found
     edge = 0.0 if noise is None else EDGE_MARGIN * noise.edge
-    kept = int((values > max(edge, _RESOLVED * float(values[0]))).sum())
+    kept = int((values > max(edge, RESOLVED * float(values[0]))).sum())
     return replace(found, rank=kept, tail=float(values[kept:] @ values[kept:]))
 
 
-def _may_be_rearranged(found: Evidence) -> bool:
+def may_be_rearranged(found: Evidence) -> bool:
     """Tell whether entries changed much and the spectrum stayed where it was.
 
     Entries that were moved or flipped were not rounded again, so their spectrum is the same to the
@@ -347,6 +378,20 @@ def join(parts: Sequence[Evidence], relative_drift: float | None) -> Evidence:
         participation=max((part.participation for part in changed), default=0.0),
         rearranged="" if "" in ways else "; ".join(ways),
         exponent=parts[0].exponent,
+        screened=_joined_screens([part.screened for part in changed]),
+    )
+
+
+def _joined_screens(parts: Sequence[Screened | None]) -> Screened | None:
+    known = [part for part in parts if part is not None]
+    if not known:
+        return None
+    told = {part.spectral for part in known}
+    uneven = [part.asymmetry for part in known if part.asymmetry is not None]
+    return Screened(
+        told.pop() if len(told) == 1 else None,
+        max(uneven, default=None),
+        any(part.may_be_rotated for part in known),
     )
 
 

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 from svftool.auditing.results import Row
 from svftool.auditing.verdicts import BROKEN, CHANGED, UNTOUCHED
-from svftool.choices.metrics import CHANGE, EXTRA, metric_name, read_limit
+from svftool.choices.metrics import CHANGE, CHANGE_RANK, EXTRA, metric_name, read_limit
 
 
 @dataclass(frozen=True)
@@ -26,7 +26,7 @@ class Gate:
 
         A metric of the change may have no number where nothing changed: such a row is held.
         """
-        if row.value(self.metric) is not None or _trips_all(row):
+        if row.value(self.metric) is not None or _trips_all(row) or _not_told(row, self.metric):
             return True
         of_change = self.metric in (*EXTRA, *CHANGE)
         still = row.verdict is not None and row.verdict.name == UNTOUCHED
@@ -37,6 +37,8 @@ class Gate:
         value = row.value(self.metric)
         if value is not None:
             return f"{metric_name(self.metric)} {value:.4g}"
+        if _not_told(row, self.metric):
+            return f"{metric_name(self.metric)} that a screen cannot tell"
         return "broken" if row.verdict is None else row.verdict.text
 
 
@@ -71,10 +73,16 @@ def _worst_first(value: float | None) -> float:
 
 
 def _exceeds(row: Row, gate: Gate) -> bool:
-    if _trips_all(row):
+    if _trips_all(row) or _not_told(row, gate.metric):
         return True
     value = row.value(gate.metric)
     return value is not None and value > gate.value
+
+
+def _not_told(row: Row, metric: str) -> bool:
+    """Whether a screen could not tell a rank, which may then be above any limit."""
+    screened = row.evidence is not None and row.evidence.screened is not None
+    return metric == CHANGE_RANK and screened and row.changed and row.change_rank is None
 
 
 def _trips_all(row: Row) -> bool:

@@ -1,17 +1,20 @@
-"""What comparing a layer takes, before it is read."""
+"""What comparing a layer takes, before it is read: memory and time."""
 
 from __future__ import annotations
 
+import math
 import statistics
 from collections.abc import Callable, Sequence
 
-from svftool.engine import Job
+from svftool.engine import Job, seconds
 
 _SPARE = 512 << 20
 _AT_ONCE = 4
 _SQUARES_OF_ONE = 3
 _SQUARES_OF_VALUES = 4
 _SQUARES_OF_VECTORS = 11
+_VECTORS_COST = 2.0
+_VALUES_COST = 2.0
 
 
 def audit_bytes(job: Job, *, compared: bool, vectors: bool, adapters: bool = False) -> int:
@@ -48,3 +51,50 @@ def audit_budget(jobs: Sequence[Job], size: Callable[[Job], int]) -> int:
     """
     sizes = [size(job) for job in jobs]
     return _SPARE + int(max(max(sizes, default=0), _AT_ONCE * statistics.median(sizes or [0])))
+
+
+_COLUMNS = 256
+"""Columns of float32 that sketches of both sides take, the widest included."""
+
+_CONVERTED = 8 << 20
+
+
+def screen_bytes(job: Job, *, adapters: bool = False) -> int:
+    """Bound the memory that screening one layer takes.
+
+    Parameters
+    ----------
+    job : Job
+    adapters : bool
+        Whether a fine-tune is an adapter, whose change is formed in float64, a matrix at a time.
+    """
+    long, short = job.sides
+    held = 2 * job.count * long * short * job.dtype.itemsize
+    change = 16 * long * short if adapters else 0
+    return held + change + 4 * _COLUMNS * (long + short) + _CONVERTED
+
+
+def screen_budget(jobs: Sequence[Job], size: Callable[[Job], int]) -> int:
+    """Return the bytes that layers at work may take: both sides of the two largest matrices."""
+    return max(_SPARE // 4, 2 * max(map(size, jobs), default=0))
+
+
+# Seconds an entry on one core of the machine in docs/performance.md.
+_SCREENED = 3e-9
+
+
+def compared_seconds(job: Job, *, vectors: bool = True) -> float:
+    """Estimate what comparing a layer takes on one core: as some decompositions of it.
+
+    Parameters
+    ----------
+    job : Job
+    vectors : bool
+        With singular vectors.
+    """
+    return (_VECTORS_COST if vectors else _VALUES_COST) * seconds(job, values_only=not vectors)
+
+
+def screened_seconds(job: Job) -> float:
+    """Estimate what screening a layer takes on one core."""
+    return _SCREENED * job.count * math.prod(job.sides) + 1e-3 * job.count

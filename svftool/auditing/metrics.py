@@ -15,7 +15,7 @@ from svftool.auditing import formulas as f
 from svftool.auditing.formulas import Value
 from svftool.auditing.pair import Array, norm_ratio
 from svftool.auditing.spectral import AnyPair
-from svftool.choices.metrics import metric_key, metric_name
+from svftool.choices.metrics import SCREENED, check_screened, metric_key, metric_name
 from svftool.errors import UsageError, no_such
 from svftool.numerics import (
     effective_rank,
@@ -213,7 +213,29 @@ class Energies(Protocol):
         """``||D||_F^2``."""
 
 
-def choose_metrics(names: Sequence[str] | None, *, fast: bool = False) -> tuple[Metric, ...]:
+class EnergiesOfBoth(Energies, Protocol):
+    """What sums of squares of both sides give."""
+
+    @property
+    def identical(self) -> bool:
+        """Whether nothing changed."""
+
+    @property
+    def tuned_energy(self) -> float:
+        """``||W'||_F^2``."""
+
+    @property
+    def weight_drift(self) -> float:
+        """``||D|| / ||W||``."""
+
+    @property
+    def cosine(self) -> float | None:
+        """Cosine of the two as vectors."""
+
+
+def choose_metrics(
+    names: Sequence[str] | None, *, fast: bool = False, screen: bool = False
+) -> tuple[Metric, ...]:
     """Look up the metrics to compute.
 
     Parameters
@@ -222,13 +244,17 @@ def choose_metrics(names: Sequence[str] | None, *, fast: bool = False) -> tuple[
         Names, beside which the default ones are computed too; ``all`` stands for every metric.
     fast : bool
         Leave out what needs singular vectors.
+    screen : bool
+        Leave out what needs singular values.
 
     Raises
     ------
     UsageError
-        For a name that does not exist, or that `fast` leaves out.
+        For a name that does not exist, or that `fast` or `screen` leaves out.
     """
     asked = tuple(map(metric_key, names or ()))
+    if screen:
+        check_screened(asked)
     for name in asked:
         if name != "all" and name not in METRICS:
             raise UsageError(no_such("metric", name, ["all", *map(metric_name, METRICS)]))
@@ -239,7 +265,25 @@ def choose_metrics(names: Sequence[str] | None, *, fast: bool = False) -> tuple[
         for metric in METRICS.values()
         if (metric.default or metric.name in asked or "all" in asked)
         and not (fast and metric.vectors)
+        and not (screen and metric.name not in SCREENED)
     )
+
+
+def measure_energies(evidence: EnergiesOfBoth, metrics: Iterable[Metric]) -> Measured:
+    """Return those metrics of one matrix that sums of squares give."""
+    change: dict[str, Value] = {
+        "weight_drift": evidence.weight_drift,
+        "cosine": evidence.cosine,
+        "frobenius_distance": math.sqrt(evidence.change_energy),
+    }
+    if evidence.identical:
+        change["cosine"] = 1.0 if evidence.base_energy > 0.0 else None
+    asked = {metric.name for metric in metrics}
+    sides = [
+        {"frobenius_norm": math.sqrt(energy)} if "frobenius_norm" in asked else {}
+        for energy in (evidence.base_energy, evidence.tuned_energy)
+    ]
+    return Measured({name: value for name, value in change.items() if name in asked}, *sides)
 
 
 def measure(pair: AnyPair, metrics: Iterable[Metric]) -> Measured:

@@ -38,7 +38,7 @@ from typing import Any, Literal
 
 from svftool.auditing.gates import Gate, tripped
 from svftool.auditing.results import Comparison, Row, Unread
-from svftool.auditing.verdicts import UNDECIDED, VERDICTS
+from svftool.auditing.verdicts import MAY_BE, SCREENED, UNDECIDED, VERDICTS
 from svftool.choices.metrics import check_metric, metric_key
 from svftool.errors import UsageError, brief, did_you_mean, no_such
 from svftool.files.toml import POLICY, read_toml
@@ -98,15 +98,22 @@ class Rule:
         if not self.matches(row.name):
             return ""
         verdict = row.verdict
-        if verdict is not None and (
-            verdict.name in self.deny or (self.allow and verdict.name not in self.allow)
-        ):
+        if verdict is not None and self._refuses(verdict.name):
             return verdict.text
         for gate in self.gates:
             if tripped([row], gate):
                 value = row.value(gate.metric)
                 return gate.found(row) + ("" if value is None else f" > {gate.value:g}")
         return ""
+
+    def _refuses(self, verdict: str) -> bool:
+        """Whether a verdict is denied; what a screen cannot tell is all that it may be."""
+        meant = MAY_BE if verdict == SCREENED else (verdict,)
+        if any(one in self.deny for one in (verdict, *meant)):
+            return True
+        if not self.allow or verdict in self.allow:
+            return False
+        return not all(one in self.allow for one in meant)
 
     def holds(self, row: Row) -> bool:
         """Whether the rule has anything to say of a row."""

@@ -210,6 +210,8 @@ class Comparison:
         Tensors of the base and of the fine-tune.
     notes : tuple of str
         What was found and dropped on the way.
+    screened : bool
+        Whether nothing was decomposed.
     """
 
     base: Path
@@ -223,6 +225,7 @@ class Comparison:
     verdict: Verdict | None = None
     totals: tuple[int, int] = (0, 0)
     notes: tuple[str, ...] = ()
+    screened: bool = False
 
     @property
     def matrices(self) -> tuple[Row, ...]:

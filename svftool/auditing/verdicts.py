@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 from typing import Literal
 
@@ -22,6 +22,7 @@ QUANTISED = "quantisation only"
 SPECTRUM_ONLY = "spectrum only"
 LOW_RANK = "low rank"
 FULL = "full fine-tune"
+SCREENED = "full fine-tune or mixed (screened)"
 UNRELATED = "unrelated"
 REARRANGED = "rearranged"
 CHANGED = "changed"
@@ -36,6 +37,7 @@ VERDICTS = {
     SPECTRUM_ONLY: "singular values changed, singular vectors did not: a singular value fine-tune",
     LOW_RANK: "the change has few singular values: a LoRA-like update",
     FULL: "singular values and vectors changed, in many directions",
+    SCREENED: "changed, in a way that a screen cannot tell; without --screen it is told",
     UNRELATED: "almost no correlation with the base: retrained, or another model",
     REARRANGED: "same singular values, other entries: permuted, sign-flipped or rotated",
     CHANGED: "norms, biases, codes or other tensors that are no matrices of numbers changed",
@@ -48,6 +50,9 @@ and for whole comparisons, ``undecided`` for whole comparisons and for tensors n
 
 STILL = (UNTOUCHED, ROUNDING, QUANTISED)
 """Verdicts on what nobody trained."""
+
+MAY_BE = (FULL, MIXED, LOW_RANK, SPECTRUM_ONLY, REARRANGED, UNRELATED)
+"""What a change may be that a screen cannot tell."""
 
 STEPS = 1.0
 """Steps of the dtype up to which a moved entry counts as rounded."""
@@ -118,11 +123,14 @@ def judge(found: Evidence) -> Verdict:
         return Verdict(ROUNDING, "medium", _UNFELT)
     if found.base_energy == 0.0:
         return Verdict(UNRELATED, "medium", _moved_by(found))
-    for rule in (_rearranged, _rounding, _spectrum_only, _unrelated, _low_rank):
+    screened = found.screened is not None
+    rules: tuple[Callable[[Evidence], Verdict | None], ...]
+    rules = (_rearranged, _rounding, *((_not_certain, _by_symmetry) if screened else ()))
+    for rule in (*rules, _spectrum_only, _unrelated, _low_rank):
         verdict = rule(found)
         if verdict is not None:
             return verdict
-    return _full(found)
+    return _not_told(found) if screened else _full(found)
 
 
 def judge_tensor(found: Evidence) -> Verdict:
@@ -207,6 +215,39 @@ def _spectrum_only(found: Evidence) -> Verdict | None:
             evidence += "; it is a plain rescaling"
         return Verdict(SPECTRUM_ONLY, _spectral_confidence(found, noisy), evidence)
     return None
+
+
+def _not_certain(found: Evidence) -> Verdict | None:
+    """Say nothing more where a screen cannot tell which of the rules that follow comes first."""
+    screened = found.screened
+    assert screened is not None
+    return _not_told(found) if screened.may_be_rotated or screened.spectral is None else None
+
+
+def _by_symmetry(found: Evidence) -> Verdict | None:
+    screened = found.screened
+    assert screened is not None
+    if not screened.spectral:
+        return None
+    evidence = (
+        f"symmetric in the base's directions: about {_percent(screened.asymmetry or 0.0)} of the "
+        "change cannot be one of singular values"
+    )
+    if found.cosine is not None and abs(found.cosine) > 1.0 - 1e-9:
+        evidence += "; it is a plain rescaling"
+    noisy = found.noise_share
+    return Verdict(SPECTRUM_ONLY, _spectral_confidence(found, noisy), evidence)
+
+
+def _not_told(found: Evidence) -> Verdict:
+    assert found.screened is not None
+    parts = [_moved_by(found)]
+    if found.screened.may_be_rotated:
+        parts.append("the norm is the same, as a rotation leaves it")
+    if found.screened.asymmetry is not None:
+        share = _percent(min(1.0, found.screened.asymmetry))
+        parts.append(f"about {share} of that not by singular values")
+    return Verdict(SCREENED, "low", ", ".join(parts))
 
 
 def _spectral_confidence(found: Evidence, noisy: float) -> Confidence:
@@ -351,7 +392,9 @@ def _judge_compared(
     counts = Counter(verdict.name for verdict in _absorbed(moved))
     name, most = counts.most_common(1)[0]
     total, still = len(moved), len(matrices) - len(moved)
-    if most < 0.8 * total:
+    if most < 0.8 * total and SCREENED in counts:
+        name = SCREENED
+    elif most < 0.8 * total:
         name = MIXED if FULL not in counts or counts[FULL] < 0.5 * total else FULL
     alike = [verdict for verdict, _ in moved if verdict.name == name] or [v for v, _ in moved]
     evidence = _tally(counts, len(matrices), still) + _say_codes(codes)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterable
 
 from svftool.errors import UsageError, no_such
 
@@ -31,6 +32,9 @@ FLOOR = "rounding_floor"
 CHANGE_RANK = "change_rank"
 EXTRA = (FLOOR, CHANGE_RANK)
 """Numbers that verdicts rest on, in every comparison beside the metrics."""
+
+SCREENED = ("weight_drift", "cosine", "frobenius_distance", "frobenius_norm")
+"""Metrics that a screen measures, beside `EXTRA`."""
 
 SHOWN = {"relative_drift": "spectral_drift"}
 """Names for people and in options of metrics whose key in documents is older."""
@@ -115,6 +119,23 @@ def check_metrics(names: str) -> tuple[str, ...]:
         if metric_key(name) not in known:
             raise UsageError(no_such("metric", name, map(metric_name, known)))
     return found
+
+
+def check_screened(names: Iterable[str]) -> None:
+    """Refuse metrics that a screen does not measure.
+
+    Raises
+    ------
+    UsageError
+        Naming those that it does.
+    """
+    for name in names:
+        if metric_key(name).partition(".")[0] not in ("all", *SCREENED, *EXTRA):
+            known = ", ".join((*SCREENED, *EXTRA))
+            raise UsageError(
+                f"metric {name!r} is not measured by --screen, which measures {known}. "
+                "Leave out --screen, or name one of these."
+            )
 
 
 def read_limit(text: str) -> tuple[str, float]:

@@ -30,6 +30,7 @@ NAMES = (
     "predict",
     "merge",
     "inspect",
+    "lineage",
     "info",
     "extract",
     "convert",

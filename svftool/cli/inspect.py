@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from svftool.choices.metrics import check_metric, check_metrics, read_limit
+from svftool.choices.metrics import check_metric, check_metrics, check_screened, read_limit
 from svftool.cli import completion
 from svftool.cli.common import (
     DeviceOption,
@@ -97,12 +97,25 @@ class Limits:
         ),
     ] = None
 
+    def metrics(self) -> list[str]:
+        """List the metrics of the limits on the command line."""
+        return [read_limit(limit)[0] for limit in self.fail_above or ()]
+
     def check(self) -> None:
         """Refuse limits and a policy that cannot be read."""
         for limit in self.fail_above or ():
             read_limit(limit)
         if self.policy is not None:
             read_toml(self.policy, POLICY)
+
+
+def _check_screen(fast: bool, names: Iterable[str]) -> None:
+    """Refuse what a screen cannot do."""
+    if fast:
+        raise UsageError(
+            "--screen and --fast: a screen takes no singular values. Say one of the two."
+        )
+    check_screened(names)
 
 
 def command(
@@ -124,6 +137,12 @@ def command(
     ] = None,
     fast: Annotated[
         bool, typer.Option("--fast", help="Singular values only: no shares, no intruders.")
+    ] = False,
+    screen: Annotated[
+        bool,
+        typer.Option(
+            "--screen", help="A verdict at reading speed: nothing of the base is decomposed."
+        ),
     ] = False,
     sort: Annotated[
         str,
@@ -152,6 +171,8 @@ def command(
     check_metric(sort)
     beside = () if metrics is None else check_metrics(metrics)
     limits.check()
+    if screen:
+        _check_screen(fast, (*beside, sort, *limits.metrics()))
     others, force = tuned or [], asked.force
     inputs = (base, *others)
     for one in inputs:
@@ -172,6 +193,7 @@ def command(
         audit,
         metrics=gate.with_metrics((*beside, sort)),
         fast=fast,
+        screen=screen,
         include=include or (),
         exclude=exclude or (),
         device=device,

@@ -172,13 +172,20 @@ def largest_step(before: Tensor, after: Tensor, dtype: torch.dtype) -> float:
     >>> largest_step(torch.ones(2), torch.tensor([1.0, 1.0078125]), torch.bfloat16)
     1.0
     """
+    return moved_within(before, after, dtype, most=math.inf)
+
+
+def moved_within(before: Tensor, after: Tensor, dtype: torch.dtype, *, most: float) -> float:
+    """As `largest_step`, but stop looking where an entry moved by more than `most`."""
     wide = torch.promote_types(torch.promote_types(before.dtype, after.dtype), torch.float32)
-    most = 0.0
+    found = 0.0
     for one, two in zip(_parts(before), _parts(after), strict=True):
         first, second = one.to(wide), two.to(wide)
         steps = (second - first).abs() / spacing(torch.maximum(first.abs(), second.abs()), dtype)
-        most = max(most, float(steps.max()))
-    return most
+        found = max(found, float(steps.max()))
+        if found > most:
+            break
+    return found
 
 
 def round_once(values: Tensor, dtype: torch.dtype) -> Tensor:

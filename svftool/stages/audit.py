@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field, replace
 from functools import partial
@@ -23,6 +23,7 @@ from svftool.auditing import (
     Measured,
     Metric,
     Row,
+    ScreenedBase,
     Tuned,
     Unread,
     as_in_base,
@@ -32,11 +33,15 @@ from svftool.auditing import (
     compare_spectra,
     compare_tuned,
     compare_vectors,
+    compared_seconds,
     counterparts,
     judged,
     judged_codes,
     judged_row,
     open_source,
+    screen_budget,
+    screen_bytes,
+    screened_seconds,
     trajectory_of,
 )
 from svftool.auditing.evidence import Quantised
@@ -52,7 +57,7 @@ from svftool.checkpoints import (
 )
 from svftool.checkpoints.dtypes import FLOAT8
 from svftool.engine import Job, run_layers, share
-from svftool.errors import CheckpointError, FactorsError
+from svftool.errors import CheckpointError, FactorsError, UsageError
 from svftool.machine import pick_device
 from svftool.numerics import ThreadPool
 from svftool.processes import joined_processes
@@ -68,6 +73,7 @@ def audit(
     *,
     metrics: Sequence[str] | None = None,
     fast: bool = False,
+    screen: bool = False,
     include: Sequence[str] = (),
     exclude: Sequence[str] = (),
     device: str = "auto",
@@ -86,6 +92,9 @@ def audit(
         Metrics beside the default ones; ``["all"]`` for every one.
     fast : bool
         Values only: no singular vectors, so no shares and no intruders.
+    screen : bool
+        Nothing of the base is decomposed: verdicts where they can be proven without, at the speed
+        of reading.
     include, exclude : sequence of str
         Globs of the base's tensor names; everything by default.
     device : str
@@ -102,10 +111,10 @@ def audit(
     CheckpointError, FactorsError
         If an input cannot be read, has nothing in common with the base, or belongs to another one.
     UsageError
-        For a metric that does not exist, or a glob that matches nothing.
+        For a metric that does not exist or is not measured, or a glob that matches nothing.
     """
     start = time.perf_counter()
-    place, chosen = pick_device(device), choose_metrics(metrics, fast=fast)
+    place, chosen = pick_device(device), choose_metrics(metrics, fast=fast, screen=screen)
     with ExitStack() as stack:
         source = stack.enter_context(open_source(base))
         others = [stack.enter_context(open_source(path)) for path in tuned]
@@ -117,12 +126,19 @@ def audit(
                 f"{source.path}: an adapter, expected a checkpoint. Name its base first: "
                 f"svftool inspect BASE {source.path}"
             )
+        if screen and not others and source.tuned is None:
+            raise UsageError(
+                f"--screen: only {source.path} is given, expected a base and what became of it. "
+                "Name a fine-tune, or leave out --screen."
+            )
         layers = _layers(source, include, exclude)
-        auditor = _Auditor(source, layers, chosen, fast, place, progress)
+        auditor = _Auditor(source, layers, chosen, _Way(fast, screen), place, progress)
         if source.tuned is not None:
             comparisons = tuple(auditor.tuned_pair(one) for one in others or [source])
         else:
             comparisons = auditor.compare(others)
+    if screen:
+        comparisons = tuple(replace(one, screened=True) for one in comparisons)
     names = tuple(metric.name for metric in chosen)
     return AuditResult(comparisons, names, trajectory_of(comparisons), time.perf_counter() - start)
 
@@ -155,13 +171,25 @@ def _layers(base: AuditSource, include: Sequence[str], exclude: Sequence[str]) -
 
 
 @dataclass(frozen=True)
+class _Way:
+    """How deep a comparison goes."""
+
+    fast: bool = False
+    screen: bool = False
+
+    @property
+    def vectors(self) -> bool:
+        return not (self.fast or self.screen)
+
+
+@dataclass(frozen=True)
 class _Auditor:
     """Compares one opened base with all fine-tunes, a layer of all of them at a time."""
 
     base: AuditSource
     layers: _Layers
     metrics: tuple[Metric, ...]
-    fast: bool
+    way: _Way
     device: torch.device
     progress: Progress
 
@@ -189,8 +217,15 @@ class _Auditor:
 
     def _whole_matrix(self, base: Tensor, tuned: Tensor) -> Found:
         with ThreadPool(0) as pool:
-            held = BaseMatrix(base, self.metrics, vectors=not self.fast, pool=pool)
-            return held.against(Tuned(weight=tuned))
+            return self._base(base, None, pool).against(Tuned(weight=tuned))
+
+    def _base(
+        self, weight: Tensor, quantised: Quantised | None, pool: ThreadPool
+    ) -> BaseMatrix | ScreenedBase:
+        if self.way.screen:
+            return ScreenedBase(weight, self.metrics, quantised=quantised)
+        vectors = self.way.vectors
+        return BaseMatrix(weight, self.metrics, vectors=vectors, pool=pool, quantised=quantised)
 
     def _matrices(self, sides: Sequence[Counterparts]) -> dict[str, list[Found | None]]:
         """Work on every matrix that any fine-tune says something of, each process its part."""
@@ -204,13 +239,7 @@ class _Auditor:
         def work(job: Job, weight: Tensor, pool: ThreadPool) -> list[Found | None]:
             if not sides:
                 return [self._spectrum(job, weight, pool)]
-            base = BaseMatrix(
-                weight,
-                self.metrics,
-                vectors=not self.fast,
-                pool=pool,
-                quantised=self._quantised(job, weight.device),
-            )
+            base = self._base(weight, self._quantised(job, weight.device), pool)
             return [
                 self._held(job, base, weight, side)
                 if self._way(job.name, side) == "matrix"
@@ -218,12 +247,19 @@ class _Auditor:
                 for side in sides
             ]
 
-        size = partial(
-            audit_bytes,
-            compared=bool(sides),
-            vectors=not self.fast,
-            adapters=any(side.changes for side in sides),
-        )
+        adapters = any(side.changes for side in sides)
+        size: Callable[[Job], int]
+        if self.way.screen:
+            size, memory = partial(screen_bytes, adapters=adapters), screen_budget
+        else:
+            size, memory = (
+                partial(
+                    audit_bytes, compared=bool(sides), vectors=self.way.vectors, adapters=adapters
+                ),
+                audit_budget,
+            )
+            if sides and self.way.vectors:
+                _say_estimates(jobs, self.progress)
         with joined_processes() as processes:
             mine = share(jobs, processes.count)[processes.rank]
             done = dict(
@@ -232,9 +268,9 @@ class _Auditor:
                     self.base.read,
                     work,
                     size=size,
-                    title="inspecting",
+                    title="screening" if self.way.screen else "inspecting",
                     device=self.device,
-                    memory=audit_budget(jobs, size),
+                    memory=memory(jobs, size),
                     progress=self.progress,
                 )
             )
@@ -263,11 +299,17 @@ class _Auditor:
             return way_to_change(info, matrix=matrix)
         return way_to_compare(info, other, matrix=matrix)
 
-    def _held(self, job: Job, base: BaseMatrix, weight: Tensor, side: Counterparts) -> Found | None:
+    def _held(
+        self, job: Job, base: BaseMatrix | ScreenedBase, weight: Tensor, side: Counterparts
+    ) -> Found | None:
         spectra = side.spectra(job.name)
         if spectra is not None:
             m, n = job.matrix[-2:]
-            spectra = _completed(*spectra, base, min(m, n))
+            spectra = (
+                base.beside(*spectra)
+                if isinstance(base, ScreenedBase)
+                else _completed(*spectra, base, min(m, n))
+            )
             return compare_spectra(*spectra, sides=(m, n), metrics=self.metrics)
         info = self.base.infos[job.name]
         found = side.read(job.name, weight.reshape(info.shape))
@@ -353,6 +395,32 @@ class _Auditor:
             tuned_name=None if renamed == name else renamed,
         )
         return judged_row(row, found)
+
+
+_LONG = 300.0
+"""Seconds from which a user is told what would take less."""
+
+
+def _say_estimates(jobs: Sequence[Job], progress: Progress) -> None:
+    """Say what quicker ways take, where this one takes long."""
+    cores = max(1, torch.get_num_threads())
+    full, fast, screen = (
+        sum(one(job) for job in jobs) / cores
+        for one in (compared_seconds, partial(compared_seconds, vectors=False), screened_seconds)
+    )
+    if full > _LONG:
+        progress.note(
+            f"comparing {len(jobs)} matrices takes about {_say_time(full)}; --screen takes about "
+            f"{_say_time(screen)} (a verdict without singular values), --fast about "
+            f"{_say_time(fast)} (without singular vectors)"
+        )
+
+
+def _say_time(seconds: float) -> str:
+    for unit, length in (("h", 3600.0), ("min", 60.0)):
+        if seconds >= 2.0 * length:
+            return f"{seconds / length:.0f} {unit}"
+    return f"{max(1.0, seconds):.0f} s"
 
 
 def _completed(S_base: Tensor, S: Tensor, base: BaseMatrix, rank: int) -> tuple[Tensor, Tensor]:

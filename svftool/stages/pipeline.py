@@ -18,7 +18,7 @@ from svftool.files.folder import FACTORS_FILE, TUNED_SUFFIX, WEIGHT_SUFFIXES, na
 from svftool.files.pipeline import Pipeline, counterpart_folders, read_pipeline
 from svftool.processes import ALONE, Processes, joined_processes
 from svftool.progress import SILENT, Progress
-from svftool.stages.decompose import DecomposeOptions, DecomposeResult, decompose
+from svftool.stages.decompose import DecomposeOptions, DecomposeResult, decompose, plan
 from svftool.stages.merge import MergeResult, Weighted, merge
 
 _T = TypeVar("_T")
@@ -69,6 +69,8 @@ def decompose_pipeline(
         Its output is a pipeline of factor checkpoints; everything else is carried along.
     """
     source, target = read_pipeline(pipeline), Path(output)
+    for name in source.components:  # what is wrong with the last is said before the first is done
+        plan(source.path / name, **options)
 
     def work(name: str, partial: Path) -> DecomposeResult:
         if resume and (partial / FACTORS_FILE).is_file():

@@ -66,6 +66,7 @@ def _comparison(one: Comparison, metrics: Sequence[str], curves: bool) -> dict[s
         "evidence": None if one.verdict is None else one.verdict.evidence,
         "headline": None if one.tuned is None else headline(one),
         "rank": None if one.verdict is None else one.verdict.rank,
+        "screened": one.screened,
         "summary": summary(one),
         "layers": [_row(row, metrics, curves) for row in one.rows],
         "unmatched": {

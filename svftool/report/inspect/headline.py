@@ -13,6 +13,7 @@ from svftool.auditing.verdicts import (
     QUANTISED,
     REARRANGED,
     ROUNDING,
+    SCREENED,
     SPECTRUM_ONLY,
     UNDECIDED,
     UNRELATED,
@@ -21,6 +22,7 @@ from svftool.auditing.verdicts import (
 
 _WAYS = {
     FULL: "in many directions at once",
+    SCREENED: "in many directions or in ways that a screen cannot tell",
     REARRANGED: "by rearranging (permuted, sign-flipped or rotated)",
     UNRELATED: "beyond recognition (retrained, or another model)",
     ROUNDING: "by rounding alone",
@@ -47,10 +49,15 @@ def headline(one: Comparison) -> str:
         rank 8 that hold 99 % of the change".
     """
     said = f"{_coverage(one)}; {_changes([*one.rows, *one.codes])}"
+    if one.screened:
+        said = f"{said}; {_NOT_LOOKED_AT}"
     if one.verdict is None or one.verdict.name != UNDECIDED:
         return said
     left = len(one.coverage.not_compared)
     return f"{left} {'tensor' if left == 1 else 'tensors'} not compared; {said}"
+
+
+_NOT_LOOKED_AT = "screened: singular values and vectors of the base were not looked at"
 
 
 def _coverage(one: Comparison) -> str:
@@ -97,6 +104,8 @@ def _way(verdict: str, rows: Sequence[Row]) -> str:
         said = str(ranks[0]) if len(ranks) == 1 else f"{ranks[0]} to {ranks[-1]}"
         return f"by updates of rank {said} that hold {_kept(rows)} of the change"
     if verdict == SPECTRUM_ONLY:
+        if all(row.value("svf_share") is None for row in rows):
+            return "by their singular values alone"
         return f"by their singular values alone, which hold {_spectral(rows)} of the change"
     if verdict == CHANGED:
         return _small(rows)

@@ -22,6 +22,7 @@ COLOURS = {
     "spectrum only": "cyan",
     "low rank": "blue",
     "full fine-tune": "yellow",
+    "full fine-tune or mixed (screened)": "yellow",
     "mixed": "yellow",
     "changed": "yellow",
     "rearranged": "magenta",

@@ -45,7 +45,7 @@ LINES = 1000
 _SHARED = 4
 """With so many comparisons on a page, or more, each has this part of its lines and columns."""
 
-KINDS = {name: name.replace(" ", "-") for name in VERDICTS}
+KINDS = {name: name.translate(str.maketrans(" ", "-", "()")) for name in VERDICTS}
 
 
 def page(result: AuditResult, *, held: Sequence[Held] = ()) -> str:
