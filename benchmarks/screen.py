@@ -1,6 +1,6 @@
 """Screen a pair of language models: `inspect --screen` against `sha256sum` and the default metrics.
 
-    python benchmarks/screen.py [--megabytes N] [--rounds N] [--change dense|lora] [--default] [--json FILE]
+    python benchmarks/screen.py [--megabytes N] [--rounds N] [--change dense|lora] [--default]
 
 Whole processes, warm cache, interleaved: `sha256sum` of both files one after the other,
 `svftool inspect A B --screen`, and with `--default` once `svftool inspect A B`. The pair is made
@@ -94,7 +94,7 @@ def main() -> int:
             "start": [sys.executable, "-c", "import svftool.stages.audit"],
         }
         found: dict[str, list[tuple[float, int]]] = {name: [] for name in commands}
-        for name, command in commands.items():
+        for command in commands.values():
             timed(command)
         for _ in range(asked.rounds):
             for name, command in commands.items():
