@@ -18,8 +18,11 @@ from svftool.auditing.rearranging import proven_rearrangement
 from svftool.auditing.screen import screen
 from svftool.auditing.verdicts import FULL, LOW_RANK, SCREENED, SPECTRUM_ONLY, UNRELATED
 from svftool.cli import app
+from svftool.engine import Job
 from svftool.errors import UsageError
 from svftool.numerics.threads import ThreadPool, one_thread
+from svftool.progress import Silent
+from svftool.stages.audit import _say_estimates as say_estimates
 from svftool.stages.audit import audit
 
 LARGE = [(150, 150), (140, 300), (400, 160)]
@@ -272,3 +275,17 @@ def test_a_base_alone_is_not_screened(pair: tuple[Path, Path]) -> None:
         audit(pair[0], screen=True)
     with pytest.raises(UsageError, match="not measured by --screen"):
         audit(pair[0], [pair[1]], metrics=["cka"], screen=True)
+
+
+def test_a_long_comparison_says_what_would_be_quicker() -> None:
+    said: list[str] = []
+
+    class Listening(Silent):
+        def note(self, message: str) -> None:
+            said.append(message)
+
+    say_estimates([Job("w", (64, 64))], Listening())
+    assert not said
+    say_estimates([Job(f"w{i}", (14336, 4096)) for i in range(200)], Listening())
+    assert "--screen takes about" in said[0]
+    assert "--fast about" in said[0]
