@@ -25,7 +25,7 @@ _Compared = tuple[float, list[float], bool]
 
 
 @dataclass(frozen=True)
-class Sides:
+class BothSides:
     """A base and its fine-tune."""
 
     before: AuditSource
@@ -121,7 +121,7 @@ class Survey:
     sums: list[float] = field(default_factory=lambda: [0.0, 0.0, 0.0])
 
 
-def survey_of(pair: Sides, progress: Progress, processes: Processes = ALONE) -> Survey:
+def survey_of(pair: BothSides, progress: Progress, processes: Processes = ALONE) -> Survey:
     """Look at every tensor once; the processes share them.
 
     Raises
@@ -157,7 +157,7 @@ def survey_of(pair: Sides, progress: Progress, processes: Processes = ALONE) -> 
     return found
 
 
-def _compare(pair: Sides, name: str) -> _Compared:
+def _compare(pair: BothSides, name: str) -> _Compared:
     """Return the change's sum of squares, the products of both sides, and whether it is sound."""
     weight = pair.before.read(name)
     found = pair.read(name, weight)
@@ -187,7 +187,7 @@ def _compare(pair: Sides, name: str) -> _Compared:
     return squares, sums, True
 
 
-def drop_tied(pair: Sides, survey: Survey, progress: Progress) -> None:
+def drop_tied(pair: BothSides, survey: Survey, progress: Progress) -> None:
     """Count a head that is tied to the embedding once: loaders change both through one tensor.
 
     An adapter that changed both would change the one tensor twice.
@@ -208,7 +208,7 @@ def drop_tied(pair: Sides, survey: Survey, progress: Progress) -> None:
                 progress.note(f"{name}: tied to {table}, whose change is its own")
 
 
-def _same(pair: Sides, one: str, other: str) -> bool:
+def _same(pair: BothSides, one: str, other: str) -> bool:
     before = torch.equal(pair.before.read(one), pair.before.read(other))
     return before and torch.equal(pair.change(one), pair.change(other))
 

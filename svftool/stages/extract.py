@@ -37,7 +37,7 @@ from svftool.factors.delta import norm
 from svftool.files.output import scratch_folder
 from svftool.numerics.rounding import round_once
 from svftool.progress import SILENT, Progress
-from svftool.stages.changes import Sides
+from svftool.stages.changes import BothSides
 from svftool.stages.decompose import decompose, plan
 
 LITTLE = 0.5
@@ -302,7 +302,7 @@ def _proposal(
     store: FactorStore, before: AuditSource, side: Counterparts, progress: Progress
 ) -> Proposal | None:
     """Find the rank of an adapter for what singular values cannot make; one that is small."""
-    pair = Sides(before, side)
+    pair = BothSides(before, side)
     jobs = [
         Job(name, matrix_shape(layer.shape))
         for name, layer in store.layers.items()

@@ -37,7 +37,7 @@ from svftool.files.output import discard_folder, kept_folder
 from svftool.machine import pick_device
 from svftool.processes import Processes, joined_processes
 from svftool.progress import SILENT, Progress
-from svftool.stages.changes import Sides, Survey, drop_tied, refuse_another_base, survey_of
+from svftool.stages.changes import BothSides, Survey, drop_tied, refuse_another_base, survey_of
 from svftool.stages.truncation import AdapterSpool, Truncation
 from svftool.training.workspace import describe_files
 from svftool.version import __version__
@@ -218,7 +218,7 @@ def extract_lora(
         after = stack.enter_context(open_source(tuned))
         for warning in dict.fromkeys((*before.warnings, *after.warnings)):
             progress.warn(warning)
-        pair = Sides(before, counterparts(before, after, progress))
+        pair = BothSides(before, counterparts(before, after, progress))
         wanted = _wanted(before.infos, options)
         survey = survey_of(pair, progress, processes)
         refuse_another_base(before, after, survey)
@@ -274,7 +274,7 @@ def _dtype(options: LoraOptions, after: AuditSource, changed: Sequence[str]) -> 
 class _Work:
     """What is to be done."""
 
-    pair: Sides
+    pair: BothSides
     survey: Survey
     rank: AdapterRank
     options: LoraOptions
