@@ -39,7 +39,8 @@ def layers(side: int, count: int, kind: str) -> list[Tensor]:
 
 
 def ours(D: Tensor, rank: int) -> Product:
-    layer = truncate("x", D, parse_adapter_rank(str(rank)), dtype=torch.float32, pool=ThreadPool())
+    with ThreadPool(torch.get_num_threads() - 1) as pool:
+        layer = truncate("x", D, parse_adapter_rank(str(rank)), dtype=torch.float32, pool=pool)
     assert layer.layer is not None
     return layer.layer.B, layer.layer.A
 
