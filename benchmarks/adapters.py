@@ -62,6 +62,8 @@ WAYS: dict[str, Callable[[Tensor, int], Product]] = {
 
 
 def extraction(side: int, count: int, rank: int, rounds: int) -> Iterator[str]:
+    for way in WAYS.values():  # libraries are loaded by the first call
+        way(torch.randn(1024, 1024), 8)
     for kind in ("decaying", "flat"):
         changes = layers(side, count, kind)
         best = [float(torch.linalg.svdvals(D.double())[rank:].norm()) for D in changes]
