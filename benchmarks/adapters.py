@@ -17,11 +17,12 @@ import resource
 import statistics
 import time
 from collections.abc import Callable, Iterator
+from functools import partial
 
 import torch
 from torch import Tensor
 
-from svftool.adapters.low_rank import LowRank, parse_adapter_rank, resized, truncate
+from svftool.adapters.low_rank import LowRank, Truncated, parse_adapter_rank, resized, truncate
 from svftool.numerics import ThreadPool
 
 Product = tuple[Tensor, Tensor]
@@ -94,18 +95,25 @@ def resizing(blocks: int, width: int) -> str:
     shapes = [(width, width)] * 8 + [(wide, width), (width, wide)]
     rank, worst, seconds = parse_adapter_rank("32"), 0.0, 0.0
     for at in range(blocks):
+        layers = []
         for m, n in shapes:
             B, A = (torch.randn(*two, generator=generator) for two in ((m, 128), (128, n)))
-            layer = LowRank("x", B.bfloat16(), A.bfloat16())
+            layers.append(LowRank("x", B.bfloat16(), A.bfloat16()))
+        found: dict[int, Truncated] = {}
+
+        def cut(index: int, layer: LowRank, into: dict[int, Truncated] = found) -> None:
+            into[index] = resized(layer, rank, dtype=torch.bfloat16)
+
+        # As `convert` does it: a thread for each layer, no product over several.
+        with ThreadPool(torch.get_num_threads() - 1) as pool:
             started = time.perf_counter()
-            found = resized(layer, rank, dtype=torch.bfloat16)
+            pool.share([partial(cut, index, layer) for index, layer in enumerate(layers)])
             seconds += time.perf_counter() - started
-            if at == 0:
-                R, T = (torch.linalg.qr(one.double()).R for one in (layer.B, layer.A.mT))
-                S = torch.linalg.svdvals(R @ T.mT)
-                worst = max(worst, found.error / float(S[32:].norm() / S.norm()) - 1)
-            assert found.layer is not None
-            assert found.layer.rank == 32
+        for index, layer in enumerate(layers if at == 0 else []):
+            R, T = (torch.linalg.qr(one.double()).R for one in (layer.B, layer.A.mT))
+            S = torch.linalg.svdvals(R @ T.mT)
+            worst = max(worst, found[index].error / float(S[32:].norm() / S.norm()) - 1)
+        assert all(one.layer is not None and one.layer.rank == 32 for one in found.values())
     return (
         f"{blocks} blocks, {width} wide, rank 128 to 32: {seconds:.1f} s; error above the optimum "
         f"by {worst:.1e} of it at most (bfloat16)"
