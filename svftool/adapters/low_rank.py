@@ -3,19 +3,29 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Literal
 
 import torch
 from torch import Tensor
 
 from svftool.errors import UsageError
-from svftool.numerics import ThreadPool, svd
+from svftool.numerics import Slack, ThreadPool, svd
 
-_ROWS = 1 << 22
+# Entries that are brought to float64 at a time, to stay in a core's cache; another device wants
+# them large.
+_ROWS, _ROWS_OF_A_DEVICE = 1 << 17, 1 << 22
+
 _CONDITION = 1e4
 """Condition of a matrix up to which its squares say enough of it."""
+
+_EXCESS = 1e-6
+"""By how much the error of a truncation may exceed the least one, relative to it."""
+
+_ROUNDED = 0.125
+"""Share of the norm that storing two factors takes, over the dtype's eps: half of what it does."""
 
 
 @dataclass(frozen=True)
@@ -223,17 +233,17 @@ def truncate(
         ``B = U sqrt(S)``, ``A = sqrt(S) Vh``: the two carry the same weight, so that a narrow dtype
         holds both.
     """
-    total = _norm(change)
+    total = _norm(change, pool)
     if total == 0.0:
         return Truncated(None, 0.0, 0.0)
-    found = _try(name, change, rank, dtype, floor, pool)
+    found = _try(name, change, total, rank, dtype, floor, pool)
     rounding = found.rest**2 - found.cut**2
     if rank.kind == "error" and found.rest > rank.value * total and rounding > 0:
         # What rounding takes is not there for truncation.
         allowed = (rank.value * total) ** 2 - 1.05 * rounding
         if allowed > 0:
             finer = replace(rank, value=math.sqrt(allowed) / total)
-            found = _try(name, change, finer, dtype, floor, pool)
+            found = _try(name, change, total, finer, dtype, floor, pool)
     return Truncated(found.layer, total, found.rest, found.floored)
 
 
@@ -248,18 +258,20 @@ class _Try:
 def _try(
     name: str,
     change: Tensor,
+    total: float,
     rank: AdapterRank,
     dtype: torch.dtype,
     floor: float,
     pool: ThreadPool | None,
 ) -> _Try:
     limit = rank.limit(*change.shape)
-    result = svd(change, rank=limit if rank.kind == "count" else rank.of_spectrum, pool=pool)
+    slack = Slack(_EXCESS, floor=floor, rounding=_ROUNDED * torch.finfo(dtype).eps)
+    wanted = limit if rank.kind == "count" else rank.of_spectrum
+    result = svd(change, rank=wanted, slack=slack, pool=pool)
     S = result.S.double()
     kept = int((floor < S).sum())
     floored = kept < len(S)
     if not kept:
-        total = _norm(change)
         return _Try(None, total, total, True)
     root = S[:kept].sqrt()
     layer = LowRank(
@@ -267,32 +279,51 @@ def _try(
         B=(result.U[:, :kept].double() * root).to(dtype),
         A=(root[:, None] * result.Vh[:kept].double()).to(dtype),
     )
-    cut = max(_norm(change) ** 2 - float(S[:kept].square().sum()), 0.0)
-    return _Try(layer, residual(change, layer), math.sqrt(cut), floored)
+    cut = max(total**2 - float(S[:kept].square().sum()), 0.0)
+    return _Try(layer, residual(change, layer, pool), math.sqrt(cut), floored)
 
 
-def residual(change: Tensor, layer: LowRank) -> float:
+def residual(change: Tensor, layer: LowRank, pool: ThreadPool | None = None) -> float:
     """Return ``||D - scale B A||_F``, a few rows at a time.
 
     Parameters
     ----------
     change : (m, n) Tensor
     layer : LowRank
+    pool : ThreadPool, optional
+        Their number does not change the result.
     """
-    step = max(1, _ROWS // max(1, change.shape[1]))
     A = layer.A.double() * layer.scale
-    parts = (
-        _norm(change[at : at + step].double() - layer.B[at : at + step].double() @ A)
-        for at in range(0, len(change), step)
-    )
-    return math.hypot(*parts)
+
+    def left(rows: slice) -> Tensor:
+        return torch.addmm(change[rows].double(), layer.B[rows].double(), A, alpha=-1.0)
+
+    return _norm_of(change, left, pool)
 
 
-def _norm(values: Tensor) -> float:
-    if values.numel() <= _ROWS or values.ndim < 2:
-        return float(torch.linalg.vector_norm(values.double()))
-    step = max(1, _ROWS // max(1, values[0].numel()))
-    return math.hypot(*(float(one.double().norm()) for one in values.split(step)))  # type: ignore[no-untyped-call]
+def _norm(values: Tensor, pool: ThreadPool | None = None) -> float:
+    return _norm_of(values, lambda rows: values[rows].double(), pool)
+
+
+def _norm_of(
+    values: Tensor, part: Callable[[slice], Tensor], pool: ThreadPool | None = None
+) -> float:
+    """Return the norm of what `part` makes of a few rows at a time."""
+    few = _ROWS if values.device.type == "cpu" else _ROWS_OF_A_DEVICE
+    step = max(1, few // max(1, values.shape[1]))
+    slices = [slice(at, at + step) for at in range(0, len(values), step)]
+    norms = values.new_zeros(len(slices), dtype=torch.float64)
+
+    def one(index: int, rows: slice) -> None:
+        norms[index] = torch.linalg.vector_norm(part(rows))
+
+    work = [partial(one, index, rows) for index, rows in enumerate(slices)]
+    if pool is not None:
+        pool.share(work)
+    else:
+        for each in work:
+            each()
+    return float(torch.linalg.vector_norm(norms))
 
 
 def resized(layer: LowRank, rank: AdapterRank, *, dtype: torch.dtype) -> Truncated:

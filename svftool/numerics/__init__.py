@@ -15,10 +15,12 @@ from svftool.numerics.spectrum import (
 )
 from svftool.numerics.tall import Rank
 from svftool.numerics.threads import ThreadPool
+from svftool.numerics.truncation import Slack
 
 __all__ = [
     "Method",
     "Rank",
+    "Slack",
     "Svd",
     "ThreadPool",
     "effective_rank",

@@ -4,6 +4,7 @@ Each rung is tried in turn and its factors are measured; those that miss a bound
 
 ========== =========================================================================================
 zero       all entries are zero: unit vectors
+truncated  truncated to a rank, with some slack: block Krylov iteration until little is missing
 krylov     truncated to a rank: block Krylov iteration, accepted at its measured residual
 gram       float64 Gram matrix of the short side, the long side in single precision where that does
            (on the CPU alone)
@@ -35,6 +36,7 @@ from svftool.numerics.lapack import NotConverged
 from svftool.numerics.results import Svd, signs
 from svftool.numerics.tall import Choose, Rank, Tall, Thin, tall
 from svftool.numerics.threads import ThreadPool
+from svftool.numerics.truncation import Slack, truncated_factors
 
 Method = Literal["auto", "exact", "randomized"]
 
@@ -59,6 +61,9 @@ _SPARSE = 16
 # and 36, 2048 32 and 84; at rank 64 of 4096 137 and 82, and 27 where the spectrum falls as 1/i.
 _LARGE_ON_GPU = 3072
 
+# Where some slack is allowed.
+_NARROW = 8
+
 # Below it a float32 singular value has less than 23 bits: its smallest normal number is 1.2e-38,
 # and the values down to 1e-7 of the largest are to keep theirs.
 _SMALLEST = 1e-31
@@ -74,6 +79,7 @@ def svd(
     method: Method = "auto",
     seed: int = 0,
     dtype: torch.dtype = torch.float32,
+    slack: Slack | None = None,
     pool: ThreadPool | None = None,
 ) -> Svd:
     """Decompose a matrix; every factor that is handed out has been measured.
@@ -93,6 +99,10 @@ def svd(
         Of the randomized method.
     dtype : torch.dtype
         float32 or float64, of the factors; those in float64 come from LAPACK.
+    slack : Slack, optional
+        How far the error of a decomposition truncated to a number may be from the least one: such
+        factors come sooner. They are a projection, ``U diag(S) Vh = U U'W``, or W times one. The
+        single values and vectors are no better than that needs. Of no effect on a batch.
     pool : ThreadPool, optional
         Threads to use; by default as many as torch has. Their number does not change the result.
 
@@ -116,7 +126,7 @@ def svd(
         if matrix.ndim == 3:
             result = _batch(matrix, rank, method, seed, dtype, used)
         else:
-            result = _one(matrix, rank, method, seed, dtype, used)
+            result = _one(matrix, rank, method, seed, dtype, used, slack)
     return replace(result, seconds=time.perf_counter() - start)
 
 
@@ -180,18 +190,16 @@ def _one(
     seed: int,
     dtype: torch.dtype,
     pool: ThreadPool,
+    slack: Slack | None = None,
 ) -> Svd:
     A = tall(matrix)
     choose = Choose(rank)
     if A.top == 0.0:
         return _zero(matrix, choose(torch.zeros(A.n, dtype=torch.float64)), dtype)
-    if isinstance(rank, int) and dtype == torch.float32 and _worth_iterating(A, rank, method):
-        found = krylov_factors(A, rank, pool, seed=seed)
+    if isinstance(rank, int) and dtype == torch.float32:
+        found = _iterated(A, rank, method, seed, slack, pool)
         if found is not None:
-            errors = measure(A, found.factors, pool)
-            if _within(errors):
-                result = _finish(A, found.factors, "krylov", errors, dtype)
-                return replace(result, values_error=found.values_error)
+            return found
     rungs = _rungs(A) if dtype == torch.float32 else _RUNGS[-1:]
     best = (math.inf, math.inf)
     for name, rung in rungs:
@@ -207,6 +215,34 @@ def _one(
         f"reconstruction error {best[0]:.1e} and orthogonality error {best[1]:.1e} at best, "
         f"expected {RECONSTRUCTION_BOUND:.0e} and {ORTHOGONALITY_BOUND:.0e} at most"
     )
+
+
+def _iterated(
+    A: Tall, rank: int, method: Method, seed: int, slack: Slack | None, pool: ThreadPool
+) -> Svd | None:
+    """Truncate by an iteration, where one is worth it and what it finds holds."""
+    if slack is not None:
+        return _truncated(A, rank, slack, seed, pool)
+    if not _worth_iterating(A, rank, method):
+        return None
+    found = krylov_factors(A, rank, pool, seed=seed)
+    if found is None or not _within(errors := measure(A, found.factors, pool)):
+        return None
+    result = _finish(A, found.factors, "krylov", errors, torch.float32)
+    return replace(result, values_error=found.values_error)
+
+
+def _truncated(A: Tall, rank: int, slack: Slack, seed: int, pool: ThreadPool) -> Svd | None:
+    large = _LARGE if A.on_cpu else _LARGE_ON_GPU
+    if A.n < large or _NARROW * rank > A.n:
+        return None
+    thin = truncated_factors(A, rank, slack, pool, seed=seed)
+    if thin is None:
+        return None
+    # It holds that U diag(S) = A V only as far as V has converged, but V diag(S) = A'U.
+    turned = replace(A, matrix=A.matrix.mT, transposed=not A.transposed)
+    errors = measure(turned, replace(thin, U=thin.V.mT, V=thin.U.mT), pool)
+    return _finish(A, thin, "truncated", errors, torch.float32) if _within(errors) else None
 
 
 def _rungs(A: Tall) -> tuple[_Rung, ...]:

@@ -101,7 +101,7 @@ def krylov_factors(
         None if the space of that dimension does not give the values to `VALUES_BOUND`.
     """
     limit = limit or A.n // 2
-    space = _Space(A, pool, seed, limit)
+    space = Space(A, pool, seed, limit)
     block, check = space.fresh_block(), max(2 * k, 4 * BLOCK)
     before: _Ritz | None = None
     while space.has_room:
@@ -138,32 +138,64 @@ class _Ritz:
         return float((self.values - other.values).abs().max()) > _AIM * float(self.values[0])
 
 
-class _Space:
-    """An orthonormal basis, as rows, and ``H = basis A'A basis'``, whose upper triangle is kept."""
+class Space:
+    """An orthonormal basis, as rows, and ``H = basis A'A basis'``, whose upper triangle is kept.
 
-    def __init__(self, A: Tall, pool: ThreadPool, seed: int, limit: int) -> None:
+    Parameters
+    ----------
+    A : Tall
+    pool : ThreadPool
+    seed : int
+        Of the random blocks.
+    limit : int
+        Largest dimension.
+    block : int
+        Vectors a step.
+    dtype : torch.dtype
+        float32 or float64, of the products.
+    """
+
+    def __init__(
+        self,
+        A: Tall,
+        pool: ThreadPool,
+        seed: int,
+        limit: int,
+        *,
+        block: int = BLOCK,
+        dtype: torch.dtype = torch.float32,
+    ) -> None:
         device = A.matrix.device
-        self._A = A.single(slice(None))
+        self._tall = A
+        # A copy in float64 would take more memory than all else: its blocks are made in passing.
+        self._A = A.single(slice(None)) if dtype == torch.float32 else None
+        self.block, self.limit = block, limit
+        self.eps = torch.finfo(dtype).eps
         self._pool = pool
         self._cut = _CUT if A.on_cpu else max(A.matrix.shape)
         self._generator = torch.Generator().manual_seed(seed)
-        self._basis = torch.empty(limit, A.n, device=device)
+        self._basis = torch.empty(limit, A.n, dtype=dtype, device=device)
         self._H = torch.zeros(limit, limit, dtype=torch.float64, device=device)
-        self._coupling = torch.zeros(BLOCK, BLOCK, dtype=torch.float64, device=device)
+        self._coupling = torch.zeros(block, block, dtype=torch.float64, device=device)
         self.dimension = 0
 
     @property
     def has_room(self) -> bool:
-        return self.dimension + BLOCK <= len(self._basis)
+        """Whether another block fits."""
+        return self.dimension + self.block <= len(self._basis)
 
     def fresh_block(self) -> Tensor:
         """Draw a random block, orthonormal and orthogonal to the space."""
-        drawn = torch.randn(BLOCK, self._basis.shape[1], generator=self._generator)
-        return self._orthonormal(drawn.to(self._basis.device))[0]
+        drawn = torch.randn(self.block, self._basis.shape[1], generator=self._generator)
+        return self._orthonormal(drawn.to(self._basis))[0]
+
+    def orthonormal(self, rows: Tensor) -> Tensor:
+        """Return a block that spans `rows`, less what the space holds of them."""
+        return self._orthonormal(rows.to(self._basis))[0]
 
     def extend(self, block: Tensor) -> Tensor:
         """Add a block to the basis; return the next one of its sequence."""
-        old, new = self.dimension, self.dimension + BLOCK
+        old, new = self.dimension, self.dimension + self.block
         self._basis[old:new] = block
         self.dimension = new
         image = self._times_back(self._times(block))
@@ -183,12 +215,20 @@ class _Space:
         ``A'A v - s^2 v`` is the share that v has in the last block, times the next one.
         """
         S = values[: len(rows)].clamp_min(1e-300).sqrt()
-        off = torch.linalg.vector_norm(rows[:, -BLOCK:] @ self._coupling, dim=1) / S
-        return _values_error(off, S, values)
+        return _values_error(self.residuals(rows) / S, S, values)
+
+    def residuals(self, rows: Tensor) -> Tensor:
+        """Return the lengths of ``A'A v - s^2 v``, without what rounding does to them."""
+        off: Tensor = torch.linalg.vector_norm(rows[:, -self.block :] @ self._coupling, dim=1)
+        return off
+
+    def vectors(self, rows: Tensor) -> Tensor:
+        """Return the vectors with these coordinates, as rows."""
+        return rows.to(self._basis.dtype) @ self._basis[: self.dimension]
 
     def ritz(self, values: Tensor, rows: Tensor) -> _Ritz:
         """Return the approximations with these coordinates, and the error by their residuals."""
-        vectors = rows.float() @ self._basis[: self.dimension]
+        vectors = self.vectors(rows)
         left, S, turn = _orthogonal_columns(self._times(vectors).double())
         vectors = turn.float() @ vectors
         residual = self._times_back(left.float()).double() - S[:, None] * vectors
@@ -197,14 +237,25 @@ class _Space:
 
     def _times(self, rows: Tensor) -> Tensor:
         """Return ``A rows'``."""
-        A, left = self._A, rows.new_empty(self._A.shape[0], len(rows))
-        self._spread(len(left), lambda s: torch.mm(A[s], rows.mT, out=left[s]))
+        A, T, left = self._A, self._tall, rows.new_empty(self._tall.matrix.shape[0], len(rows))
+        self._spread(
+            len(left),
+            lambda s: torch.mm(T.double(s) if A is None else A[s], rows.mT, out=left[s]),
+        )
         return left
 
     def _times_back(self, left: Tensor) -> Tensor:
         """Return ``left' A``."""
-        A, rows = self._A, left.new_empty(left.shape[1], self._A.shape[1])
-        self._spread(rows.shape[1], lambda s: torch.mm(left.mT, A[:, s], out=rows[:, s]))
+        A, T, rows = self._A, self._tall, left.new_zeros(left.shape[1], self._tall.n)
+
+        def columns(s: slice) -> None:
+            if A is not None:
+                torch.mm(left.mT, A[:, s], out=rows[:, s])
+                return
+            for part in T.slices():
+                rows[:, s].addmm_(left[part].mT, T.double(part, s))
+
+        self._spread(rows.shape[1], columns)
         return rows
 
     def _take_out(self, rows: Tensor) -> Tensor:
