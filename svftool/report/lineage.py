@@ -166,6 +166,7 @@ def page(found: Lineage) -> str:
         title=f"{len(names)} checkpoints",
         lead=", ".join(f"{count} {what}" for what, count in _counts(found).items()),
         picture=picture(found),
+        wide=round(1.25 * _width(found)),
         claims=[_claim(one, names).plain for one in found.claims],
         pairs=[
             {
@@ -209,6 +210,15 @@ def picture(found: Lineage) -> str:
             )
         parts.append(f'<circle cx="{x:.1f}" cy="{y:.1f}" r="5" fill="var(--v-spectrum)"/>')
         parts.append(text(x + 12.0, y + 4.0, _label(one, names)))
-    wide = max(places[one.child][0] + 24.0 + room(_label(one, names)) for one in found.tree)
     label = "which checkpoint comes from which"
-    return svg(20.0 + _LINE * len(found.tree), parts, label, width=wide, kind="")
+    return svg(20.0 + _LINE * len(found.tree), parts, label, width=_width(found), kind="")
+
+
+def _width(found: Lineage) -> float:
+    """Return how wide the tree is, with its names."""
+    names, ends = distinct_paths(found.paths), [0.0]
+    depth: dict[int, int] = {}
+    for one in found.tree:
+        depth[one.child] = 0 if one.parent is None else depth[one.parent] + 1
+        ends.append(36.0 + _STEP * depth[one.child] + room(_label(one, names)))
+    return max(ends)
