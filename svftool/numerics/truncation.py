@@ -37,6 +37,9 @@ _STEPS_IN_DOUBLE = 6
 # A sum of squares in the space is off by less than this many units of rounding.
 _SUMMING = 8
 
+# Below so many units of rounding a square is no more than roughly known.
+_FAINT = 64
+
 _TINY = 1e-300
 
 # The pace quickens: an estimate by the last two steps asks for up to this many times too many.
@@ -133,6 +136,7 @@ class _Goal:
         """Bound what rounding of the products alone makes be missing: it goes everywhere alike."""
         found = values[: self.k].clamp_min(0.0)
         outside = torch.full_like(found, self._rest(values, -eps) / self.n)
+        outside[found < _FAINT * eps * values[0]] = math.inf
         return self._missing(values, eps * (values[0] * found).sqrt(), outside)
 
     def allowed(self, values: Tensor, eps: float) -> float:
@@ -166,7 +170,8 @@ def _iterate(space: Space, start: Callable[[], Tensor], goal: _Goal) -> _Found |
         values, rows = space.coordinates(space.block)
         missing = goal.missing(values, space.residuals(rows[: goal.k]))
         rounding, allowed = goal.rounding(values, space.eps), goal.allowed(values, space.eps)
-        enough = missing + rounding <= allowed
+        # One block is a sample: what it says of the values beside the best ones is too low.
+        enough = steps > 1 and missing + rounding <= allowed
         if enough or (missing < rounding and rounding > allowed):
             return _Found(space.vectors(rows), enough)
         needed = _foreseen(before, (steps, missing), allowed)
