@@ -73,7 +73,7 @@ class Fuzz:
         words = self._damage(random, kind, case)
         before = {path.name for path in case.iterdir()}
         ended = warm.run(words, case, seconds=SECONDS)
-        return Result(number, kind.name, words, ended, fault(ended, case, before))
+        return Result(number, kind.name, words, ended, fault(ended, case, before | set(kind.kept)))
 
     def _sound(self, kind: Format) -> Path:
         folder = self.work / "sound" / kind.name

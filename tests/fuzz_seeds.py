@@ -69,12 +69,15 @@ class Format:
         Patterns of the files to damage.
     commands : tuple of words
         What reads them, started in the folder.
+    kept : tuple of str
+        What may be left by a command that failed, for --resume.
     """
 
     name: str
     build: Callable[[Path], None]
     damaged: Words
     commands: tuple[Words, ...]
+    kept: Words = ()
 
 
 def _save(tensors: dict[str, torch.Tensor], path: Path) -> None:
@@ -483,5 +486,5 @@ FORMATS = (
     )),
     Format("pipeline", _pipeline, ("pipe/*.json", "pipe/**/*"), (
         ("inspect", "pipe"), ("decompose", "pipe", "-o", "out"), ("info", "pipe"),
-    )),
+    ), ("out.partial", "out.partial.lock")),
 )  # fmt: skip
