@@ -112,10 +112,14 @@ def _couple(pair: Pair, names: list[str]) -> str:
     return f"{names[first]} {'→' if pair.direction else '·'} {names[second]}"
 
 
+_TINY = 1e-30
+"""Below this the digits of a chance say nothing more."""
+
+
 def _p(pair: Pair) -> str:
     if pair.p_value is None:
         return "–"
-    return "< 1e-99" if pair.p_value < 1e-99 else f"{pair.p_value:.2g}"
+    return "< 1e-30" if pair.p_value < _TINY else f"{pair.p_value:.2g}"
 
 
 def _drawn(found: Lineage, names: list[str]) -> Tree:
