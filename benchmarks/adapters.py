@@ -22,7 +22,8 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from svftool.adapters.low_rank import LowRank, Truncated, parse_adapter_rank, resized, truncate
+from svftool.adapters.low_rank import LowRank, Truncated, resized, truncate
+from svftool.choices.adapters import parse_adapter_rank
 from svftool.numerics import ThreadPool
 
 Product = tuple[Tensor, Tensor]

@@ -12,12 +12,12 @@ import typer
 from typer.testing import CliRunner
 
 from svftool.choices import regimes
+from svftool.choices.dtypes import DTYPES
 from svftool.choices.metrics import check_metric
 from svftool.cli import NAMES, app, completion
 from svftool.numerics import decompose
 from svftool.report.annotations import KINDS
 from svftool.report.schemas import described
-from svftool.stages.decompose import DTYPES
 from svftool.tasks.option import TaskName
 from svftool.tasks.options import TASKS
 from svftool.version import __version__

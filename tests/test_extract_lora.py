@@ -14,7 +14,8 @@ from torch import Tensor, nn
 from typer.testing import CliRunner
 
 from svftool.adapters.layouts import adapter_layout
-from svftool.adapters.low_rank import LowRank, parse_adapter_rank, resized, truncate
+from svftool.adapters.low_rank import LowRank, resized, truncate
+from svftool.choices.adapters import parse_adapter_rank
 from svftool.cli import app
 from svftool.errors import CheckpointError, NumericalError, UsageError
 from svftool.stages.extract_lora import LoraOptions, LoraResult, extract_lora

@@ -7,7 +7,8 @@ import torch
 from matrices import normal, with_spectrum
 from torch import Tensor
 
-from svftool.adapters.low_rank import parse_adapter_rank, truncate
+from svftool.adapters.low_rank import truncate
+from svftool.choices.adapters import parse_adapter_rank
 from svftool.numerics import Slack, ThreadPool, decompose, svd
 from svftool.numerics.tall import tall
 from svftool.numerics.truncation import truncated_factors

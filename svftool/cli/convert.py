@@ -7,13 +7,14 @@ from typing import Annotated
 
 import typer
 
+from svftool.choices.adapters import Layout, parse_adapter_rank
+from svftool.choices.dtypes import Dtype
 from svftool.cli.common import Display, ForceOption, OutputOption, leave_to_first_process
 from svftool.cli.completion import one_of
 from svftool.files.folder import check_exists
 from svftool.files.output import check_output
 
 EXAMPLE = "Example: svftool convert style.safetensors -o small.safetensors --rank 16"
-_LAYOUTS = ("peft", "kohya", "comfy", "diffusers")
 
 
 def command(
@@ -23,10 +24,9 @@ def command(
     *,
     output: OutputOption,
     layout: Annotated[
-        str | None,
+        Layout | None,
         typer.Option(
-            metavar="|".join(_LAYOUTS),
-            autocompletion=one_of(*_LAYOUTS),
+            metavar="peft|kohya|comfy|diffusers",
             help="Whose names the adapter gets (default: as the input; peft for tuned files).",
         ),
     ] = None,
@@ -45,10 +45,9 @@ def command(
         ),
     ] = None,
     dtype: Annotated[
-        str | None,
+        Dtype | None,
         typer.Option(
             metavar="float32|bfloat16|float16",
-            autocompletion=one_of("float32", "bfloat16", "float16"),
             help="Storage of the matrices (default: that of the input).",
         ),
     ] = None,
@@ -60,6 +59,8 @@ def command(
 ) -> None:
     """Turn an adapter or a tuned file into another layout, rank or form, with its error."""
     leave_to_first_process("convert")
+    if rank is not None:
+        parse_adapter_rank(rank)
     inputs = [source] if base is None else [source, base]
     for one in inputs:
         check_exists(one)

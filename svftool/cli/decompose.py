@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
+from svftool.choices.dtypes import Dtype
 from svftool.choices.ranks import parse_rank
 from svftool.choices.sizes import parse_size
 from svftool.cli.common import (
@@ -51,7 +52,7 @@ class HowToDecompose:
         typer.Option(metavar="GLOB=batch", help="3-D tensors that are a batch of matrices."),
     ] = None
     dtype: Annotated[
-        Literal["float32", "bfloat16", "float16"],
+        Dtype,
         typer.Option(metavar="float32|bfloat16|float16", help="Storage of U and Vh."),
     ] = "float32"
     max_shard_size: Annotated[str, typer.Option(help="Where a new shard begins.")] = "5GB"

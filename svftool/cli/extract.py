@@ -10,6 +10,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 from rich.console import RenderableType
 
+from svftool.choices.adapters import Layout, parse_adapter_rank
+from svftool.choices.dtypes import Dtype
 from svftool.cli.common import (
     Display,
     ExcludeOption,
@@ -33,7 +35,6 @@ if TYPE_CHECKING:
 
 EXAMPLE = "Example: svftool extract base.safetensors tuned.safetensors -o small.svf.safetensors"
 FORMS = ("svf", "lora", "exact")
-_LAYOUTS = ("peft", "kohya", "comfy", "diffusers")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -50,10 +51,9 @@ class HowToAdapt:
         ),
     ] = None
     layout: Annotated[
-        str | None,
+        Layout | None,
         typer.Option(
-            metavar="|".join(_LAYOUTS),
-            autocompletion=one_of(*_LAYOUTS),
+            metavar="peft|kohya|comfy|diffusers",
             help="Of --as lora: whose names the adapter has (default: peft).",
         ),
     ] = None
@@ -64,10 +64,9 @@ class HowToAdapt:
         bool, typer.Option("--uniform-rank", help="Of --as lora: one rank for all layers.")
     ] = False
     dtype: Annotated[
-        str | None,
+        Dtype | None,
         typer.Option(
             metavar="float32|bfloat16|float16",
-            autocompletion=one_of("float32", "bfloat16", "float16"),
             help="Of --as lora: storage of the matrices (default: that of the fine-tune).",
         ),
     ] = None
@@ -168,6 +167,8 @@ def _check(form: str, how: HowToAdapt, *, dry_run: bool, resume: bool) -> None:
         given.append("--dry-run")
     if form != "lora" and given:
         raise UsageError(f"{given[0]} is an option of --as lora, expected --as lora with it")
+    if how.rank is not None:
+        parse_adapter_rank(how.rank, how.max_rank)
 
 
 def _pipeline(

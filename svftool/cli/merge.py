@@ -7,6 +7,7 @@ from typing import Annotated, Any
 
 import typer
 
+from svftool.choices.dtypes import Dtype
 from svftool.cli.common import (
     Display,
     ForceOption,
@@ -61,7 +62,7 @@ def command(
         typer.Option("--allow-overflow", help="Clip what its dtype cannot hold; it is counted."),
     ] = False,
     dtype: Annotated[
-        str | None,
+        Dtype | None,
         typer.Option(help="Write numbers in float32, bfloat16 or float16; as the base by default."),
     ] = None,
     dry_run: Annotated[

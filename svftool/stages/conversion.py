@@ -17,7 +17,6 @@ from svftool.adapters.adapter import Adapter
 from svftool.adapters.assembly import Source
 from svftool.adapters.layout_file import STATED_KEY, AdapterFile
 from svftool.adapters.low_rank import (
-    AdapterRank,
     LowRank,
     Truncated,
     along,
@@ -36,9 +35,13 @@ from svftool.auditing import AuditSource, open_source
 from svftool.auditing.adapters import AdapterChanges, adapter_changes
 from svftool.checkpoints import (
     TensorInfo,
+    dtype_name,
     matrix_shape,
     to_matrix,
 )
+from svftool.checkpoints.dtypes import dtype_named
+from svftool.choices.adapters import AdapterRank
+from svftool.choices.dtypes import DTYPES
 from svftool.errors import CheckpointError, UsageError, shortlist
 from svftool.factors import (
     FactorStore,
@@ -48,7 +51,6 @@ from svftool.factors import (
 )
 from svftool.stages.extract_lora import LeftOut
 
-DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 _STALE = ("sshs_",)
 """Metadata that are hashes of the tensors."""
 _NEEDS_BASE = "Give the model that the adapter belongs to with --base."
@@ -213,7 +215,7 @@ def _in_place(adapter: Adapter, options: ConvertOptions, rank: AdapterRank | Non
             f"{adapter.path}: no layer has a rank, expected pairs of matrices. Leave --rank out."
         )
     writer = rewriter(adapter, [one.name for one in layers])
-    cast = None if options.dtype is None else DTYPES[options.dtype]
+    cast = None if options.dtype is None else dtype_named(options.dtype)
     held = tuple(adapter.keys)
     taken = {key for name in names for key in writer.keys(name)}
     return Work(
@@ -528,14 +530,14 @@ def _config(adapter: Adapter, writer: LayoutWriter, made: Ranks) -> dict[str, An
 def _dtype(adapter: Adapter, options: ConvertOptions) -> torch.dtype:
     """Return the dtype asked for; else that of the adapter's largest tensors."""
     if options.dtype is not None:
-        return DTYPES[options.dtype]
+        return dtype_named(options.dtype)
     sizes: dict[torch.dtype, int] = {}
     for key in adapter.keys:
         info = adapter.info(key)
         if info.dtype.is_floating_point and len(info.shape) > 1:
             sizes[info.dtype] = sizes.get(info.dtype, 0) + info.numel
     most = max(sizes, key=lambda one: sizes[one], default=torch.float32)
-    return most if most in DTYPES.values() else torch.float32
+    return most if dtype_name(most) in DTYPES else torch.float32
 
 
 def _handed_on(
@@ -605,7 +607,7 @@ def of_tuned(
     model = _model_of(tuned, store)
     changed = [name for name in tuned.S if bool(tuned.delta(name).any())]
     writer = layout_writer(layout)(model, [*changed, *tuned.whole])
-    dtype = DTYPES[options.dtype or "float32"]
+    dtype = dtype_named(options.dtype or "float32")
     dropped = {name: reason for name in writer.fates if (reason := _why_not(tuned, writer, name))}
     kept = {
         kind: [n for n, f in writer.fates.items() if f.kind == kind]

@@ -16,10 +16,8 @@ from torch import Tensor
 from svftool.adapters.assembly import LayersOnDisk, Source, write_adapter
 from svftool.adapters.layout_file import is_adapter, open_adapter
 from svftool.adapters.low_rank import (
-    AdapterRank,
     LowRank,
     Truncated,
-    parse_adapter_rank,
     resized,
     stored,
     truncate,
@@ -32,6 +30,8 @@ from svftool.checkpoints import (
     open_checkpoint,
     replace_output,
 )
+from svftool.choices.adapters import AdapterRank, parse_adapter_rank
+from svftool.choices.dtypes import check_dtype
 from svftool.engine import Job, job_bytes, run_layers
 from svftool.errors import CheckpointError, NumericalError, UsageError, shortlist
 from svftool.factors import (
@@ -47,7 +47,6 @@ from svftool.files.output import scratch_folder
 from svftool.numerics import ThreadPool
 from svftool.progress import SILENT, Progress
 from svftool.stages.conversion import (
-    DTYPES,
     ConvertOptions,
     Layer,
     Work,
@@ -171,8 +170,8 @@ def convert(
     """
     options, target = ConvertOptions(layout, rank, base, dtype), Path(output)
     rule = None if rank is None else parse_adapter_rank(rank)
-    if options.dtype is not None and options.dtype not in DTYPES:
-        raise UsageError(f"dtype {options.dtype!r}, expected one of {shortlist(DTYPES)}")
+    if options.dtype is not None:
+        check_dtype(options.dtype)
     if is_tuned_name(target):
         return _to_tuned(source, target, options, dry_run=dry_run, force=force, progress=progress)
     if is_tuned(source):

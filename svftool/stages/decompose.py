@@ -12,8 +12,6 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TypedDict, Unpack, cast
 
-import torch
-
 from svftool.checkpoints import (
     Checkpoint,
     Selection,
@@ -24,6 +22,8 @@ from svftool.checkpoints import (
     select,
     write_errors,
 )
+from svftool.checkpoints.dtypes import dtype_named
+from svftool.choices.dtypes import check_dtype
 from svftool.engine import PROCESS_BYTES, parse_rank, peak_memory
 from svftool.engine.examine import examination_bytes
 from svftool.errors import UsageError, no_such, shortlist
@@ -34,7 +34,6 @@ from svftool.processes import Processes, joined_processes
 from svftool.progress import SILENT, Progress
 from svftool.stages.factorise import Factorisation, FactoriseSettings, LayerPlan, storing_bytes
 
-DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 METHODS = ("auto", "exact", "randomized")
 
 
@@ -259,7 +258,7 @@ def _shared_output(
 def _parse(options: DecomposeOptions) -> FactoriseSettings:
     method, dtype = options.get("method", "auto"), options.get("dtype", "float32")
     _check_choice("--method", method, METHODS)
-    _check_choice("--dtype", dtype, tuple(DTYPES))
+    check_dtype(dtype)
     return FactoriseSettings(
         rank=parse_rank(options.get("rank", "full")),
         method=cast(Method, method),
@@ -268,7 +267,7 @@ def _parse(options: DecomposeOptions) -> FactoriseSettings:
             exclude=tuple(options.get("exclude", ())),
             views=tuple(map(_parse_view, options.get("views", ()))),
         ),
-        dtype=DTYPES[dtype],
+        dtype=dtype_named(dtype),
         max_shard_bytes=parse_size(options.get("max_shard_size", "5GB")),
         layers_only=options.get("layers_only", False),
         skip_bad=options.get("skip_bad", False),

@@ -16,7 +16,6 @@ import torch
 from torch import Tensor
 
 from svftool.adapters.assembly import write_adapter
-from svftool.adapters.low_rank import AdapterRank, parse_adapter_rank
 from svftool.adapters.parts import BaseModel
 from svftool.adapters.writers import Entries, LayoutWriter, layout_writer
 from svftool.auditing import AuditSource, counterparts, open_source
@@ -29,7 +28,9 @@ from svftool.checkpoints import (
     replace_output,
     to_matrix,
 )
-from svftool.checkpoints.dtypes import DECOMPOSABLE
+from svftool.checkpoints.dtypes import DECOMPOSABLE, dtype_named
+from svftool.choices.adapters import AdapterRank, parse_adapter_rank
+from svftool.choices.dtypes import DTYPES, check_dtype
 from svftool.engine import Job, run_values
 from svftool.errors import CheckpointError, UnchangedError, UsageError, shortlist
 from svftool.factors import is_tuned
@@ -41,12 +42,6 @@ from svftool.stages.changes import BothSides, Survey, drop_tied, refuse_another_
 from svftool.stages.truncation import AdapterSpool, Truncation
 from svftool.training.workspace import describe_files
 from svftool.version import __version__
-
-_DTYPES = {
-    "float32": torch.float32,
-    "bfloat16": torch.bfloat16,
-    "float16": torch.float16,
-}
 
 
 @dataclass(frozen=True)
@@ -204,8 +199,8 @@ def extract_lora(
     options, target = options or LoraOptions(), Path(output)
     rank = parse_adapter_rank(options.rank, options.max_rank)
     kind = layout_writer(options.layout)
-    if options.dtype is not None and options.dtype not in _DTYPES:
-        raise UsageError(f"dtype {options.dtype!r}, expected one of {shortlist(_DTYPES)}")
+    if options.dtype is not None:
+        check_dtype(options.dtype)
     if is_tuned(tuned):
         raise UsageError(
             f"{tuned}: a tuned file, expected a dense fine-tune or an adapter. Turn it into an "
@@ -259,13 +254,13 @@ def _wanted(infos: Mapping[str, TensorInfo], options: LoraOptions) -> set[str]:
 def _dtype(options: LoraOptions, after: AuditSource, changed: Sequence[str]) -> torch.dtype:
     """Return the dtype asked for; else that of most of the fine-tune's matrices."""
     if options.dtype is not None:
-        return _DTYPES[options.dtype]
+        return dtype_named(options.dtype)
     sizes: Counter[torch.dtype] = Counter()
     for info in after.infos.values():
         if info.dtype in DECOMPOSABLE and len(info.shape) > 1:
             sizes[info.dtype] += info.numel
     most = max(sizes, key=lambda one: sizes[one], default=torch.float32)
-    if most in _DTYPES.values():
+    if dtype_name(most) in DTYPES:
         return most
     return torch.float32 if most == torch.float64 else torch.bfloat16
 

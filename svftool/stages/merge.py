@@ -21,8 +21,10 @@ from svftool.checkpoints import (
     replace_output,
     tensor_digest,
 )
+from svftool.checkpoints.dtypes import dtype_named
 from svftool.checkpoints.pickle_writer import rivals
-from svftool.errors import NumericalError, UsageError, no_such, shortlist
+from svftool.choices.dtypes import check_dtype
+from svftool.errors import NumericalError, UsageError, shortlist
 from svftool.factors import (
     FactorStore,
     TunedFile,
@@ -38,7 +40,6 @@ from svftool.files.folder import check_dense_name, is_tuned_name, named
 from svftool.progress import SILENT, Progress
 from svftool.stages.adapt import base_of, fit_adapter
 
-DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 """What `merge` can write floating numbers in."""
 
 SETTINGS = ("image_size", "crop", "short_side", "mean", "std", "sequence_length", "ignore_index")
@@ -286,14 +287,13 @@ def _dtype(name: str | None, target: Path) -> torch.dtype | None:
     """
     if name is None:
         return None
-    if name not in DTYPES:
-        raise UsageError(no_such("--dtype", name, DTYPES))
+    check_dtype(name)
     if is_tuned_name(target):
         raise UsageError(
             f"--dtype: {target} is a tuned file, which holds singular values, expected a dense "
             "output. Leave the option out."
         )
-    return DTYPES[name]
+    return dtype_named(name)
 
 
 def _check_options(

@@ -13,8 +13,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from svftool.adapters.low_rank import AdapterRank, LowRank, Truncated, truncate
+from svftool.adapters.low_rank import LowRank, Truncated, truncate
 from svftool.checkpoints import tensor_digest
+from svftool.choices.adapters import AdapterRank
 from svftool.engine import Job, job_bytes, run_layers, share
 from svftool.engine.gpu import to_host
 from svftool.errors import CheckpointError
