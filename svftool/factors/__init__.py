@@ -1,6 +1,7 @@
 """Factor checkpoints and tuned files: schema, reading, writing, and the merge of one weight."""
 
 from svftool.factors.delta import Merged, add_delta, rebuild
+from svftool.factors.places import Journal, ShardPlaces
 from svftool.factors.schema import (
     CONFIG_FILE,
     BaseRecord,
@@ -30,10 +31,12 @@ __all__ = [
     "FactorShard",
     "FactorStore",
     "FinishedLayer",
+    "Journal",
     "LayerFactors",
     "LayerRecord",
     "LayerSpool",
     "Merged",
+    "ShardPlaces",
     "TunedFile",
     "add_delta",
     "check_names",

@@ -27,6 +27,7 @@ from svftool.checkpoints import (
 from svftool.errors import CheckpointError, UsageError, brief, kept_work
 from svftool.factors.schema import LayerRecord, layer_from_json
 from svftool.factors.store import LayerFactors
+from svftool.files.output import sync
 
 _T = TypeVar("_T")
 FOLDER = "layers"
@@ -117,6 +118,7 @@ class Spool:
         with SafetensorsWriter(temporary, layout) as writer:
             for part, tensor in tensors.items():
                 writer.write(part, tensor)
+            writer.sync()
         with write_errors(path):
             temporary.replace(path)
 
@@ -175,13 +177,12 @@ class LayerSpool(Spool):
 
     def add(self, layer: FinishedLayer, factors: LayerFactors) -> None:
         """Store a finished layer."""
-        record = {
-            "record": asdict(layer.record),
-            "digests": dict(layer.digests),
-            "seconds": layer.seconds,
-        }
         tensors = {part: getattr(factors, part) for part in PARTS}
-        self.keep(layer.record.name, tensors, record)
+        self.keep(layer.record.name, tensors, _as_json(layer))
+
+    def note(self, layer: FinishedLayer) -> None:
+        """Say that a layer is finished whose factors are on the disk elsewhere."""
+        self.keep(layer.record.name, {}, _as_json(layer))
 
     def finished(self) -> dict[str, FinishedLayer]:
         """List the layers that are finished, by name."""
@@ -213,6 +214,14 @@ class LayerSpool(Spool):
         return LayerFactors(*(tensors[part] for part in PARTS))
 
 
+def _as_json(layer: FinishedLayer) -> dict[str, Any]:
+    return {
+        "record": asdict(layer.record),
+        "digests": dict(layer.digests),
+        "seconds": layer.seconds,
+    }
+
+
 def _finished(item: Mapping[str, Any]) -> FinishedLayer:
     record = layer_from_json(item["record"])
     return FinishedLayer(record, dict(item["digests"]), float(item["seconds"]))
@@ -224,8 +233,10 @@ def digests_of(factors: LayerFactors) -> dict[str, str]:
 
 
 def _write_text(path: Path, text: str) -> None:
+    """Put a text in its place, on the disk before it has its name: a loss of power tears none."""
     temporary = path.with_suffix(".writing-text")
     temporary.write_text(text, encoding="utf-8")
+    sync(temporary)
     temporary.replace(path)
 
 

@@ -1,8 +1,10 @@
 """One decomposition on its way from a checkpoint to a finished folder, by one or many processes.
 
-Each finished layer is spooled (see `svftool.factors.spool`), so a run that was killed at any moment
-goes on where it was. The layers are shared out by cost; what a layer's factors are does not depend
-on which process computes them, or on how many there are.
+Where the ranks are known beforehand the shards are laid out and each layer is written to its place
+(see `svftool.factors.places`); where the spectrum decides, layers are spooled until their shards can
+be put together (see `svftool.factors.spool`). Either way a run that was killed at any moment goes
+on where it was. The layers are shared out by cost; what a layer's factors are does not depend on
+which process computes them, or on how many there are.
 """
 
 from __future__ import annotations
@@ -10,9 +12,9 @@ from __future__ import annotations
 import math
 import os
 import shutil
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from functools import lru_cache
+from functools import lru_cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -36,9 +38,11 @@ from svftool.factors import (
     FactorConfig,
     FactorShard,
     FinishedLayer,
+    Journal,
     LayerFactors,
     LayerRecord,
     LayerSpool,
+    ShardPlaces,
     digests_of,
     factor_infos,
     finish_factors,
@@ -150,14 +154,52 @@ class Factorisation:
         seen = self._examine()
         spool = LayerSpool(self.partial, [one.info.name for one in self.layers])
         self.processes.once(lambda: spool.begin(self._facts(seen), resume=resume))
-        self._decompose(spool)
-        self.processes.meet()
-        finished = spool.finished()
-        shards = self._assemble(spool, finished)
+        work = self._placed if self._ranks_are_known else self._spooled
+        shards, finished = work(spool)
         self.processes.meet()
         config = self._configuration(seen, finished)
         self.processes.once(lambda: self._finish(spool, shards, config))
         return config, {name: layer.seconds for name, layer in finished.items()}
+
+    @property
+    def _ranks_are_known(self) -> bool:
+        # Two machines that write into one page of a shared file can undo each other's bytes.
+        return self.processes.one_machine and all(one.rank is not None for one in self.layers)
+
+    def _placed(self, spool: LayerSpool) -> tuple[list[FactorShard], dict[str, FinishedLayer]]:
+        """Write every layer to its place in shards that are laid out beforehand."""
+        shards = self._shards({one.info.name: one.rank for one in self.layers})
+        places = ShardPlaces(self.partial, spool.folder, shards)
+        self.processes.once(places.lay_out)
+        done = self._done(spool, places.held)
+        with Journal(places.sync, spool.note) as journal:
+            for layer, factors in self._decomposed(done):
+                places.write_layer(layer.record.name, factors)
+                journal.add(layer)
+                del factors
+        for name in self._kept[self.processes.rank :: self.processes.count]:
+            places.write({name: self.source.read(name)})
+        self.processes.meet()
+        self.processes.once(places.put_out)
+        return shards, spool.finished()
+
+    def _spooled(self, spool: LayerSpool) -> tuple[list[FactorShard], dict[str, FinishedLayer]]:
+        """Spool every layer, then put the shards together."""
+        written = self._written_layers(self._found(spool))
+
+        def held(layers: Sequence[FinishedLayer]) -> set[str]:
+            return {
+                layer.record.name
+                for layer in layers
+                if layer.record.name in written or spool.intact(layer, self._infos(layer.record))
+            }
+
+        for layer, factors in self._decomposed(self._done(spool, held)):
+            spool.add(layer, factors)
+            del factors
+        self.processes.meet()
+        finished = spool.finished()
+        return self._assemble(spool, finished), finished
 
     def _examine(self) -> Examination:
         names = {one.info.name: one.matrix for one in self.layers}
@@ -195,32 +237,36 @@ class Factorisation:
             "layers_only": settings.layers_only,
         }
 
-    def _decompose(self, spool: LayerSpool) -> None:
+    def _found(self, spool: LayerSpool) -> dict[str, FinishedLayer]:
+        """List what an interrupted run noted of these layers."""
         planned = {one.info.name: one for one in self.layers}
-        found = {
+        return {
             name: layer
             for name, layer in spool.finished().items()
             if planned[name].fits(layer.record)
         }
-        written = self._written_layers(found)
-        dtype = self.settings.dtype
-        done = {
-            name
-            for name, layer in found.items()
-            if name in written or spool.intact(layer, factor_infos(layer.record, dtype))
-        }
+
+    def _done(
+        self, spool: LayerSpool, held: Callable[[Sequence[FinishedLayer]], set[str]]
+    ) -> set[str]:
+        """List the layers that an interrupted run finished and whose factors are still there."""
+        mine = list(self._found(spool).values())[self.processes.rank :: self.processes.count]
+        # A meeting, too: everyone has looked at what is finished before anyone adds to it.
+        done = set[str]().union(*self.processes.gather(held(mine)))
         if done:
             self.progress.note(f"resuming: {len(done)} of {len(self.layers)} layers are finished")
+        return done
+
+    def _decomposed(self, done: set[str]) -> Iterator[tuple[FinishedLayer, LayerFactors]]:
+        """Decompose this process's share of what is not done."""
         plans = {one.info.name: one for one in self.layers if one.info.name not in done}
         shares = share([one.job for one in plans.values()], self.processes.count)
-        mine = shares[self.processes.rank]
-        # Everyone has looked at what is finished before anyone adds to it.
-        self.processes.meet()
-        for name, svd in self._svds(mine):
+        for name, svd in self._svds(shares[self.processes.rank]):
             stored = self._stored(name, svd)
             factors = LayerFactors(stored.U, stored.S, stored.Vh)
             record = _record(plans[name], stored)
-            spool.add(FinishedLayer(record, digests_of(factors), svd.seconds), factors)
+            yield FinishedLayer(record, digests_of(factors), svd.seconds), factors
+            del svd, stored, factors  # their memory is counted until the next one is asked for
 
     def _svds(self, jobs: Sequence[Job]) -> Iterator[tuple[str, Svd]]:
         return run_svds(
@@ -250,14 +296,26 @@ class Factorisation:
             orthogonality_error=float(max(defects)),
         )
 
-    def _shards(self, finished: Mapping[str, FinishedLayer]) -> list[FactorShard]:
+    @property
+    def _kept(self) -> list[str]:
+        """Tensors that are written as they are, in file order."""
         kept = () if self.settings.layers_only else self.left_whole
+        return [name for name in self.source.infos if name in kept]
+
+    def _shards(self, ranks: Mapping[str, int | None]) -> list[FactorShard]:
+        dtype = self.settings.dtype
         return plan_factor_shards(
-            [finished[one.info.name].record for one in self.layers],
-            [self.source.infos[name] for name in self.source.infos if name in kept],
-            dtype=self.settings.dtype,
+            {
+                one.info.name: factor_infos(one.info.name, one.matrix, rank, dtype)
+                for one in self.layers
+                if (rank := ranks[one.info.name]) is not None
+            },
+            [self.source.infos[name] for name in self._kept],
             max_bytes=self.settings.max_shard_bytes,
         )
+
+    def _infos(self, record: LayerRecord) -> tuple[TensorInfo, ...]:
+        return factor_infos(record.name, record.matrix, record.rank, self.settings.dtype)
 
     def _written_layers(self, finished: Mapping[str, FinishedLayer]) -> set[str]:
         """Layers in shards that an interrupted run completed; it had finished every layer."""
@@ -265,7 +323,7 @@ class Factorisation:
             return set()
         return {
             name
-            for shard in self._shards(finished)
+            for shard in self._shards({name: one.record.rank for name, one in finished.items()})
             if (self.partial / shard.file).is_file()
             for name in shard.layers
         }
@@ -274,7 +332,7 @@ class Factorisation:
         self, spool: LayerSpool, finished: Mapping[str, FinishedLayer]
     ) -> list[FactorShard]:
         """Put the finished layers into shards; the processes take turns."""
-        shards = self._shards(finished)
+        shards = self._shards({name: layer.record.rank for name, layer in finished.items()})
         read_layer = lru_cache(maxsize=1)(spool.read)
 
         def read(name: str) -> Tensor:
@@ -294,10 +352,9 @@ class Factorisation:
         self, seen: Examination, finished: Mapping[str, FinishedLayer]
     ) -> FactorConfig:
         total = Fingerprint()
-        kept = () if self.settings.layers_only else self.left_whole
-        digests = {name: seen.digests[name] for name in kept}
+        digests = {name: seen.digests[name] for name in self._kept}
         for layer in finished.values():
-            for info in factor_infos(layer.record, self.settings.dtype):
+            for info in self._infos(layer.record):
                 digest = layer.digests[info.name.rpartition(".")[2]]
                 total.add_digest(info.name, dtype_name(info.dtype), info.shape, digest)
                 digests[info.name] = digest
