@@ -1,10 +1,10 @@
 """One decomposition on its way from a checkpoint to a finished folder, by one or many processes.
 
 Where the ranks are known beforehand the shards are laid out and each layer is written to its place
-(see `svftool.factors.places`); where the spectrum decides, layers are spooled until their shards can
-be put together (see `svftool.factors.spool`). Either way a run that was killed at any moment goes
-on where it was. The layers are shared out by cost; what a layer's factors are does not depend on
-which process computes them, or on how many there are.
+(see `svftool.factors.places`); where the spectrum decides, layers are spooled until their shards
+can be put together (see `svftool.factors.spool`). Either way a run that was killed at any moment
+goes on where it was. The layers are shared out by cost; what a layer's factors are does not depend
+on which process computes them, or on how many there are.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ import os
 import shutil
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from functools import lru_cache, partial
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -343,7 +343,7 @@ class Factorisation:
 
         for shard in shards[self.processes.rank :: self.processes.count]:
             if not (self.partial / shard.file).is_file():
-                write_shard(self.partial, shard, read)
+                write_shard(self.partial, spool.folder, shard, read)
             for name in shard.layers:
                 spool.drop_factors(name)
         return shards
