@@ -13,7 +13,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +22,8 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from svftool import ResourceError, UsageError, decompose
+from svftool.checkpoints import TensorInfo
+from svftool.factors import LayerSpool, factor_infos, plan_factor_shards, read_config
 from svftool.processes import Processes
 from svftool.stages import factorise
 
@@ -44,7 +46,13 @@ def contents(folder: Path) -> dict[str, bytes]:
 
 
 def run_after(
-    base: Path, output: Path, monkeypatch: pytest.MonkeyPatch, target: object, name: str, calls: int
+    base: Path,
+    output: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    target: object,
+    name: str,
+    calls: int,
+    **options: Any,
 ) -> bool:
     """Let call number `calls` of a function fail as a full disk does; return whether it came."""
     original = getattr(target, name)
@@ -60,7 +68,7 @@ def run_after(
     with monkeypatch.context() as patch:
         patch.setattr(target, name, fail_once)
         try:
-            decompose(base, output, max_shard_size=SHARDS)
+            decompose(base, output, **{"max_shard_size": SHARDS, **options})
         except ResourceError:
             return True
         return False
@@ -277,6 +285,76 @@ def test_spooled_and_placed_layers_give_the_same_bytes(
     assert contents(tmp_path / "placed") == contents(tmp_path / "spooled")
 
 
+def shapes_of(sides: Sequence[tuple[int, int]], whole: int, path: Path) -> Path:
+    generator = torch.Generator().manual_seed(3)
+    tensors = {f"l{i:02}.weight": torch.randn(s, generator=generator) for i, s in enumerate(sides)}
+    save_file(tensors | {"norm": torch.ones(whole), "other": torch.ones(5)}, path)
+    return path
+
+
+@pytest.mark.parametrize("in_one_step", [True, False])
+@pytest.mark.parametrize("sides", [[(9, 7)] * 14, [(40, 30), *[(9, 7)] * 6] * 2, [(40, 30)] * 5,
+                                   [*[(9, 7)] * 6, (40, 30)]])  # fmt: skip
+@pytest.mark.parametrize("whole", [3, 700])
+def test_shards_are_put_together_as_they_fill(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, sides: Any, whole: int, in_one_step: bool
+) -> None:
+    base = shapes_of(sides, whole, tmp_path / "base.safetensors")
+    spooled: list[int] = []
+    add = LayerSpool.add
+
+    def watch(self: LayerSpool, *args: Any) -> None:
+        if not in_one_step and len(spooled) == len(sides) // 2 == len(journal(self.folder.parent)):
+            spooled.append(0)
+            raise ResourceError("cut off")
+        add(self, *args)
+        files = [*self.folder.glob("0*.safetensors")]
+        # One that fits no more, and a few that were finished before their turn.
+        spooled.append(sum(one.stat().st_size - 8 - 300 for one in files))
+
+    monkeypatch.setattr(LayerSpool, "add", watch)
+    options: Any = {"max_shard_size": SHARDS, "rank": "energy:0.9"}
+    if not in_one_step:
+        with pytest.raises(ResourceError):
+            decompose(base, tmp_path / "f", **options)
+    decompose(base, tmp_path / "f", resume=not in_one_step, **options)
+    shards = sorted(tmp_path.glob("f/*.safetensors"))
+    assert max(spooled) < 2 * max(2048, *(one.stat().st_size for one in shards))
+    stated = read_config(tmp_path / "f")
+    infos = {
+        name: factor_infos(name, one.matrix, one.rank, torch.float32)
+        for name, one in stated.layers.items()
+    }
+    kept = [TensorInfo("norm", torch.float32, (whole,), ""),
+            TensorInfo("other", torch.float32, (5,), "")]  # fmt: skip
+    planned = plan_factor_shards(infos, kept, max_bytes=2000)
+    assert [one.file for one in planned] == [one.name for one in shards]
+    for shard, file in zip(planned, shards, strict=True):
+        assert {info.name for info in shard.infos} == set(load_file(file))
+    assert digests_in(shards) == dict(stated.digests)
+
+
+@pytest.mark.parametrize("damage", ["one bit", "shorter", "record"])
+def test_a_damaged_shard_of_spooled_layers_is_made_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, damage: str
+) -> None:
+    base = shapes_of([(9, 7)] * 14, 3, tmp_path / "base.safetensors")
+    options: Any = {"max_shard_size": SHARDS, "rank": "energy:0.9"}
+    expected = contents(decompose(base, tmp_path / "expected", **options).output)
+    assert run_after(base, tmp_path / "f", monkeypatch, Path, "replace", 22, **options)
+    (shard,) = (tmp_path / "f.partial" / "layers").glob("shard-*")
+    data = bytearray(shard.read_bytes())
+    if damage == "one bit":
+        data[-1] ^= 1
+    elif damage == "shorter":
+        del data[-1]
+    else:
+        (shard.parent / "000000.json").unlink()
+    shard.write_bytes(data)
+    decompose(base, tmp_path / "f", resume=True, **options)
+    assert contents(tmp_path / "f") == expected
+
+
 @pytest.mark.parametrize("spooled_first", [True, False])
 def test_a_run_may_go_on_the_other_way(
     base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, spooled_first: bool
@@ -363,11 +441,11 @@ def test_killed_processes_resume(tmp_path: Path) -> None:
     assert contents(output) == contents(tmp_path / "expected")
 
 
-@pytest.mark.parametrize("processes", [2, 3])
+@pytest.mark.parametrize(("processes", "rank"), [(2, "full"), (3, "energy:0.9")])
 def test_any_number_of_processes_gives_the_same_bytes(
-    base: Path, tmp_path: Path, processes: int
+    base: Path, tmp_path: Path, processes: int, rank: str
 ) -> None:
-    args = ["decompose", base, "--max-shard-size", SHARDS, "-q"]
+    args = ["decompose", base, "--max-shard-size", SHARDS, "--rank", rank, "-q"]
     subprocess.run(command(*args, "-o", tmp_path / "one"), check=True, cwd=ROOT)
     found = subprocess.run(
         command(*args, "-o", tmp_path / "many", processes=processes),

@@ -1,5 +1,6 @@
 """Factor checkpoints and tuned files: schema, reading, writing, and the merge of one weight."""
 
+from svftool.factors.assembly import ShardAssembly
 from svftool.factors.delta import Merged, add_delta, rebuild
 from svftool.factors.places import Journal, ShardPlaces
 from svftool.factors.schema import (
@@ -20,7 +21,6 @@ from svftool.factors.writer import (
     factor_infos,
     finish_factors,
     plan_factor_shards,
-    write_shard,
 )
 
 __all__ = [
@@ -36,6 +36,7 @@ __all__ = [
     "LayerRecord",
     "LayerSpool",
     "Merged",
+    "ShardAssembly",
     "ShardPlaces",
     "TunedFile",
     "add_delta",
@@ -53,6 +54,5 @@ __all__ = [
     "read_config",
     "read_tuned",
     "rebuild",
-    "write_shard",
     "write_tuned",
 ]

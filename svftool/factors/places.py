@@ -18,7 +18,13 @@ from typing import Self
 
 from torch import Tensor
 
-from svftool.checkpoints import SafetensorsWriter, open_checkpoint, tensor_digest, write_errors
+from svftool.checkpoints import (
+    Checkpoint,
+    SafetensorsWriter,
+    open_checkpoint,
+    tensor_digest,
+    write_errors,
+)
 from svftool.checkpoints.writer import check_room
 from svftool.factors.spool import PARTS, FinishedLayer
 from svftool.factors.store import LayerFactors
@@ -115,10 +121,15 @@ class ShardPlaces:
     def _held_in(self, file: str, layers: Sequence[FinishedLayer]) -> Iterator[str]:
         with open_checkpoint(self._work / file) as shard:
             for layer in layers:
-                name = layer.record.name
-                found = {part: tensor_digest(shard.read(f"{name}.{part}")) for part in PARTS}
-                if found == dict(layer.digests):
-                    yield name
+                if holds(shard, layer):
+                    yield layer.record.name
+
+
+def holds(shard: Checkpoint, layer: FinishedLayer) -> bool:
+    """Whether a shard holds what was written of a layer, by its digests."""
+    name = layer.record.name
+    found = {part: tensor_digest(shard.read(f"{name}.{part}")) for part in PARTS}
+    return found == dict(layer.digests)
 
 
 class Journal:

@@ -2,14 +2,14 @@
 
 Each layer is two files: its factors, then a small record that says the factors are complete. Both
 are renamed into place, so whatever exists is whole, whenever and wherever a process was killed, and
-whichever process wrote it. When a shard of the output has been assembled its layers' factors are
+whichever process wrote it. When a shard of the output has been put together its layers' factors are
 removed; their records stay until the end.
 """
 
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, TypeVar
@@ -130,13 +130,23 @@ class Spool:
         read : callable
             Makes it from a record as `keep` was given it.
         """
-        found = {}
-        for name in self._numbers:
+        found = {name: self.record(name, read) for name in self._numbers}
+        return {name: one for name, one in found.items() if one is not None}
+
+    def record(self, name: str, read: Callable[[dict[str, Any]], _T]) -> _T | None:
+        """Return what is known of one layer; None while it is not finished."""
+        path = self._path(name, "json")
+        if not path.is_file():
+            return None
+        with kept_work(path):
+            return read(dict(parse_json(path.read_bytes())))
+
+    def forget(self, names: Iterable[str]) -> None:
+        """Remove the records of layers whose tensors are gone."""
+        for name in names:
             path = self._path(name, "json")
-            if path.is_file():
-                with kept_work(path):
-                    found[name] = read(dict(parse_json(path.read_bytes())))
-        return found
+            with write_errors(path):
+                path.unlink(missing_ok=True)
 
     def tensors(self, name: str) -> dict[str, Tensor]:
         """Read the tensors of a finished layer.
@@ -187,6 +197,10 @@ class LayerSpool(Spool):
     def finished(self) -> dict[str, FinishedLayer]:
         """List the layers that are finished, by name."""
         return self.records(_finished)
+
+    def one(self, name: str) -> FinishedLayer | None:
+        """Return a layer if it is finished."""
+        return self.record(name, _finished)
 
     def intact(self, layer: FinishedLayer, infos: Sequence[TensorInfo]) -> bool:
         """Whether a finished layer's factors are here and hold what was written.

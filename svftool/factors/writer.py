@@ -157,28 +157,24 @@ def open_shard(path: Path, shard: FactorShard, *, again: bool = False) -> Safete
     return SafetensorsWriter(path, layout, metadata={"format": "pt"}, again=again)
 
 
-def write_shard(
-    folder: Path, work: Path, shard: FactorShard, read: Callable[[str], Tensor]
-) -> None:
-    """Write one shard; its file appears when it is complete.
+def write_shard(path: Path, shard: FactorShard, read: Callable[[str], Tensor]) -> None:
+    """Write one shard; its file appears when it is complete and on the disk.
 
     Parameters
     ----------
-    folder : Path
+    path : Path
         Where.
-    work : Path
-        Where it lies until then; on the same disk.
     shard : FactorShard
         What.
     read : callable
         Gives each tensor by its name in the shard.
     """
-    path = folder / shard.file
-    temporary = (work / shard.file).with_suffix(".writing")
+    temporary = path.with_suffix(".writing")
     temporary.unlink(missing_ok=True)
     with open_shard(temporary, shard) as writer:
         for info in shard.infos:
             writer.write(info.name, read(info.name))
+        writer.sync()
     with write_errors(path):
         temporary.replace(path)
 

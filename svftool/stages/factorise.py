@@ -14,12 +14,10 @@ import os
 import shutil
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from svftool.checkpoints import (
     Checkpoint,
@@ -42,12 +40,12 @@ from svftool.factors import (
     LayerFactors,
     LayerRecord,
     LayerSpool,
+    ShardAssembly,
     ShardPlaces,
     digests_of,
     factor_infos,
     finish_factors,
     plan_factor_shards,
-    write_shard,
 )
 from svftool.files.folder import named, real
 from svftool.files.hub import lasting_path
@@ -184,22 +182,37 @@ class Factorisation:
         return shards, spool.finished()
 
     def _spooled(self, spool: LayerSpool) -> tuple[list[FactorShard], dict[str, FinishedLayer]]:
-        """Spool every layer, then put the shards together."""
-        written = self._written_layers(self._found(spool))
+        """Spool every layer, and put the shards together as they fill."""
+        names = [one.info.name for one in self.layers]
+        assembly = ShardAssembly(self.partial, spool, names, self._shards, self.source.read)
+        in_shards = self.processes.once(lambda: assembly.take_up(self._found(spool)))
 
         def held(layers: Sequence[FinishedLayer]) -> set[str]:
             return {
                 layer.record.name
                 for layer in layers
-                if layer.record.name in written or spool.intact(layer, self._infos(layer.record))
+                if layer.record.name in in_shards or spool.intact(layer, self._infos(layer.record))
             }
 
-        for layer, factors in self._decomposed(self._done(spool, held)):
+        done = self._done(spool, held)
+        self.processes.once(lambda: spool.forget(set(names) - done))
+        for layer, factors in self._decomposed(done, in_order=self._many_shards):
             spool.add(layer, factors)
             del factors
+            if self.processes.first:
+                assembly.advance()
         self.processes.meet()
         finished = spool.finished()
-        return self._assemble(spool, finished), finished
+        shards = self._shards({name: layer.record.rank for name, layer in finished.items()})
+        assembly.finish(shards, rank=self.processes.rank, count=self.processes.count)
+        self.processes.meet()
+        self.processes.once(lambda: assembly.put_out(shards))
+        return shards, finished
+
+    @property
+    def _many_shards(self) -> bool:
+        """Whether there may be several: layers then come in file order, so that the first fill."""
+        return sum(one.factor_bytes for one in self.layers) > self.settings.max_shard_bytes
 
     def _examine(self) -> Examination:
         names = {one.info.name: one.matrix for one in self.layers}
@@ -257,24 +270,29 @@ class Factorisation:
             self.progress.note(f"resuming: {len(done)} of {len(self.layers)} layers are finished")
         return done
 
-    def _decomposed(self, done: set[str]) -> Iterator[tuple[FinishedLayer, LayerFactors]]:
-        """Decompose this process's share of what is not done."""
+    def _decomposed(
+        self, done: set[str], *, in_order: bool = False
+    ) -> Iterator[tuple[FinishedLayer, LayerFactors]]:
+        """Decompose this process's share of what is not done, longest or first layers first."""
         plans = {one.info.name: one for one in self.layers if one.info.name not in done}
         shares = share([one.job for one in plans.values()], self.processes.count)
-        for name, svd in self._svds(shares[self.processes.rank]):
+        mine = {job.name: job for job in shares[self.processes.rank]}
+        jobs = [mine[name] for name in plans if name in mine]
+        for name, svd in self._svds(jobs, in_order=in_order):
             stored = self._stored(name, svd)
             factors = LayerFactors(stored.U, stored.S, stored.Vh)
             record = _record(plans[name], stored)
             yield FinishedLayer(record, digests_of(factors), svd.seconds), factors
             del svd, stored, factors  # their memory is counted until the next one is asked for
 
-    def _svds(self, jobs: Sequence[Job]) -> Iterator[tuple[str, Svd]]:
+    def _svds(self, jobs: Sequence[Job], *, in_order: bool) -> Iterator[tuple[str, Svd]]:
         return run_svds(
             jobs,
             self.source.read,
             rank=self.settings.rank,
             method=self.settings.method,
             device=self.settings.device,
+            in_order=in_order,
             progress=self.progress,
         )
 
@@ -302,51 +320,20 @@ class Factorisation:
         kept = () if self.settings.layers_only else self.left_whole
         return [name for name in self.source.infos if name in kept]
 
-    def _shards(self, ranks: Mapping[str, int | None]) -> list[FactorShard]:
+    def _shards(self, ranks: Mapping[str, int | None], whole: bool = True) -> list[FactorShard]:
         dtype = self.settings.dtype
         return plan_factor_shards(
             {
                 one.info.name: factor_infos(one.info.name, one.matrix, rank, dtype)
                 for one in self.layers
-                if (rank := ranks[one.info.name]) is not None
+                if (rank := ranks.get(one.info.name)) is not None
             },
-            [self.source.infos[name] for name in self._kept],
+            [self.source.infos[name] for name in self._kept if whole],
             max_bytes=self.settings.max_shard_bytes,
         )
 
     def _infos(self, record: LayerRecord) -> tuple[TensorInfo, ...]:
         return factor_infos(record.name, record.matrix, record.rank, self.settings.dtype)
-
-    def _written_layers(self, finished: Mapping[str, FinishedLayer]) -> set[str]:
-        """Layers in shards that an interrupted run completed; it had finished every layer."""
-        if len(finished) < len(self.layers):
-            return set()
-        return {
-            name
-            for shard in self._shards({name: one.record.rank for name, one in finished.items()})
-            if (self.partial / shard.file).is_file()
-            for name in shard.layers
-        }
-
-    def _assemble(
-        self, spool: LayerSpool, finished: Mapping[str, FinishedLayer]
-    ) -> list[FactorShard]:
-        """Put the finished layers into shards; the processes take turns."""
-        shards = self._shards({name: layer.record.rank for name, layer in finished.items()})
-        read_layer = lru_cache(maxsize=1)(spool.read)
-
-        def read(name: str) -> Tensor:
-            layer, _, part = name.rpartition(".")
-            if layer in finished and part in ("U", "S", "Vh"):
-                return getattr(read_layer(layer), part)  # type: ignore[no-any-return]
-            return self.source.read(name)
-
-        for shard in shards[self.processes.rank :: self.processes.count]:
-            if not (self.partial / shard.file).is_file():
-                write_shard(self.partial, spool.folder, shard, read)
-            for name in shard.layers:
-                spool.drop_factors(name)
-        return shards
 
     def _configuration(
         self, seen: Examination, finished: Mapping[str, FinishedLayer]
