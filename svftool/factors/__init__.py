@@ -2,7 +2,7 @@
 
 from svftool.factors.assembly import ShardAssembly
 from svftool.factors.delta import Merged, add_delta, rebuild
-from svftool.factors.places import Journal, ShardPlaces
+from svftool.factors.places import LayerJournal, ShardPlaces
 from svftool.factors.schema import (
     CONFIG_FILE,
     BaseRecord,
@@ -31,8 +31,8 @@ __all__ = [
     "FactorShard",
     "FactorStore",
     "FinishedLayer",
-    "Journal",
     "LayerFactors",
+    "LayerJournal",
     "LayerRecord",
     "LayerSpool",
     "Merged",

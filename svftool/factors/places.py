@@ -132,7 +132,7 @@ def holds(shard: Checkpoint, layer: FinishedLayer) -> bool:
     return found == dict(layer.digests)
 
 
-class Journal:
+class LayerJournal:
     """Notes layers as finished once they are on the disk, in a thread of its own.
 
     The disk is waited for once for all that came meanwhile, and nobody else waits for it. As a

@@ -36,8 +36,8 @@ from svftool.factors import (
     FactorConfig,
     FactorShard,
     FinishedLayer,
-    Journal,
     LayerFactors,
+    LayerJournal,
     LayerRecord,
     LayerSpool,
     ShardAssembly,
@@ -170,7 +170,7 @@ class Factorisation:
         places = ShardPlaces(self.partial, spool.folder, shards)
         self.processes.once(places.lay_out)
         done = self._done(spool, places.held)
-        with Journal(places.sync, spool.note) as journal:
+        with LayerJournal(places.sync, spool.note) as journal:
             for layer, factors in self._decomposed(done):
                 places.write_layer(layer.record.name, factors)
                 journal.add(layer)
