@@ -8,6 +8,7 @@ beside its input.
     python benchmarks/decompose.py resnet50 vit_b_16 --repeats 3
     python benchmarks/decompose.py --data ../shared/data           real spectra and weights
     python benchmarks/decompose.py --process vgg16                 whole processes, file to file
+    python benchmarks/decompose.py --process FOLDER --rank 64      of any checkpoint
     python benchmarks/decompose.py --quick                         correctness alone, for CI
 """
 
@@ -235,35 +236,59 @@ def quick_cases(data: Path | None) -> list[Case]:
 
 LOOP = """
 import sys, torch
+from pathlib import Path
 from safetensors.torch import load_file, save_file
+place, rank = Path(sys.argv[1]), sys.argv[3]
 factors = {}
-for name, W in load_file(sys.argv[1]).items():
-    U, S, Vh = torch.linalg.svd(W.float(), full_matrices=False)
-    factors |= {f"{name}.U": U.contiguous(), f"{name}.S": S, f"{name}.Vh": Vh.contiguous()}
+for file in sorted(place.glob("*.safetensors")) if place.is_dir() else [place]:
+    for name, W in load_file(file).items():
+        if W.ndim < 2:
+            factors[name] = W
+            continue
+        U, S, Vh = torch.linalg.svd(W.float().flatten(1), full_matrices=False)
+        k = len(S) if rank == "full" else int(rank)
+        factors[f"{name}.U"] = U[:, :k].contiguous()
+        factors |= {f"{name}.S": S[:k].contiguous(), f"{name}.Vh": Vh[:k].contiguous()}
 save_file(factors, sys.argv[2])
 """
 
 
 def whole_processes(name: str, options: argparse.Namespace, console: Console) -> None:
-    """Time ``svftool decompose FILE`` beside a script that loads, loops and saves."""
+    """Time ``svftool decompose`` beside a script that loads, loops and saves.
+
+    The two take turns, each first in every other turn.
+    """
     environment = {**os.environ, "OMP_NUM_THREADS": str(options.threads)}
     with tempfile.TemporaryDirectory() as folder:
-        source, ours_at, loop_at = (str(Path(folder, part)) for part in ("w.safetensors", "f", "l"))
-        save_file(random_layers(NETWORKS[name]), source)
+        ours_at, loop_at = str(Path(folder, "f")), str(Path(folder, "l"))
+        source = name
+        if name in NETWORKS:
+            source = str(Path(folder, "w.safetensors"))
+            save_file(random_layers(NETWORKS[name]), source)
         tool = [sys.executable, "-m", "svftool", "decompose", source, "-o", ours_at, "--force"]
-        sides = ([*tool, "--quiet", "--json"], [sys.executable, "-c", LOOP, source, loop_at])
-        turns = []
-        for _ in range(options.repeats):
-            turn = []
-            for command in sides:
+        sides = {
+            "svftool": [*tool, "--rank", options.rank, "--quiet", "--json"],
+            "loop": [sys.executable, "-c", LOOP, source, loop_at, options.rank],
+        }
+        turns: dict[str, list[float]] = {side: [] for side in sides}
+        peaks = dict.fromkeys(sides, 0)
+        for turn in range(options.repeats):
+            for side in sorted(sides, reverse=turn % 2 == 0):
                 with Watch() as watch:
-                    subprocess.run(command, check=True, env=environment, capture_output=True)
-                turn.append(watch.seconds)
-            turns.append(turn)
-    first, second = (statistics.median(side) for side in zip(*turns, strict=True))
+                    child = subprocess.Popen(
+                        sides[side], env=environment, stdout=subprocess.DEVNULL
+                    )
+                    _, status, used = os.wait4(child.pid, 0)
+                    child.returncode = os.waitstatus_to_exitcode(status)
+                if child.returncode != 0:
+                    raise SystemExit(f"{side} of {name}: exit code {child.returncode}")
+                turns[side].append(watch.seconds)
+                peaks[side] = max(peaks[side], used.ru_maxrss >> 10)
+    first, second = (statistics.median(turns[side]) for side in ("svftool", "loop"))
     console.print(
-        f"{name}, whole processes: svftool {first:.1f} s, loop {second:.1f} s, "
-        f"{second / first:.1f}x",
+        f"{name}, rank {options.rank}, whole processes: {second / first:.2f}x; svftool "
+        f"{first:.1f} s {peaks['svftool']} MB, loop {second:.1f} s {peaks['loop']} MB; load "
+        f"{os.getloadavg()[0]:.1f}",
         highlight=False,
     )
 
@@ -303,8 +328,18 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--quick", action="store_true", help="small cases, once: correctness alone")
     parser.add_argument("--list", action="store_true", help="name the cases")
     parser.add_argument("--process", action="store_true", help="networks as whole processes")
+    parser.add_argument("--rank", default="full", help="of whole processes: full, or a count")
     parser.add_argument("--json", type=Path, help="write what was measured here")
     return parser.parse_args()
+
+
+def check_names(asked: list[str], known: list[str]) -> None:
+    unknown = [name for name in asked if name not in known]
+    if unknown:
+        raise SystemExit(
+            f"no such case: {', '.join(unknown)}; --list names the cases, and --process takes "
+            f"{', '.join(NETWORKS)}, or the path of a checkpoint"
+        )
 
 
 def main() -> int:
@@ -318,9 +353,14 @@ def main() -> int:
     ]
     console = Console(width=200)
     if options.process:
-        for name in options.cases or ["resnet50", "vgg16", "llama block"]:
+        names = options.cases or ["resnet50", "vit_b_16"]
+        check_names(names, [name for name in names if name in NETWORKS or Path(name).exists()])
+        for name in names:
             whole_processes(name, options, console)
         return 0
+    check_names(
+        options.cases, [one for one in options.cases if any(c.name.startswith(one) for c in wanted)]
+    )
     if options.list:
         console.print("\n".join(case.name for case in wanted), highlight=False)
         return 0

@@ -38,6 +38,11 @@ class Processes:
         """Whether this process does what is done once."""
         return self.rank == 0
 
+    @property
+    def one_machine(self) -> bool:
+        """Whether all processes are known to be on this machine, as ``torchrun`` says."""
+        return self.count == 1 or os.environ.get("LOCAL_WORLD_SIZE") == str(self.count)
+
     def gather(self, value: T) -> list[T]:
         """Exchange a value with the others; also a meeting point.
 

@@ -52,6 +52,8 @@ COMMANDS = (
     Command("decompose", ("decompose", "base.safetensors", "-o", "out"), ("out",), True),
     Command("decompose shards", ("decompose", "base.safetensors", "-o", "out", "--max-shard-size",
                                  "400B"), ("out",), True),
+    Command("decompose spectra", ("decompose", "base.safetensors", "-o", "out", "--rank",
+                                  "energy:0.9", "--max-shard-size", "400B"), ("out",), True),
     Command("merge file", ("merge", "factors", "t.svf.safetensors", "-o", "out.safetensors"),
             ("out.safetensors",)),
     Command("merge folder", ("merge", "factors", "t.svf.safetensors", "-o", "out", "--verify"),

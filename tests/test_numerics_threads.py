@@ -1,11 +1,15 @@
 from __future__ import annotations
 
+import subprocess
+import sys
 import threading
 import time
 from functools import partial
+from types import SimpleNamespace
 
 import pytest
 
+from svftool.numerics import lapack
 from svftool.numerics.threads import Closed, ThreadPool
 
 
@@ -87,3 +91,30 @@ def test_a_pool_that_is_given_up_stops_soon() -> None:
     with pytest.raises(KeyboardInterrupt):
         give_up()
     assert stopped.wait(20)
+
+
+WITHOUT_THE_PACKAGE = """
+import sys
+import torch
+from svftool.numerics import lapack, svd
+
+svd(torch.randn(9, 5))
+assert lapack.available()
+assert not [name for name in sys.modules if name.startswith("scipy.linalg")]
+import scipy.linalg.cython_lapack
+from scipy.linalg import cython_blas, eigh
+assert (scipy.linalg.cython_lapack, cython_blas) == lapack.doors()
+assert eigh([[2.0]])[0] == [2.0]
+"""
+
+
+def test_a_decomposition_leaves_the_rest_of_scipy_alone_and_whole() -> None:
+    subprocess.run([sys.executable, "-c", WITHOUT_THE_PACKAGE], check=True)
+
+
+def test_what_cannot_be_loaded_alone_is_imported_with_its_package(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.delitem(sys.modules, "scipy.linalg", raising=False)
+    monkeypatch.setattr(lapack, "PathFinder", SimpleNamespace(find_spec=lambda *_: None))
+    assert lapack._door("cython_lapack").__name__ == "scipy.linalg.cython_lapack"

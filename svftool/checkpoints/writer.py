@@ -5,7 +5,8 @@ from __future__ import annotations
 import os
 import shutil
 import threading
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
@@ -42,6 +43,9 @@ class SafetensorsWriter:
     keep_order : bool
         Lay the tensors down in the order of `layout`. Otherwise wider dtypes come first, so that
         every tensor is aligned.
+    again : bool
+        Go on with a file of the same header and size, whatever its tensors hold, instead of
+        refusing one that exists; any other file is written anew.
 
     Raises
     ------
@@ -58,6 +62,7 @@ class SafetensorsWriter:
         *,
         metadata: Mapping[str, str] | None = None,
         keep_order: bool = False,
+        again: bool = False,
     ) -> None:
         ordered = dict(layout) if keep_order else _aligned(layout)
         stated = {
@@ -70,9 +75,29 @@ class SafetensorsWriter:
         self._left = set(ordered)
         self._lock = threading.Lock()
         size = len(header) + sum(byte_size(dtype, shape) for dtype, shape in ordered.values())
-        check_room(path, size)
-        with write_errors(path):
-            self._file = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o666)
+        self._open = False
+        if not (again and self._take_up(header, size)):
+            self._create(header, size, anew=again)
+
+    def _take_up(self, header: bytes, size: int) -> bool:
+        """Open a file that has this header and size; tell whether there is one."""
+        with write_errors(self.path):
+            if self.path.is_symlink() or not self.path.is_file():
+                return False
+            with self.path.open("rb") as file:
+                if os.fstat(file.fileno()).st_size != size or file.read(len(header)) != header:
+                    return False
+            self._file = os.open(self.path, os.O_WRONLY | os.O_CLOEXEC)
+            self._open = True
+            return True
+
+    def _create(self, header: bytes, size: int, *, anew: bool) -> None:
+        with write_errors(self.path):
+            if anew:
+                self.path.unlink(missing_ok=True)
+            check_room(self.path, size)
+            flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC
+            self._file = os.open(self.path, flags, 0o666)
             self._open = True
             try:
                 os.ftruncate(self._file, size)
@@ -108,6 +133,17 @@ class SafetensorsWriter:
             with write_errors(self.path):
                 self._put(raw.reshape(-1).view(torch.uint8).numpy().data, self._spans[name][0])
 
+    def sync(self) -> None:
+        """Wait until what was written is on the disk.
+
+        Raises
+        ------
+        ResourceError
+            If the disk refuses it.
+        """
+        with write_errors(self.path):
+            os.fsync(self._file)
+
     def close(self) -> None:
         """Finish the file.
 
@@ -132,6 +168,17 @@ class SafetensorsWriter:
         if self._open:
             self._open = False
             os.close(self._file)
+
+    @contextmanager
+    def reopened(self) -> Iterator[None]:
+        """Context in which a file that was closed by `abort` is open again, to write more of it."""
+        with write_errors(self.path):
+            self._file = os.open(self.path, os.O_WRONLY | os.O_CLOEXEC)
+        self._open = True
+        try:
+            yield
+        finally:
+            self.abort()
 
     @property
     def complete(self) -> bool:

@@ -42,6 +42,7 @@ def run_svds(
     device: str | torch.device = "cpu",
     workers: int | None = None,
     memory: int | None = None,
+    in_order: bool = False,
     skip: Skip | None = None,
     progress: Progress = SILENT,
 ) -> Iterator[tuple[str, Svd]]:
@@ -67,6 +68,8 @@ def run_svds(
     memory : int, optional
         Bytes that the layers at work may hold together; by default `svftool.engine.budget`. A layer
         that needs more runs alone.
+    in_order : bool
+        Begin the layers in the order given; otherwise the longest come first, which ends sooner.
     skip : callable, optional
         Told of each layer that cannot be decomposed, which is then left out; without it the first
         one ends the run.
@@ -105,6 +108,7 @@ def run_svds(
         device=device,
         workers=workers,
         memory=memory,
+        in_order=in_order,
         skip=skip,
         progress=progress,
     )
@@ -158,6 +162,7 @@ def run_layers(
     device: str | torch.device = "cpu",
     workers: int | None = None,
     memory: int | None = None,
+    in_order: bool = False,
     skip: Skip | None = None,
     progress: Progress = SILENT,
 ) -> Iterator[tuple[str, _T]]:
@@ -165,7 +170,7 @@ def run_layers(
 
     Parameters
     ----------
-    jobs, read, device, workers, memory, skip, progress
+    jobs, read, device, workers, memory, in_order, skip, progress
         As in `run_svds`.
     work : callable
         Makes the result of a job from its tensor, with the help of a pool.
@@ -186,7 +191,7 @@ def run_layers(
     ResourceError
         If a layer does not fit in memory, before anything is computed.
     """
-    ordered, place = longest_first(jobs), torch.device(device)
+    ordered, place = list(jobs) if in_order else longest_first(jobs), torch.device(device)
     if ordered:
         largest = max(ordered, key=size)
         _check_memory(largest, size(largest))

@@ -1,6 +1,8 @@
 """Factor checkpoints and tuned files: schema, reading, writing, and the merge of one weight."""
 
+from svftool.factors.assembly import ShardAssembly
 from svftool.factors.delta import Merged, add_delta, rebuild
+from svftool.factors.places import LayerJournal, ShardPlaces
 from svftool.factors.schema import (
     CONFIG_FILE,
     BaseRecord,
@@ -19,7 +21,6 @@ from svftool.factors.writer import (
     factor_infos,
     finish_factors,
     plan_factor_shards,
-    write_shard,
 )
 
 __all__ = [
@@ -31,9 +32,12 @@ __all__ = [
     "FactorStore",
     "FinishedLayer",
     "LayerFactors",
+    "LayerJournal",
     "LayerRecord",
     "LayerSpool",
     "Merged",
+    "ShardAssembly",
+    "ShardPlaces",
     "TunedFile",
     "add_delta",
     "check_names",
@@ -50,6 +54,5 @@ __all__ = [
     "read_config",
     "read_tuned",
     "rebuild",
-    "write_shard",
     "write_tuned",
 ]

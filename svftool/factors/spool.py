@@ -2,14 +2,14 @@
 
 Each layer is two files: its factors, then a small record that says the factors are complete. Both
 are renamed into place, so whatever exists is whole, whenever and wherever a process was killed, and
-whichever process wrote it. When a shard of the output has been assembled its layers' factors are
+whichever process wrote it. When a shard of the output has been put together its layers' factors are
 removed; their records stay until the end.
 """
 
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, TypeVar
@@ -27,6 +27,7 @@ from svftool.checkpoints import (
 from svftool.errors import CheckpointError, UsageError, brief, kept_work
 from svftool.factors.schema import LayerRecord, layer_from_json
 from svftool.factors.store import LayerFactors
+from svftool.files.output import sync
 
 _T = TypeVar("_T")
 FOLDER = "layers"
@@ -117,6 +118,7 @@ class Spool:
         with SafetensorsWriter(temporary, layout) as writer:
             for part, tensor in tensors.items():
                 writer.write(part, tensor)
+            writer.sync()
         with write_errors(path):
             temporary.replace(path)
 
@@ -128,13 +130,23 @@ class Spool:
         read : callable
             Makes it from a record as `keep` was given it.
         """
-        found = {}
-        for name in self._numbers:
+        found = {name: self.record(name, read) for name in self._numbers}
+        return {name: one for name, one in found.items() if one is not None}
+
+    def record(self, name: str, read: Callable[[dict[str, Any]], _T]) -> _T | None:
+        """Return what is known of one layer; None while it is not finished."""
+        path = self._path(name, "json")
+        if not path.is_file():
+            return None
+        with kept_work(path):
+            return read(dict(parse_json(path.read_bytes())))
+
+    def forget(self, names: Iterable[str]) -> None:
+        """Remove the records of layers whose tensors are gone."""
+        for name in names:
             path = self._path(name, "json")
-            if path.is_file():
-                with kept_work(path):
-                    found[name] = read(dict(parse_json(path.read_bytes())))
-        return found
+            with write_errors(path):
+                path.unlink(missing_ok=True)
 
     def tensors(self, name: str) -> dict[str, Tensor]:
         """Read the tensors of a finished layer.
@@ -175,17 +187,20 @@ class LayerSpool(Spool):
 
     def add(self, layer: FinishedLayer, factors: LayerFactors) -> None:
         """Store a finished layer."""
-        record = {
-            "record": asdict(layer.record),
-            "digests": dict(layer.digests),
-            "seconds": layer.seconds,
-        }
         tensors = {part: getattr(factors, part) for part in PARTS}
-        self.keep(layer.record.name, tensors, record)
+        self.keep(layer.record.name, tensors, _as_json(layer))
+
+    def note(self, layer: FinishedLayer) -> None:
+        """Say that a layer is finished whose factors are on the disk elsewhere."""
+        self.keep(layer.record.name, {}, _as_json(layer))
 
     def finished(self) -> dict[str, FinishedLayer]:
         """List the layers that are finished, by name."""
         return self.records(_finished)
+
+    def one(self, name: str) -> FinishedLayer | None:
+        """Return a layer if it is finished."""
+        return self.record(name, _finished)
 
     def intact(self, layer: FinishedLayer, infos: Sequence[TensorInfo]) -> bool:
         """Whether a finished layer's factors are here and hold what was written.
@@ -213,6 +228,14 @@ class LayerSpool(Spool):
         return LayerFactors(*(tensors[part] for part in PARTS))
 
 
+def _as_json(layer: FinishedLayer) -> dict[str, Any]:
+    return {
+        "record": asdict(layer.record),
+        "digests": dict(layer.digests),
+        "seconds": layer.seconds,
+    }
+
+
 def _finished(item: Mapping[str, Any]) -> FinishedLayer:
     record = layer_from_json(item["record"])
     return FinishedLayer(record, dict(item["digests"]), float(item["seconds"]))
@@ -224,8 +247,10 @@ def digests_of(factors: LayerFactors) -> dict[str, str]:
 
 
 def _write_text(path: Path, text: str) -> None:
+    """Put a text in its place, on the disk before it has its name: a loss of power tears none."""
     temporary = path.with_suffix(".writing-text")
     temporary.write_text(text, encoding="utf-8")
+    sync(temporary)
     temporary.replace(path)
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -19,7 +19,7 @@ from svftool.checkpoints import (
 )
 from svftool.checkpoints.dtypes import CODE_OF_DTYPE, dtype_name
 from svftool.errors import CheckpointError, shortlist
-from svftool.factors.schema import CONFIG_FILE, FactorConfig, LayerRecord, config_to_json
+from svftool.factors.schema import CONFIG_FILE, FactorConfig, config_to_json
 from svftool.factors.store import STEM
 from svftool.version import __version__
 
@@ -43,14 +43,15 @@ class FactorShard:
     infos: tuple[TensorInfo, ...]
 
 
-def factor_infos(layer: LayerRecord, dtype: torch.dtype) -> tuple[TensorInfo, ...]:
+def factor_infos(
+    name: str, matrix: Sequence[int], rank: int, dtype: torch.dtype
+) -> tuple[TensorInfo, ...]:
     """List the tensors that hold a layer's factors; ``S`` is float32 whatever `dtype` is."""
-    *batch, m, n = layer.matrix
-    k = layer.rank
+    *batch, m, n = matrix
     return (
-        TensorInfo(f"{layer.name}.U", dtype, (*batch, m, k), ""),
-        TensorInfo(f"{layer.name}.S", torch.float32, (*batch, k), ""),
-        TensorInfo(f"{layer.name}.Vh", dtype, (*batch, k, n), ""),
+        TensorInfo(f"{name}.U", dtype, (*batch, m, rank), ""),
+        TensorInfo(f"{name}.S", torch.float32, (*batch, rank), ""),
+        TensorInfo(f"{name}.Vh", dtype, (*batch, rank, n), ""),
     )
 
 
@@ -118,62 +119,62 @@ def check_names(layers: Iterable[str], whole: Iterable[str], *, where: str) -> N
 
 
 def plan_factor_shards(
-    layers: Sequence[LayerRecord],
+    layers: Mapping[str, tuple[TensorInfo, ...]],
     whole: Sequence[TensorInfo],
     *,
-    dtype: torch.dtype,
     max_bytes: int,
 ) -> list[FactorShard]:
     """Share layers and whole tensors out over shards, in order; a layer is never split.
 
     Parameters
     ----------
-    layers : sequence of LayerRecord
-        In file order.
+    layers : mapping of str to tuple of TensorInfo
+        The factors of each layer, see `factor_infos`, in file order.
     whole : sequence of TensorInfo
         Tensors that are kept as they are; they follow the layers.
-    dtype : torch.dtype
-        Storage dtype of ``U`` and ``Vh``.
     max_bytes : int
         Where a new shard begins.
     """
-    tensors = {layer.name: factor_infos(layer, dtype) for layer in layers}
-    tensors |= {info.name: (info,) for info in whole}
+    tensors = {**layers, **{info.name: (info,) for info in whole}}
     sizes = [
         TensorInfo(name, torch.uint8, (sum(info.nbytes for info in infos),), "")
         for name, infos in tensors.items()
     ]
     groups = plan_shards(sizes, max_bytes)
-    names = {layer.name for layer in layers}
     return [
         FactorShard(
             file,
-            tuple(name for name in group if name in names),
+            tuple(name for name in group if name in layers),
             tuple(info for name in group for info in tensors[name]),
         )
         for file, group in zip(shard_names(STEM, len(groups)), groups, strict=True)
     ]
 
 
-def write_shard(folder: Path, shard: FactorShard, read: Callable[[str], Tensor]) -> None:
-    """Write one shard; its file appears when it is complete.
+def open_shard(path: Path, shard: FactorShard, *, again: bool = False) -> SafetensorsWriter:
+    """Open a shard for writing, with its header and full size; see `SafetensorsWriter`."""
+    layout = {info.name: (info.dtype, info.shape) for info in shard.infos}
+    return SafetensorsWriter(path, layout, metadata={"format": "pt"}, again=again)
+
+
+def write_shard(path: Path, shard: FactorShard, read: Callable[[str], Tensor]) -> None:
+    """Write one shard; its file appears when it is complete and on the disk.
 
     Parameters
     ----------
-    folder : Path
+    path : Path
         Where.
     shard : FactorShard
         What.
     read : callable
         Gives each tensor by its name in the shard.
     """
-    path = folder / shard.file
     temporary = path.with_suffix(".writing")
     temporary.unlink(missing_ok=True)
-    layout = {info.name: (info.dtype, info.shape) for info in shard.infos}
-    with SafetensorsWriter(temporary, layout, metadata={"format": "pt"}) as writer:
+    with open_shard(temporary, shard) as writer:
         for info in shard.infos:
             writer.write(info.name, read(info.name))
+        writer.sync()
     with write_errors(path):
         temporary.replace(path)
 

@@ -18,6 +18,8 @@ from typing import Any, Self
 
 import torch
 
+from svftool.numerics.lapack import doors
+
 # Seconds to wait for a thread when the work has failed: it may be in a long call of LAPACK.
 _PATIENCE = 1.0
 
@@ -25,9 +27,9 @@ _PATIENCE = 1.0
 @cache
 def _blas_libraries() -> tuple[Any, ...]:
     """Return controllers of the BLAS libraries that numpy and scipy brought along."""
-    import scipy.linalg.cython_lapack  # noqa: F401  (its library must be loaded to be found)
     from threadpoolctl import ThreadpoolController
 
+    doors()  # a library must be loaded to be found
     return tuple(ThreadpoolController().select(user_api="blas").lib_controllers)
 
 

@@ -1,6 +1,8 @@
 """One decomposition on its way from a checkpoint to a finished folder, by one or many processes.
 
-Each finished layer is spooled (see `svftool.factors.spool`), so a run that was killed at any moment
+Where the ranks are known beforehand the shards are laid out and each layer is written to its place
+(see `svftool.factors.places`); where the spectrum decides, layers are spooled until their shards
+can be put together (see `svftool.factors.spool`). Either way a run that was killed at any moment
 goes on where it was. The layers are shared out by cost; what a layer's factors are does not depend
 on which process computes them, or on how many there are.
 """
@@ -10,14 +12,12 @@ from __future__ import annotations
 import math
 import os
 import shutil
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from svftool.checkpoints import (
     Checkpoint,
@@ -37,13 +37,15 @@ from svftool.factors import (
     FactorShard,
     FinishedLayer,
     LayerFactors,
+    LayerJournal,
     LayerRecord,
     LayerSpool,
+    ShardAssembly,
+    ShardPlaces,
     digests_of,
     factor_infos,
     finish_factors,
     plan_factor_shards,
-    write_shard,
 )
 from svftool.files.folder import named, real
 from svftool.files.hub import lasting_path
@@ -150,14 +152,67 @@ class Factorisation:
         seen = self._examine()
         spool = LayerSpool(self.partial, [one.info.name for one in self.layers])
         self.processes.once(lambda: spool.begin(self._facts(seen), resume=resume))
-        self._decompose(spool)
-        self.processes.meet()
-        finished = spool.finished()
-        shards = self._assemble(spool, finished)
+        work = self._placed if self._ranks_are_known else self._spooled
+        shards, finished = work(spool)
         self.processes.meet()
         config = self._configuration(seen, finished)
         self.processes.once(lambda: self._finish(spool, shards, config))
         return config, {name: layer.seconds for name, layer in finished.items()}
+
+    @property
+    def _ranks_are_known(self) -> bool:
+        # Two machines that write into one page of a shared file can undo each other's bytes.
+        return self.processes.one_machine and all(one.rank is not None for one in self.layers)
+
+    def _placed(self, spool: LayerSpool) -> tuple[list[FactorShard], dict[str, FinishedLayer]]:
+        """Write every layer to its place in shards that are laid out beforehand."""
+        shards = self._shards({one.info.name: one.rank for one in self.layers})
+        places = ShardPlaces(self.partial, spool.folder, shards)
+        self.processes.once(places.lay_out)
+        done = self._done(spool, places.held)
+        with LayerJournal(places.sync, spool.note) as journal:
+            for layer, factors in self._decomposed(done):
+                places.write_layer(layer.record.name, factors)
+                journal.add(layer)
+                del factors
+        for name in self._kept[self.processes.rank :: self.processes.count]:
+            places.write({name: self.source.read(name)})
+        self.processes.meet()
+        self.processes.once(places.put_out)
+        return shards, spool.finished()
+
+    def _spooled(self, spool: LayerSpool) -> tuple[list[FactorShard], dict[str, FinishedLayer]]:
+        """Spool every layer, and put the shards together as they fill."""
+        names = [one.info.name for one in self.layers]
+        assembly = ShardAssembly(self.partial, spool, names, self._shards, self.source.read)
+        in_shards = self.processes.once(lambda: assembly.take_up(self._found(spool)))
+
+        def held(layers: Sequence[FinishedLayer]) -> set[str]:
+            return {
+                layer.record.name
+                for layer in layers
+                if layer.record.name in in_shards or spool.intact(layer, self._infos(layer.record))
+            }
+
+        done = self._done(spool, held)
+        self.processes.once(lambda: spool.forget(set(names) - done))
+        for layer, factors in self._decomposed(done, in_order=self._many_shards):
+            spool.add(layer, factors)
+            del factors
+            if self.processes.first:
+                assembly.advance()
+        self.processes.meet()
+        finished = spool.finished()
+        shards = self._shards({name: layer.record.rank for name, layer in finished.items()})
+        assembly.finish(shards, rank=self.processes.rank, count=self.processes.count)
+        self.processes.meet()
+        self.processes.once(lambda: assembly.put_out(shards))
+        return shards, finished
+
+    @property
+    def _many_shards(self) -> bool:
+        """Whether there may be several: layers then come in file order, so that the first fill."""
+        return sum(one.factor_bytes for one in self.layers) > self.settings.max_shard_bytes
 
     def _examine(self) -> Examination:
         names = {one.info.name: one.matrix for one in self.layers}
@@ -195,40 +250,49 @@ class Factorisation:
             "layers_only": settings.layers_only,
         }
 
-    def _decompose(self, spool: LayerSpool) -> None:
+    def _found(self, spool: LayerSpool) -> dict[str, FinishedLayer]:
+        """List what an interrupted run noted of these layers."""
         planned = {one.info.name: one for one in self.layers}
-        found = {
+        return {
             name: layer
             for name, layer in spool.finished().items()
             if planned[name].fits(layer.record)
         }
-        written = self._written_layers(found)
-        dtype = self.settings.dtype
-        done = {
-            name
-            for name, layer in found.items()
-            if name in written or spool.intact(layer, factor_infos(layer.record, dtype))
-        }
+
+    def _done(
+        self, spool: LayerSpool, held: Callable[[Sequence[FinishedLayer]], set[str]]
+    ) -> set[str]:
+        """List the layers that an interrupted run finished and whose factors are still there."""
+        mine = list(self._found(spool).values())[self.processes.rank :: self.processes.count]
+        # A meeting, too: everyone has looked at what is finished before anyone adds to it.
+        done = set[str]().union(*self.processes.gather(held(mine)))
         if done:
             self.progress.note(f"resuming: {len(done)} of {len(self.layers)} layers are finished")
+        return done
+
+    def _decomposed(
+        self, done: set[str], *, in_order: bool = False
+    ) -> Iterator[tuple[FinishedLayer, LayerFactors]]:
+        """Decompose this process's share of what is not done, longest or first layers first."""
         plans = {one.info.name: one for one in self.layers if one.info.name not in done}
         shares = share([one.job for one in plans.values()], self.processes.count)
-        mine = shares[self.processes.rank]
-        # Everyone has looked at what is finished before anyone adds to it.
-        self.processes.meet()
-        for name, svd in self._svds(mine):
+        mine = {job.name: job for job in shares[self.processes.rank]}
+        jobs = [mine[name] for name in plans if name in mine]
+        for name, svd in self._svds(jobs, in_order=in_order):
             stored = self._stored(name, svd)
             factors = LayerFactors(stored.U, stored.S, stored.Vh)
             record = _record(plans[name], stored)
-            spool.add(FinishedLayer(record, digests_of(factors), svd.seconds), factors)
+            yield FinishedLayer(record, digests_of(factors), svd.seconds), factors
+            del svd, stored, factors  # their memory is counted until the next one is asked for
 
-    def _svds(self, jobs: Sequence[Job]) -> Iterator[tuple[str, Svd]]:
+    def _svds(self, jobs: Sequence[Job], *, in_order: bool) -> Iterator[tuple[str, Svd]]:
         return run_svds(
             jobs,
             self.source.read,
             rank=self.settings.rank,
             method=self.settings.method,
             device=self.settings.device,
+            in_order=in_order,
             progress=self.progress,
         )
 
@@ -250,54 +314,34 @@ class Factorisation:
             orthogonality_error=float(max(defects)),
         )
 
-    def _shards(self, finished: Mapping[str, FinishedLayer]) -> list[FactorShard]:
+    @property
+    def _kept(self) -> list[str]:
+        """Tensors that are written as they are, in file order."""
         kept = () if self.settings.layers_only else self.left_whole
+        return [name for name in self.source.infos if name in kept]
+
+    def _shards(self, ranks: Mapping[str, int | None], whole: bool = True) -> list[FactorShard]:
+        dtype = self.settings.dtype
         return plan_factor_shards(
-            [finished[one.info.name].record for one in self.layers],
-            [self.source.infos[name] for name in self.source.infos if name in kept],
-            dtype=self.settings.dtype,
+            {
+                one.info.name: factor_infos(one.info.name, one.matrix, rank, dtype)
+                for one in self.layers
+                if (rank := ranks.get(one.info.name)) is not None
+            },
+            [self.source.infos[name] for name in self._kept if whole],
             max_bytes=self.settings.max_shard_bytes,
         )
 
-    def _written_layers(self, finished: Mapping[str, FinishedLayer]) -> set[str]:
-        """Layers in shards that an interrupted run completed; it had finished every layer."""
-        if len(finished) < len(self.layers):
-            return set()
-        return {
-            name
-            for shard in self._shards(finished)
-            if (self.partial / shard.file).is_file()
-            for name in shard.layers
-        }
-
-    def _assemble(
-        self, spool: LayerSpool, finished: Mapping[str, FinishedLayer]
-    ) -> list[FactorShard]:
-        """Put the finished layers into shards; the processes take turns."""
-        shards = self._shards(finished)
-        read_layer = lru_cache(maxsize=1)(spool.read)
-
-        def read(name: str) -> Tensor:
-            layer, _, part = name.rpartition(".")
-            if layer in finished and part in ("U", "S", "Vh"):
-                return getattr(read_layer(layer), part)  # type: ignore[no-any-return]
-            return self.source.read(name)
-
-        for shard in shards[self.processes.rank :: self.processes.count]:
-            if not (self.partial / shard.file).is_file():
-                write_shard(self.partial, shard, read)
-            for name in shard.layers:
-                spool.drop_factors(name)
-        return shards
+    def _infos(self, record: LayerRecord) -> tuple[TensorInfo, ...]:
+        return factor_infos(record.name, record.matrix, record.rank, self.settings.dtype)
 
     def _configuration(
         self, seen: Examination, finished: Mapping[str, FinishedLayer]
     ) -> FactorConfig:
         total = Fingerprint()
-        kept = () if self.settings.layers_only else self.left_whole
-        digests = {name: seen.digests[name] for name in kept}
+        digests = {name: seen.digests[name] for name in self._kept}
         for layer in finished.values():
-            for info in factor_infos(layer.record, self.settings.dtype):
+            for info in self._infos(layer.record):
                 digest = layer.digests[info.name.rpartition(".")[2]]
                 total.add_digest(info.name, dtype_name(info.dtype), info.shape, digest)
                 digests[info.name] = digest
