@@ -30,7 +30,7 @@ from svftool.stages.evaluate import (
     origins_of,
 )
 from svftool.stages.settings import SourcedSetting, settings_of
-from svftool.tasks.images import class_names
+from svftool.tasks.class_names import class_names
 from svftool.tasks.inputs import TEXTS, list_pictures, list_prompts, unlike_names
 from svftool.tasks.language import Language
 from svftool.tasks.options import (

@@ -14,10 +14,11 @@ from torch import Tensor, nn
 from svftool.errors import ModelError
 from svftool.models import find_head
 from svftool.tasks.base import Draw, device_of
-from svftool.tasks.classification import ClassificationDraw, Examples, OfHead
+from svftool.tasks.classification import ClassificationDraw, Examples
 from svftool.tasks.heads import logits_of, pool
 from svftool.tasks.images import image_size
 from svftool.tasks.inputs import Picture
+from svftool.tasks.labelled import OfHead
 from svftool.tasks.language import Language, LanguageDraw, Score, score_block
 from svftool.tasks.options import ClassificationOptions, SegmentationOptions
 from svftool.tasks.segmentation.draw import SegmentationDraw, Setting, write_map
