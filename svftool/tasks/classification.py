@@ -205,5 +205,5 @@ class ClassificationDraw(ClassifierDraw[Examples, ImageSetting]):
         """Yield each image's class, the one that the model finds, and how sure it is of it."""
         examples = self._parts[part]
         files = (short_name(examples.images.paths[index]) for index in examples.indices)
-        for file, found in zip(files, self.found(model, part), strict=True):
+        for file, found in zip(files, self.found(self.logits(model, part)), strict=True):
             yield {"file": file, **found}

@@ -71,6 +71,15 @@ class ClassificationCount:
         self._confusion.update(logits.argmax(1), labels)
         self._loss += float(cross_entropy(logits, labels, reduction="sum"))
 
+    def macro_f1(self) -> float:
+        """Return the mean of the F1 scores over the classes that occur or were predicted.
+
+        Of class c it is ``2 TP / (2 TP + FP + FN)``, with the counts of the confusion matrix.
+        """
+        counts = self._confusion.compute().double()
+        both = counts.sum(1) + counts.sum(0)
+        return float((2 * counts.diagonal()[both > 0] / both[both > 0]).mean())
+
     def result(self) -> dict[str, float]:
         """Accuracy, its mean over the classes that occur, and the mean loss in nats."""
         counts = self._confusion.compute().double()
@@ -460,13 +469,13 @@ class ClassifierDraw(Generic[E, S]):
             yield self.run(model, inputs), labels
 
     @torch.inference_mode()
-    def found(self, model: nn.Module, part: Part) -> Iterator[dict[str, Any]]:
+    def found(self, batches: Iterator[tuple[Tensor, Tensor]]) -> Iterator[dict[str, Any]]:
         """Yield each example's class, the one that the model finds, and how sure it is of it.
 
-        In the order of `logits`.
+        In the order of the logits and labels in `batches`.
         """
         names = self._task.classes
-        for logits, labels in self.logits(model, part):
+        for logits, labels in batches:
             sure, found = logits.float().softmax(1).max(1)
             for label, other, probability in zip(
                 labels.tolist(), found.tolist(), sure.tolist(), strict=True
