@@ -85,6 +85,23 @@ def command(
         int | None,
         typer.Option(help="Tokens that the model sees at once.", show_default="as trained"),
     ] = None,
+    max_length: Annotated[
+        int | None,
+        typer.Option(
+            min=1,
+            metavar="TOKENS",
+            help="Tokens of a text that a classifier sees.",
+            show_default="as trained",
+        ),
+    ] = None,
+    text_column: Annotated[
+        str | None,
+        typer.Option(
+            metavar="NAME",
+            help="Column, or key, of the texts to classify.",
+            show_default="as trained, or text",
+        ),
+    ] = None,
     device: DeviceOption = "auto",
     force: ForceOption = False,
     display: Display,
@@ -108,6 +125,8 @@ def command(
         "image_size": image_size,
         "tokenizer": tokenizer,
         "sequence_length": sequence_length,
+        "max_length": max_length,
+        "text_column": text_column,
     }
     result = predict(
         checkpoint,

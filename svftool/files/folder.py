@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import re
 import shutil
@@ -246,8 +245,14 @@ def are_labelled(columns: Sequence[str]) -> bool:
     >>> are_labelled(["text", "category"]), are_labelled(["prompt", "completion"])
     (True, False)
     """
-    names = [column.lower() for column in columns]
-    return "text" in names and (len(names) == 2 or "label" in names)
+    others = [column.lower() for column in columns if column.lower() != "text"]
+    if len(others) == len(columns) or {"prompt", "completion"} & set(others):
+        return False
+    return "label" in others or (len(others) == 1 and others[0] not in _NUMBERS)
+
+
+_NUMBERS = ("", "id", "idx", "index")
+"""Columns that number rows, and name no class."""
 
 
 def texts_in(path: Path) -> TextsFound | None:
@@ -278,8 +283,8 @@ def texts_in(path: Path) -> TextsFound | None:
 def _keys(line: str) -> list[str]:
     """Return the keys of a line of JSONL; none where it is no object."""
     try:
-        record = json.loads(line)
-    except (ValueError, RecursionError):
+        record = parse_json(line)
+    except ValueError:
         return []
     return list(record) if isinstance(record, dict) else []
 

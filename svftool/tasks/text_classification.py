@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -15,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from svftool.errors import DataError, ModelError, UsageError
+from svftool.files.header import parse_json
 from svftool.models import find_head
 from svftool.tasks.base import Part, Prepared, TaskMetric, device_of, forward_errors, to_device
 from svftool.tasks.class_names import check_labels, class_names
@@ -273,8 +273,8 @@ def stored_pooling(folder: Path | None) -> Pooling | None:
     if file is None or not file.is_file():
         return None
     try:
-        said = json.loads(file.read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError):
+        said = parse_json(file.read_bytes())
+    except (OSError, ValueError):
         return None
     if not isinstance(said, Mapping):
         return None
@@ -351,7 +351,7 @@ class TextClassification:
         require_query(chosen.shots, chosen.evaluation, "texts")
         draw_shots([text.label for text in texts], shots=chosen.shots, unit="texts")
         self.encoding = encoding_of(chosen, config, folder, trust_remote_code=trust_remote_code)
-        self.pooling: Pooling = chosen.pooling or stored_pooling(folder) or "mean"
+        self.pooling = pooling_of(chosen, folder)
         self._names = [text.label for text in texts]
         self._texts = Encoded.of(texts, [text.text for text in texts], self.encoding)
         encoded = Encoded.of(queries, [text.text for text in queries], self.encoding)
@@ -442,6 +442,11 @@ def encoding_of(
     if limit is not None and length > limit:
         raise UsageError(f"--max-length is {length}, the model takes {limit} tokens at most")
     return Encoding(tokenizer, length)
+
+
+def pooling_of(chosen: TextClassificationOptions, folder: Path | None) -> Pooling:
+    """Return what the features of an encoder are: as asked, as stored, or the mean."""
+    return chosen.pooling or stored_pooling(folder) or "mean"
 
 
 class TextSetting(ClassifierSetting, Protocol):
@@ -550,6 +555,10 @@ class TextDraw(ClassifierDraw[TextExamples, TextSetting]):
                 "Name an encoder or a text classifier with --model"
             )
         return outputs.shape[1]
+
+    def outputs(self, model: nn.Module) -> int | None:
+        """Return how many outputs the head of a bare model has; None where it has none."""
+        return None if self._head_of(model) is None else self._outputs(model)
 
     def _head_of(self, model: nn.Module) -> str | None:
         if self._task.options.head_name is None and not is_classifier(model):

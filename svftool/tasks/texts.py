@@ -315,15 +315,14 @@ def _labelled_text(
     return LabelledText(words, name.strip(), file, line)
 
 
-def list_column(data: Path, column: str | None) -> list[Text]:
+def list_column(data: Path, column: str) -> list[Text]:
     """Read the texts of one column or key, whatever else the rows have.
 
     Parameters
     ----------
     data : Path
         As for `list_labelled`.
-    column : str or None
-        By default ``text``.
+    column : str
 
     Raises
     ------
@@ -333,13 +332,13 @@ def list_column(data: Path, column: str | None) -> list[Text]:
     return [text for file, rows in _files(data) for text in _of_column(file, rows, column)]
 
 
-def _of_column(file: Path, rows: Iterable[tuple[int, Any]], column: str | None) -> Iterator[Text]:
+def _of_column(file: Path, rows: Iterable[tuple[int, Any]], column: str) -> Iterator[Text]:
     found: str | None = None
     for line, row in rows:
         try:
             record = _record(row)
             if found is None:
-                found = _named(file, list(record), column or "text", "--text-column")
+                found = _named(file, list(record), column, "--text-column")
             yield Text("", _words(record, found), False, file, line)
         except _Fault as fault:
             raise DataError(f"{file}: line {line}: {fault}, expected a text") from None
