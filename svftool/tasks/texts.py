@@ -105,12 +105,20 @@ def _rows(file: Path, delimiter: str) -> Iterator[tuple[int, Any]]:
     return ((line, _cells(names, row)) for line, row in rows)
 
 
+class _Row(dict[str, str]):
+    """Cells by the names of their columns; a short row has fewer cells than there are `names`."""
+
+    names: Sequence[str] = ()
+
+
 def _cells(names: Sequence[str], row: Sequence[str]) -> Mapping[str, str] | _Fault:
     if any(cell.strip() for cell in row[len(names) :]):
         return _Fault(
             f"{len(row)} cells for {len(names)} columns (a text with commas stands in quotes)"
         )
-    return dict(zip(names, row, strict=False))
+    cells = _Row(zip(names, row, strict=False))
+    cells.names = names
+    return cells
 
 
 def _stored_rows(folder: Path) -> Iterator[tuple[int, Any]]:
@@ -252,7 +260,7 @@ def _labelled(
     for line, row in rows:
         try:
             record = _record(row)
-            columns = columns or _columns(file, list(record), text, label)
+            columns = columns or _columns(file, _names(record), text, label)
             found.append(_labelled_text(file, line, record, *columns))
         except _Fault as fault:
             faults.append(f"line {line}: {fault}")
@@ -290,6 +298,11 @@ def _columns(
             "--label-column; a table begins with a row of names"
         )
     return texts, labels
+
+
+def _names(record: Mapping[str, Any]) -> list[str]:
+    """Return the columns there are, those that a short row lacks too."""
+    return list(record.names if isinstance(record, _Row) else record)
 
 
 def _named(file: Path, names: Sequence[str], asked: str, flag: str) -> str:
@@ -338,7 +351,7 @@ def _of_column(file: Path, rows: Iterable[tuple[int, Any]], column: str) -> Iter
         try:
             record = _record(row)
             if found is None:
-                found = _named(file, list(record), column, "--text-column")
+                found = _named(file, _names(record), column, "--text-column")
             yield Text("", _words(record, found), False, file, line)
         except _Fault as fault:
             raise DataError(f"{file}: line {line}: {fault}, expected a text") from None
