@@ -52,7 +52,11 @@ def command(
     ] = None,
     task: Annotated[
         TaskName | None,
-        typer.Option(help="Kind of input.", show_default="as trained, or by model and inputs"),
+        typer.Option(
+            metavar="TASK",
+            help="Kind of input: classification, text-classification, segmentation or language.",
+            show_default="as trained, or by model and inputs",
+        ),
     ] = None,
     network: ModelFlags,
     output: Annotated[
@@ -94,14 +98,6 @@ def command(
             show_default="as trained",
         ),
     ] = None,
-    text_column: Annotated[
-        str | None,
-        typer.Option(
-            metavar="NAME",
-            help="Column, or key, of the texts to classify.",
-            show_default="as trained, or text",
-        ),
-    ] = None,
     device: DeviceOption = "auto",
     force: ForceOption = False,
     display: Display,
@@ -126,7 +122,6 @@ def command(
         "tokenizer": tokenizer,
         "sequence_length": sequence_length,
         "max_length": max_length,
-        "text_column": text_column,
     }
     result = predict(
         checkpoint,

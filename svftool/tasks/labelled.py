@@ -168,7 +168,7 @@ def of_head(
     return OfHead(tuple(known[row] for row in kept), "part", tuple(kept), len(head))
 
 
-class Examples(Protocol):
+class LabelledExamples(Protocol):
     """Labelled examples: which of those that were listed, and their classes."""
 
     @property
@@ -202,7 +202,7 @@ E = TypeVar("E", bound="Divisible")
 S = TypeVar("S", bound=ClassifierSetting)
 
 
-class Divisible(Examples, Protocol):
+class Divisible(LabelledExamples, Protocol):
     """Examples of which a part can be taken."""
 
     def at(self: E, positions: Sequence[int]) -> E:
