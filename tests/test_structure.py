@@ -76,6 +76,11 @@ def test_a_long_parameter_list_is_found():
     [
         ("classification", "svftool.tasks.classification", ["few_shot", "tasks.segmentation"]),
         ("few-shot-segmentation", "svftool.few_shot.task", ["tasks.classification", "language"]),
+        (
+            "text-classification",
+            "svftool.tasks.text_classification",
+            ["few_shot", "tasks.segmentation", "tasks.language"],
+        ),
         ("language", "svftool.tasks.language", ["few_shot", "tasks.classification"]),
         ("segmentation", "svftool.tasks.segmentation", ["few_shot", "tasks.classification"]),
     ],

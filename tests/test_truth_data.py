@@ -14,7 +14,8 @@ from svftool.few_shot.list_files import Listed
 from svftool.few_shot.masks import read_binary, read_label_map
 from svftool.few_shot.pairs import PairsSource, class_folders
 from svftool.progress import Silent
-from svftool.tasks.images import class_names, list_images, natural_order, order_warning
+from svftool.tasks.class_names import class_names, natural_order, order_warning
+from svftool.tasks.images import list_images
 from svftool.tasks.segmentation import Segmentation
 from svftool.tasks.segmentation.pairs import ClassTable, read_labels
 from svftool.tasks.texts import list_texts

@@ -12,7 +12,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Annotated, Any, TextIO
+from typing import Annotated, Any, TextIO, get_args
 
 import typer
 from rich.console import Console, RenderableType
@@ -214,7 +214,13 @@ ModelOption = Annotated[
         "package.module:FACTORY.",
     ),
 ]
-TaskOption = Annotated[TaskName, typer.Option(help="Kind of data, loss and metrics.")]
+TaskOption = Annotated[
+    TaskName,
+    typer.Option(
+        metavar="TASK",
+        help=f"Kind of data, loss and metrics: {', '.join(get_args(TaskName))}.",
+    ),
+]
 MovedBaseOption = Annotated[
     Path | None,
     typer.Option("--base", help="The checkpoint that was decomposed, where it has moved."),

@@ -52,7 +52,11 @@ def command(
     ] = None,
     task: Annotated[
         TaskName | None,
-        typer.Option(help="Kind of input.", show_default="as trained, or by model and inputs"),
+        typer.Option(
+            metavar="TASK",
+            help="Kind of input: classification, text-classification, segmentation or language.",
+            show_default="as trained, or by model and inputs",
+        ),
     ] = None,
     network: ModelFlags,
     output: Annotated[
@@ -85,6 +89,15 @@ def command(
         int | None,
         typer.Option(help="Tokens that the model sees at once.", show_default="as trained"),
     ] = None,
+    max_length: Annotated[
+        int | None,
+        typer.Option(
+            min=1,
+            metavar="TOKENS",
+            help="Tokens of a text that a classifier sees.",
+            show_default="as trained",
+        ),
+    ] = None,
     device: DeviceOption = "auto",
     force: ForceOption = False,
     display: Display,
@@ -108,6 +121,7 @@ def command(
         "image_size": image_size,
         "tokenizer": tokenizer,
         "sequence_length": sequence_length,
+        "max_length": max_length,
     }
     result = predict(
         checkpoint,

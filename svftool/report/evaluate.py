@@ -78,10 +78,10 @@ def _is_fraction(name: str) -> bool:
 
     Examples
     --------
-    >>> [_is_fraction(name) for name in ("class_accuracy", "base_miou_5shot", "loss")]
-    [True, True, False]
+    >>> [_is_fraction(name) for name in ("class_accuracy", "base_miou_5shot", "macro_f1", "loss")]
+    [True, True, True, False]
     """
-    return "accuracy" in name or "iou" in name
+    return any(part in name for part in ("accuracy", "iou", "f1"))
 
 
 def _value(number: float | None, *, percent: bool) -> str:

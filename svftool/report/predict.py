@@ -49,10 +49,13 @@ def _complete(result: PredictResult) -> bool:
     return result.output is None or result.task == "segmentation"
 
 
+_PICTURES = ("classification", "segmentation")
+
+
 def _table(result: PredictResult) -> Table:
     table = plain_table()
     language = result.task == "language"
-    table.add_column("text" if language else "picture", overflow="fold")
+    table.add_column("picture" if result.task in _PICTURES else "text", overflow="fold")
     if language:
         table.add_column("tokens", justify="right")
         table.add_column("perplexity", justify="right")
@@ -62,15 +65,15 @@ def _table(result: PredictResult) -> Table:
         table.add_column("share %" if result.task == "segmentation" else "sure %", justify="right")
         table.add_column("then", overflow="fold")
     for row in result.rows[:SHOWN]:
-        table.add_row(*(_text_cells(row) if language else _picture_cells(row)))
+        table.add_row(*(_text_cells(row) if language else _class_cells(row)))
     return table
 
 
-def _picture_cells(row: Mapping[str, Any]) -> list[Text]:
+def _class_cells(row: Mapping[str, Any]) -> list[Text]:
     first, *others = row["classes"]
     then = ", ".join(f"{one['name']} {_percent(one)}" for one in others)
     return [
-        Text(safe(row["file"])),
+        Text(safe(_beginning(row["text"]) if "text" in row else row["file"])),
         Text(safe(first["name"]), "bold"),
         Text(_percent(first)),
         Text(safe(then)),
@@ -81,11 +84,15 @@ def _text_cells(row: Mapping[str, Any]) -> list[Text]:
     perplexity = row["perplexity"]
     then = ", ".join(f"{one['token']!r} {_percent(one)}" for one in row["next"])
     return [
-        Text(safe(" ".join(row["text"].split())[:40])),
+        Text(safe(_beginning(row["text"]))),
         Text(str(row["tokens"])),
         Text("" if perplexity is None else f"{perplexity:.4g}"),
         Text(safe(then)),
     ]
+
+
+def _beginning(text: str) -> str:
+    return " ".join(text.split())[:40]
 
 
 def _percent(one: Mapping[str, Any]) -> str:

@@ -124,6 +124,24 @@ def _language(data: Path, facts: ModelFacts, _progress: Progress, **options: Any
     ]
 
 
+def _text_classification(
+    data: Path, facts: ModelFacts, _progress: Progress, **options: Any
+) -> Sequence[Task]:
+    from svftool.tasks.text_classification import TextClassification
+
+    return [
+        TextClassification(
+            data,
+            config=facts.config,
+            folder=facts.folder,
+            trust_remote_code=facts.trust_remote_code,
+            head_classes=head_classes(facts.config),
+            whole_head=facts.whole_head,
+            **options,
+        )
+    ]
+
+
 def _segmentation(
     data: Path, facts: ModelFacts, _progress: Progress, **options: Any
 ) -> Sequence[Task]:
@@ -142,6 +160,7 @@ def _segmentation(
 
 _MAKERS: dict[str, Callable[..., Sequence[Task]]] = {
     "classification": _classification,
+    "text-classification": _text_classification,
     "segmentation": _segmentation,
     "language": _language,
     "few-shot-segmentation": _few_shot,

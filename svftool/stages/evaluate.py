@@ -273,11 +273,15 @@ def filled_options(
         options["shots"] = None
         options["evaluation"] = options.get("evaluation") or data
     # What a configuration says of a classifier's head is held against the data's classes instead.
-    held = task == "classification" and source.tuned is None and source.stated.classes is None
+    held = task in _JUDGED and source.tuned is None and source.stated.classes is None
     names = None if held else known_classes(source)
     if names and "classes" in own:
         options.setdefault("classes", names)
     return options
+
+
+_JUDGED = ("classification", "text-classification")
+"""Tasks that hold the head's own names of the classes against the data's."""
 
 
 def _seed(source: Source) -> int:
@@ -398,7 +402,7 @@ def _settings(
         classes=classes_setting(source, task.classes, given),
         shots=SourcedSetting(task.shots, origins.of_option("shots")) if drawn else None,
         seed=seed if drawn else None,
-        tokenizer=tokenizer if task.name == "language" else None,
+        tokenizer=tokenizer if "tokenizer" in dict(options_in(TASKS[task.name])) else None,
     )
 
 
@@ -429,7 +433,7 @@ def fit(
         names = [*names, *_adapt(prepared, source.adapter, source.checkpoint)]
     inside = prepared.head is not None and any(n.startswith(f"{prepared.head}.") for n in names)
     # A host for few-shot segmentation has no classes, and a stand-in until it is trained.
-    if prepared.new_head and classes is not None and not inside:
+    if prepared.new_head and classes is not None and not (inside or prepared.ready):
         raise ModelError(
             f"{source.paths[-1]}: no head for the data's {len(classes)} classes "
             f"({shortlist(classes, 4)}), expected one trained for them. Give the classes of "

@@ -30,18 +30,21 @@ from svftool.stages.evaluate import (
     origins_of,
 )
 from svftool.stages.settings import SourcedSetting, settings_of
-from svftool.tasks.images import class_names
+from svftool.tasks.class_names import class_names
 from svftool.tasks.inputs import TEXTS, list_pictures, list_prompts, unlike_names
 from svftool.tasks.language import Language
+from svftool.tasks.option import options_in
 from svftool.tasks.options import (
     TASKS,
     ClassificationOptions,
     ImageOptions,
     SegmentationOptions,
+    TextClassificationOptions,
     recorded,
 )
 from svftool.tasks.segmentation.views import choose_dense_view
-from svftool.tasks.unlabelled import NewPictures, NewScenes, NewTexts, Unlabelled
+from svftool.tasks.text_classification import encoding_of, pooling_of
+from svftool.tasks.unlabelled import NewMessages, NewPictures, NewScenes, NewTexts, Unlabelled
 from svftool.tasks.views import ImageView, choose_view
 
 SHOWN = 40
@@ -111,8 +114,8 @@ def predict(
     tuned : path-like, optional
         The tuned file to put on the factors' base, or an adapter in any layout.
     task : str, optional
-        ``classification``, ``segmentation`` or ``language``; by default what the weights were
-        trained for, or what ``config.json`` and the inputs suggest.
+        ``classification``, ``text-classification``, ``segmentation`` or ``language``; by default
+        what the weights were trained for, or what ``config.json`` and the inputs suggest.
     model : str
         See `svftool.models.build_model`.
     base : path-like, optional
@@ -160,6 +163,7 @@ def predict(
         if target is not None:
             check_predictions_name(target, folder=TASKS[task].pictured)
         given = dict(options)
+        _check_options(task, given)
         options = {**recorded(task, source.said_for(task).data), **options}
         fresh = build_model(
             model,
@@ -209,6 +213,8 @@ def _task(asked: str | None, source: Source, inputs: Sequence[Path]) -> str:
     guessed = "classification"
     if "Segmentation" in kind:
         guessed = "segmentation"
+    elif "SequenceClassification" in kind:
+        guessed = "text-classification"
     elif "LM" in kind or all(one.suffix.lower() in TEXTS for one in inputs):
         guessed = "language"
     task = asked or trained or guessed
@@ -218,6 +224,15 @@ def _task(asked: str | None, source: Source, inputs: Sequence[Path]) -> str:
             f"{', '.join(_EXAMPLES)}. See 'svftool evaluate --predictions'"
         )
     return task
+
+
+def _check_options(task: str, given: Mapping[str, Any]) -> None:
+    """Refuse options of another task."""
+    own = dict(options_in(TASKS[task]))
+    for name in given:
+        if name not in own:
+            flag = f"--{name.replace('_', '-')}"
+            raise UsageError(f"{flag} has no meaning for --task {task}, expected none")
 
 
 def _named(source: Source, given: Any) -> tuple[str, ...] | None:
@@ -291,7 +306,33 @@ def _prompts(
     return NewTexts(task)
 
 
-_EXAMPLES = {"classification": _pictures, "segmentation": _scenes, "language": _prompts}
+def _messages(
+    inputs: Sequence[Path],
+    source: Source,
+    facts: ModelFacts,
+    options: Mapping[str, Any],
+    model: nn.Module,
+) -> Unlabelled:
+    chosen = TextClassificationOptions(**options)
+    encoding = encoding_of(
+        chosen, facts.config, facts.folder, trust_remote_code=facts.trust_remote_code
+    )
+    return NewMessages(
+        list_prompts(inputs, column=chosen.text_column),
+        chosen,
+        encoding,
+        pooling_of(chosen, facts.folder),
+        _named(source, chosen.classes),
+        model,
+    )
+
+
+_EXAMPLES = {
+    "classification": _pictures,
+    "text-classification": _messages,
+    "segmentation": _scenes,
+    "language": _prompts,
+}
 
 
 class _Writer(Protocol):
@@ -345,6 +386,8 @@ def _columns(task: str, top: int) -> list[str]:
     name = "token"
     if task == "classification":
         own, name = ["file", "prediction", "probability"], "name"
+    if task == "text-classification":
+        own, name = ["file", "line", "text", "prediction", "probability"], "name"
     return own + [f"{one}_{n}" for n in range(1, top + 1) for one in (name, "probability")]
 
 

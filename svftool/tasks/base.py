@@ -93,6 +93,8 @@ class Prepared:
     head_rate : float
         What the default learning rate of the head is multiplied by: a head whose start is as good
         as the examples can make it had better move little.
+    ready : bool
+        The new head can be used untrained: no examples were needed to make it.
     beside : tuple of nn.Module
         Frozen modules that the loss uses and `model` does not hold. Where several processes
         prepare, they go on with those of the first.
@@ -107,6 +109,7 @@ class Prepared:
     new_head: bool = False
     layers: tuple[str, ...] = ()
     head_rate: float = 1.0
+    ready: bool = False
     beside: tuple[nn.Module, ...] = ()
     said: tuple[str, ...] = ()
     facts: Mapping[str, Any] = field(default_factory=dict)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 import unicodedata
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any, Literal
 
@@ -180,20 +180,44 @@ def require_module(model: nn.Module, name: str, *, option: str = "--head-name") 
         raise ModelError(f"{option} {name!r} is no module of the model: {shortlist(names)}")
 
 
-def head_inputs(model: nn.Module, head: str, batches: Iterable[Tensor]) -> Tensor:
-    """Run the model and catch what its head sees, pooled: (N, F) float32."""
+def head_inputs(
+    model: nn.Module,
+    head: str,
+    batches: Iterable[Any],
+    *,
+    run: Callable[[nn.Module, Any], Any] | None = None,
+    reduce: Callable[[Tensor, Any], Tensor] | None = None,
+) -> Tensor:
+    """Run the model and catch what its head sees: (N, F) float32.
+
+    Parameters
+    ----------
+    model : nn.Module
+    head : str
+        Name of its head.
+    batches : iterable
+        What the model takes.
+    run : callable, optional
+        Runs the model on a batch that is no single argument.
+    reduce : callable, optional
+        Makes (N, F) of what the head sees of a batch, by default `pool`.
+    """
     caught: list[Tensor] = []
 
     def catch(module: nn.Module, arguments: tuple[Tensor, ...]) -> None:
-        caught.append(pool(arguments[0]).float())
+        caught.append(arguments[0])
 
+    found = []
     handle = model.get_submodule(head).register_forward_pre_hook(catch)
     try:
         for batch in batches:
-            model(batch)
+            caught.clear()
+            model(batch) if run is None else run(model, batch)
+            seen = [pool(one) if reduce is None else reduce(one, batch) for one in caught]
+            found += [one.float() for one in seen]
     finally:
         handle.remove()
-    return torch.cat(caught)
+    return torch.cat(found)
 
 
 def class_means(features: Tensor, labels: Tensor, classes: int) -> Tensor:

@@ -11,7 +11,7 @@ from typing import Any
 from svftool.errors import DataError, shortlist
 from svftool.tasks.images import SUFFIXES, is_hidden
 from svftool.tasks.texts import SUFFIX as JSONL
-from svftool.tasks.texts import Text, list_texts, text_of
+from svftool.tasks.texts import Text, list_column, list_texts, text_of
 
 TABLES = (".csv", ".tsv")
 TEXTS = (JSONL, *TABLES, ".txt")
@@ -77,7 +77,7 @@ def unlike_names(pictures: Sequence[Picture]) -> None:
         seen[one.name] = one.path
 
 
-def list_prompts(inputs: Sequence[Path]) -> list[Text]:
+def list_prompts(inputs: Sequence[Path], *, column: str | None = None) -> list[Text]:
     """Read texts from JSONL, CSV, plain lines, and folders of such files.
 
     Parameters
@@ -85,16 +85,18 @@ def list_prompts(inputs: Sequence[Path]) -> list[Text]:
     inputs : sequence of Path
         JSONL and CSV have ``text``, or ``prompt`` with or without ``completion``. Of any other
         file every line that is not empty is a text.
+    column : str, optional
+        Column or key of the texts in JSONL and CSV, in place of ``text`` and ``prompt``.
 
     Raises
     ------
     DataError
         If an input is not there, holds no texts, or is not what its suffix says.
     """
-    return [text for place in inputs for text in _texts(place)]
+    return [text for place in inputs for text in _texts(place, column)]
 
 
-def _texts(place: Path) -> list[Text]:
+def _texts(place: Path, column: str | None) -> list[Text]:
     if place.is_dir():
         files = [
             file
@@ -103,8 +105,10 @@ def _texts(place: Path) -> list[Text]:
         ]
         if not files:
             raise DataError(f"{place}: no texts, expected {', '.join(TEXTS)}")
-        return [text for file in files for text in _texts(file)]
+        return [text for file in files for text in _texts(file, column)]
     suffix = _existing(place).suffix.lower()
+    if column is not None and suffix in (JSONL, *TABLES):
+        return list_column(place, column)
     if suffix == JSONL:
         return list_texts(place, prompts=True)
     texts = list(_table(place, "\t" if suffix == ".tsv" else ",") if suffix in TABLES else [])

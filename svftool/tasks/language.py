@@ -32,6 +32,9 @@ from svftool.tasks.tokens import (
     encode,
     length_limit,
     load_tokenizer,
+    padding_within,
+    refuse_unknown,
+    vocabulary,
 )
 
 logger = logging.getLogger(__name__)
@@ -207,7 +210,10 @@ class LanguageDraw:
         ModelError
             If the model is no causal language model or has fewer tokens than the tokenizer.
         """
-        said = self._check_vocabulary(model)
+        known = vocabulary(model)
+        self._task.padding, said = padding_within(self._task.padding, known)
+        for corpus in (self._support, *self._parts.values()):
+            refuse_unknown(corpus.texts, corpus.blocks, self._task.tokenizer, known)
         block = self._support.blocks[0]
         short = Block(block.ids[:2], block.targets[:2], 0)
         batch = to_device(collate([short], self._task.padding), device_of(model))
@@ -223,30 +229,6 @@ class LanguageDraw:
         if self._task.options.head_name is not None:
             require_module(model, self._task.options.head_name)
         return Prepared(model, self._task.options.head_name, said=tuple(said))
-
-    def _check_vocabulary(self, model: nn.Module) -> list[str]:
-        """Refuse tokens without embeddings; of padding, which is masked, say what stands for it."""
-        known, said = _vocabulary(model), list[str]()
-        if known is None:
-            return said
-        if not 0 <= self._task.padding < known:
-            said.append(
-                f"the tokenizer pads with token {self._task.padding}, the model has embeddings "
-                f"for {known}: padded with token 0, which is masked as any padding is"
-            )
-            self._task.padding = 0
-        corpora = (self._support, *self._parts.values())
-        for corpus in corpora:
-            for block in corpus.blocks:
-                largest = int(block.ids.max())
-                if largest >= known:
-                    text = corpus.texts[block.text]
-                    token = self._task.tokenizer.convert_ids_to_tokens(largest)
-                    raise ModelError(
-                        f"{text.file}: line {text.line}: token {largest} ({token!r}), the model "
-                        f"has embeddings for {known}. Name its own tokenizer with --tokenizer"
-                    )
-        return said
 
     def subdivide(self, count: int, seed: int) -> list[LanguageDraw]:
         """Split the support set by texts; see `svftool.tasks.base.Subdivides`."""
@@ -335,7 +317,7 @@ class LanguageDraw:
         tuple of Block and Tensor
             The block, its logits (T, V), its targets (T,), its tokens (T,); padded on the right.
         """
-        tokens = max(1, LOGITS_AT_ONCE // (_vocabulary(model) or len(self._task.tokenizer)))
+        tokens = max(1, LOGITS_AT_ONCE // (vocabulary(model) or len(self._task.tokenizer)))
         model.eval()
         for positions in by_length(blocks, tokens):
             chosen = [blocks[position] for position in positions]
@@ -394,18 +376,6 @@ def _length(asked: int | None, limit: int | None) -> int:
     if limit is not None and asked > limit:
         raise UsageError(f"--sequence-length is {asked}, the model takes {limit} tokens at most")
     return asked
-
-
-def _vocabulary(model: nn.Module) -> int | None:
-    """Rows of the input embedding, where the model says which it is."""
-    getter = getattr(model, "get_input_embeddings", None)
-    if not callable(getter):
-        return None
-    try:
-        weight = getattr(getter(), "weight", None)
-    except (AttributeError, NotImplementedError):
-        return None
-    return len(weight) if isinstance(weight, Tensor) else None
 
 
 def _enable_checkpointing(model: nn.Module) -> None:

@@ -8,7 +8,9 @@ from typing import Any, ClassVar, Literal, get_args, get_origin, get_type_hints
 
 from svftool.errors import UsageError, did_you_mean
 
-TaskName = Literal["classification", "segmentation", "language", "few-shot-segmentation"]
+TaskName = Literal[
+    "classification", "text-classification", "segmentation", "language", "few-shot-segmentation"
+]
 
 
 @dataclass(frozen=True, kw_only=True)

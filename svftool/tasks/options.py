@@ -30,6 +30,7 @@ AugmentName = Literal["none", "light", "strong"]
 
 CLASSIFICATION, FEW_SHOT = "Classification", "Few-shot segmentation"
 LANGUAGE, SEGMENTATION, IMAGES = "Language", "Segmentation", "Images"
+TEXTS = "Text classification"
 
 
 SHOTS = Option(
@@ -67,6 +68,13 @@ HEAD_TYPE = Option(
     "backbone for segmentation.",
     panel=CLASSIFICATION,
     recorded="head_type",
+    evaluate=True,
+)
+TOKENIZER = Option(
+    help="Folder of the model's tokenizer.",
+    shown="the checkpoint's",
+    type=Path,
+    panel=LANGUAGE,
     evaluate=True,
 )
 
@@ -180,17 +188,77 @@ class ClassesOptions(TaskOptions):
 
 
 @dataclass(frozen=True, kw_only=True)
-class ClassificationOptions(ClassesOptions, ImageOptions, SplitOptions):
-    """Options of `svftool.tasks.classification.Classification`."""
-
-    task = "classification"
+class ClassifierOptions(ClassesOptions, SplitOptions):
+    """Options of tasks with one class an example; see `svftool.tasks.labelled`."""
 
     head_type: Literal["linear", "cosine"] = option("linear", HEAD_TYPE)
     sampling: Literal["uniform", "balanced"] = option(
         "uniform",
-        help="balanced shows every class equally often, however many images it has.",
+        help="balanced shows every class equally often, however many examples it has.",
         panel=CLASSIFICATION,
     )
+
+
+@dataclass(frozen=True, kw_only=True)
+class ClassificationOptions(ClassifierOptions, ImageOptions):
+    """Options of `svftool.tasks.classification.Classification`."""
+
+    task = "classification"
+
+
+@dataclass(frozen=True, kw_only=True)
+class TextClassificationOptions(ClassifierOptions):
+    """Options of `svftool.tasks.text_classification.TextClassification`."""
+
+    task = "text-classification"
+
+    head_init: Literal["means", "names", "random"] = option(
+        "means",
+        help="Start of a new head: the means of each class's texts; the classes' names, which "
+        "needs no text; or random weights.",
+        panel=TEXTS,
+        recorded="head_init",
+        evaluate=True,
+        evaluate_help="names makes a head that was not trained, out of the classes' names.",
+        evaluate_shown="as trained",
+    )
+    text_column: str | None = option(
+        None,
+        help="Column, or key, of the texts.",
+        shown="text",
+        metavar="NAME",
+        panel=TEXTS,
+        recorded="text_column",
+        evaluate=True,
+    )
+    label_column: str | None = option(
+        None,
+        help="Column, or key, of the classes' names.",
+        shown="the other of two, or label",
+        metavar="NAME",
+        panel=TEXTS,
+        recorded="label_column",
+        evaluate=True,
+    )
+    max_length: int | None = option(
+        None,
+        help="Tokens of a text that the model sees; what is longer is cut.",
+        shown="the model's limit, at most 512",
+        metavar="TOKENS",
+        limits=(1, None),
+        panel=TEXTS,
+        recorded="max_length",
+        evaluate=True,
+    )
+    pooling: Literal["mean", "cls"] | None = option(
+        None,
+        help="Features of an encoder without a head: the mean over the tokens, or the first one.",
+        shown="the checkpoint's, or mean",
+        panel=TEXTS,
+        recorded="pooling",
+        evaluate=True,
+    )
+    tokenizer: StrPath | None = option(None, TOKENIZER)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -239,14 +307,7 @@ class LanguageOptions(SplitOptions):
     task = "language"
 
     head_name: str | None = option(None, HEAD_NAME)
-    tokenizer: StrPath | None = option(
-        None,
-        help="Folder of the model's tokenizer.",
-        shown="the checkpoint's",
-        type=Path,
-        panel=LANGUAGE,
-        evaluate=True,
-    )
+    tokenizer: StrPath | None = option(None, TOKENIZER)
     sequence_length: int | None = option(
         None,
         help="Tokens that the model sees at once; longer texts are cut in blocks.",
@@ -440,7 +501,13 @@ class FewShotOptions(ImageOptions):
 
 TASKS: dict[str, type[TaskOptions]] = {
     kind.task: kind
-    for kind in (ClassificationOptions, SegmentationOptions, LanguageOptions, FewShotOptions)
+    for kind in (
+        ClassificationOptions,
+        TextClassificationOptions,
+        SegmentationOptions,
+        LanguageOptions,
+        FewShotOptions,
+    )
 }
 """The options of each task, by the value of ``--task``."""
 

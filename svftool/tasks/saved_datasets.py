@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from svftool.errors import DataError, MissingDependencyError, shortlist
-from svftool.files.folder import TEXT_COLUMNS
+from svftool.files.folder import TEXT_COLUMNS, TextsFound, are_labelled
 
 _ONE, _SEVERAL = "state.json", "dataset_dict.json"
 
@@ -104,7 +104,7 @@ def stored_images(folder: Path) -> list[tuple[StoredImage, str]]:
     if not images and any(name in TEXT_COLUMNS for name in features):
         raise DataError(
             f"{folder}: texts (columns {shortlist(features)}), expected a column of images. "
-            "Add --task language"
+            f"{TextsFound('', are_labelled(list(features))).way_out}"
         )
     if not images or not labels:
         raise DataError(

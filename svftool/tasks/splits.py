@@ -32,7 +32,12 @@ class Split:
 
 
 def draw_shots(
-    labels: Sequence[str], *, shots: int | None, hold_out: float = 0.0, seed: int = 0
+    labels: Sequence[str],
+    *,
+    shots: int | None,
+    hold_out: float = 0.0,
+    seed: int = 0,
+    unit: str = "images",
 ) -> Split:
     """Draw `shots` examples of each class at random, and hold a share of them out.
 
@@ -49,6 +54,8 @@ def draw_shots(
         each class is left to train on.
     seed : int
         Chooses the draw.
+    unit : str
+        What the examples are, for messages.
 
     Raises
     ------
@@ -68,8 +75,8 @@ def draw_shots(
     for label, members in sorted(by_label.items()):
         if shots is not None and len(members) < shots:
             raise DataError(
-                f"class {label!r} has {len(members)} images, expected at least {shots} "
-                f"for {shots} shots. Lower --shots or add images."
+                f"class {label!r} has {len(members)} {unit}, expected at least {shots} "
+                f"for {shots} shots. Lower --shots or add {unit}."
             )
         parts.append(_split(members, shots, hold_out, f"{seed}:{label}"))
     return _joined(parts)

@@ -1,16 +1,16 @@
-"""Texts on disk: JSONL or CSV files of texts or of prompts with completions."""
+"""Texts on disk: JSONL or CSV files of texts, of prompts with completions, or of labelled texts."""
 
 from __future__ import annotations
 
 import csv
 import json
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from svftool.errors import DataError, shortlist, system_fault
-from svftool.tasks.images import encodable, is_hidden
+from svftool.errors import DataError, brief, shortlist, system_fault
+from svftool.tasks.images import encodable, is_hidden, require_encodable
 from svftool.tasks.saved_datasets import is_saved_dataset, load_saved_dataset
 
 EXPECTED = "'text', or 'prompt' and 'completion'"
@@ -61,19 +61,27 @@ def list_texts(data: Path, *, prompts: bool = False) -> list[Text]:
     DataError
         If nothing is there, or lines are not what is expected: the first of them are named.
     """
-    if data.is_dir() and is_saved_dataset(data):
-        texts = _check(data, _stored_rows(data), prompts)
-    elif data.is_dir():
-        files = sorted(f for f in data.rglob(f"*{SUFFIX}") if not is_hidden(f, data))
-        texts = [text for file in files for text in _check(file, _lines(file), prompts)]
-    elif data.is_file():
-        rows = _rows(data) if data.suffix.lower() == ".csv" else _lines(data)
-        texts = _check(data, rows, prompts)
-    else:
-        raise DataError(f"{data}: not found, expected a JSONL or CSV file, or a folder of JSONL")
+    texts = [text for file, rows in _files(data) for text in _check(file, rows, prompts)]
     if not texts:
         raise DataError(f"{data}: no texts, expected {EXPECTED} in each line or row")
     return texts
+
+
+def _files(data: Path) -> Iterator[tuple[Path, Iterator[tuple[int, Any]]]]:
+    """Yield the files of a data set, and their rows with the number of the line."""
+    if data.is_dir() and is_saved_dataset(data):
+        yield data, _stored_rows(data)
+    elif data.is_dir():
+        files = sorted(f for f in data.rglob(f"*{SUFFIX}") if not is_hidden(f, data))
+        yield from ((file, _lines(file)) for file in files)
+    elif data.is_file():
+        delimiter = _DELIMITERS.get(data.suffix.lower())
+        yield data, _lines(data) if delimiter is None else _rows(data, delimiter)
+    else:
+        raise DataError(f"{data}: not found, expected a JSONL or CSV file, or a folder of JSONL")
+
+
+_DELIMITERS = {".csv": ",", ".tsv": "\t"}
 
 
 def _lines(file: Path) -> Iterator[tuple[int, Any]]:
@@ -85,20 +93,50 @@ def _lines(file: Path) -> Iterator[tuple[int, Any]]:
     return ((number, line) for number, line in enumerate(lines, 1) if line.strip())
 
 
-def _rows(file: Path) -> Iterator[tuple[int, Any]]:
+def _rows(file: Path, delimiter: str) -> Iterator[tuple[int, Any]]:
     """List the rows of a CSV file by the names of its columns, in lower case."""
     try:
         with file.open(encoding="utf-8-sig", newline="") as stream:
-            reader = csv.reader(stream)
+            reader = csv.reader(stream, delimiter=delimiter)
             names = [name.strip().lower() for name in next(reader, [])]
             rows = [(reader.line_num, row) for row in reader if row]
     except (OSError, UnicodeDecodeError, csv.Error) as error:
         raise DataError(f"{file}: {error}, expected CSV with named columns in UTF-8") from error
-    return ((line, dict(zip(names, row, strict=False))) for line, row in rows)
+    return ((line, _cells(names, row)) for line, row in rows)
+
+
+class _Row(dict[str, str]):
+    """Cells by the names of their columns; a short row has fewer cells than there are `names`."""
+
+    names: Sequence[str] = ()
+
+
+def _cells(names: Sequence[str], row: Sequence[str]) -> Mapping[str, str] | _Fault:
+    if any(cell.strip() for cell in row[len(names) :]):
+        return _Fault(
+            f"{len(row)} cells for {len(names)} columns (a text with commas stands in quotes)"
+        )
+    cells = _Row(zip(names, row, strict=False))
+    cells.names = names
+    return cells
 
 
 def _stored_rows(folder: Path) -> Iterator[tuple[int, Any]]:
-    return enumerate(load_saved_dataset(folder), 1)
+    """List the rows of a saved data set, the numbers of classes as their names."""
+    dataset = load_saved_dataset(folder)
+    named = {
+        column: kind.int2str
+        for column, kind in dataset.features.items()
+        if hasattr(kind, "int2str")
+    }
+    for line, row in enumerate(dataset, 1):
+        yield (
+            line,
+            {
+                column: named[column](value) if column in named and type(value) is int else value
+                for column, value in row.items()
+            },
+        )
 
 
 def _check(file: Path, rows: Iterable[tuple[int, Any]], prompts: bool) -> list[Text]:
@@ -117,6 +155,8 @@ def _check(file: Path, rows: Iterable[tuple[int, Any]], prompts: bool) -> list[T
 
 
 def _record(row: Any) -> Mapping[str, Any]:
+    if isinstance(row, _Fault):
+        raise row
     if isinstance(row, str):
         try:
             row = json.loads(row)
@@ -145,14 +185,19 @@ def _text(file: Path, line: int, record: Mapping[str, Any], prompts: bool) -> Te
     if prompts and "prompt" in record and "completion" not in record:
         record = {"text": record["prompt"]}
     if "prompt" in record or "completion" in record:
-        prompt, body = _string(record, "prompt"), _string(record, "completion")
+        prompt, body = _string(record, "prompt"), _words(record, "completion")
         name = "completion"
     else:
-        prompt, body = "", _string(record, "text")
+        prompt, body = "", _words(record, "text")
         name = "text"
-    if not body.strip():
-        raise _Fault(f"{name!r} is empty")
     return Text(prompt, body, name == "completion", file, line)
+
+
+def _words(record: Mapping[str, Any], key: str) -> str:
+    words = _string(record, key)
+    if not words.strip():
+        raise _Fault(f"{key!r} is empty")
+    return words
 
 
 def _string(record: Mapping[str, Any], key: str) -> str:
@@ -164,3 +209,149 @@ def _string(record: Mapping[str, Any], key: str) -> str:
     if not encodable(value):
         raise _Fault(f"{key!r} has half a surrogate pair, which no tokenizer takes")
     return value
+
+
+# Texts with a class each.
+
+
+@dataclass(frozen=True)
+class LabelledText:
+    """A text and the name of its class; `file` and `line` say where it stands."""
+
+    text: str
+    label: str
+    file: Path
+    line: int
+
+
+def list_labelled(
+    data: Path, *, text: str | None = None, label: str | None = None
+) -> list[LabelledText]:
+    """Read texts with a class each: JSONL, CSV, TSV, or a folder as `list_texts` takes it.
+
+    Parameters
+    ----------
+    data : Path
+        The first line of a CSV or TSV file names its columns.
+    text : str, optional
+        Column or key of the texts: ``text``, or of two columns the one that is not `label`.
+    label : str, optional
+        Column or key of the classes: of two columns the other one, else ``label``.
+
+    Raises
+    ------
+    DataError
+        If nothing is there, the columns cannot be told, or lines are not what is expected: the
+        first of them are named.
+    """
+    found = [one for file, rows in _files(data) for one in _labelled(file, rows, text, label)]
+    if not found:
+        raise DataError(f"{data}: no texts, expected a text and its class in each line or row")
+    require_encodable({one.label for one in found}, str(data))
+    return found
+
+
+def _labelled(
+    file: Path, rows: Iterable[tuple[int, Any]], text: str | None, label: str | None
+) -> list[LabelledText]:
+    found: list[LabelledText] = []
+    faults: list[str] = []
+    columns: tuple[str, str] | None = None
+    for line, row in rows:
+        try:
+            record = _record(row)
+            columns = columns or _columns(file, _names(record), text, label)
+            found.append(_labelled_text(file, line, record, *columns))
+        except _Fault as fault:
+            faults.append(f"line {line}: {fault}")
+    if faults:
+        expected = (
+            "a text and the name of its class"
+            if columns is None
+            else (f"a text as {columns[0]!r} and the name of its class as {columns[1]!r}")
+        )
+        raise DataError(
+            f"{file}: {shortlist(faults, _SHOWN)}. Expected {expected} in each line: mend these "
+            "lines or remove them"
+        )
+    return found
+
+
+def _columns(
+    file: Path, names: Sequence[str], text: str | None, label: str | None
+) -> tuple[str, str]:
+    """Find the columns of texts and of classes among the names of the first row."""
+    texts = None if text is None else _named(file, names, text, "--text-column")
+    labels = None if label is None else _named(file, names, label, "--label-column")
+    if texts is None:
+        other = [name for name in names if name != labels]
+        usual = next((name for name in other if name.lower() == "text"), None)
+        texts = other[0] if usual is None and labels is not None and len(names) == 2 else usual
+    if labels is None and texts is not None:
+        other = [name for name in names if name != texts]
+        usual = next((name for name in other if name.lower() == "label"), None)
+        labels = other[0] if len(other) == 1 else usual
+    if texts is None or labels is None or texts == labels:
+        raise DataError(
+            f"{file}: columns {shortlist([brief(name) for name in names], _SHOWN)} in the first "
+            "row, expected 'text' and one of classes. Name them with --text-column and "
+            "--label-column; a table begins with a row of names"
+        )
+    return texts, labels
+
+
+def _names(record: Mapping[str, Any]) -> list[str]:
+    """Return the columns there are, those that a short row lacks too."""
+    return list(record.names if isinstance(record, _Row) else record)
+
+
+def _named(file: Path, names: Sequence[str], asked: str, flag: str) -> str:
+    for name in names:
+        if name == asked or name.lower() == asked.strip().lower():
+            return name
+    listed = shortlist([brief(name) for name in names], _SHOWN)
+    raise DataError(f"{file}: {flag} {asked!r} is no column of the first row: {listed}")
+
+
+def _labelled_text(
+    file: Path, line: int, record: Mapping[str, Any], text: str, label: str
+) -> LabelledText:
+    words = _words(record, text)
+    value = record.get(label)
+    # A number, as pandas writes classes, is a name like any other.
+    name = str(value) if isinstance(value, int) else value
+    if label not in record or not isinstance(name, str):
+        kind = "missing" if label not in record else type(value).__name__
+        raise _Fault(f"{label!r} is {kind}, not the name of a class")
+    if not name.strip():
+        raise _Fault(f"{label!r} is empty")
+    return LabelledText(words, name.strip(), file, line)
+
+
+def list_column(data: Path, column: str) -> list[Text]:
+    """Read the texts of one column or key, whatever else the rows have.
+
+    Parameters
+    ----------
+    data : Path
+        As for `list_labelled`.
+    column : str
+
+    Raises
+    ------
+    DataError
+        As `list_labelled` does.
+    """
+    return [text for file, rows in _files(data) for text in _of_column(file, rows, column)]
+
+
+def _of_column(file: Path, rows: Iterable[tuple[int, Any]], column: str) -> Iterator[Text]:
+    found: str | None = None
+    for line, row in rows:
+        try:
+            record = _record(row)
+            if found is None:
+                found = _named(file, _names(record), column, "--text-column")
+            yield Text("", _words(record, found), False, file, line)
+        except _Fault as fault:
+            raise DataError(f"{file}: line {line}: {fault}, expected a text") from None

@@ -6,10 +6,10 @@ import os
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from svftool.errors import MissingDependencyError, ModelError, brief, system_fault
 from svftool.tasks.texts import Text
@@ -38,7 +38,24 @@ class Block:
     text: int
 
 
-def load_tokenizer(place: str | os.PathLike[str] | None, *, trust_remote_code: bool = False) -> Any:
+class Placed(Protocol):
+    """What stands in a line of a file."""
+
+    @property
+    def file(self) -> Path:
+        """The file."""
+
+    @property
+    def line(self) -> int:
+        """Which line, from 1."""
+
+
+def load_tokenizer(
+    place: str | os.PathLike[str] | None,
+    *,
+    trust_remote_code: bool = False,
+    task: str = "language",
+) -> Any:
     """Load the tokenizer of a folder in transformers' layout, or of a GGUF file.
 
     Raises
@@ -51,7 +68,7 @@ def load_tokenizer(place: str | os.PathLike[str] | None, *, trust_remote_code: b
     try:
         import transformers
     except ImportError:
-        purpose = "task language"
+        purpose = f"task {task}"
         raise MissingDependencyError("transformers", extra="language", purpose=purpose) from None
     hint = "Name the folder of the model's tokenizer with --tokenizer"
     if place is None:
@@ -98,6 +115,49 @@ def length_limit(config: Mapping[str, Any], tokenizer: Any) -> int | None:
             )
     limits = [int(value) for _, value in said if value is not None and 0 < value < _NO_LIMIT]
     return min(limits, default=None)
+
+
+def vocabulary(model: nn.Module) -> int | None:
+    """Return the rows of a model's input embedding, where it says which that is."""
+    getter = getattr(model, "get_input_embeddings", None)
+    if not callable(getter):
+        return None
+    try:
+        weight = getattr(getter(), "weight", None)
+    except (AttributeError, NotImplementedError):
+        return None
+    return len(weight) if isinstance(weight, Tensor) else None
+
+
+def padding_within(padding: int, known: int | None) -> tuple[int, list[str]]:
+    """Return a padding token that has an embedding, and what is said of it."""
+    if known is None or 0 <= padding < known:
+        return padding, []
+    return 0, [
+        f"the tokenizer pads with token {padding}, the model has embeddings for {known}: padded "
+        "with token 0, which is masked as any padding is"
+    ]
+
+
+def refuse_unknown(
+    texts: Sequence[Placed], blocks: Sequence[Block], tokenizer: Any, known: int | None
+) -> None:
+    """Refuse tokens that have no embedding.
+
+    Raises
+    ------
+    ModelError
+        Names the first, and where its text stands.
+    """
+    for block in blocks if known is not None else ():
+        largest = int(block.ids.max())
+        if known is not None and largest >= known:
+            text = texts[block.text]
+            token = tokenizer.convert_ids_to_tokens(largest)
+            raise ModelError(
+                f"{text.file}: line {text.line}: token {largest} ({token!r}), the model has "
+                f"embeddings for {known}. Name its own tokenizer with --tokenizer"
+            )
 
 
 def encode(text: Text, tokenizer: Any) -> tuple[list[int], list[bool]]:

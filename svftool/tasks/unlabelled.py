@@ -14,16 +14,28 @@ from torch import Tensor, nn
 from svftool.errors import ModelError
 from svftool.models import find_head
 from svftool.tasks.base import Draw, device_of
-from svftool.tasks.classification import ClassificationDraw, Examples, OfHead
+from svftool.tasks.classification import ClassificationDraw, Examples
 from svftool.tasks.heads import logits_of, pool
 from svftool.tasks.images import image_size
 from svftool.tasks.inputs import Picture
+from svftool.tasks.labelled import OfHead
 from svftool.tasks.language import Language, LanguageDraw, Score, score_block
-from svftool.tasks.options import ClassificationOptions, SegmentationOptions
+from svftool.tasks.options import (
+    ClassificationOptions,
+    SegmentationOptions,
+    TextClassificationOptions,
+)
 from svftool.tasks.segmentation.draw import SegmentationDraw, Setting, write_map
 from svftool.tasks.segmentation.heads import dense_logits
 from svftool.tasks.segmentation.pairs import Chosen, ImagePair, Pairs
 from svftool.tasks.segmentation.views import DenseView
+from svftool.tasks.text_classification import (
+    Encoded,
+    Encoding,
+    Pooling,
+    TextDraw,
+    TextExamples,
+)
 from svftool.tasks.texts import Text
 from svftool.tasks.tokens import Block
 from svftool.tasks.views import Decoded, ImageSet, ImageView
@@ -111,18 +123,8 @@ class NewPictures:
         """Yield each picture's most likely classes and their probabilities."""
         position = 0
         for logits, _ in self.draw.logits(model, "query"):
-            found = logits.float().softmax(1).topk(min(top, len(self.classes)))
-            for sure, which in zip(found.values.tolist(), found.indices.tolist(), strict=True):
-                classes = [
-                    {"name": self.classes[index], "probability": probability}
-                    for index, probability in zip(which, sure, strict=True)
-                ]
-                yield {
-                    "file": str(self._pictures[position].path),
-                    "prediction": classes[0]["name"],
-                    "probability": classes[0]["probability"],
-                    "classes": classes,
-                }
+            for row in _most_likely(self.classes, logits, top):
+                yield {"file": str(self._pictures[position].path), **row}
                 position += 1
 
     def describe(self) -> dict[str, Any]:
@@ -137,12 +139,30 @@ class NewPictures:
         }
 
 
+def _most_likely(classes: Sequence[str], logits: Tensor, top: int) -> Iterator[dict[str, Any]]:
+    """Yield the most likely classes of each row of logits, (N, classes)."""
+    found = logits.float().softmax(1).topk(min(top, len(classes)))
+    for sure, which in zip(found.values.tolist(), found.indices.tolist(), strict=True):
+        named = [
+            {"name": classes[index], "probability": probability}
+            for index, probability in zip(which, sure, strict=True)
+        ]
+        yield {
+            "prediction": named[0]["name"],
+            "probability": named[0]["probability"],
+            "classes": named,
+        }
+
+
+_NO_CLASSES = (
+    "no classes are known and the model has no head, expected a classifier. Give the file "
+    "from 'svftool finetune' with --tuned, or the head's class names with --classes"
+)
+
+
 def _numbered(model: nn.Module, images: Tensor) -> tuple[str, ...]:
     if find_head(model) is None:
-        raise ModelError(
-            "no classes are known and the model has no head, expected a classifier. Give the file "
-            "from 'svftool finetune' with --tuned, or the head's class names with --classes"
-        )
+        raise ModelError(_NO_CLASSES)
     with torch.inference_mode():
         outputs = pool(logits_of(model.eval()(images.to(device_of(model)))))
     return tuple(map(str, range(outputs.shape[1])))
@@ -213,6 +233,92 @@ class NewScenes:
             "head_type": options.head_type,
             "head_name": options.head_name,
             "features": options.features,
+        }
+
+
+@dataclass(frozen=True)
+class _ChosenTexts:
+    options: TextClassificationOptions
+    classes: tuple[str, ...]
+    encoding: Encoding
+    pooling: Pooling
+
+    @property
+    def of_head(self) -> OfHead:
+        return OfHead(self.classes, "given")
+
+
+class NewMessages:
+    """Texts to classify.
+
+    Parameters
+    ----------
+    texts : sequence of Text
+    options : TextClassificationOptions
+    encoding : Encoding
+    pooling : {"mean", "cls"}
+        What the features of an encoder are.
+    classes : sequence of str or None
+        None numbers the outputs of `model`.
+    model : nn.Module
+        The bare model.
+
+    Raises
+    ------
+    ModelError
+        If there is nothing that tells classes apart.
+    """
+
+    def __init__(
+        self,
+        texts: Sequence[Text],
+        options: TextClassificationOptions,
+        encoding: Encoding,
+        pooling: Pooling,
+        classes: Sequence[str] | None,
+        model: nn.Module,
+    ) -> None:
+        self._texts = texts
+        encoded = Encoded.of(texts, [one.prompt + one.body for one in texts], encoding)
+        labels = torch.zeros(len(texts), dtype=torch.int64)
+        every = TextExamples(encoded, tuple(range(len(texts))), labels)
+        none = every.at([])
+        if classes is None:
+            setting = _ChosenTexts(options, (), encoding, pooling)
+            outputs = TextDraw(setting, every, none, every).outputs(model)
+            if outputs is None:
+                raise ModelError(_NO_CLASSES)
+            classes = [str(number) for number in range(outputs)]
+        self.classes = tuple(classes)
+        self._chosen = _ChosenTexts(options, self.classes, encoding, pooling)
+        self.draw = TextDraw(self._chosen, every, none, every)
+
+    def __len__(self) -> int:
+        return len(self._texts)
+
+    def rows(self, model: nn.Module, *, top: int, folder: Path | None) -> Iterator[dict[str, Any]]:
+        """Yield each text's most likely classes and their probabilities."""
+        position = 0
+        for logits, _ in self.draw.in_order(model, "query"):
+            for row in _most_likely(self.classes, logits, top):
+                text = self._texts[position]
+                yield {
+                    "file": str(text.file),
+                    "line": text.line,
+                    "text": (text.prompt + text.body)[:_SHOWN_TEXT],
+                    **row,
+                }
+                position += 1
+
+    def describe(self) -> dict[str, Any]:
+        """Return length, features and head."""
+        chosen = self._chosen
+        return {
+            "max_length": chosen.encoding.length,
+            "pooling": chosen.pooling,
+            "text_column": chosen.options.text_column,
+            "head_type": chosen.options.head_type,
+            "head_name": chosen.options.head_name,
         }
 
 
