@@ -13,6 +13,7 @@ from svftool import FactorsError, decompose, open_factors, read_tuned
 from svftool.checkpoints import fingerprint, tensor_digest
 from svftool.factors import LayerFactors, add_delta, check_tuned, is_tuned, rebuild, write_tuned
 from svftool.factors.tuned import probe
+from svftool.numerics import ThreadPool
 
 
 @pytest.fixture
@@ -267,10 +268,18 @@ def test_row_blocks_do_not_change_the_result(monkeypatch: pytest.MonkeyPatch) ->
     weight = torch.randn(33, 8)
     U, S, Vh = torch.linalg.svd(weight.double(), full_matrices=False)
     whole = add_delta(weight, LayerFactors(U, S, Vh), 0.1 * S, view="matrix")
-    monkeypatch.setattr("svftool.factors.delta.BLOCK_ELEMENTS", 40)
+    for name, count in (("PRODUCT_ELEMENTS", 40), ("PRODUCT_ROWS", 2), ("PIECE_ELEMENTS", 24)):
+        monkeypatch.setattr(f"svftool.factors.delta._{name}", count)
     blocks = add_delta(weight, LayerFactors(U, S, Vh), 0.1 * S, view="matrix")
     assert torch.allclose(whole.weight, blocks.weight, rtol=1e-6, atol=1e-7)
     assert blocks.relative_change == pytest.approx(whole.relative_change)
+    with ThreadPool(3) as pool:
+        spread = add_delta(weight, LayerFactors(U, S, Vh), 0.1 * S, view="matrix", pool=pool)
+    assert torch.equal(spread.weight, blocks.weight)
+    assert (spread.relative_change, spread.rounding_loss) == (
+        blocks.relative_change,
+        blocks.rounding_loss,
+    )
 
 
 def test_batch_view_treats_each_expert_alone() -> None:

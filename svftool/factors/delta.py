@@ -7,18 +7,25 @@ layer whose singular values did not change therefore keeps its bytes, at any ran
 from __future__ import annotations
 
 import math
+import operator
 import sys
 from dataclasses import dataclass
+from functools import partial, reduce
+from typing import Self
 
 import torch
 from torch import Tensor
 
 from svftool.checkpoints.views import View, from_matrix, to_matrix
 from svftool.factors.store import LayerFactors
+from svftool.numerics import ThreadPool
 from svftool.numerics.rounding import beyond, round_once
 
-BLOCK_ELEMENTS = 1 << 22
-"""Elements of one row block in float64 arithmetic: 32 MB."""
+_PRODUCT_ELEMENTS, _PRODUCT_ROWS = 1 << 18, 64
+"""Entries of one block of the product, and its rows at least: fewer make the product slow."""
+
+_PIECE_ELEMENTS = 1 << 16
+"""Entries that are summed and rounded at a time: 512 KB in float64, so that they stay in cache."""
 
 
 @dataclass(frozen=True)
@@ -55,6 +62,7 @@ def add_delta(
     view: View,
     clip: bool = False,
     dtype: torch.dtype | None = None,
+    pool: ThreadPool | None = None,
 ) -> Merged:
     """Add a change of singular values to a weight.
 
@@ -72,6 +80,8 @@ def add_delta(
         Replace entries that the dtype cannot hold by its largest number, with their sign.
     dtype : torch.dtype, optional
         Of the result; the weight's if left out.
+    pool : ThreadPool, optional
+        Threads that help with blocks of rows; the result does not depend on their number.
 
     Returns
     -------
@@ -84,13 +94,14 @@ def add_delta(
     merged = torch.empty_like(
         matrices, dtype=dtype or weight.dtype, memory_format=torch.contiguous_format
     )
-    sums = _Sums(clip=clip)
+    used = ThreadPool() if pool is None else pool
+    sums = _Sums()
     if view == "batch":
         for e in range(matrices.shape[0]):
             one = LayerFactors(factors.U[e], factors.S[e], factors.Vh[e])
-            _add_rows(matrices[e], one, delta[e].double(), merged[e], sums)
+            sums += _add_rows(matrices[e], one, delta[e].double(), merged[e], clip, used)
     else:
-        _add_rows(matrices, factors, delta.double(), merged, sums)
+        sums = _add_rows(matrices, factors, delta.double(), merged, clip, used)
     return Merged(
         from_matrix(merged, tuple(weight.shape)),
         sums.change,
@@ -142,13 +153,15 @@ _SMALL, _LARGE = 1e-140, 1e150
 """Norms between which the squares of all entries that matter are normal numbers."""
 
 
+@dataclass
 class _Sums:
-    """Norms that add up over row blocks, and what the dtype could not hold."""
+    """Norms that add up over blocks, and what the dtype could not hold."""
 
-    def __init__(self, *, clip: bool) -> None:
-        self.clip = clip
-        self.weight = self.delta = self.error = 0.0
-        self.overflow = self.undefined = 0
+    weight: float = 0.0
+    delta: float = 0.0
+    error: float = 0.0
+    overflow: int = 0
+    undefined: int = 0
 
     @property
     def change(self) -> float:
@@ -160,30 +173,53 @@ class _Sums:
     def loss(self) -> float:
         return self.error / self.delta if self.delta > 0.0 else 0.0
 
-    def add(self, base: Tensor, change: Tensor, dtype: torch.dtype) -> Tensor:
-        """Take in a block of rows, float64; return their sum in `dtype`."""
-        total = base + change
-        self.undefined += int(total.isnan().sum())
-        over = beyond(total, dtype) | (total.isinf() & base.isfinite())
-        count = int(over.sum())
-        self.overflow += count
-        if count and self.clip:
-            top = torch.finfo(dtype).max
-            total = torch.where(over, total.clamp(-top, top), total)
-        rounded = round_once(total, dtype)
-        self.weight = math.hypot(self.weight, norm(base))
-        self.delta = math.hypot(self.delta, norm(change))
-        self.error = math.hypot(self.error, norm(rounded.double() - base - change))
-        return rounded
+    def __iadd__(self, other: Self) -> Self:
+        for kind in ("weight", "delta", "error"):
+            setattr(self, kind, math.hypot(getattr(self, kind), getattr(other, kind)))
+        self.overflow += other.overflow
+        self.undefined += other.undefined
+        return self
 
 
 def _add_rows(
-    matrix: Tensor, factors: LayerFactors, delta: Tensor, merged: Tensor, sums: _Sums
-) -> None:
+    matrix: Tensor,
+    factors: LayerFactors,
+    delta: Tensor,
+    merged: Tensor,
+    clip: bool,
+    pool: ThreadPool,
+) -> _Sums:
     changed = torch.nonzero(delta).flatten()
     left = factors.U[:, changed].double() * delta[changed]
     right = factors.Vh[changed].double()
-    rows = max(1, BLOCK_ELEMENTS // max(1, matrix.shape[1]))
-    for start in range(0, matrix.shape[0], rows):
-        block = slice(start, start + rows)
-        merged[block] = sums.add(matrix[block].double(), left[block] @ right, merged.dtype)
+    m, n = matrix.shape
+    rows = max(_PRODUCT_ROWS, _PRODUCT_ELEMENTS // max(1, n))
+    few = max(1, _PIECE_ELEMENTS // max(1, n))
+    found = [_Sums() for _ in range(0, m, rows)]
+
+    def add(index: int) -> None:
+        start, stop = index * rows, min((index + 1) * rows, m)
+        product = left[start:stop] @ right
+        for first in range(start, stop, few):
+            part = slice(first, min(first + few, stop))
+            change = product[part.start - start : part.stop - start]
+            found[index] += _add(matrix[part].double(), change, merged[part], clip)
+
+    pool.share([partial(add, index) for index in range(len(found))])
+    return reduce(operator.iadd, found, _Sums())
+
+
+def _add(base: Tensor, change: Tensor, merged: Tensor, clip: bool) -> _Sums:
+    """Write the sum of a few rows, float64, into `merged`."""
+    total, sums = base + change, _Sums()
+    # One pass tells that all is well, and only where it is not, entries are looked at.
+    if not float(total.abs().max() if total.numel() else 0.0) <= torch.finfo(merged.dtype).max:
+        over = beyond(total, merged.dtype) | (total.isinf() & base.isfinite())
+        sums.overflow, sums.undefined = int(over.sum()), int(total.isnan().sum())
+        if sums.overflow and clip:
+            top = torch.finfo(merged.dtype).max
+            total = torch.where(over, total.clamp(-top, top), total)
+    merged.copy_(round_once(total, merged.dtype))
+    sums.weight, sums.delta = norm(base), norm(change)
+    sums.error = norm(merged.double() - base - change)
+    return sums

@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator, Sequence
+from contextlib import closing
+from functools import partial
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from svftool.checkpoints import (
@@ -27,7 +30,11 @@ from svftool.factors.config_shapes import follow_classes, follow_shapes, is_outp
 from svftool.factors.mixture import LayerChange, Mixture
 from svftool.factors.stated import MERGED_KEY, Stated
 from svftool.files.folder import named, read_config
-from svftool.progress import Progress
+from svftool.numerics import ThreadPool
+from svftool.progress import Progress, ProgressTask
+
+_ROOM = 256 << 20
+"""Bytes that the tensors at work may hold together; a larger one is worked on alone."""
 
 
 def write_dense(
@@ -64,33 +71,36 @@ def write_dense(
         Files beside the base's weights that do not come along, with their bytes.
     """
     changes: list[LayerChange] = []
-    tensors = _compute(mixture, changes, progress)
-    if mixture.base is not None and target.suffix in PICKLE_SUFFIXES:
-        save_pickled(partial, mixture.base, dict(tensors))
-        if stated is not None:
-            progress.warn(
-                f"{target}: a pickle has no metadata, so that class names and settings of the "
-                "fine-tune stay behind; write to .safetensors or a folder to keep them"
-            )
-        return changes, {}
-    with _writer(mixture, partial, target, max_bytes, stated) as writer:
-        for name, tensor in tensors:
-            writer.write(name, tensor)
+    with progress.task("merging", len(mixture.infos), unit="tensors") as task:
+        tensors = _compute(mixture, list(mixture.infos), changes, task)
+        if mixture.base is not None and target.suffix in PICKLE_SUFFIXES:
+            save_pickled(partial, mixture.base, dict(tensors))
+            if stated is not None:
+                progress.warn(
+                    f"{target}: a pickle has no metadata, so that class names and settings of the "
+                    "fine-tune stay behind; write to .safetensors or a folder to keep them"
+                )
+            return changes, {}
+        with _writer(mixture, partial, target, max_bytes, stated) as writer:
+            for name, tensor in tensors:
+                writer.write(name, tensor)
     if target.suffix == ".safetensors":
         return changes, {}
     return changes, _copy_side_files(mixture, partial, progress)
 
 
 def _compute(
-    mixture: Mixture, changes: list[LayerChange], progress: Progress
+    mixture: Mixture, names: Sequence[str], changes: list[LayerChange], task: ProgressTask
 ) -> Iterator[tuple[str, Tensor]]:
-    with progress.task("merging", len(mixture.infos), unit="tensors") as task:
-        for name in mixture.infos:
-            tensor, change = mixture.tensor(name)
-            if change is not None:
-                changes.append(change)
-            yield name, tensor
-            task.advance(detail=name)
+    """Compute tensors of a mixture, several at a time; they come in the order given."""
+    with ThreadPool(torch.get_num_threads()) as pool:
+        work = partial(mixture.tensor, pool=pool)
+        with closing(pool.in_order(names, work, size=mixture.bytes_of, room=_ROOM)) as found:
+            for name, (tensor, change) in zip(names, found, strict=True):
+                if change is not None:
+                    changes.append(change)
+                yield name, tensor
+                task.advance(detail=name)
 
 
 def _writer(
@@ -205,13 +215,10 @@ def write_mixed(
     tuned : TunedFile
         What was written.
     """
-    changes = []
+    changes: list[LayerChange] = []
     with progress.task("mixing", len(mixture.store.layers), unit="layers") as task:
-        for name in mixture.store.layers:
-            change = mixture.tensor(name)[1]
-            if change is not None:
-                changes.append(change)
-            task.advance(detail=name)
+        for _ in _compute(mixture, list(mixture.store.layers), changes, task):
+            pass
     tuned = mixture.mixed()
     write_tuned(
         partial,

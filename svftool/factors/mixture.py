@@ -19,10 +19,14 @@ from svftool.errors import FactorsError, ModelError, NumericalError, UsageError,
 from svftool.factors import FactorStore, Merged, TunedFile, add_delta, read_tuned, rebuild
 from svftool.factors.delta import norm
 from svftool.factors.stated import stated_by
+from svftool.numerics import ThreadPool
 from svftool.numerics.rounding import FLOATS, beyond, round_once
 
 ChangeOf = Callable[[Tensor], Tensor]
 """Forms the change of a tensor, float64 and of its shape, from the base's values."""
+
+# A layer at full rank: both factors in float32 and float64, and the weight before and after.
+_BYTES_AN_ENTRY = 32
 
 
 @dataclass(frozen=True)
@@ -229,8 +233,12 @@ class Mixture:
             return None
         return max((one.reconstruction_error for one in self.store.layers.values()), default=0.0)
 
-    def tensor(self, name: str) -> tuple[Tensor, LayerChange | None]:
+    def tensor(
+        self, name: str, pool: ThreadPool | None = None
+    ) -> tuple[Tensor, LayerChange | None]:
         """Compute one tensor of the result, and what became of it if it is a layer.
+
+        Safe to call from several threads. The threads of `pool` help with a large layer.
 
         Raises
         ------
@@ -244,12 +252,19 @@ class Mixture:
         if name not in self._layers:
             return self._in_dtype(name, self._read(name)), None
         delta = self.delta(name)
-        merged = self._merge_layer(name, delta)
+        merged = self._merge_layer(name, delta, pool)
         # The delta decides: its norm may be too small for a number, or be lost in rounding.
         changed = bool(torch.any(delta))
         return merged.weight, LayerChange(
             name, changed, merged.relative_change, merged.rounding_loss
         )
+
+    def bytes_of(self, name: str) -> int:
+        """Bound the bytes that `tensor` takes: factors and sums of a layer are in float64 too."""
+        info = self.infos[name]
+        if name in self._layers or name in self._adapted:
+            return _BYTES_AN_ENTRY * math.prod(info.shape)
+        return 2 * info.nbytes
 
     def mixed(self) -> TunedFile:
         """Return the tuned file that gives the same as these do; its path is the first one's.
@@ -335,7 +350,7 @@ class Mixture:
             norm(torch.nan_to_num(merged.double() - total)) / size if size > 0.0 else 0.0,
         )
 
-    def _merge_layer(self, name: str, delta: Tensor) -> Merged:
+    def _merge_layer(self, name: str, delta: Tensor, pool: ThreadPool | None) -> Merged:
         layer = self.store.layers[name]
         if self._values is not None and not torch.any(delta):
             return Merged(self._in_dtype(name, self._values.read(name)), 0.0, 0.0)
@@ -347,6 +362,7 @@ class Mixture:
                 view=layer.view,
                 clip=self.allow_overflow,
                 dtype=self.infos[name].dtype,
+                pool=pool,
             )
             self._judge(name, merged.undefined, merged.overflow, self.infos[name].dtype)
             return merged

@@ -8,8 +8,6 @@ from functools import lru_cache
 
 import numpy as np
 import numpy.typing as npt
-from scipy.integrate import quad
-from scipy.optimize import brentq
 
 Spectrum = npt.NDArray[np.float64]
 
@@ -38,6 +36,10 @@ def median_of_law(beta: float) -> float:
     >>> round(median_of_law(1.0), 4)
     0.6528
     """
+    # Imported where it is needed: it takes as long as a small merge.
+    from scipy.integrate import quad
+    from scipy.optimize import brentq
+
     low, high = (1.0 - math.sqrt(beta)) ** 2, (1.0 + math.sqrt(beta)) ** 2
     middle, half = (low + high) / 2.0, (high - low) / 2.0
 

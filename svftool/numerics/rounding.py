@@ -209,12 +209,25 @@ def round_once(values: Tensor, dtype: torch.dtype) -> Tensor:
     """
     if dtype not in _DIGITS or dtype in (torch.float64, torch.float32):
         return values.to(dtype)
+    single = values.float().contiguous()
+    # Only what float32 takes for the middle of two numbers can go wrong: its last bits are zero.
+    spare = (1 << (_DIGITS[torch.float32] - _DIGITS[dtype] - 1)) - 1
+    doubtful = torch.nonzero((single.view(torch.int32) & spare).flatten() == 0).flatten()
+    if len(doubtful):
+        single.view(-1)[doubtful] = _to_odd(values.flatten()[doubtful])
+    return single.to(dtype)
+
+
+def _to_odd(values: Tensor) -> Tensor:
+    """Round to float32; where that is not exact, to the neighbour with an odd last bit.
+
+    Rounded again, each value goes where it would have gone at once: the last bit tells on which
+    side of float32 it lies (S. Boldo and G. Melquiond, IEEE Transactions on Computers 57, 2008).
+    """
     single = values.float()
-    # To odd where it is not exact: the last bit then says on which side of it the value lies.
-    bits = single.view(torch.int32)
-    even = (single.double() != values) & (bits & 1 == 0) & ~values.isnan()
+    even = (single.double() != values) & (single.view(torch.int32) & 1 == 0) & ~values.isnan()
     toward = torch.where(values > single.double(), math.inf, -math.inf).float()
-    return torch.where(even, torch.nextafter(single, toward), single).to(dtype)
+    return torch.where(even, torch.nextafter(single, toward), single)
 
 
 def beyond(values: Tensor, dtype: torch.dtype) -> Tensor:

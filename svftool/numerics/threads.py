@@ -10,15 +10,19 @@ from __future__ import annotations
 
 import threading
 from collections import deque
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
+from concurrent.futures import Future
 from contextlib import contextmanager
-from functools import cache
+from functools import cache, partial
 from types import TracebackType
-from typing import Any, Self
+from typing import Any, Self, TypeVar
 
 import torch
 
 from svftool.numerics.lapack import doors
+
+_A = TypeVar("_A")
+_B = TypeVar("_B")
 
 # Seconds to wait for a thread when the work has failed: it may be in a long call of LAPACK.
 _PATIENCE = 1.0
@@ -163,6 +167,48 @@ class ThreadPool:
         with self._wake:
             self._work.append(work)
             self._wake.notify()
+
+    def in_order(
+        self, items: Iterable[_A], work: Callable[[_A], _B], *, size: Callable[[_A], int], room: int
+    ) -> Generator[_B, None, None]:
+        """Run work on items, several at a time, and hand out what it makes in their order.
+
+        Parameters
+        ----------
+        items : iterable
+        work : callable
+            It may share blocks with this pool.
+        size : callable
+            Bytes that an item takes until the one after its own is asked for.
+        room : int
+            Bytes that all items together may take; one that is larger runs alone.
+
+        Yields
+        ------
+        object
+            An error that `work` raises is raised in the place of its result.
+        """
+        waiting: deque[tuple[int, Future[_B]]] = deque()
+        held = 0
+
+        def run(item: _A, future: Future[_B]) -> None:
+            try:
+                future.set_result(work(item))
+            except BaseException as exc:  # noqa: BLE001  (raised again by the caller's thread)
+                future.set_exception(exc)
+
+        for item in items:
+            taken = min(size(item), room)
+            while waiting and (held + taken > room or len(waiting) > self.workers):
+                freed, future = waiting.popleft()
+                yield future.result()
+                held -= freed
+            future = Future()
+            self.submit(partial(run, item, future))
+            waiting.append((taken, future))
+            held += taken
+        while waiting:
+            yield waiting.popleft()[1].result()
 
     def share(self, blocks: Sequence[Callable[[], None]]) -> None:
         """Run independent blocks, with the help of idle threads, and return when all are done."""

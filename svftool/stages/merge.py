@@ -203,7 +203,7 @@ def merge(
         replaced=mixture.replaced,
         verified=True if verify else None,
         rebuilt_error=None if mixed else mixture.rebuilt_error,
-        clipped=dict(mixture.clipped),
+        clipped={one: mixture.clipped[one] for one in mixture.infos if one in mixture.clipped},
         dropped={**homeless, **dropped, **left},
         mixed=mixed,
     )
