@@ -23,6 +23,7 @@ from svftool.progress import Progress
 
 _READABLE = 1 << 26
 _SOME = 1 << 14
+_BLOCK = 1 << 17
 """Entries up to which a tensor is read to tell whose counterpart it is."""
 
 
@@ -161,11 +162,18 @@ def _likeness(
     infos = base.infos[name], other.infos[theirs]
     if not all(is_number(one) and one.numel <= _READABLE for one in infos):
         return None
-    W, T = (one.double().flatten() for one in (base.read(name), other.read(theirs)))
-    norms = float(W.norm()), float(T.norm())
-    if not all(0.0 < norm < math.inf for norm in norms):
+    inner = squares = theirs_squares = apart = 0.0
+    both = (base.read(name).flatten(), other.read(theirs).flatten())
+    for parts in zip(*(one.split(_BLOCK) for one in both), strict=True):
+        W, T = (part.double() for part in parts)
+        inner += float(W @ T)
+        squares += float(W @ W)
+        theirs_squares += float(T @ T)
+        W -= T
+        apart += float(W @ W)
+    if not all(0.0 < one < math.inf for one in (squares, theirs_squares)):
         return None
-    return float(W @ T) / norms[0] / norms[1], float((T - W).norm()) / norms[0]
+    return inner / math.sqrt(squares) / math.sqrt(theirs_squares), math.sqrt(apart / squares)
 
 
 def _numbers(base: AuditSource, other: AuditSource, name: str, theirs: bool) -> Tensor | None:

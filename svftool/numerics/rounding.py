@@ -12,7 +12,7 @@ from torch import Tensor
 FLOATS = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
 """Floating dtypes that weights are computed in, coarsest first."""
 
-_PART = 1 << 20
+_PART = 1 << 17
 _DIGITS = {
     torch.float64: 53,
     torch.float32: 24,
