@@ -34,6 +34,7 @@ from layers import (
     trained_layers,
     with_spectrum,
 )
+from names import chosen
 from rich.console import Console
 from rich.table import Table
 from safetensors.torch import save_file
@@ -333,34 +334,20 @@ def parse() -> argparse.Namespace:
     return parser.parse_args()
 
 
-def check_names(asked: list[str], known: list[str]) -> None:
-    unknown = [name for name in asked if name not in known]
-    if unknown:
-        raise SystemExit(
-            f"no such case: {', '.join(unknown)}; --list names the cases, and --process takes "
-            f"{', '.join(NETWORKS)}, or the path of a checkpoint"
-        )
-
-
 def main() -> int:
     options = parse()
     if hasattr(os, "sched_setaffinity"):
         os.sched_setaffinity(0, sorted(os.sched_getaffinity(0))[-options.threads :])
     torch.set_num_threads(options.threads)
     cases = quick_cases(options.data) if options.quick else all_cases(options.data)
-    wanted = [
-        case for case in cases if not options.cases or case.name.startswith(tuple(options.cases))
-    ]
     console = Console(width=200)
     if options.process:
-        names = options.cases or ["resnet50", "vit_b_16"]
-        check_names(names, [name for name in names if name in NETWORKS or Path(name).exists()])
-        for name in names:
-            whole_processes(name, options, console)
+        for one in options.cases or ["resnet50", "vit_b_16"]:
+            for name in [one] if Path(one).exists() else chosen([one], NETWORKS):
+                whole_processes(name, options, console)
         return 0
-    check_names(
-        options.cases, [one for one in options.cases if any(c.name.startswith(one) for c in wanted)]
-    )
+    names = chosen(options.cases, [case.name for case in cases])
+    wanted = [case for case in cases if case.name in names]
     if options.list:
         console.print("\n".join(case.name for case in wanted), highlight=False)
         return 0

@@ -26,6 +26,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from names import chosen
 from PIL import Image
 from safetensors.torch import save_file
 from torch import nn
@@ -191,7 +192,7 @@ def main() -> None:
         one(Case(**json.loads(asked.case)), Path(asked.folder), asked.one)
         return
     cases = QUICK if asked.quick else CASES
-    for name in asked.cases or cases:
+    for name in chosen(asked.cases, cases):
         with tempfile.TemporaryDirectory() as folder:
             case = cases[name]
             table(

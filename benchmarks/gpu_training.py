@@ -89,7 +89,7 @@ def rows(device: torch.device, quick: bool) -> Iterator[Row]:
     if quick:
         yield from _of_model("a small network", Case(_small_net, dict, True), device, {2: ["fp32"]})
         return
-    settings = {"vit_base": {_FEW: ["fp32", "bf16"], _MANY: ["bf16"]}}
+    settings = {"vit_b_16": {_FEW: ["fp32", "bf16"], _MANY: ["bf16"]}}
     settings["resnet50"] = {count: ["fp32", "bf16"] for count in (_FEW, _MANY)}
     for name, images in settings.items():
         yield from _of_model(name, CASES[name], device, images)

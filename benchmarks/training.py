@@ -32,6 +32,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from names import chosen
 from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
@@ -95,7 +96,7 @@ def _tokens(count: int, length: int, vocabulary: int) -> Callable[[], Batch]:
 
 CASES = {
     "resnet50": Case(_timm("resnet50"), _images(8, 224), True),
-    "vit_base": Case(_timm("vit_base_patch16_224"), _images(8, 224), True),
+    "vit_b_16": Case(_timm("vit_base_patch16_224"), _images(8, 224), True),
     "gpt2": Case(_gpt2(12, 768, 12, 50257), _tokens(2, 256, 50257), False),
 }
 QUICK = {
@@ -332,7 +333,7 @@ def main() -> None:
         compare_ways(arguments.rounds)
         return
     results = {}
-    for name in arguments.models or cases:
+    for name in chosen(arguments.models, cases):
         folder = prepare(name, cases[name], arguments.cache)
         regimes = arguments.regimes.split(",")
         rows = time_steps(cases[name], folder, regimes, arguments.rounds)

@@ -62,3 +62,18 @@ def test_it_fails_where_something_is_broken(
         monkeypatch.setitem(gpu.PARTS, part, lambda device, quick: iter([{"broken": True}]))
     monkeypatch.setattr(sys, "argv", ["gpu", part, "--device", "cpu", "--quick"])
     assert gpu.main() == 1
+
+
+@pytest.mark.skipif(not SCRIPT.is_file(), reason="benchmarks/ is not in this checkout")
+def test_cases_go_by_the_names_of_the_documentation(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.syspath_prepend(str(SCRIPT.parent))
+    chosen = importlib.import_module("names").chosen
+    known = ["resnet50", "resnet50 values", "vit_b_16", "gpt2"]
+    assert chosen([], known) == known
+    assert chosen(["ViT-B/16", "GPT-2"], known) == ["vit_b_16", "gpt2"]
+    assert chosen(["ResNet-50"], known) == known[:2]
+    with pytest.raises(SystemExit, match="2"):
+        chosen(["resnet50", "resnet51"], known)
+    assert "no such case: 'resnet51', expected one of resnet50, " in capsys.readouterr().err
