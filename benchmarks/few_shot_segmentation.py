@@ -35,7 +35,7 @@ import svftool
 from svftool.attaching import apply_regime
 from svftool.factors import open_factors
 from svftool.few_shot.encoder import SharedOutputs
-from svftool.few_shot.options import FewShotSegmentation, few_shot_tasks
+from svftool.few_shot.task import FewShotSegmentation, few_shot_tasks
 from svftool.machine import peak_memory, reset_peak_memory
 from svftool.training.loop import training_mode
 

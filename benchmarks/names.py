@@ -20,7 +20,7 @@ def chosen(asked: Sequence[str], known: Iterable[str]) -> list[str]:
     for one in asked:
         fit = [name for name in names if _plain(name).startswith(_plain(one))]
         if not fit:
-            print(f"no such case: {one!r}, expected one of {', '.join(names)}", file=sys.stderr)
+            print(f"no such case: {one!r}, expected one of {'; '.join(names)}", file=sys.stderr)
             raise SystemExit(2)
         found += [name for name in fit if name not in found]
     return found

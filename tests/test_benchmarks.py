@@ -76,4 +76,10 @@ def test_cases_go_by_the_names_of_the_documentation(
     assert chosen(["ResNet-50"], known) == known[:2]
     with pytest.raises(SystemExit, match="2"):
         chosen(["resnet50", "resnet51"], known)
-    assert "no such case: 'resnet51', expected one of resnet50, " in capsys.readouterr().err
+    assert "no such case: 'resnet51', expected one of resnet50; " in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("script", sorted(SCRIPT.parent.glob("*.py")), ids=lambda path: path.stem)
+def test_every_script_loads(script: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(str(SCRIPT.parent))
+    importlib.import_module(script.stem)

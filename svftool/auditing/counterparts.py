@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from functools import partial
 
+import torch
 from torch import Tensor
 
 from svftool.adapters.adapter import Adapter
@@ -164,7 +165,7 @@ def _likeness(
         return None
     inner = squares = theirs_squares = apart = 0.0
     both = (base.read(name).flatten(), other.read(theirs).flatten())
-    for parts in zip(*(one.split(_BLOCK) for one in both), strict=True):
+    for parts in zip(*(torch.split(one, _BLOCK) for one in both), strict=True):
         W, T = (part.double() for part in parts)
         inner += float(W @ T)
         squares += float(W @ W)
