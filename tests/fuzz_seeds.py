@@ -173,9 +173,10 @@ def _gguf(folder: Path) -> None:
 
 
 def _stop_in_decompose() -> None:
-    from svftool.stages.factorise import Factorisation
+    from svftool.factors import ShardAssembly, ShardPlaces
 
-    Factorisation._assemble = lambda *_: os._exit(0)  # type: ignore[method-assign]
+    ShardPlaces.put_out = lambda *_: os._exit(0)  # type: ignore[method-assign]
+    ShardAssembly.finish = lambda *_, **__: os._exit(0)  # type: ignore[method-assign]
 
 
 def _stop_in_finetune() -> None:
@@ -191,14 +192,17 @@ def _stop_in_finetune() -> None:
     Journal.finish = second  # type: ignore[method-assign]
 
 
+# Where ranks are fixed, layers go to their place at once; else they are spooled first.
+_PLACED = ("decompose", "base.safetensors", "-o", "placed")
+_SPOOLED = ("decompose", "base.safetensors", "-o", "spooled", "--rank", "energy:0.9")
 _RESUMED = ("finetune", "factors", "-o", "runs", "--regime", "head,svf", "--data", "data")
 _RESUMED += ("--model", "net.py:Plain", "--shots", "1", "--steps", "3", "--save-every", "2")
 
 
 def _resumed(folder: Path) -> None:
     write_factors(folder)
-    words = ("decompose", "base.safetensors", "-o", "again")
-    _svftool(folder, *words, before=_stop_in_decompose)
+    for words in _PLACED, _SPOOLED:
+        _svftool(folder, *words, before=_stop_in_decompose)
     _svftool(folder, *_RESUMED, before=_stop_in_finetune)
 
 
@@ -414,9 +418,10 @@ FORMATS = (
          "net.py:Plain"),
         ("evaluate", "factors", "--tuned", "{}", "--data", "data", "--model", "net.py:Plain"),
     )),
-    Format("resumed", _resumed, ("again.partial/layers/*", "runs.partial.runs/**/*"), (
-        ("decompose", "base.safetensors", "-o", "again", "--resume"),
-        (*_RESUMED, "--resume"),
+    Format("resumed", _resumed, (
+        "placed.partial/**/*", "spooled.partial/layers/*", "runs.partial.runs/**/*",
+    ), (
+        (*_PLACED, "--resume"), (*_SPOOLED, "--resume"), (*_RESUMED, "--resume"),
     )),
     Format("adapter", _adapter, ("adapter/*.json", "adapter/*"), (
         ("inspect", "base.safetensors", "adapter"),

@@ -309,7 +309,7 @@ def test_shards_are_put_together_as_they_fill(
             raise ResourceError("cut off")
         add(self, *args)
         files = [*self.folder.glob("0*.safetensors")]
-        # One that fits no more, and a few that were finished before their turn.
+        # One shard, and the layer that fits no more.
         spooled.append(sum(one.stat().st_size - 8 - 300 for one in files))
 
     monkeypatch.setattr(LayerSpool, "add", watch)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import queue
 import threading
-from collections.abc import Callable, Generator, Sequence
+from collections.abc import Callable, Generator, Iterator, Sequence
 from functools import partial
 from typing import TypeAlias, TypeVar
 
@@ -58,6 +58,7 @@ def flow(
     size: Callable[[Job], int],
     budget: int,
     workers: int,
+    in_order: bool = False,
 ) -> Generator[tuple[Job, _T | NumericalError], None, None]:
     """Run `work` on every job over several threads.
 
@@ -75,12 +76,14 @@ def flow(
         Bytes that all jobs together may take; one that is larger runs alone.
     workers : int
         Jobs at a time; two more may be waiting, read or done.
+    in_order : bool
+        Hand out in the order of `jobs`: what is done before its turn waits, and takes room.
 
     Yields
     ------
     job : Job
     outcome : object or NumericalError
-        In the order that they are done. Any other error is raised.
+        In the order that they are done, or `in_order`. Any other error is raised.
     """
     room = _Room(budget, workers + AHEAD)
     done: _Done[_T] = queue.SimpleQueue()
@@ -106,14 +109,25 @@ def flow(
         reader = threading.Thread(target=read_ahead, name="svftool-reader", daemon=True)
         reader.start()
         try:
-            for _ in jobs:
-                job, outcome = _next(done)
+            for job, outcome in _outcomes(done, jobs, in_order=in_order):
                 yield job, outcome
                 del outcome
                 room.leave(size(job))
         finally:
             room.close()
             reader.join()
+
+
+def _outcomes(
+    done: _Done[_T], jobs: Sequence[Job], *, in_order: bool
+) -> Iterator[tuple[Job, _T | NumericalError]]:
+    early: dict[str, _T | NumericalError] = {}
+    for turn in jobs:
+        while in_order and turn.name not in early:
+            job, outcome = _next(done)
+            early[job.name] = outcome
+            del outcome
+        yield (turn, early.pop(turn.name)) if in_order else _next(done)
 
 
 def _next(done: _Done[_T]) -> tuple[Job, _T | NumericalError]:

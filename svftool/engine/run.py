@@ -46,7 +46,7 @@ def run_svds(
     skip: Skip | None = None,
     progress: Progress = SILENT,
 ) -> Iterator[tuple[str, Svd]]:
-    """Decompose layers; they come in the order they are done.
+    """Decompose layers; they come in the order they are done, or `in_order`.
 
     Parameters
     ----------
@@ -69,7 +69,8 @@ def run_svds(
         Bytes that the layers at work may hold together; by default `svftool.engine.budget`. A layer
         that needs more runs alone.
     in_order : bool
-        Begin the layers in the order given; otherwise the longest come first, which ends sooner.
+        Begin and hand out the layers in the order given; otherwise the longest are begun first,
+        which ends sooner.
     skip : callable, optional
         Told of each layer that cannot be decomposed, which is then left out; without it the first
         one ends the run.
@@ -166,7 +167,7 @@ def run_layers(
     skip: Skip | None = None,
     progress: Progress = SILENT,
 ) -> Iterator[tuple[str, _T]]:
-    """Run any work on layers; the results come in the order they are done.
+    """Run any work on layers; the results come in the order they are done, or `in_order`.
 
     Parameters
     ----------
@@ -203,6 +204,7 @@ def run_layers(
         size=size,
         budget=memory or budget(ordered),
         workers=workers or max(torch.get_num_threads(), 1 if gpu is None else STREAMS),
+        in_order=in_order,
     )
     total = sum(map(seconds, ordered))
     with progress.task(title, total=total, unit="work") as task, closing(outcomes):
