@@ -9,6 +9,7 @@ from svftool.auditing.compare import (
     compare_vectors,
 )
 from svftool.auditing.counterparts import Counterparts, counterparts
+from svftool.auditing.directional import Directions, Edit, Place, Space, Tokens
 from svftool.auditing.evidence import Evidence
 from svftool.auditing.gatekeeper import Gatekeeper, Held, close, violations
 from svftool.auditing.gates import Gate, parse_gate, tripped
@@ -49,6 +50,8 @@ __all__ = [
     "Counterparts",
     "Coverage",
     "Curves",
+    "Directions",
+    "Edit",
     "Evidence",
     "Found",
     "Gate",
@@ -58,9 +61,12 @@ __all__ = [
     "Measured",
     "Metric",
     "NamePair",
+    "Place",
     "Policy",
     "Row",
     "ScreenedBase",
+    "Space",
+    "Tokens",
     "Trajectory",
     "Tuned",
     "Unread",

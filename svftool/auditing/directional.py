@@ -182,14 +182,14 @@ class Space:
 
 @dataclass(frozen=True)
 class Edit:
-    """Directions that were scaled or removed, the same ones in several matrices.
+    """Directions that were scaled or removed, and in which matrices.
 
     Attributes
     ----------
     side : {"output", "input", "output or input"}
         Of the weights.
     directions : (k, width) Tensor
-        Orthonormal.
+        Of unit length; orthonormal where all members have them.
     members : tuple of (str, int or None)
         Names of the matrices, with the place in a batch.
     of : int
@@ -206,6 +206,9 @@ class Edit:
         Natural logarithm of a bound of the chance that random directions agree so.
     axis : int or None
         The coordinate that the one direction is, as where a channel was pruned.
+    each : int or None
+        Where each direction belongs to members of its own: to how many. None where all members have
+        all directions.
     tokens : tuple of Tokens
         One a direction; empty where there is no unembedding of the width.
     """
@@ -220,6 +223,7 @@ class Edit:
     share: float
     log_p: float
     axis: int | None = None
+    each: int | None = None
     tokens: tuple[Tokens, ...] = ()
 
 

@@ -5,13 +5,13 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
 from svftool.auditing.alignment import nearest_direction
-from svftool.auditing.directional import Edit, Leading, Place, Side
+from svftool.auditing.directional import Edit, Leading, Place, Scaling, Side
 from svftool.numerics.chance import log_aligned
 
 CLEAN = 0.1
@@ -21,7 +21,11 @@ REMOVED = 0.05
 """Part that may be left along a direction that counts as removed, noise apart."""
 
 EDITED = 0.5
-"""Part of a matrix's change that scaled directions must hold."""
+"""Part of a matrix's change that scaled directions must hold; removed ones count whatever else
+happened."""
+
+ALONE = 0.8
+"""The same where no other matrix has the direction."""
 
 SHARED = 0.9
 """Squared cosine from which two matrices have a direction in common."""
@@ -33,11 +37,29 @@ _CLEAR = 4.0
 _WORST = 0.35
 _AXIS = 0.98
 _SEEDS = 64
+_FEW = 3
 
 
 @dataclass(frozen=True)
 class _Clean:
-    """The directions of one side of a matrix that were scaled and nothing else."""
+    """The directions of one side of a matrix that were scaled and nothing else.
+
+    Attributes
+    ----------
+    place : int
+        Of the matrix in the list of all.
+    side : {"output", "input"}
+    basis : (k, width) Tensor
+    kept, shares : tuple of float
+        What is left along each, and its part of the change.
+    slack : float
+        How far rounding may have moved what is left.
+    log_p : float
+        Chance that a change with such directions on this side looks scaled.
+    own : bool
+        Whether they were chosen: no pair of singular vectors of the base, which a change of a
+        singular value scales on both sides.
+    """
 
     place: int
     side: Side
@@ -45,6 +67,8 @@ class _Clean:
     kept: tuple[float, ...]
     shares: tuple[float, ...]
     slack: float
+    log_p: float
+    own: bool
 
 
 def find_edits(places: Sequence[Place], matrices: Mapping[str, int]) -> tuple[Edit, ...]:
@@ -62,44 +86,59 @@ def find_edits(places: Sequence[Place], matrices: Mapping[str, int]) -> tuple[Ed
 
     Notes
     -----
-    A matrix counts where a leading direction of its change was scaled and nothing else happened
-    along it, such directions hold half of its change or more, and its verdict is not that singular
-    values alone changed. Rounding moves a direction; what it may move, to first order, is allowed.
-    Matrices are together where they have the direction in common. That n - 1 of N - 1 others agree
-    with one of N by chance has at most the probability ``N C(N - 1, n - 1) p^(n - 1)``, with p that
-    of a random direction within the limit.
+    A matrix counts where a leading direction of its change was removed, or scaled and that is half
+    of its change or more, and nothing else happened along the direction. Where the verdict is that
+    singular values alone changed, none was chosen. Rounding moves a direction; what it may move, to
+    first order, is allowed. Matrices are together where they have the direction in common. That
+    n - 1 of N - 1 others agree with one of N by chance has at most the probability
+    ``N C(N - 1, n - 1) p^(n - 1)``, with p that of a random direction within the limit. Where no
+    other matrix has the direction, the chance is that of the change's other vector lying where
+    scaling puts it.
     """
     pools: dict[int, list[_Clean]] = {}
     for index, place in enumerate(places):
-        for one in _clean(index, place):
+        for one in _clean(index, place, 2 * len(places) * len(place.leading.values)):
             pools.setdefault(one.basis.shape[1], []).append(one)
     found = [edit for pool in pools.values() for edit in _edits(pool, places, matrices)]
     return tuple(sorted(found, key=lambda one: -len(one.members)))
 
 
-def _clean(index: int, place: Place) -> Iterator[_Clean]:
+def _clean(index: int, place: Place, tests: int) -> Iterator[_Clean]:
     if place.spectral:
         return
-    sides: tuple[Side, Side] = ("output", "input")
-    shares = place.leading.shares
-    for side in sides:
-        scaling, vectors = place.scaling(side), place.directions(side)
-        chosen, slack = [], 0.0
-        for i in range(len(place.leading.values)):
-            blur = _blur(place.leading, i)
-            if blur is None or scaling.off[i] > min(_WORST, math.hypot(CLEAN, blur)):
-                continue
-            chosen.append(i)
-            slack = max(slack, blur)
-        if sum(shares[i] for i in chosen) >= EDITED:
-            yield _Clean(
-                index,
-                side,
-                vectors[chosen].double(),
-                tuple(scaling.kept[i] for i in chosen),
-                tuple(shares[i] for i in chosen),
-                slack,
-            )
+    leading = place.leading
+    blurs = [_blur(leading, i) for i in range(len(leading.values))]
+    scaled = {side: _scaled(place.scaling(side), blurs) for side in _SIDES}
+    for side, other in (_SIDES, _SIDES[::-1]):
+        kept, off = place.scaling(side).kept, place.scaling(side).off
+        chosen = scaled[side]
+        if sum(leading.shares[i] for i in chosen) < EDITED:
+            chosen = [i for i in chosen if abs(kept[i]) <= math.hypot(REMOVED, blurs[i] or 0.0)]
+        if not chosen:
+            continue
+        width = place.directions(other).shape[1]
+        yield _Clean(
+            index,
+            side,
+            place.directions(side)[chosen].double(),
+            tuple(kept[i] for i in chosen),
+            tuple(leading.shares[i] for i in chosen),
+            max(blurs[i] or 0.0 for i in chosen),
+            max(log_aligned(1.0 - off[i] ** 2, width) for i in chosen) + math.log(tests),
+            not set(chosen) & set(scaled[other]),
+        )
+
+
+_SIDES: tuple[Side, Side] = ("output", "input")
+
+
+def _scaled(scaling: Scaling, blurs: Sequence[float | None]) -> list[int]:
+    """List the directions along which nothing happened but scaling."""
+    return [
+        i
+        for i, (off, blur) in enumerate(zip(scaling.off, blurs, strict=True))
+        if blur is not None and off <= min(_WORST, math.hypot(CLEAN, blur))
+    ]
 
 
 def _blur(leading: Leading, i: int) -> float | None:
@@ -131,8 +170,48 @@ def _edits(
         groups.setdefault(tuple(members), []).append((direction, log_p))
         for j in members:
             left[j] = _without(left[j], direction)
-    for chosen, found in groups.items():
-        yield _edit([pool[j] for j in chosen], found, places, matrices)
+    shared = [
+        _edit([pool[j] for j in chosen], found, places, matrices)
+        for chosen, found in groups.items()
+    ]
+    together = {pool[j].place for chosen in groups for j in chosen}
+    alone = [
+        _edit([one], [(row, one.log_p) for row in one.basis], places, matrices)
+        for one in pool
+        if one.own
+        and one.place not in together
+        and sum(one.shares) >= ALONE
+        and one.log_p < math.log(CERTAIN)
+    ]
+    yield from _folded(shared, _FEW)
+    yield from _folded(alone, 2)
+
+
+def _folded(edits: Sequence[Edit], least: int) -> Iterator[Edit]:
+    """Make one finding of as many that say the same of different matrices, each of few."""
+    kinds: dict[tuple[str, bool, int], list[Edit]] = {}
+    for one in edits:
+        key = one.side, one.removed == len(one.members), len(one.members)
+        kinds.setdefault(key, []).append(one)
+    for (_, _, size), alike in kinds.items():
+        names = [member for one in alike for member in one.members]
+        if len(alike) < least or len(set(names)) < len(names):
+            yield from alike
+            continue
+        counts = {one.kinds: one.of for one in alike}
+        yield replace(
+            alike[0],
+            directions=torch.cat([one.directions for one in alike]),
+            members=tuple(names),
+            of=sum(counts.values()),
+            kinds=tuple(dict.fromkeys(kind for one in alike for kind in one.kinds)),
+            kept=tuple(kept for one in alike for kept in one.kept),
+            removed=sum(one.removed for one in alike),
+            share=math.fsum(one.share for one in alike) / len(alike),
+            log_p=max(one.log_p for one in alike),
+            axis=None,
+            each=size,
+        )
 
 
 def _most_shared(bases: Sequence[Tensor]) -> tuple[Tensor, list[int]]:
