@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import argparse
 import copy
+import itertools
 import json
 import math
 import os
@@ -38,7 +39,7 @@ class Plain(nn.Sequential):
     def __init__(self, classes: int, width: int = 24) -> None:
         sides = [3, width, 2 * width, 2 * width]
         layers: list[nn.Module] = []
-        for m, n in zip(sides[:-1], sides[1:], strict=True):
+        for m, n in itertools.pairwise(sides):
             layers += [nn.Conv2d(m, n, 3, padding=1, bias=False), nn.BatchNorm2d(n), nn.ReLU()]
             layers.append(nn.MaxPool2d(2))
         super().__init__(*layers, nn.AdaptiveAvgPool2d(1), nn.Flatten())
@@ -226,9 +227,7 @@ def measure(kind: str, folder: Path, *, pairs: int, epochs: int) -> dict[str, An
     states = [state(model) for model in models]
     relatives: dict[str, Counter[str]] = {}
     with tempfile.TemporaryDirectory() as place:
-        strangers = [
-            relation(Path(place), states[2 * i], states[2 * i + 1]) for i in range(pairs)
-        ]
+        strangers = [relation(Path(place), states[2 * i], states[2 * i + 1]) for i in range(pairs)]
         for name, i, made in made_of(models, second, epochs):
             said = relation(Path(place), states[i], made).relation
             relatives.setdefault(name, Counter())[said] += 1
@@ -244,7 +243,7 @@ def measure(kind: str, folder: Path, *, pairs: int, epochs: int) -> dict[str, An
 
 
 def failed(row: dict[str, Any]) -> bool:
-    """Whether a stranger was called a relative, or more than 5 % of one kind's relatives were not."""
+    """Tell whether a stranger was called a relative, or over 5 % of a kind of relatives were not."""
     if row["strangers"].get("derived"):
         return True
     return any(

@@ -9,7 +9,7 @@ from svftool.auditing.compare import (
     compare_vectors,
 )
 from svftool.auditing.counterparts import Counterparts, counterparts
-from svftool.auditing.directional import Directions, Edit, Place, Space, Tokens
+from svftool.auditing.directional import ChangedMatrix, Directions, Edit, SharedSpace, Tokens
 from svftool.auditing.evidence import Evidence
 from svftool.auditing.gatekeeper import Gatekeeper, Held, close, violations
 from svftool.auditing.gates import Gate, parse_gate, tripped
@@ -46,6 +46,7 @@ __all__ = [
     "AuditResult",
     "AuditSource",
     "BaseMatrix",
+    "ChangedMatrix",
     "Comparison",
     "Counterparts",
     "Coverage",
@@ -61,11 +62,10 @@ __all__ = [
     "Measured",
     "Metric",
     "NamePair",
-    "Place",
     "Policy",
     "Row",
     "ScreenedBase",
-    "Space",
+    "SharedSpace",
     "Tokens",
     "Trajectory",
     "Tuned",

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from svftool.auditing.alignment import align
-from svftool.auditing.directional import Directions, Place, Side, Tokens
+from svftool.auditing.directional import ChangedMatrix, Directions, Side, Tokens
 from svftool.auditing.edits import find_edits
 from svftool.auditing.layout import output_axes
 from svftool.auditing.results import Comparison, Row
@@ -52,10 +52,10 @@ def directions_of(
     return found if rows is None else _with_tokens(found, rows)
 
 
-def _places(row: Row, outputs: str | None) -> Iterator[Place]:
+def _places(row: Row, outputs: str | None) -> Iterator[ChangedMatrix]:
     spectral = row.verdict is not None and row.verdict.name == SPECTRUM_ONLY
     for index, leading in enumerate(row.leading if row.changed else ()):
-        yield Place(
+        yield ChangedMatrix(
             row.name,
             index if len(row.leading) > 1 else None,
             leading,

@@ -13,23 +13,23 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from svftool.auditing.directional import Place, Side, Space
+from svftool.auditing.directional import ChangedMatrix, SharedSpace, Side
 from svftool.numerics.chance import holm, log_aligned, log_product
 
 _KEPT = 8
 
 
-def align(places: Sequence[Place]) -> tuple[Space, ...]:
+def align(places: Sequence[ChangedMatrix]) -> tuple[SharedSpace, ...]:
     """Hold the leading directions of all changes of one width against each other.
 
     Parameters
     ----------
-    places : sequence of Place
+    places : sequence of ChangedMatrix
         In the order of the checkpoint; what is not above its rounding noise is passed over.
 
     Returns
     -------
-    tuple of Space
+    tuple of SharedSpace
         Those with two matrices or more.
 
     Notes
@@ -56,10 +56,10 @@ def align(places: Sequence[Place]) -> tuple[Space, ...]:
     return tuple(sorted(known, key=lambda one: one.log_p))
 
 
-def _space(side: Side, width: int, directions: Tensor) -> Space:
+def _space(side: Side, width: int, directions: Tensor) -> SharedSpace:
     leading, square = nearest_direction(directions)
     n = len(directions)
-    return Space(
+    return SharedSpace(
         side,
         width,
         n,
@@ -101,6 +101,6 @@ def log_agreement(directions: Tensor) -> float:
         total += log_aligned(float(held[0] @ direction) ** 2 / float(held[0] @ held[0]), d)
         # The leading few directions of what was seen, each times its singular value.
         seen = torch.cat((held, direction[None]))
-        values, vectors = torch.linalg.eigh(seen @ seen.mT)
+        vectors = torch.linalg.eigh(seen @ seen.mT).eigenvectors
         held = (vectors.mT @ seen).flip(0)[:_KEPT]
     return log_product(total, n - 1)

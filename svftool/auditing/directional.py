@@ -75,9 +75,7 @@ class Leading:
     def sizes(self) -> tuple[float, ...]:
         """The singular values of the change itself."""
         half = self.exponent // 2
-        return tuple(
-            float(s) * 2.0**half * 2.0 ** (self.exponent - half) for s in self.values
-        )
+        return tuple(float(s) * 2.0**half * 2.0 ** (self.exponent - half) for s in self.values)
 
     @property
     def shares(self) -> tuple[float, ...]:
@@ -87,7 +85,7 @@ class Leading:
 
 
 @dataclass(frozen=True)
-class Place:
+class ChangedMatrix:
     """One matrix whose change was looked at.
 
     Attributes
@@ -116,7 +114,7 @@ class Place:
         return self.leading.left if left else self.leading.right
 
     def scaling(self, side: Side) -> Scaling:
-        """What became of the base along them."""
+        """Say what became of the base along them."""
         left = (side == "output") == (self.outputs == "rows")
         return self.leading.of_left if left else self.leading.of_right
 
@@ -147,7 +145,7 @@ class Tokens:
 
 
 @dataclass(frozen=True)
-class Space:
+class SharedSpace:
     """The leading directions of all changes whose outputs, or inputs, have one width.
 
     Attributes
@@ -235,9 +233,9 @@ class Directions:
     ----------
     count : int
         Directions asked for, K.
-    places : tuple of Place
+    places : tuple of ChangedMatrix
         One a matrix that changed by more than rounding.
-    spaces : tuple of Space
+    spaces : tuple of SharedSpace
         The least likely first.
     edits : tuple of Edit
         The largest first.
@@ -248,8 +246,8 @@ class Directions:
     """
 
     count: int
-    places: tuple[Place, ...]
-    spaces: tuple[Space, ...] = ()
+    places: tuple[ChangedMatrix, ...]
+    spaces: tuple[SharedSpace, ...] = ()
     edits: tuple[Edit, ...] = ()
     left_out: tuple[str, ...] = ()
     tokens: Mapping[tuple[str, int | None, str], Tokens] = field(default_factory=dict)

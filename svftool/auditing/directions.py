@@ -1,5 +1,4 @@
-"""The leading directions of a change, and whether the base's own output or input along one of them
-was only scaled.
+"""The leading directions of a change, and whether the base was only scaled along them.
 
 ``D = W' - W ~ U diag(S) V'``. A direction u of the rows' space is *scaled by c* where
 ``u'W' = c u'W``: what the weight writes along u is c times what it was. Directional ablation is

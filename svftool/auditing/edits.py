@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from svftool.auditing.alignment import nearest_direction
-from svftool.auditing.directional import Edit, Leading, Place, Scaling, Side
+from svftool.auditing.directional import ChangedMatrix, Edit, Leading, Scaling, Side
 from svftool.numerics.chance import log_aligned
 
 CLEAN = 0.1
@@ -71,12 +71,12 @@ class _Clean:
     own: bool
 
 
-def find_edits(places: Sequence[Place], matrices: Mapping[str, int]) -> tuple[Edit, ...]:
+def find_edits(places: Sequence[ChangedMatrix], matrices: Mapping[str, int]) -> tuple[Edit, ...]:
     """Find directions that were scaled or removed in several matrices.
 
     Parameters
     ----------
-    places : sequence of Place
+    places : sequence of ChangedMatrix
     matrices : mapping of str to int
         How many matrices were compared, by name of the tensor.
 
@@ -103,7 +103,7 @@ def find_edits(places: Sequence[Place], matrices: Mapping[str, int]) -> tuple[Ed
     return tuple(sorted(found, key=lambda one: -len(one.members)))
 
 
-def _clean(index: int, place: Place, tests: int) -> Iterator[_Clean]:
+def _clean(index: int, place: ChangedMatrix, tests: int) -> Iterator[_Clean]:
     if place.spectral:
         return
     leading = place.leading
@@ -155,7 +155,7 @@ def _blur(leading: Leading, i: int) -> float | None:
 
 
 def _edits(
-    pool: Sequence[_Clean], places: Sequence[Place], matrices: Mapping[str, int]
+    pool: Sequence[_Clean], places: Sequence[ChangedMatrix], matrices: Mapping[str, int]
 ) -> Iterator[Edit]:
     """Take out one shared direction after another, and join those of the same matrices."""
     left = [one.basis for one in pool]
@@ -223,7 +223,9 @@ def _most_shared(bases: Sequence[Tensor]) -> tuple[Tensor, list[int]]:
     seeds = rows[torch.linspace(0, len(rows) - 1, min(len(rows), _SEEDS)).round().long()]
     shared = _overlaps(seeds, rows, owners, len(bases)) >= SHARED
     best = shared[int(shared.sum(dim=1).argmax())]
-    direction, _ = nearest_direction(torch.cat([bases[j] for j in best.nonzero().flatten().tolist()]))
+    direction, _ = nearest_direction(
+        torch.cat([bases[j] for j in best.nonzero().flatten().tolist()])
+    )
     members = _overlaps(direction[None], rows, owners, len(bases))[0] >= SHARED
     return direction, members.nonzero().flatten().tolist()
 
@@ -254,7 +256,7 @@ def _log_chance(direction: Tensor, members: Sequence[_Clean], tested: int) -> fl
 def _edit(
     members: Sequence[_Clean],
     found: Sequence[tuple[Tensor, float]],
-    places: Sequence[Place],
+    places: Sequence[ChangedMatrix],
     matrices: Mapping[str, int],
 ) -> Edit:
     directions = torch.stack([direction for direction, _ in found])

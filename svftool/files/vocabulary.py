@@ -105,13 +105,7 @@ _BYTES = _letters()
 
 
 def _readable(text: str, bytewise: bool) -> str:
-    """Return a token as it stands in a text.
-
-    Examples
-    --------
-    >>> _readable("\\u0120cat", True), _readable("\\u2581cat", False)
-    (' cat', ' cat')
-    """
+    """Return a token as it stands in a text."""
     if bytewise and all(ord(letter) in _BYTES for letter in text):
         return bytes(_BYTES[ord(letter)] for letter in text).decode("utf-8", "replace")
     return text.replace(_SPACE, " ")

@@ -12,7 +12,7 @@ from rich.console import RenderableType
 from rich.text import Text
 from torch import Tensor
 
-from svftool.auditing import Comparison, Directions, Edit, Place, Space, Tokens
+from svftool.auditing import ChangedMatrix, Comparison, Directions, Edit, SharedSpace, Tokens
 from svftool.checkpoints import SafetensorsWriter
 from svftool.report import json
 from svftool.report.text import number, plain_table, safe
@@ -123,7 +123,7 @@ def _about(edit: Edit) -> str:
     )
 
 
-def _table(spaces: Sequence[Space]) -> RenderableType:
+def _table(spaces: Sequence[SharedSpace]) -> RenderableType:
     table = plain_table()
     table.add_column("leading directions", no_wrap=True)
     for title in ("width", "matrices", "agreement", "at random", "chance"):
@@ -140,11 +140,11 @@ def _table(spaces: Sequence[Space]) -> RenderableType:
     return table
 
 
-def _told(one: Space) -> bool:
+def _told(one: SharedSpace) -> bool:
     return one.log_adjusted < math.log(TELLING)
 
 
-def _explained(one: Space, edits: Sequence[Edit]) -> bool:
+def _explained(one: SharedSpace, edits: Sequence[Edit]) -> bool:
     """Whether a space's directions agree because of an edit, which says the same tokens."""
     return any(
         edit.directions.shape[1] == one.width
@@ -203,7 +203,7 @@ def _edit(one: Edit) -> dict[str, Any]:
     }
 
 
-def _space(one: Space) -> dict[str, Any]:
+def _space(one: SharedSpace) -> dict[str, Any]:
     return {
         "side": one.side,
         "width": one.width,
@@ -220,7 +220,7 @@ def _chances(log_p: float) -> dict[str, float]:
     return {"p_value": math.exp(log_p), "log10_p": log_p / math.log(10.0)}
 
 
-def _place(one: Place, found: Directions) -> dict[str, Any]:
+def _place(one: ChangedMatrix, found: Directions) -> dict[str, Any]:
     leading = one.leading
     return {
         "name": one.name,
@@ -268,7 +268,7 @@ def tensors(one: Comparison) -> dict[str, Tensor]:
         directions of each edit are ``edits.I.directions`` (k, width).
     """
     found = one.directions
-    groups: dict[str, list[Place]] = {}
+    groups: dict[str, list[ChangedMatrix]] = {}
     for place in () if found is None else found.places:
         groups.setdefault(place.name, []).append(place)
     held: dict[str, Tensor] = {}
