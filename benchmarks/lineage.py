@@ -1,4 +1,4 @@
-"""How often `svftool lineage` is right of small networks that were really trained, on real pictures.
+"""How often `svftool lineage` is right of small networks trained on real pictures.
 
     python benchmarks/lineage.py [--data FOLDER] [--pairs 20] [--epochs 15] [--json FILE]
 
@@ -243,7 +243,7 @@ def measure(kind: str, folder: Path, *, pairs: int, epochs: int) -> dict[str, An
 
 
 def failed(row: dict[str, Any]) -> bool:
-    """Tell whether a stranger was called a relative, or over 5 % of a kind of relatives were not."""
+    """Tell whether a stranger counts as a relative, or over 5 % of a kind of relatives do not."""
     if row["strangers"].get("derived"):
         return True
     return any(

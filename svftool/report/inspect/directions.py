@@ -166,6 +166,35 @@ def _token(index: int, text: str | None) -> str:
     return f"#{index}" if text is None else repr(safe(text))
 
 
+# For the page.
+
+
+def section(found: Directions | None) -> dict[str, Any] | None:
+    """Return what a page shows of the directions; None where there is nothing."""
+    if found is None:
+        return None
+    return {
+        "edits": [
+            (finding(edit), _about(edit), [_ends(tokens) for tokens in edit.tokens[:MOST_ENDS]])
+            for edit in found.edits
+        ],
+        "spaces": [
+            {
+                "side": f"{one.side}s",
+                "width": one.width,
+                "matrices": one.matrices,
+                "alignment": number(one.alignment),
+                "by_chance": number(one.by_chance),
+                "chance": chance(one.log_adjusted),
+                "tokens": "" if one.tokens is None or not _told(one) else _ends(one.tokens),
+            }
+            for one in found.spaces[:MOST_SPACES]
+        ],
+        "legend": _LEGEND,
+        "count": found.count,
+    }
+
+
 # For scripts.
 
 
