@@ -87,7 +87,9 @@ def _with_tokens(found: Directions, rows: Unembedding) -> Directions:
     if not asked:
         return found
     nearest = iter(_nearest(rows, asked))
-    by_place = {(place.name, place.index, side): next(nearest) for place, side in places}
+    by_place: dict[tuple[str, int | None, str], Tokens] = {
+        (place.name, place.index, side): next(nearest) for place, side in places
+    }
     of_spaces = [
         replace(space, tokens=next(nearest)) if space.width == width else space
         for space in found.spaces

@@ -238,7 +238,7 @@ def _overlaps(seeds: Tensor, rows: Tensor, owners: Tensor, count: int) -> Tensor
 
 def _without(basis: Tensor, direction: Tensor) -> Tensor:
     """Return an orthonormal basis of a subspace without a direction that it holds."""
-    turned = torch.linalg.svd(basis - (basis @ direction)[:, None] * direction)[2]
+    turned: Tensor = torch.linalg.svd(basis - (basis @ direction)[:, None] * direction).Vh
     return turned[: len(basis) - 1]
 
 

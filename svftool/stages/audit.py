@@ -390,7 +390,7 @@ class _Auditor:
                 left_out.append(Unread(name, f"{self.layers.left[name]}; compared by bytes"))
             else:
                 left_out.append(Unread(name, way))
-        one = judged(
+        whole = judged(
             Comparison(
                 base=self.base.path,
                 tuned=side.source.path,
@@ -406,9 +406,9 @@ class _Auditor:
         )
         count = self.way.directions
         if count is None:
-            return one
-        found_by = directions_of(one, self.base.infos, count, self._unembedding)
-        return replace(one, directions=found_by)
+            return whole
+        found_by = directions_of(whole, self.base.infos, count, self._unembedding)
+        return replace(whole, directions=found_by)
 
     def _unembedding(self) -> Unembedding | None:
         """Read what turns directions into tokens, with their texts where these are there."""

@@ -101,10 +101,10 @@ def directions(found: Directions) -> Iterator[RenderableType]:
                 yield Text(f"{where}: nearest tokens {_ends(one.tokens)}", "dim")
         yield Text(_LEGEND, "dim")
     if found.left_out:
-        one = f"{safe(found.left_out[0])}{' ...' if len(found.left_out) > 1 else ''}"
+        named = f"{safe(found.left_out[0])}{' ...' if len(found.left_out) > 1 else ''}"
         yield Text(
             f"{len(found.left_out)} changed matrices are known by their singular values alone "
-            f"({one})",
+            f"({named})",
             "dim",
         )
 
