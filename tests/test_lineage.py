@@ -221,7 +221,7 @@ def test_networks_trained_on_real_pictures(data: Path, monkeypatch: pytest.Monke
     row = script.measure("residual", data / "images" / "cifar10", pairs=1, epochs=1)
     assert not script.failed(row)
     assert row["strangers"] == {"independent": 1}
-    assert row["relatives"] == dict.fromkeys(row["relatives"], {"derived": 2})
+    assert row["relatives"] == {key: {"derived": 2} for key in row["relatives"]}
     assert len(row["relatives"]) == 6
     assert script.failed({**row, "strangers": {"derived": 1}})
     assert script.failed({**row, "relatives": {"int8": {"derived": 1, "undecided": 1}}})
