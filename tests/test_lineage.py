@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import importlib
 import itertools
 import math
 from functools import cache
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -16,6 +18,7 @@ from svftool.errors import CheckpointError, UsageError
 from svftool.stages.lineage import Lineage, lineage
 
 State = dict[str, torch.Tensor]
+SCRIPT = Path(__file__).parents[1] / "benchmarks" / "lineage.py"
 INPUTS, HIDDEN, CLASSES = 20, 32, 5
 
 
@@ -208,6 +211,20 @@ def test_one_checkpoint_and_a_change_alone_are_refused(tmp_path: Path) -> None:
 
 
 # Real networks.
+
+
+@pytest.mark.skipif(not SCRIPT.is_file(), reason="benchmarks/ is not in this checkout")
+def test_networks_trained_on_real_pictures(data: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A short run of what docs/metrics.md shows 40 networks a kind of."""
+    monkeypatch.syspath_prepend(str(SCRIPT.parent))
+    script: Any = importlib.import_module("lineage")
+    row = script.measure("residual", data / "images" / "cifar10", pairs=1, epochs=1)
+    assert not script.failed(row)
+    assert row["strangers"] == {"independent": 1}
+    assert row["relatives"] == {key: {"derived": 2} for key in row["relatives"]}
+    assert len(row["relatives"]) == 6
+    assert script.failed({**row, "strangers": {"derived": 1}})
+    assert script.failed({**row, "relatives": {"int8": {"derived": 1, "undecided": 1}}})
 
 
 def test_real_relatives_and_strangers(data: Path) -> None:

@@ -9,6 +9,7 @@ from svftool.auditing.compare import (
     compare_vectors,
 )
 from svftool.auditing.counterparts import Counterparts, counterparts
+from svftool.auditing.directional import ChangedMatrix, Directions, Edit, SharedSpace, Tokens
 from svftool.auditing.evidence import Evidence
 from svftool.auditing.gatekeeper import Gatekeeper, Held, close, violations
 from svftool.auditing.gates import Gate, parse_gate, tripped
@@ -45,10 +46,13 @@ __all__ = [
     "AuditResult",
     "AuditSource",
     "BaseMatrix",
+    "ChangedMatrix",
     "Comparison",
     "Counterparts",
     "Coverage",
     "Curves",
+    "Directions",
+    "Edit",
     "Evidence",
     "Found",
     "Gate",
@@ -61,6 +65,8 @@ __all__ = [
     "Policy",
     "Row",
     "ScreenedBase",
+    "SharedSpace",
+    "Tokens",
     "Trajectory",
     "Tuned",
     "Unread",

@@ -10,6 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from svftool.auditing.directional import Leading
 from svftool.auditing.evidence import Evidence, Quantised, gather, join, noise_of
 from svftool.auditing.metrics import Measured, Metric, combine, measure, measure_energies
 from svftool.auditing.pair import Array, MatrixPair
@@ -32,11 +33,14 @@ class Found:
     evidence : Evidence or None
         None where there is nothing to compare with.
     curves : Curves or None
+    leading : tuple of Leading
+        Leading directions of the change, one a matrix, where they were asked for.
     """
 
     measured: Measured
     evidence: Evidence | None = None
     curves: Curves | None = None
+    leading: tuple[Leading, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -159,7 +163,7 @@ class BaseMatrix:
         if self.broken:
             return self._unusable(self.broken)
         exponent = _exponent([self._weights])
-        pairs = (self._pair(_divided(weight, exponent)) for weight in self._weights)
+        pairs = (self._pair(divided(weight, exponent)) for weight in self._weights)
         return _multiplied(_joined([self._part(pair) for pair in pairs]), exponent)
 
     def spectra(self) -> Tensor:
@@ -167,11 +171,11 @@ class BaseMatrix:
         exponent = _exponent([self._weights])
         found = [
             torch.from_numpy(
-                MatrixPair(_divided(weight, exponent), vectors=False, pool=self._pool).base
+                MatrixPair(divided(weight, exponent), vectors=False, pool=self._pool).base
             )
             for weight in self._weights
         ]
-        return _divided(torch.stack(found), -exponent)
+        return divided(torch.stack(found), -exponent)
 
     def against(self, tuned: Tuned) -> Found:
         """Compare with a fine-tune.
@@ -191,9 +195,9 @@ class BaseMatrix:
             if change is not None and (broken := _defect(change, "the fine-tune")):
                 return self._unusable(broken)
             if exponent:
-                weight = _divided(weight, exponent)
+                weight = divided(weight, exponent)
                 other, change = (
-                    one if one is None else _divided(one, exponent) for one in (other, change)
+                    one if one is None else divided(one, exponent) for one in (other, change)
                 )
             pair = None if exponent else self._single
             pair = (pair or self._pair(weight)).with_tuned(other, change)
@@ -261,9 +265,9 @@ class ScreenedBase:
             sides = [one for one in (self._quantised, tuned.quantised) if one is not None]
             codes = () if exponent else tuple(one.of(index) for one in sides)
             found = screen(
-                _divided(weight, exponent),
-                None if other is None else _divided(other, exponent),
-                None if change is None else _divided(change, exponent),
+                divided(weight, exponent),
+                None if other is None else divided(other, exponent),
+                None if change is None else divided(change, exponent),
                 quantised=codes,
             )
             finite = math.isfinite(found.base_energy) and math.isfinite(found.change_energy)
@@ -347,7 +351,7 @@ def compare_spectra(
             broken = f"{side}: {bad} of {values.numel()} singular values are not finite"
             return Found(Measured(), Evidence(m, n, count=count, broken=broken))
     exponent = _exponent([S, S_tuned])
-    rows = [_divided(one, exponent).reshape(count, -1) for one in (S, S_tuned)]
+    rows = [divided(one, exponent).reshape(count, -1) for one in (S, S_tuned)]
     pairs = [SpectralPair(a, b, m=m, n=n) for a, b in zip(*rows, strict=True)]
     measured = combine([measure(pair, metrics) for pair in pairs], pairs)
     drift = measured.change["relative_drift"]
@@ -375,8 +379,15 @@ def _exponent(tensors: Sequence[Tensor | None]) -> int:
     return exponent if abs(exponent) > _EXTREME else 0
 
 
-def _divided(values: Tensor, exponent: int) -> Tensor:
-    """Divide by a power of two, in two steps: the power itself may be beyond float64."""
+def divided(values: Tensor, exponent: int) -> Tensor:
+    """Divide by a power of two, in two steps: the power itself may be beyond float64.
+
+    Parameters
+    ----------
+    values : Tensor
+    exponent : int
+        0 leaves the values as they are.
+    """
     if not exponent:
         return values
     half = exponent // 2
@@ -440,7 +451,7 @@ def compare_vectors(base: Tensor, tuned: Tensor | None, change: Tensor | None = 
     whole = tuned is not None and not (_has_point(base) or _has_point(tuned))
     same = torch.equal(W, T) and _equal_beyond_float64(base, tuned)
     exponent = _exponent([W, T])
-    W, T = _divided(W, exponent), _divided(T, exponent)
+    W, T = divided(W, exponent), divided(T, exponent)
     D = _difference(base, tuned) if whole else T - W
     found = Evidence(
         1,

@@ -35,6 +35,7 @@ def judged_row(row: Row, found: Found | None) -> Row:
         evidence=found.evidence,
         curves=found.curves,
         verdict=verdict,
+        leading=found.leading,
     )
 
 

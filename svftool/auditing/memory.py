@@ -17,7 +17,9 @@ _VECTORS_COST = 2.0
 _VALUES_COST = 2.0
 
 
-def audit_bytes(job: Job, *, compared: bool, vectors: bool, adapters: bool = False) -> int:
+def audit_bytes(
+    job: Job, *, compared: bool, vectors: bool, adapters: bool = False, lead: bool = False
+) -> int:
     """Bound the memory that one layer takes: weights as stored, and matrices of the short side.
 
     Parameters
@@ -29,6 +31,8 @@ def audit_bytes(job: Job, *, compared: bool, vectors: bool, adapters: bool = Fal
         Whether singular vectors are computed.
     adapters : bool
         Whether a fine-tune is an adapter, whose change is formed in float64, a matrix at a time.
+    lead : bool
+        Whether the leading directions of the change are found.
     """
     long, short = job.sides
     held = job.count * long * short * job.dtype.itemsize
@@ -36,7 +40,14 @@ def audit_bytes(job: Job, *, compared: bool, vectors: bool, adapters: bool = Fal
         return held + 8 * _SQUARES_OF_ONE * short**2
     squares = _SQUARES_OF_VECTORS if vectors else _SQUARES_OF_VALUES
     change = 16 * long * short if adapters else 0
-    return 2 * held + change + 8 * squares * short**2
+    return 2 * held + change + 8 * squares * short**2 + (_lead_bytes(job) if lead else 0)
+
+
+def _lead_bytes(job: Job) -> int:
+    """Bound what base and change of a matrix and the decomposition of the change take."""
+    long, short = job.sides
+    wide = 8 if job.dtype.itemsize == 8 else 4
+    return 3 * wide * long * short + 8 * _SQUARES_OF_ONE * short**2
 
 
 def audit_budget(jobs: Sequence[Job], size: Callable[[Job], int]) -> int:
@@ -59,7 +70,7 @@ _COLUMNS = 256
 _CONVERTED = 8 << 20
 
 
-def screen_bytes(job: Job, *, adapters: bool = False) -> int:
+def screen_bytes(job: Job, *, adapters: bool = False, lead: bool = False) -> int:
     """Bound the memory that screening one layer takes.
 
     Parameters
@@ -67,11 +78,14 @@ def screen_bytes(job: Job, *, adapters: bool = False) -> int:
     job : Job
     adapters : bool
         Whether a fine-tune is an adapter, whose change is formed in float64, a matrix at a time.
+    lead : bool
+        Whether the leading directions of the change are found.
     """
     long, short = job.sides
     held = 2 * job.count * long * short * job.dtype.itemsize
     change = 16 * long * short if adapters else 0
-    return held + change + 4 * _COLUMNS * (long + short) + _CONVERTED
+    spare = _lead_bytes(job) if lead else 0
+    return held + change + 4 * _COLUMNS * (long + short) + _CONVERTED + spare
 
 
 def screen_budget(jobs: Sequence[Job], size: Callable[[Job], int]) -> int:

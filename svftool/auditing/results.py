@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 from itertools import pairwise
 from pathlib import Path
 
+from svftool.auditing.directional import Directions, Leading
 from svftool.auditing.evidence import Evidence
 from svftool.auditing.formulas import Value
 from svftool.auditing.metrics import METRICS, Measured
@@ -67,6 +68,8 @@ class Row:
         Of matrices.
     by_bytes : bool
         Whether bytes were compared, not numbers: such a row has no metrics.
+    leading : tuple of Leading
+        Leading directions of the change, one a matrix, where they were asked for.
     """
 
     name: str
@@ -80,6 +83,7 @@ class Row:
     evidence: Evidence | None = None
     curves: Curves | None = None
     by_bytes: bool = False
+    leading: tuple[Leading, ...] = ()
 
     @property
     def is_matrix(self) -> bool:
@@ -212,6 +216,8 @@ class Comparison:
         What was found and dropped on the way.
     screened : bool
         Whether nothing was decomposed.
+    directions : Directions or None
+        What the leading directions of the changes say, where they were asked for.
     """
 
     base: Path
@@ -226,6 +232,7 @@ class Comparison:
     totals: tuple[int, int] = (0, 0)
     notes: tuple[str, ...] = ()
     screened: bool = False
+    directions: Directions | None = None
 
     @property
     def matrices(self) -> tuple[Row, ...]:

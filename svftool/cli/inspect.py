@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -47,6 +47,10 @@ class FilesToWrite:
     plot: Annotated[
         Path | None, typer.Option(help="Write a figure; the suffix says png, svg or pdf.")
     ] = None
+    save_directions: Annotated[
+        Path | None,
+        typer.Option(help="Write the directions of --directions to this safetensors file."),
+    ] = None
     feature_maps: Annotated[
         Path | None,
         typer.Option(
@@ -68,9 +72,84 @@ class FilesToWrite:
     def check(self, inputs: Iterable[str]) -> None:
         """Refuse files that cannot be written."""
         apart = [*map(Path, inputs)]
-        for written in (self.csv, self.html, self.plot, self.feature_maps):
+        outputs = (self.csv, self.html, self.plot, self.save_directions, self.feature_maps)
+        for written in outputs:
             if written is not None:
                 check_output(written, force=self.force, inputs=apart)
+
+    def files(self, inputs: Iterable[str], component: str = "") -> Files:
+        """Return what is written of one comparison; a component's name is before the suffix."""
+
+        def own(path: Path | None) -> Path | None:
+            if path is None or not component:
+                return path
+            return path.with_suffix(f".{component}{path.suffix}")
+
+        return Files(
+            own(self.csv),
+            own(self.html),
+            own(self.plot),
+            force=self.force,
+            inputs=tuple(inputs),
+            directions=own(self.save_directions),
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
+class Depth:
+    """How deep an inspection looks."""
+
+    fast: Annotated[
+        bool, typer.Option("--fast", help="Singular values only: no shares, no intruders.")
+    ] = False
+    screen: Annotated[
+        bool,
+        typer.Option(
+            "--screen", help="A verdict at reading speed: nothing of the base is decomposed."
+        ),
+    ] = False
+    directions: Annotated[
+        int | None,
+        typer.Option(
+            metavar="K",
+            min=1,
+            max=MOST_DIRECTIONS,
+            help="Look at the leading K output and input directions of each change: whether layers "
+            "share them, which tokens are near, whether one was removed.",
+        ),
+    ] = None
+
+    def check(self, names: Iterable[str], others: Sequence[str], saved: Path | None) -> None:
+        """Refuse what a screen cannot do, and directions that cannot be saved.
+
+        Parameters
+        ----------
+        names : iterable of str
+            Metrics that are asked for.
+        others : sequence of str
+            The fine-tunes.
+        saved : Path or None
+            Where directions go.
+        """
+        if self.screen:
+            _check_screen(self.fast, names)
+        if saved is None:
+            return
+        if self.directions is None:
+            raise UsageError("--save-directions: how many? Add --directions, as in --directions 8.")
+        if len(others) != 1:
+            raise UsageError(
+                f"--save-directions: {len(others)} fine-tunes, expected one to a file. "
+                "Name one at a time."
+            )
+        if saved.suffix != ".safetensors":
+            raise UsageError(
+                f"{saved}: suffix {saved.suffix!r}, expected .safetensors. Name such a file."
+            )
+
+
+MOST_DIRECTIONS = 64
+"""Directions of a change, whose vectors are held until the end."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -135,15 +214,7 @@ def command(
             help="Metrics beside the default ones.",
         ),
     ] = None,
-    fast: Annotated[
-        bool, typer.Option("--fast", help="Singular values only: no shares, no intruders.")
-    ] = False,
-    screen: Annotated[
-        bool,
-        typer.Option(
-            "--screen", help="A verdict at reading speed: nothing of the base is decomposed."
-        ),
-    ] = False,
+    depth: Depth,
     sort: Annotated[
         str,
         typer.Option(
@@ -171,16 +242,15 @@ def command(
     check_metric(sort)
     beside = () if metrics is None else check_metrics(metrics)
     limits.check()
-    if screen:
-        _check_screen(fast, (*beside, sort, *limits.metrics()))
     others, force = tuned or [], asked.force
+    depth.check((*beside, sort, *limits.metrics()), others, asked.save_directions)
     inputs = (base, *others)
     for one in inputs:
         check_exists(one)
     if is_first_process():
         asked.check(inputs)
     annotations = Annotations.read(limits.annotate or (), force=force, inputs=inputs)
-    files = Files(asked.csv, asked.html, asked.plot, force=force, inputs=inputs)
+    files = asked.files(inputs)
     maps = MapsFile(asked.feature_maps, asked.image, force=force, inputs=inputs)
     files.check()
     maps.check()
@@ -192,8 +262,9 @@ def command(
     look = partial(
         audit,
         metrics=gate.with_metrics((*beside, sort)),
-        fast=fast,
-        screen=screen,
+        fast=depth.fast,
+        screen=depth.screen,
+        directions=depth.directions,
         include=include or (),
         exclude=exclude or (),
         device=device,
@@ -214,7 +285,7 @@ def command(
         from svftool.stages.feature_maps import feature_maps
 
         maps.write(feature_maps(base, others[0], asked.image, model=asked.model))
-    display.wrote(files.csv, files.html, files.plot, maps.path)
+    display.wrote(*files.paths, maps.path)
     display.emit(report.document(result, held=held), report.view(result, shown, held=held))
     if is_first_process():
         annotations.say(held)
@@ -247,7 +318,7 @@ def _pipeline(
     pairs = counterpart_folders(source, others)
     if is_first_process():
         for name in source.components:
-            _files(asked, name, (str(base), *others)).check()
+            asked.files((str(base), *others), name).check()
     for name, theirs in pairs.items():
         there = [one for one in theirs if one is not None]
         if len(there) < len(theirs):
@@ -256,9 +327,9 @@ def _pipeline(
             continue
         result = look(source.path / name, there)
         verdicts = gate.hold(result)
-        files = _files(asked, name, (str(base), *others))
+        files = asked.files((str(base), *others), name)
         files.write(result, verdicts)
-        display.wrote(files.csv, files.html, files.plot)
+        display.wrote(*files.paths)
         found[name], held = (result, verdicts), [*held, *verdicts]
     whole = PipelineResult(None, found, missing=tuple(missing))
     display.emit(
@@ -271,12 +342,3 @@ def _pipeline(
             f"{shortlist(missing, 6)}: not in every fine-tune, so not compared, expected all "
             "components for a gate to hold."
         )
-
-
-def _files(asked: FilesToWrite, component: str, inputs: tuple[str, ...]) -> Files:
-    """Return the files of a component: its name stands before the suffix."""
-
-    def own(path: Path | None) -> Path | None:
-        return None if path is None else path.with_suffix(f".{component}{path.suffix}")
-
-    return Files(own(asked.csv), own(asked.html), own(asked.plot), force=asked.force, inputs=inputs)

@@ -149,6 +149,28 @@ def read_gguf_header(path: Path) -> GGUFHeader:
             ) from None
 
 
+def read_gguf_texts(path: Path, header: GGUFHeader, key: str) -> list[str] | None:
+    """Read a list of texts of the metadata, which `read_gguf_header` passes over.
+
+    Parameters
+    ----------
+    path : Path
+    header : GGUFHeader
+        Of this file.
+    key : str
+
+    Returns
+    -------
+    list of str or None
+        None where there is no list of texts by this name.
+    """
+    if key not in header.spans:
+        return None
+    with path.open("rb") as file:
+        file.seek(header.spans[key][0])
+        return _Reader(file, path, os.fstat(file.fileno()).st_size).texts()
+
+
 _LONG_LIST = 4096
 """Values from which a list is a vocabulary or the like, which names and shapes do not need."""
 
@@ -223,6 +245,13 @@ class _Reader:
         entries = [self._entry() for _ in range(tensors)]
         described = begin, self._file.tell()
         return GGUFHeader(version, metadata, self._placed(entries, metadata), spans, described)
+
+    def texts(self) -> list[str] | None:
+        """Read a field of the metadata that is a list of texts; None of any other."""
+        self._text()
+        if self._number("I") != _ARRAY or self._number("I") != _STRING:
+            return None
+        return [self._text() for _ in range(self._count(self._size))]
 
     def _number(self, code: str) -> Any:
         (value,) = struct.unpack(f"<{code}", self._file.read(struct.calcsize(code)))

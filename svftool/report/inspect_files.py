@@ -23,7 +23,7 @@ class Files:
 
     Attributes
     ----------
-    csv, html, plot : Path or None
+    csv, html, plot, directions : Path or None
     force : bool
         Replace existing files.
     inputs : tuple of str
@@ -35,6 +35,12 @@ class Files:
     plot: Path | None
     force: bool
     inputs: tuple[str, ...]
+    directions: Path | None = None
+
+    @property
+    def paths(self) -> tuple[Path | None, ...]:
+        """All of them."""
+        return self.csv, self.html, self.plot, self.directions
 
     def check(self) -> None:
         """Find out before any work whether the files can be made.
@@ -52,7 +58,7 @@ class Files:
             from svftool.report.drawing import require_jinja
 
             require_jinja()
-        for path in (self.csv, self.html, self.plot):
+        for path in self.paths:
             _check_new(path, self.force)
 
     def write(self, result: AuditResult, held: Sequence[Held]) -> None:
@@ -73,6 +79,11 @@ class Files:
 
             with replace_output(self.plot, force=self.force, inputs=inputs) as partial:
                 save_figure(result, partial, kind=self.plot.suffix.lower().lstrip("."))
+        if self.directions is not None:
+            from svftool.report.inspect.directions import save
+
+            with replace_output(self.directions, force=self.force, inputs=inputs) as partial:
+                save(result.comparisons[0], partial)
 
 
 @dataclass(frozen=True)

@@ -44,9 +44,12 @@ from svftool.auditing import (
     screened_seconds,
     trajectory_of,
 )
+from svftool.auditing.across import directions_of
+from svftool.auditing.directions import leading_directions
 from svftool.auditing.evidence import Quantised
-from svftool.auditing.verdicts import broken_verdict
-from svftool.auditing.ways import asked_for, way_to_change, way_to_compare
+from svftool.auditing.unembedding import Unembedding, unembedding_of
+from svftool.auditing.verdicts import STILL, broken_verdict, judge
+from svftool.auditing.ways import asked_for, is_number, way_to_change, way_to_compare
 from svftool.checkpoints import (
     Selection,
     TensorInfo,
@@ -58,6 +61,7 @@ from svftool.checkpoints import (
 from svftool.checkpoints.dtypes import FLOAT8
 from svftool.engine import Job, run_layers, share
 from svftool.errors import CheckpointError, FactorsError, UsageError
+from svftool.files.vocabulary import read_vocabulary
 from svftool.machine import pick_device
 from svftool.numerics import ThreadPool
 from svftool.processes import joined_processes
@@ -74,6 +78,7 @@ def audit(
     metrics: Sequence[str] | None = None,
     fast: bool = False,
     screen: bool = False,
+    directions: int | None = None,
     include: Sequence[str] = (),
     exclude: Sequence[str] = (),
     device: str = "auto",
@@ -95,6 +100,8 @@ def audit(
     screen : bool
         Nothing of the base is decomposed: verdicts where they can be proven without, at the speed
         of reading.
+    directions : int, optional
+        Leading output and input directions of each change to find, and to hold against each other.
     include, exclude : sequence of str
         Globs of the base's tensor names; everything by default.
     device : str
@@ -126,13 +133,9 @@ def audit(
                 f"{source.path}: an adapter, expected a checkpoint. Name its base first: "
                 f"svftool inspect BASE {source.path}"
             )
-        if screen and not others and source.tuned is None:
-            raise UsageError(
-                f"--screen: only {source.path} is given, expected a base and what became of it. "
-                "Name a fine-tune, or leave out --screen."
-            )
+        _refuse_alone(source, others, screen=screen, directions=directions)
         layers = _layers(source, include, exclude)
-        auditor = _Auditor(source, layers, chosen, _Way(fast, screen), place, progress)
+        auditor = _Auditor(source, layers, chosen, _Way(fast, screen, directions), place, progress)
         if source.tuned is not None:
             comparisons = tuple(auditor.tuned_pair(one) for one in others or [source])
         else:
@@ -141,6 +144,24 @@ def audit(
         comparisons = tuple(replace(one, screened=True) for one in comparisons)
     names = tuple(metric.name for metric in chosen)
     return AuditResult(comparisons, names, trajectory_of(comparisons), time.perf_counter() - start)
+
+
+def _refuse_alone(
+    source: AuditSource, others: Sequence[AuditSource], *, screen: bool, directions: int | None
+) -> None:
+    """Refuse what needs two sides where there is one."""
+    if screen and not others and source.tuned is None:
+        raise UsageError(
+            f"--screen: only {source.path} is given, expected a base and what became of it. "
+            "Name a fine-tune, or leave out --screen."
+        )
+    if directions is not None and (source.tuned is not None or not others):
+        held = "a tuned file, which holds" if source.tuned is not None else "a base alone, without"
+        what = "singular values alone" if source.tuned is not None else "a change"
+        raise UsageError(
+            f"--directions: {source.path} is {held} {what}, expected a base checkpoint and what "
+            "became of it. Name both, or leave out --directions."
+        )
 
 
 @dataclass(frozen=True)
@@ -176,6 +197,7 @@ class _Way:
 
     fast: bool = False
     screen: bool = False
+    directions: int | None = None
 
     @property
     def vectors(self) -> bool:
@@ -241,7 +263,7 @@ class _Auditor:
                 return [self._spectrum(job, weight, pool)]
             base = self._base(weight, self._quantised(job, weight.device), pool)
             return [
-                self._held(job, base, weight, side)
+                self._held(job, base, weight, side, pool)
                 if self._way(job.name, side) == "matrix"
                 else None
                 for side in sides
@@ -249,12 +271,17 @@ class _Auditor:
 
         adapters = any(side.changes for side in sides)
         size: Callable[[Job], int]
+        lead = self.way.directions is not None
         if self.way.screen:
-            size, memory = partial(screen_bytes, adapters=adapters), screen_budget
+            size, memory = partial(screen_bytes, adapters=adapters, lead=lead), screen_budget
         else:
             size, memory = (
                 partial(
-                    audit_bytes, compared=bool(sides), vectors=self.way.vectors, adapters=adapters
+                    audit_bytes,
+                    compared=bool(sides),
+                    vectors=self.way.vectors,
+                    adapters=adapters,
+                    lead=lead,
                 ),
                 audit_budget,
             )
@@ -300,7 +327,12 @@ class _Auditor:
         return way_to_compare(info, other, matrix=matrix)
 
     def _held(
-        self, job: Job, base: BaseMatrix | ScreenedBase, weight: Tensor, side: Counterparts
+        self,
+        job: Job,
+        base: BaseMatrix | ScreenedBase,
+        weight: Tensor,
+        side: Counterparts,
+        pool: ThreadPool,
     ) -> Found | None:
         spectra = side.spectra(job.name)
         if spectra is not None:
@@ -313,7 +345,17 @@ class _Auditor:
             return compare_spectra(*spectra, sides=(m, n), metrics=self.metrics)
         info = self.base.infos[job.name]
         found = side.read(job.name, weight.reshape(info.shape))
-        return None if found is None else base.against(found.reshaped(job.matrix, weight.device))
+        if found is None:
+            return None
+        tuned = found.reshaped(job.matrix, weight.device)
+        return self._led(base.against(tuned), weight, tuned, pool)
+
+    def _led(self, found: Found, weight: Tensor, tuned: Tuned, pool: ThreadPool) -> Found:
+        """Put in the leading directions of a change beyond rounding, where they are asked for."""
+        count, known = self.way.directions, found.evidence
+        if count is None or known is None or judge(known).name in STILL:
+            return found
+        return replace(found, leading=leading_directions(weight, tuned, count, known, pool))
 
     def _alone(self, found: Mapping[str, Found | None]) -> Comparison:
         rows = tuple(self._row(name, None, found[name]) for name in self.layers.views)
@@ -348,7 +390,7 @@ class _Auditor:
                 left_out.append(Unread(name, f"{self.layers.left[name]}; compared by bytes"))
             else:
                 left_out.append(Unread(name, way))
-        return judged(
+        whole = judged(
             Comparison(
                 base=self.base.path,
                 tuned=side.source.path,
@@ -362,6 +404,25 @@ class _Auditor:
                 notes=(*self.base.notes, *side.source.notes, *side.notes),
             )
         )
+        count = self.way.directions
+        if count is None:
+            return whole
+        found_by = directions_of(whole, self.base.infos, count, self._unembedding)
+        return replace(whole, directions=found_by)
+
+    def _unembedding(self) -> Unembedding | None:
+        """Read what turns directions into tokens, with their texts where these are there."""
+        name = unembedding_of(self.base.infos)
+        if name is None or not is_number(self.base.infos[name]):
+            return None
+        try:
+            texts = read_vocabulary(self.base.path)
+        except CheckpointError as error:
+            self.progress.warn(f"tokens have no texts: {error}")
+            texts = None
+        weight = self.base.read(name)
+        fits = texts is not None and len(texts) <= len(weight)
+        return Unembedding(weight, texts if fits else None)
 
     def _wanted(self, items: Sequence[Unread]) -> tuple[Unread, ...]:
         """Mark those that the user's patterns leave out; they stay on the list."""

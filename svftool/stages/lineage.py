@@ -31,6 +31,7 @@ from svftool.auditing.ways import is_count, is_number
 from svftool.checkpoints import plain_name
 from svftool.errors import CheckpointError, SvftoolError, UsageError
 from svftool.numerics import singular_values
+from svftool.numerics.chance import log_product
 from svftool.numerics.rounding import precision_of
 from svftool.progress import SILENT, Progress
 
@@ -367,7 +368,7 @@ def _by_spectra(a: _Model, b: _Model) -> tuple[float, str, str] | None:
             kin += best < math.log(1e-3)
     if not tested:
         return None
-    p = _fisher(logs, tested)
+    p = math.exp(log_product(logs, tested))
     if p >= CERTAIN or kin < max(1, tested // 4):
         return None
     said = f"the same singular values in {kin} of {tested} layers"
@@ -381,16 +382,6 @@ def _by_shape(model: _Model) -> dict[tuple[int, int], list[str]]:
         if 2 * FEWEST <= min(m, n) <= _SIDE:
             found.setdefault((m, n), []).append(name)
     return {shape: names[:_READ] for shape, names in found.items()}
-
-
-def _fisher(logs: float, count: int) -> float:
-    """Return the probability of a product of uniform numbers with this logarithm, or less."""
-    x = -logs
-    term = total = 1.0
-    for k in range(1, count):
-        term *= x / k
-        total += term
-    return min(1.0, math.exp(-x) * total)
 
 
 def _by_place(a: _Model, b: _Model, settled: Sequence[str]) -> tuple[float, str, str] | None:

@@ -20,6 +20,7 @@ from svftool.auditing import (
     violations,
 )
 from svftool.report import json
+from svftool.report.inspect import directions
 from svftool.report.inspect.gates import gates_document
 from svftool.report.inspect.headline import headline
 from svftool.report.text import safe
@@ -67,6 +68,7 @@ def _comparison(one: Comparison, metrics: Sequence[str], curves: bool) -> dict[s
         "headline": None if one.tuned is None else headline(one),
         "rank": None if one.verdict is None else one.verdict.rank,
         "screened": one.screened,
+        "directions": directions.document(one.directions),
         "summary": summary(one),
         "layers": [_row(row, metrics, curves) for row in one.rows],
         "unmatched": {

@@ -19,6 +19,7 @@ from svftool.auditing.verdicts import (
     UNRELATED,
     UNTOUCHED,
 )
+from svftool.report.inspect.directions import finding
 
 _WAYS = {
     FULL: "in many directions at once",
@@ -49,6 +50,8 @@ def headline(one: Comparison) -> str:
         rank 8 that hold 99 % of the change".
     """
     said = f"{_coverage(one)}; {_changes([*one.rows, *one.codes])}"
+    for edit in () if one.directions is None else one.directions.edits:
+        said = f"{said}; directional edit: {finding(edit)}"
     if one.screened:
         said = f"{said}; {_NOT_LOOKED_AT}"
     if one.verdict is None or one.verdict.name != UNDECIDED:

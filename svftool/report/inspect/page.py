@@ -17,7 +17,7 @@ from svftool.auditing import (
     metric_name,
 )
 from svftool.report.drawing import require_jinja
-from svftool.report.inspect import charts, maps
+from svftool.report.inspect import charts, directions, maps
 from svftool.report.inspect.headline import headline
 from svftool.report.inspect.marks import largest_of, number, part_of
 from svftool.report.inspect.unread import unread
@@ -140,6 +140,7 @@ def _section(one: Comparison, index: int, count: int) -> dict[str, Any]:
         "counts": _counted(one),
         "heat": maps.heat_map(rows, _heat_lines(one), most=columns),
         "directions": maps.direction_map(rows, most=columns) if compared else "",
+        "leading": directions.section(one.directions),
         "spectra": [
             (safe(row.name), _facts(row, parts.get(row.name)), charts.spectra(row.curves))
             for row in drawn

@@ -23,6 +23,7 @@ from svftool.auditing import (
     metric_name,
 )
 from svftool.auditing.verdicts import CHANGED, UNTOUCHED
+from svftool.report.inspect.directions import directions
 from svftool.report.inspect.gates import gates
 from svftool.report.inspect.headline import headline
 from svftool.report.inspect.marks import (
@@ -109,6 +110,9 @@ def _compared(one: Comparison, shown: Shown) -> Iterator[RenderableType]:
         yield ""
         yield from _listed_rows(one, listed, shown, untouched=len(rows) - len(listed))
     yield from unmatched(one, every=shown.every)
+    if one.directions is not None:
+        yield ""
+        yield from directions(one.directions)
     yield ""
     yield from _others(one)
 
