@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
-from dataclasses import asdict, dataclass, fields
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +14,7 @@ from torch import nn
 
 from svftool.attaching import Parametrisation, Regime, parse_regime
 from svftool.checkpoints import Checkpoint
+from svftool.choices.training import check_comparison
 from svftool.errors import UsageError
 from svftool.factors import open_factors
 from svftool.files.folder import TUNED_SUFFIX, named
@@ -66,6 +67,8 @@ class RunOptions:
     save_every : int, optional
         Steps between two writings of a run's state; by default it is written every 30 seconds, and
         less often where that would take more than a twentieth of the time.
+    against : str, optional
+        The regime that all others are held against, seed by seed.
     """
 
     include: Sequence[str] = ()
@@ -76,6 +79,7 @@ class RunOptions:
     log_with: Sequence[str] = ()
     log_dir: str | os.PathLike[str] | None = None
     save_every: int | None = None
+    against: str | None = None
 
     @classmethod
     def take(cls, options: dict[str, Any]) -> RunOptions:
@@ -165,6 +169,7 @@ def finetune(
     settings = Settings() if settings is None else settings
     of_run = RunOptions.take(options)
     chosen = _parse_regimes(regimes)
+    check_comparison(settings, regimes, against=of_run.against, task=task, options=options)
     numbers = list(range(seeds)) if isinstance(seeds, int) else list(seeds)
     target = Path(output)
     with ExitStack() as stack:
@@ -223,6 +228,7 @@ def finetune(
                 **plan.attaching,
                 "log_with": list(of_run.log_with),
                 "save_every": of_run.save_every,
+                "against": of_run.against,
                 "device": device,
                 "trust_remote_code": trust_remote_code,
             },
@@ -243,6 +249,7 @@ def finetune(
             interrupted=signum,
             setting=common_setting([run.setting for run in runs]),
             dropped=dropped,
+            against=of_run.against,
         )
         work.finished = signum is None
         if group.first and work.outputs.is_dir():
@@ -308,7 +315,7 @@ def _request(
         "include": list(plan.include),
         "exclude": list(plan.exclude),
         **plan.attaching,
-        **asdict(plan.settings),
+        **plan.settings.for_bits(),
         "device": plan.device.type,
         "processes": group.count,
         # Sums over threads are rounded in another order where there are more or fewer of them.

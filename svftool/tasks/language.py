@@ -259,9 +259,16 @@ class LanguageDraw:
 
     def loss(self, model: nn.Module, batch: Mapping[str, Tensor]) -> Tensor:
         """Mean cross-entropy of the tokens that are learned."""
+        return self.smoothed_loss(model, batch, 0.0)
+
+    def smoothed_loss(
+        self, model: nn.Module, batch: Mapping[str, Tensor], smoothing: float
+    ) -> Tensor:
+        """Mean cross-entropy of the tokens that are learned, to smoothed labels."""
         chosen = batch["targets"][:, 1:]
-        logits = self._logits(model, batch)[:, :-1][chosen]
-        return cross_entropy(logits.float(), batch["input_ids"][:, 1:][chosen])
+        logits = self._logits(model, batch)[:, :-1][chosen].float()
+        wanted = batch["input_ids"][:, 1:][chosen]
+        return cross_entropy(logits, wanted, label_smoothing=smoothing)
 
     @torch.inference_mode()
     def evaluate(

@@ -193,7 +193,7 @@ class _Comparison:
         trainable = self._free(prepared, regime, seed)
         self._say_absent(trainable)
         model = trainable.model
-        settings = replace(plan.settings, head_scale=prepared.head_rate)
+        settings = replace(plan.settings.of_regime(regime), head_scale=prepared.head_rate)
         settings = settings if tuning is None else settings.scaled(tuning.factor)
         with self._logbook(task, stem, regime, seed) as log:
             log.scalars(0, _on_query(before))
@@ -239,7 +239,8 @@ class _Comparison:
     def _logbook(self, task: Task, stem: str, regime: str, seed: int) -> Logbook:
         """Begin the run in the trackers that were asked for, in the first process."""
         facts = {"task": task.name, "regime": regime, "seed": seed, **task.facts}
-        facts |= asdict(self._plan.settings) | task.describe()
+        facts |= asdict(self._plan.settings.of_regime(regime)) | task.describe()
+        del facts["lr_of"]
         trackers = self._plan.trackers if self._ranks.first else Trackers()
         return trackers.open(stem, facts)
 
@@ -248,7 +249,7 @@ class _Comparison:
         if not self._plan.settings.tune_lr:
             return None
         tuner = Tuner(
-            self._plan.settings,
+            self._plan.settings.of_regime(regime),
             task.primary,
             self._journal,
             self._ranks,
