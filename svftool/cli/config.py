@@ -9,7 +9,7 @@ from typing import Any
 
 import typer
 
-from svftool.choices.training import UNMEASURED
+from svftool.choices.training import UNMEASURED, parse_rates
 from svftool.cli.help import value_of, words_given
 from svftool.errors import UsageError
 from svftool.files.toml import read_toml
@@ -134,10 +134,18 @@ class _Reader:
         fits = _is_number(value) if kind is float else type(value) is kind
         if not fits:
             raise self._wrong(key, value, taken.words)
+        if param.name == "lr":
+            self._check_rates(key, value)
         complaint = taken.complaint(value)
         if complaint:
             raise UsageError(f"{self._path}: {key} is {complaint}")
         return self._placed(param, value) if kind is str else value
+
+    def _check_rates(self, key: str, value: str) -> None:
+        try:
+            parse_rates(value)
+        except UsageError as error:
+            raise UsageError(f"{self._path}: {key}: {error}") from None
 
     def _placed(self, param: Any, value: str) -> str:
         """Return a path as it is from here; other texts as they are."""

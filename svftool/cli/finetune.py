@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, fields
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -175,8 +175,8 @@ class TrainingFlags:
 
 
 @dataclass(frozen=True, kw_only=True)
-class CostFlags:
-    """What training takes of memory and time, for the same result up to rounding."""
+class SettingFlags(TrainingFlags):
+    """How a run trains, and what it takes of memory and time."""
 
     precision: Annotated[
         Literal["fp32", "bf16", "fp16"],
@@ -208,20 +208,18 @@ class CostFlags:
         ),
     ] = 0
 
+    def settings(self) -> Settings:
+        """Return them as the library takes them.
 
-def settings_of(training: TrainingFlags, cost: CostFlags) -> Settings:
-    """Return the settings as the library takes them.
-
-    Raises
-    ------
-    UsageError
-        If they contradict each other.
-    """
-    given = {one.name: getattr(group, one.name) for group in (training, cost)
-             for one in fields(group)}  # fmt: skip
-    lr, single = parse_rates(given.pop("lr"))
-    clip = given.pop("clip_grad") or None
-    return Settings(**given, lr=lr, lr_of=single, clip=clip)
+        Raises
+        ------
+        UsageError
+            If they contradict each other.
+        """
+        given = asdict(self)
+        lr, single = parse_rates(given.pop("lr"))
+        clip = given.pop("clip_grad") or None
+        return Settings(**given, lr=lr, lr_of=single, clip=clip)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -357,8 +355,7 @@ def command(
     task: TaskOption = "classification",
     network: ModelFlags,
     repeats: RepeatFlags,
-    training: TrainingFlags,
-    cost: CostFlags,
+    training: SettingFlags,
     svf: SvfFlags,
     logs: LogFlags,
     options: Annotated[dict[str, Any], TaskFlags()],
@@ -371,7 +368,7 @@ def command(
     """Train singular values on a few examples, beside other regimes if asked for."""
     del config  # its options are among the others
     check_device(device)
-    settings = settings_of(training, cost)
+    settings = training.settings()
     regimes = repeats.regime.split(",")
     for regime in regimes:
         parse_regime(regime)
