@@ -135,8 +135,17 @@ class Settings:
             _require_positive(f"--lr {regime}", rate)
         for name, (least, most) in _LIMITS.items():
             _require_within(_flag(name), getattr(self, name), least, most)
+        if self.dtype == "bfloat16" and self.precision == "fp16":
+            raise UsageError(
+                "--precision fp16: with --dtype bfloat16 products are of bfloat16. Leave it out"
+            )
         if self.label_smoothing == 1.0:
             raise UsageError("--label-smoothing is 1, expected less: nothing is left of the labels")
+
+    @property
+    def products(self) -> Precision:
+        """Precision of the network's products: with frozen bfloat16, that of bfloat16."""
+        return "bf16" if self.dtype == "bfloat16" else self.precision
 
     @property
     def examples_a_step(self) -> int:

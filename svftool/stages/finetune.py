@@ -19,7 +19,7 @@ from svftool.errors import UsageError
 from svftool.factors import open_factors
 from svftool.files.folder import TUNED_SUFFIX, named
 from svftool.files.output import overlap
-from svftool.models import build_model
+from svftool.models import build_model, keep_vectors
 from svftool.progress import SILENT, Progress
 from svftool.stages.catalogue import ModelFacts, make_tasks
 from svftool.stages.configuration import (
@@ -37,6 +37,7 @@ from svftool.training import (
     joined_group,
     summarise,
 )
+from svftool.training.memory import SAID_FROM, MemoryNeed, available, gigabytes, memory_need
 from svftool.training.results import (
     RESULTS_FILE,
     FinetuneResult,
@@ -189,8 +190,21 @@ def finetune(
             inputs=[store.path, checkpoint.path, Path(data)],
             every=of_run.save_every,
         )
+        need = group.together(
+            lambda: memory_need(
+                [one.name for one in chosen],
+                checkpoint,
+                store,
+                settings,
+                include=of_run.include,
+                exclude=of_run.exclude,
+            )
+        )
+        if group.first:
+            _say_memory(need, place, settings, progress)
+        dtype = getattr(torch, settings.dtype)
         models = group.together(
-            lambda: _Models(model, checkpoint, trust_remote_code=trust_remote_code)
+            lambda: _Models(model, checkpoint, dtype, trust_remote_code=trust_remote_code)
         )
         facts = ModelFacts.of(checkpoint, models.first, trust_remote_code=trust_remote_code)
         tasks = group.together(
@@ -258,6 +272,21 @@ def finetune(
     if group.first and not target.is_dir():
         write_beside(target, configuration.text(target.parent))
     return result
+
+
+def _say_memory(
+    need: MemoryNeed, device: torch.device, settings: Settings, progress: Progress
+) -> None:
+    """Say what training will need before anything is loaded; warn where there is not as much."""
+    free = available(device)
+    if free is not None and need.total > free:
+        smaller = "" if settings.dtype == "bfloat16" else "use --dtype bfloat16, "
+        progress.warn(
+            f"{need.sentence()}; {gigabytes(free)} are free on {device}: {smaller}train fewer "
+            "layers (--train-layers), or choose another --device"
+        )
+    elif need.total >= SAID_FROM or settings.dtype == "bfloat16":
+        progress.note(need.sentence())
 
 
 def _trackers(
@@ -341,8 +370,10 @@ def _plain_option(value: Any) -> Any:
 class _Models:
     """Fresh models with the base's weights; the first one is built at once, to be looked at."""
 
-    def __init__(self, spec: str, checkpoint: Checkpoint, *, trust_remote_code: bool) -> None:
-        self._spec = spec
+    def __init__(
+        self, spec: str, checkpoint: Checkpoint, dtype: torch.dtype, *, trust_remote_code: bool
+    ) -> None:
+        self._spec, self._dtype = spec, dtype
         self._checkpoint = checkpoint
         self._trust = trust_remote_code
         self._unused: nn.Module | None = self._build()
@@ -358,7 +389,13 @@ class _Models:
         return self._build() if model is None else model
 
     def _build(self) -> nn.Module:
-        return build_model(self._spec, checkpoint=self._checkpoint, trust_remote_code=self._trust)
+        model = build_model(
+            self._spec,
+            checkpoint=self._checkpoint,
+            dtype=self._dtype,
+            trust_remote_code=self._trust,
+        )
+        return keep_vectors(model, self._checkpoint)
 
 
 def _parse_regimes(names: Sequence[str]) -> list[Regime]:

@@ -133,7 +133,9 @@ class Batches:
             raise UsageError("--label-smoothing has no meaning for this task. Leave it out")
         steps = settings.step_count(draw.size)
         self._ahead = Ahead(self._load, steps=steps, workers=settings.workers)
-        self._autocast = _AUTOCAST.get(settings.precision)
+        self._autocast = _AUTOCAST.get(settings.products)
+        # Within another autocast a cache would outlive the step, and the weights that it copied.
+        self._cached = settings.dtype == "float32"
         self._frozen: FrozenOutputs | None = None
         self._tried = False
         self._kept: tuple[int, Tensor, Any] | None = None
@@ -251,7 +253,12 @@ class Batches:
 
     def _forward(self, batch: Any) -> Tensor:
         batch = to_device(batch, self._device)
-        with torch.autocast(self._device.type, self._autocast, enabled=self._autocast is not None):
+        with torch.autocast(
+            self._device.type,
+            self._autocast,
+            enabled=self._autocast is not None,
+            cache_enabled=self._cached,
+        ):
             if self._smoothing and isinstance(self._draw, Smooths):
                 return self._draw.smoothed_loss(self._model, batch, self._smoothing)
             return self._draw.loss(self._model, batch)

@@ -5,7 +5,9 @@ from __future__ import annotations
 import signal
 import time
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict, replace
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -107,6 +109,18 @@ class _Comparison:
 
     def run_seed(self, task: Task, seed: int) -> None:
         """Train every regime on a task's draw of a seed, unless interrupted."""
+        with self._products():
+            self._run_seed(task, seed)
+
+    def _products(self) -> AbstractContextManager[None]:
+        """Context in which what is frozen in bfloat16 meets what is trained in float32."""
+        if self._plan.settings.dtype == "float32":
+            return nullcontext()
+        # Without a cache: the weights change while the context lasts.
+        kind = self._plan.device.type
+        return torch.autocast(kind, torch.bfloat16, cache_enabled=False)
+
+    def _run_seed(self, task: Task, seed: int) -> None:
         finished = self._ranks.once(lambda: self._finished(task, seed))
         before = next((dict(run.before) for run in finished.values()), None)
         draw = self._ranks.together(lambda: task.draw(seed))
@@ -274,7 +288,7 @@ class _Comparison:
         with repeatable(plan.device):
             # LoRA draws its start from the global generator.
             torch.manual_seed(derived_seed(seed, "start"))
-            return apply_regime(
+            trainable = apply_regime(
                 prepared.model,
                 regime,
                 plan.store,
@@ -283,6 +297,10 @@ class _Comparison:
                 exclude=plan.exclude,
                 **plan.attaching,
             )
+            for parameter in chain(*trainable.groups.values()):
+                if parameter.dtype.itemsize < 4:
+                    parameter.data = parameter.data.float()
+            return trainable
 
     def _tell(self, messages: Sequence[str]) -> None:
         """Say each message once."""
