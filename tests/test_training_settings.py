@@ -13,7 +13,7 @@ from pictures import write_pictures
 from safetensors.torch import save_file
 from test_training_batches import Made, classification, language, segmentation
 from test_training_compare import Kept, SmallNet
-from test_training_loop import Killed, KillAt, LeastSquares, fit, linear
+from test_training_loop import KillAt, Killed, LeastSquares, fit, linear
 from torch import Tensor, nn
 
 from svftool.attaching import apply_regime
