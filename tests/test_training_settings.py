@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from dataclasses import replace
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -24,16 +24,18 @@ from svftool.factors import FactorStore, open_factors
 from svftool.models.load import keep_vectors
 from svftool.stages.decompose import decompose
 from svftool.tasks.classification import Classification
-from svftool.training import Group, Settings, StateFile, TrainingPlan, compare
+from svftool.training import ALONE, Group, Settings, StateFile, TrainingPlan, compare
 from svftool.training.batches import Batches
 from svftool.training.memory import memory_need
 from svftool.training.optimise import rate_factor
 
 
-def summed(draw: Any, model: nn.Module, settings: Settings) -> tuple[list[Tensor], float]:
+def summed(
+    draw: Any, model: nn.Module, settings: Settings, *, group: Group = ALONE
+) -> tuple[list[Tensor], float]:
     """Return what goes backward of one step, and its loss."""
     parameters = list(model.parameters())
-    batches = Batches(model, parameters, draw, settings, seed=0, group=Group())
+    batches = Batches(model, parameters, draw, settings, seed=0, group=group)
     model.zero_grad()
     value, _ = batches.differentiate(1, False, lambda loss: loss.backward())
     zeros = [torch.zeros_like(one) if one.grad is None else one.grad.clone() for one in parameters]
@@ -57,6 +59,38 @@ def test_accumulated_gradients_are_those_of_the_larger_batch(
     assert len(seen) >= min(accumulate, draw.size) / 2
     assert value == pytest.approx(loss, rel=1e-5)
     assert any(float(one.abs().max()) > 1e-4 for one in expected)
+    for one, other in zip(found, expected, strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-6)
+
+
+@dataclass(frozen=True)
+class Told(Group):
+    """A process that is told how many terms there are over all of them."""
+
+    terms: float = 0.0
+
+    def sum(self, values: Sequence[float], device: torch.device) -> list[float]:
+        return [self.terms] if len(values) == 1 else list(values)
+
+
+@pytest.mark.parametrize("make", [classification, language])
+def test_accumulated_shares_of_processes_add_up_to_the_whole(
+    make: Callable[[Path], Made], tmp_path: Path
+) -> None:
+    draw, model = make(tmp_path)
+    model.eval()
+    settings = Settings(batch_size=2, accumulate=4, steps=4)
+    whole = Settings(batch_size=8, steps=4)
+    expected, loss = summed(draw, model, whole)
+    batches = Batches(model, list(model.parameters()), draw, whole, seed=0, group=ALONE)
+    terms = float(draw.terms(batches._batch(1)[1]))
+    found = [torch.zeros_like(one) for one in expected]
+    total = 0.0
+    for rank in range(3):
+        parts, value = summed(draw, model, settings, group=Told(rank, 3, terms))
+        found = [one + part for one, part in zip(found, parts, strict=True)]
+        total += value
+    assert total == pytest.approx(loss, rel=1e-5)
     for one, other in zip(found, expected, strict=True):
         torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-6)
 
@@ -248,6 +282,21 @@ def plan_of(store: FactorStore, folder: Path, settings: Settings, **options: Any
         device=torch.device("cpu"),
         **{"regimes": ["svf"], "seeds": [0], **options},
     )
+
+
+def test_the_bits_of_a_result_depend_on_all_settings_but_the_workers() -> None:
+    usual = Settings(lr=0.1)
+    others: dict[str, Any] = {
+        "steps": 7, "epochs": 2.0, "batch_size": 3, "optimizer": "sgd", "lr": 0.2,
+        "lr_of": {"svf": 1.0}, "head_lr": 0.3, "tune_lr": True, "lr_scale": 2.0, "head_scale": 2.0,
+        "decay": 0.1, "head_decay": 0.1, "head_first": 1, "warmup": 0.2, "clip": None,
+        "precision": "bf16", "dtype": "bfloat16", "accumulate": 2, "label_smoothing": 0.1,
+        "patience": 2, "workers": 2,
+    }  # fmt: skip
+    assert set(others) == {one.name for one in fields(Settings)}
+    same = [n for n, v in others.items()
+            if replace(usual, **{n: v}).for_bits() == usual.for_bits()]  # fmt: skip
+    assert same == ["workers"]
 
 
 def test_a_regime_has_its_own_rate(store: FactorStore, tmp_path: Path) -> None:
