@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 import os
 import tomllib
@@ -122,6 +123,33 @@ def test_a_folder_of_runs_holds_its_file_and_flags_go_before_it(work: Path) -> N
     assert one.read_bytes() == other.read_bytes()
     name = "svf-seed3.svf.safetensors"
     assert (work / "runs" / name).read_bytes() == (work / "again" / name).read_bytes()
+
+
+def test_what_trainers_expect_goes_through_the_file_and_back(work: Path) -> None:
+    given = {
+        "lr": ["svf=1e-2", 1e-3], "accumulate": 2, "batch-size": 2, "warmup": 2, "clip-grad": 0,
+        "label-smoothing": 0.1, "hold-out": 0.5, "patience": 3, "dtype": "bfloat16", "workers": 1,
+        "regime": ["svf", "bias"], "against": "bias",
+    }  # fmt: skip
+    place = config(work, BASIC + to_toml(given))
+    pictures = ["--plot", work / "curve.svg"]
+    done = run("finetune", "--config", place, "-o", work / "runs", *pictures, "--json")
+    assert done.exit_code == 0, done.stderr
+    assert "memory: svf needs about 0.00 GiB" in done.stderr
+    found = json.loads(done.stdout)
+    assert [one["learning_rates"].popitem()[1] for one in found["runs"]] == [1e-2, 1e-3]
+    assert [one["regime"] for one in found["against"]["differences"]] == ["svf"]
+    assert found["against"]["differences"][0]["ci95"] is None
+    assert (work / "curve.svg").read_text().startswith("<?xml")
+    written = tomllib.loads((work / "runs" / "run.toml").read_text())
+    expected = {**given, "lr": "0.001,svf=0.01", "regime": ["svf", "bias"]}
+    assert {name: written.get(name) for name in expected if name != "hold-out"} == {
+        name: value for name, value in expected.items() if name != "hold-out"
+    }
+    again = run("finetune", "--config", work / "runs" / "run.toml", "-o", work / "again")
+    assert again.exit_code == 0, again.stderr
+    for name in ("run.toml", "svf-seed0.svf.safetensors"):
+        assert (work / "runs" / name).read_bytes() == (work / "again" / name).read_bytes()
 
 
 WRONG = {

@@ -17,7 +17,7 @@ from test_training_loop import KillAt, Killed, LeastSquares, fit, linear
 from torch import Tensor, nn
 
 from svftool.attaching import apply_regime
-from svftool.checkpoints import open_checkpoint
+from svftool.checkpoints import TensorInfo, open_checkpoint
 from svftool.choices.training import check_comparison, parse_rates
 from svftool.errors import DataError, UsageError
 from svftool.factors import FactorStore, open_factors
@@ -371,3 +371,59 @@ def test_the_memory_that_is_said_is_what_is_held(store: FactorStore, tmp_path: P
         full = memory_need(["head", "full"], checkpoint, store, Settings())
         assert (full.regime, full.factors) == ("full", 0)
         assert full.trained == 4 * full.weights
+
+
+@dataclass(frozen=True)
+class Shape:
+    """What is asked of a decomposed layer where nothing is read."""
+
+    matrix: tuple[int, int]
+
+    @property
+    def rank(self) -> int:
+        return min(self.matrix)
+
+
+@dataclass(frozen=True)
+class Shapes:
+    """Stands for a checkpoint and its factors by the shapes of a Llama alone."""
+
+    hidden: int = 4096
+    inner: int = 14336
+    values: int = 1024
+    blocks: int = 32
+    words: int = 128256
+    path: Path = Path("factors")
+
+    @property
+    def layers(self) -> dict[str, Shape]:
+        side, inner = self.hidden, self.inner
+        block = {"q": (side, side), "k": (self.values, side), "v": (self.values, side),
+                 "o": (side, side), "gate": (inner, side), "up": (inner, side),
+                 "down": (side, inner)}  # fmt: skip
+        return {
+            f"{n}.{name}": Shape(one) for n in range(self.blocks) for name, one in block.items()
+        }
+
+    @property
+    def infos(self) -> dict[str, TensorInfo]:
+        outer = {"embed": (self.words, self.hidden), "head": (self.words, self.hidden)}
+        vectors = {f"norm.{n}": (self.hidden,) for n in range(2 * self.blocks + 1)}
+        shapes = {name: one.matrix for name, one in self.layers.items()} | outer | vectors
+        return {n: TensorInfo(n, torch.bfloat16, shape, "") for n, shape in shapes.items()}
+
+
+def test_a_model_of_eight_billion_numbers_needs_less_than_60_gb() -> None:
+    shapes: Any = Shapes()
+    assert sum(one.numel for one in shapes.infos.values()) == 8_030_261_248
+    need = {
+        dtype: memory_need(["svf"], shapes, shapes, Settings(dtype=dtype)).total
+        for dtype in ("float32", "bfloat16")
+    }
+    assert need["float32"] > 60e9 > 40e9 > need["bfloat16"] > 30e9
+    adapters = memory_need(["lora:8"], shapes, shapes, Settings(dtype="bfloat16"))
+    assert adapters.total < 17e9
+    assert (
+        "needs about 33."
+        in memory_need(["svf"], shapes, shapes, Settings(dtype="bfloat16")).sentence()
+    )
