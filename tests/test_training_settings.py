@@ -219,6 +219,14 @@ def test_rates_that_cannot_be_are_refused(text: str, message: str) -> None:
         ({"against": "svf", "options": {"evaluation": Path("none")}}, "--eval none measures noth"),
         ({"settings": Settings(patience=2)}, "--patience: no examples are held out"),
         (
+            {
+                "settings": Settings(patience=2),
+                "task": "few-shot-segmentation",
+                "options": {"select_on": "last"},
+            },
+            "--select-on last holds nothing out",
+        ),
+        (
             {"settings": Settings(label_smoothing=0.1), "task": "few-shot-segmentation"},
             "--label-smoothing has no meaning",
         ),

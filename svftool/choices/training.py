@@ -330,11 +330,8 @@ def check_comparison(
     check_named("--lr", settings.lr_of, regimes)
     if settings.label_smoothing and few_shot:
         raise UsageError(f"--label-smoothing has no meaning for --task {task}. Leave it out")
-    if settings.patience is not None and not few_shot and not options.get("hold_out"):
-        raise UsageError(
-            "--patience: no examples are held out to stop by. Keep a share of the shots with "
-            "--hold-out 0.2"
-        )
+    if settings.patience is not None:
+        _require_held_out(options, few_shot=few_shot)
     if against is None:
         return
     check_named("--against", [parse_regime(against).name], regimes)
@@ -342,3 +339,13 @@ def check_comparison(
         raise UsageError("--against: a single regime, expected others beside it in --regime")
     if str(options.get("evaluation")) == UNMEASURED:
         raise UsageError("--against: --eval none measures nothing that could be compared")
+
+
+def _require_held_out(options: Mapping[str, Any], *, few_shot: bool) -> None:
+    if few_shot and options.get("select_on", "base") == "last":
+        raise UsageError("--patience: --select-on last holds nothing out to stop by")
+    if not few_shot and not options.get("hold_out"):
+        raise UsageError(
+            "--patience: no examples are held out to stop by. Keep a share of the shots with "
+            "--hold-out 0.2"
+        )
