@@ -20,9 +20,10 @@ from svftool.attaching import apply_regime
 from svftool.checkpoints import TensorInfo, open_checkpoint
 from svftool.choices.training import check_comparison, parse_rates
 from svftool.errors import DataError, UsageError
-from svftool.factors import FactorStore, open_factors
+from svftool.factors import FactorStore, open_factors, read_tuned
 from svftool.models.load import keep_vectors
 from svftool.stages.decompose import decompose
+from svftool.stages.finetune import finetune
 from svftool.tasks.classification import Classification
 from svftool.training import ALONE, Group, Settings, StateFile, TrainingPlan, compare
 from svftool.training.batches import Batches
@@ -435,3 +436,26 @@ def test_a_model_of_eight_billion_numbers_needs_less_than_60_gb() -> None:
         "needs about 33."
         in memory_need(["svf"], shapes, shapes, Settings(dtype="bfloat16")).sentence()
     )
+
+
+def test_a_language_model_is_trained_on_frozen_bfloat16(tmp_path: Path) -> None:
+    pytest.importorskip("transformers")
+    from language import write_model, write_texts
+
+    base = write_model(tmp_path / "base")
+    decompose(base, tmp_path / "factors")
+    texts = write_texts(tmp_path / "t.jsonl", [{"text": "abc abd abe." * n} for n in (1, 2, 3)])
+    metrics = {}
+    for dtype in ("float32", "bfloat16"):
+        settings = Settings(steps=10, lr=0.3, dtype=dtype, batch_size=2, accumulate=2)
+        result = finetune(
+            tmp_path / "factors", data=texts, output=tmp_path / f"{dtype}.svf.safetensors",
+            task="language", evaluation=texts, settings=settings, device="cpu",
+        )  # fmt: skip
+        (run,) = result.runs
+        metrics[dtype] = (run.before["loss"], run.after["loss"])
+        assert run.after["loss"] < run.before["loss"] - 0.01
+        tuned = read_tuned(tmp_path / f"{dtype}.svf.safetensors")
+        assert tuned.training["dtype"] == dtype
+        assert {one.dtype for one in tuned.S.values()} == {torch.float32}
+    assert metrics["bfloat16"] == pytest.approx(metrics["float32"], rel=0.01)
