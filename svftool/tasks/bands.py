@@ -140,6 +140,3 @@ def _bands(path: ImagePath, channels: int) -> Tensor:
 
 def _is_grey(bands: npt.NDArray[np.uint8]) -> bool:
     return bool((bands[0] == bands[1]).all() and (bands[0] == bands[2]).all())
-
-
-__all__ = ["load_picture"]
