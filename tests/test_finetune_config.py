@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 import os
 import tomllib
@@ -124,13 +125,41 @@ def test_a_folder_of_runs_holds_its_file_and_flags_go_before_it(work: Path) -> N
     assert (work / "runs" / name).read_bytes() == (work / "again" / name).read_bytes()
 
 
+def test_what_trainers_expect_goes_through_the_file_and_back(work: Path) -> None:
+    given = {
+        "lr": ["svf=1e-2", 1e-3], "accumulate": 2, "batch-size": 2, "warmup": 2, "clip-grad": 0,
+        "label-smoothing": 0.1, "hold-out": 0.5, "patience": 3, "dtype": "bfloat16", "workers": 1,
+        "regime": ["svf", "bias"], "against": "bias",
+    }  # fmt: skip
+    place = config(work, BASIC + to_toml(given))
+    pictures = ["--plot", work / "curve.svg"]
+    done = run("finetune", "--config", place, "-o", work / "runs", *pictures, "--json")
+    assert done.exit_code == 0, done.stderr
+    assert "memory: svf needs about 0.00 GiB" in done.stderr
+    found = json.loads(done.stdout)
+    assert [one["learning_rates"].popitem()[1] for one in found["runs"]] == [1e-2, 1e-3]
+    assert [one["regime"] for one in found["against"]["differences"]] == ["svf"]
+    assert found["against"]["differences"][0]["ci95"] is None
+    assert (work / "curve.svg").read_text().startswith("<?xml")
+    written = tomllib.loads((work / "runs" / "run.toml").read_text())
+    expected = {**given, "lr": "0.001,svf=0.01", "regime": ["svf", "bias"]}
+    assert {name: written.get(name) for name in expected if name != "hold-out"} == {
+        name: value for name, value in expected.items() if name != "hold-out"
+    }
+    again = run("finetune", "--config", work / "runs" / "run.toml", "-o", work / "again")
+    assert again.exit_code == 0, again.stderr
+    for name in ("run.toml", "svf-seed0.svf.safetensors"):
+        assert (work / "runs" / name).read_bytes() == (work / "again" / name).read_bytes()
+
+
 WRONG = {
     "batchsize = 4": "batchsize is no option. Did you mean batch-size?",
     "zzz = 4": "zzz is no option. See --help-all",
     "batch-size = '4'": "batch-size is '4', expected a whole number",
     "batch-size = true": "batch-size is True, expected a whole number",
     "batch-size = 4.5": "batch-size is 4.5, expected a whole number",
-    "lr = 'fast'": "lr is 'fast', expected a number",
+    "lr = 'fast'": "lr: --lr 'fast', expected a number",
+    "head-lr = 'fast'": "head-lr is 'fast', expected a number",
     "tune-lr = 1": "tune-lr is 1, expected true or false",
     "data = 3": "data is 3, expected a text",
     "optimizer = 'adam'": "optimizer is 'adam', expected one of adamw, sgd. Did you mean",
@@ -138,8 +167,9 @@ WRONG = {
     "regime = [true]": "regime is True, expected a text",
     "mean = [0.1, 0.2]": "mean is [0.1, 0.2], expected a list of 3 numbers",
     "exclude = [1]": "exclude is 1, expected a text",
-    "lr = [0.1]": "lr is [0.1], expected a number",
-    "lr = 2026-01-01": "lr is datetime.date(2026, 1, 1), expected a number",
+    "head-lr = [0.1]": "head-lr is [0.1], expected a number",
+    "lr = ['svf=1', 'svf=2']": "svf twice, expected each regime once",
+    "head-lr = 2026-01-01": "head-lr is datetime.date(2026, 1, 1), expected a number",
     "[lr]\na = 1": "lr is a table, expected an option's value; tables are those of tasks",
     "[clasification]\na = 1": "clasification is no option. Did you mean classification?",
     "[language]\nhead-type = 'x'": "language.head-type is no option of --task language",
@@ -147,7 +177,8 @@ WRONG = {
     "head = 'new'\n[classification]\nhead = 'new'": "head and classification.head are the same",
     "batch-size = 1\nbatch_size = 2": "batch-size and batch_size are the same option",
     "exclude = ['a']\nlr = ": "not readable",
-    "warmup = 0.2": "warmup is no option",
+    "warm = 0.2": "warm is no option. Did you mean warmup?",
+    "clip-grad = -1": "clip-grad is -1.0, expected at least 0",
     "seed = " + "9" * 5000: "a whole number of over 64 bits",
     "shots = 0x" + "f" * 5000: "a whole number of over 64 bits",
     "regime = [{a = 0x" + "f" * 17 + "}]": "a whole number of over 64 bits",
@@ -186,8 +217,8 @@ def described(folder: Path, **changes: Any) -> dict[str, Any]:
 def test_what_only_the_library_takes_is_written_so_that_the_command_refuses_it(
     tmp_path: Path,
 ) -> None:
-    assert "warmup" not in described(tmp_path)
-    assert described(tmp_path, settings=Settings(warmup=0.3))["warmup"] == 0.3
+    assert "lr-scale" not in described(tmp_path)
+    assert described(tmp_path, settings=Settings(lr_scale=0.3))["lr-scale"] == 0.3
     assert described(tmp_path, seeds=[4, 2])["seeds"] == [4, 2]
     own = described(tmp_path, options={"augment": lambda images: images})["classification"]
     assert own["augment"].startswith("function ")

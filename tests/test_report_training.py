@@ -7,7 +7,7 @@ import re
 import signal
 import sys
 from dataclasses import replace
-from io import StringIO
+from io import BytesIO, StringIO
 from pathlib import Path
 from typing import Any
 
@@ -19,11 +19,13 @@ from typer.testing import CliRunner
 
 from svftool.cli import app
 from svftool.errors import MissingDependencyError, UsageError
+from svftool.report.finetune import view
 from svftool.report.training import ReportFile
+from svftool.report.training.curve import save_curve
 from svftool.tasks.base import TaskMetric
 from svftool.training import Outcome, Run, summarise
 from svftool.training.loop import Ending
-from svftool.training.results import FinetuneResult
+from svftool.training.results import FinetuneResult, front, result_fields
 
 pytest.importorskip("matplotlib")
 pytest.importorskip("jinja2")
@@ -322,3 +324,112 @@ def test_each_number_of_shots_has_its_headline() -> None:
     ]  # fmt: skip
     found = [one.text for one in headlines(comparison(runs))]
     assert found == [f"{n}-shot, 2 seeds: svf above head by 10.0 ± 0.0" for n in (1, 5)]
+
+
+SIZES = {"head": 650, "svf": 1_920, "norm": 1_400, "lora:8": 46_240, "full": 270_000}
+QUALITY = {"head": 0.61, "svf": 0.72, "norm": 0.58, "lora:8": 0.75, "full": 0.74}
+
+
+def sized(seeds: int, *, metric: str = "accuracy", against: str | None = "lora:8") -> Any:
+    sign = 1.0 if metric == "accuracy" else -1.0
+    runs = [
+        run(
+            regime, seed, 0.5 + sign * (QUALITY[regime] - 0.5) + 0.01 * seed * (regime != "svf"),
+            trainable_parameters=size, metric=metric,
+        )
+        for seed in range(seeds)
+        for regime, size in SIZES.items()
+    ]  # fmt: skip
+    return replace(comparison(runs, metric), against=against)
+
+
+def test_the_front_is_what_no_smaller_regime_beats() -> None:
+    assert [one.regime for one in front(sized(2).summary)] == ["head", "svf", "lora:8"]
+    lower = front(sized(2, metric="perplexity").summary)
+    assert [one.regime for one in lower] == ["head", "svf", "lora:8"]
+    level = [run("a", 0, 0.6, trainable_parameters=9), run("b", 0, 0.6, trainable_parameters=8)]
+    assert [one.regime for one in front(comparison(level).summary)] == ["b"]
+
+
+@pytest.mark.parametrize(("metric", "sign"), [("accuracy", 1.0), ("perplexity", -1.0)])
+def test_regimes_are_held_against_a_named_one(metric: str, sign: float) -> None:
+    found = result_fields(sized(3, metric=metric))["against"]
+    assert found["reference"] == "lora:8"
+    (svf,) = [one for one in found["differences"] if one["regime"] == "svf"]
+    # Seed after seed -0.03, -0.04, -0.05 where more is better.
+    by_hand = [-0.03 - 0.01 * sign * seed for seed in range(3)]
+    assert [one["gain"] for one in svf["by_seed"]] == pytest.approx(by_hand)
+    assert svf["gain"] == pytest.approx(sum(by_hand) / 3)
+    half = 4.302652729911275 * np.std(by_hand, ddof=1) / math.sqrt(3)
+    assert svf["ci95"] == pytest.approx([svf["gain"] - half, svf["gain"] + half])
+    assert (svf["wins"], svf["seeds"], svf["shots"]) == (0, 3, 5)
+    assert {one["regime"] for one in found["differences"]} == set(SIZES) - {"lora:8"}
+    assert result_fields(sized(3, against=None))["against"] is None
+
+
+def shown(result: FinetuneResult) -> str:
+    stream = StringIO()
+    Console(file=stream, width=100).print(view(result))
+    return stream.getvalue()
+
+
+def test_the_table_says_wins_and_one_seed_has_no_interval() -> None:
+    text = shown(sized(3))
+    assert re.search(r"against lora:8 +gain +± 95 % +wins", text)
+    assert re.search(r"svf +-4.0 +2.5 +0 of 3", text)
+    one = shown(sized(1))
+    assert re.search(r"svf +-3.0 +– +0 of 1", one)
+    assert "one seed: no interval" in one
+    assert "against" not in shown(sized(3, against=None))
+
+
+@pytest.mark.parametrize("seeds", [1, 3])
+def test_the_picture_has_every_regime_over_its_size(tmp_path: Path, seeds: int) -> None:
+    file = ReportFile(tmp_path / "curve.svg", force=False, apart=(), curve=True)
+    file.check()
+    file.write(sized(seeds))
+    markup = file.path.read_text()
+    words = texts(markup)
+    assert set(SIZES) <= set(words)
+    assert "trained numbers" in words
+    note = "bars: 95 % interval" if seeds == 3 else "one seed: no intervals"
+    assert any(note in word and "the front" in word for word in words)
+    wrong = ReportFile(tmp_path / "curve.html", force=False, apart=(), curve=True)
+    with pytest.raises(UsageError, match=r"'\.html', expected \.png, \.svg, \.pdf"):
+        wrong.check()
+
+
+def test_the_page_has_the_curve_and_the_differences(tmp_path: Path) -> None:
+    (tmp_path / "b").mkdir()
+    (tmp_path / "a").mkdir()
+    markup = written(sized(3), tmp_path / "a" / "page.html").read_text()
+    assert 'aria-label="accuracy against trained numbers"' in markup
+    assert "<h2>Against lora:8</h2>" in markup
+    assert "0 of 3" in markup
+    alone = comparison([run("svf", seed, 0.7) for seed in range(2)])
+    assert "against trained numbers" not in written(alone, tmp_path / "b" / "one.html").read_text()
+
+
+def test_names_of_close_marks_do_not_meet() -> None:
+    close = [
+        run(name, 0, 0.6 + 0.001 * place, trainable_parameters=1000 + place)
+        for place, name in enumerate(("svf", "entries:4x", "core:8", "rows"))
+    ]
+    stream = BytesIO()
+    save_curve(comparison(close), stream, kind="svg")
+    markup = stream.getvalue().decode()
+    places = [
+        tuple(map(float, found))
+        for name in ("svf", "entries:4x", "core:8", "rows")
+        for found in re.findall(rf"translate\(([\d.]+) ([\d.]+)\)[^>]*>{name}</text>", markup)
+    ]
+    if not places:  # written by x and y
+        places = [
+            tuple(map(float, found))
+            for name in ("svf", "entries:4x", "core:8", "rows")
+            for found in re.findall(rf'x="([\d.]+)" y="([\d.]+)"[^>]*>{name}</text>', markup)
+        ]
+    assert len(places) == 4
+    for index, (x, y) in enumerate(places):
+        for other_x, other_y in places[:index]:
+            assert abs(x - other_x) > 10 or abs(y - other_y) > 6

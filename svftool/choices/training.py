@@ -5,17 +5,29 @@ How the defaults were chosen is written down in docs/results.md.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
-from typing import Literal
+import math
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any, Literal
 
-from svftool.errors import UsageError
+from svftool.choices.regimes import parse_regime
+from svftool.errors import UsageError, brief, shortlist
 
 Precision = Literal["fp32", "bf16", "fp16"]
 OptimizerName = Literal["adamw", "sgd"]
+FrozenDtype = Literal["float32", "bfloat16"]
 
 SHORTEST_RUN = 100
+MOST_WORKERS = 256
+_FLAGS = {"clip": "--clip-grad"}
 _MOST = 10**9
 """More steps, passes or examples a step than any run has; beyond, products leave the floats."""
+_LIMITS = {
+    "batch_size": (1, _MOST), "accumulate": (1, _MOST), "patience": (1, _MOST),
+    "steps": (1, _MOST), "epochs": (0, _MOST), "head_first": (0, _MOST), "warmup": (0, _MOST),
+    "label_smoothing": (0, 1), "workers": (0, MOST_WORKERS),
+}  # fmt: skip
+"""The smallest and the largest value of each number."""
 
 EPOCHS = 10
 
@@ -49,6 +61,8 @@ class Settings:
         SGD has momentum 0.9.
     lr, head_lr : float or None
         Peak learning rates of the backbone and of the head; None takes the defaults.
+    lr_of : mapping of str to float
+        Rates of single regimes, in place of `lr`.
     tune_lr : bool
         Choose a factor of these rates for each run, on its support set alone.
     lr_scale : float
@@ -65,11 +79,27 @@ class Settings:
         rises and falls over the steps that are left: linear probing, then fine-tuning (Kumar et
         al. 2022, arXiv 2202.10054).
     warmup : float
-        Share of the steps in which the rate rises linearly; a cosine takes it to 0 afterwards.
+        Share of the steps in which the rate rises linearly, or their number from 1 on; a cosine
+        takes it to 0 afterwards.
     clip : float or None
         Largest norm of the gradient of all trained tensors together.
     precision : {"fp32", "bf16", "fp16"}
         Precision of the network's products, by autocast; trained tensors stay float32.
+    dtype : {"float32", "bfloat16"}
+        Of frozen matrices: weights and singular vectors. Vectors, singular values and all that is
+        trained stay float32; products are then those of ``bf16``, measuring included.
+    accumulate : int
+        Batches whose gradients are added up to one step: as a batch that many times as large, for
+        the memory of one.
+    label_smoothing : float
+        Share of each label that is dealt out evenly over all classes (Szegedy et al. 2016, arXiv
+        1512.00567); in training alone.
+    patience : int or None
+        Measurements of the held-out examples without a better one after which a run stops; there
+        are ten in a whole run.
+    workers : int
+        Processes that load batches ahead of the steps; 0 loads each when it is its turn. The
+        batches are the same.
     """
 
     steps: int | None = None
@@ -77,6 +107,7 @@ class Settings:
     batch_size: int = 16
     optimizer: OptimizerName = "adamw"
     lr: float | None = None
+    lr_of: Mapping[str, float] = field(default_factory=dict, hash=False)
     head_lr: float | None = None
     tune_lr: bool = False
     lr_scale: float = 1.0
@@ -87,25 +118,49 @@ class Settings:
     warmup: float = 0.1
     clip: float | None = 1.0
     precision: Precision = "fp32"
+    dtype: FrozenDtype = "float32"
+    accumulate: int = 1
+    label_smoothing: float = 0.0
+    patience: int | None = None
+    workers: int = 0
 
     def __post_init__(self) -> None:
         if self.steps is not None and self.epochs is not None:
             raise UsageError(
                 "--steps and --epochs both set the length of training. Give one of them"
             )
-        for name, value in (("steps", self.steps), ("epochs", self.epochs), ("lr", self.lr)):
-            if value is not None and value <= 0:
-                raise UsageError(f"--{name} is {value}, expected more than 0")
-        for name, value in (
-            ("steps", self.steps), ("epochs", self.epochs), ("batch-size", self.batch_size),
-            ("head-first", self.head_first),
-        ):  # fmt: skip
-            if value is not None and value > _MOST:
-                raise UsageError(f"--{name} is over {_MOST}, expected less")
-        if self.head_first < 0:
-            raise UsageError(f"--head-first is {self.head_first}, expected at least 0")
-        if self.batch_size < 1:
-            raise UsageError(f"--batch-size is {self.batch_size}, expected at least 1")
+        for name in ("steps", "epochs", "lr", "head_lr", "clip"):
+            _require_positive(_flag(name), getattr(self, name))
+        for regime, rate in self.lr_of.items():
+            _require_positive(f"--lr {regime}", rate)
+        for name, (least, most) in _LIMITS.items():
+            _require_within(_flag(name), getattr(self, name), least, most)
+        if self.dtype == "bfloat16" and self.precision == "fp16":
+            raise UsageError(
+                "--precision fp16: with --dtype bfloat16 products are of bfloat16. Leave it out"
+            )
+        if self.label_smoothing == 1.0:
+            raise UsageError("--label-smoothing is 1, expected less: nothing is left of the labels")
+
+    @property
+    def products(self) -> Precision:
+        """Precision of the network's products: with frozen bfloat16, that of bfloat16."""
+        return "bf16" if self.dtype == "bfloat16" else self.precision
+
+    @property
+    def examples_a_step(self) -> int:
+        """Examples that a step's gradient is the mean over, at most."""
+        return self.batch_size * self.accumulate
+
+    def of_regime(self, name: str) -> Settings:
+        """Return the settings of one regime: its own rate is the rate."""
+        return replace(self, lr=self.lr_of.get(name, self.lr), lr_of={})
+
+    def for_bits(self) -> dict[str, Any]:
+        """Return what the bits of a result depend on, as plain values."""
+        plain = {name: getattr(self, name) for name in self.__dataclass_fields__}
+        del plain["workers"]
+        return {**plain, "lr_of": dict(self.lr_of)}
 
     def step_count(self, examples: int) -> int:
         """Optimiser steps for a support set of this many examples.
@@ -119,7 +174,7 @@ class Settings:
         """
         if self.steps is not None:
             return self.steps
-        batch = min(self.batch_size, examples)
+        batch = min(self.examples_a_step, examples)
         if self.epochs is not None:
             return max(1, round(self.epochs * examples / batch))
         return max(SHORTEST_RUN, round(EPOCHS * examples / batch))
@@ -139,3 +194,158 @@ class Settings:
     def scaled(self, factor: float) -> Settings:
         """Return the same settings with every learning rate multiplied."""
         return replace(self, lr_scale=self.lr_scale * factor)
+
+
+def _flag(name: str) -> str:
+    return _FLAGS.get(name, f"--{name.replace('_', '-')}")
+
+
+def _require_within(what: str, value: float | None, least: float, most: float) -> None:
+    if value is None:
+        return
+    if value > most:
+        raise UsageError(f"{what} is over {most}, expected less")
+    if not value >= least:
+        raise UsageError(f"{what} is {value}, expected at least {least}")
+
+
+def _require_positive(what: str, value: float | None) -> None:
+    if value is not None and not value > 0:
+        raise UsageError(f"{what} is {value}, expected more than 0")
+
+
+def parse_rates(text: str | None) -> tuple[float | None, dict[str, float]]:
+    """Read learning rates: one for all regimes, some for single ones, or both.
+
+    Parameters
+    ----------
+    text : str or None
+        ``1e-3``, ``svf=1e-2,full=1e-4``, or ``1e-3,full=1e-4``.
+
+    Returns
+    -------
+    tuple of float or None and dict
+        The rate of all others, and those of regimes by name.
+
+    Raises
+    ------
+    UsageError
+        If a part is no rate, or a regime is named twice or unknown.
+
+    Examples
+    --------
+    >>> parse_rates("1e-3,svf=1e-2"), parse_rates(None)
+    ((0.001, {'svf': 0.01}), (None, {}))
+    """
+    common: list[float] = []
+    single: dict[str, float] = {}
+    for part in [] if text is None else text.split(","):
+        name, equals, number = part.rpartition("=")
+        rate = _rate(number, text)
+        if not equals:
+            common.append(rate)
+            continue
+        regime = parse_regime(name).name
+        if regime in single:
+            raise UsageError(f"--lr {brief(text)}: {regime} twice, expected each regime once")
+        if regime == "head":
+            raise UsageError("--lr head: the head has a rate of its own. Use --head-lr")
+        single[regime] = rate
+    if len(common) > 1:
+        raise UsageError(f"--lr {brief(text)}: two rates without a regime, expected one")
+    return (common[0] if common else None), single
+
+
+def _rate(text: str, whole: object) -> float:
+    try:
+        rate = float(text)
+    except ValueError:
+        rate = math.nan
+    if not math.isfinite(rate):
+        raise UsageError(
+            f"--lr {brief(whole)}, expected a number such as 1e-3, or one a regime such as "
+            "svf=1e-2,full=1e-4"
+        )
+    return rate
+
+
+def check_named(option: str, names: Iterable[str], regimes: Iterable[str]) -> None:
+    """Refuse an option that names a regime which is not trained.
+
+    Parameters
+    ----------
+    option : str
+        Such as ``--lr``.
+    names : iterable of str
+        What it names.
+    regimes : iterable of str
+        What ``--regime`` names.
+
+    Raises
+    ------
+    UsageError
+        If one is not among the others.
+    """
+    asked = [parse_regime(name).name for name in regimes]
+    missing = [name for name in names if name not in asked]
+    if missing:
+        raise UsageError(
+            f"{option} {shortlist(missing)}: not among the regimes that are trained, "
+            f"{shortlist(asked)}. Add it to --regime"
+        )
+
+
+UNMEASURED = "none"
+"""The value of ``--eval`` with which nothing is measured."""
+
+
+def check_comparison(
+    settings: Settings,
+    regimes: Sequence[str],
+    *,
+    against: str | None,
+    task: str,
+    options: Mapping[str, Any],
+) -> None:
+    """Refuse settings that the regimes, the task or its options leave without a meaning.
+
+    Parameters
+    ----------
+    settings : Settings
+    regimes : sequence of str
+        What is trained.
+    against : str or None
+        The regime that the others are held against.
+    task : str
+        The value of ``--task``.
+    options : mapping
+        The task's own, those that were given.
+
+    Raises
+    ------
+    UsageError
+        Names the option, and the way out.
+    """
+    few_shot = task == "few-shot-segmentation"  # it holds examples out by itself, see --select-on
+    check_named("--lr", settings.lr_of, regimes)
+    if settings.label_smoothing and few_shot:
+        raise UsageError(f"--label-smoothing has no meaning for --task {task}. Leave it out")
+    if settings.patience is not None:
+        _require_held_out(options, few_shot=few_shot)
+    if against is None:
+        return
+    check_named("--against", [parse_regime(against).name], regimes)
+    if len(regimes) < 2:
+        raise UsageError("--against: a single regime, expected others beside it in --regime")
+    if str(options.get("evaluation")) == UNMEASURED:
+        raise UsageError("--against: --eval none measures nothing that could be compared")
+
+
+def _require_held_out(options: Mapping[str, Any], *, few_shot: bool) -> None:
+    if few_shot and options.get("select_on", "base") == "last":
+        raise UsageError("--patience: --select-on last holds nothing out to stop by")
+    if not few_shot and not options.get("hold_out"):
+        raise UsageError(
+            "--patience: no examples are held out to stop by. Keep a share of the shots with "
+            "--hold-out 0.2"
+        )

@@ -9,15 +9,16 @@ from typing import Any
 
 import typer
 
+from svftool.choices.training import UNMEASURED, parse_rates
 from svftool.cli.help import value_of, words_given
 from svftool.errors import UsageError
 from svftool.files.toml import read_toml
 from svftool.tasks.option import options_in
-from svftool.tasks.options import TASKS, UNMEASURED
+from svftool.tasks.options import TASKS
 
-_LISTS = frozenset({"regime", "log_with", "features", "shots", "folds", "test_shots"})
+_LISTS = frozenset({"regime", "lr", "log_with", "features", "shots", "folds", "test_shots"})
 """Options whose value on the command line is a list with commas; a file may hold a real one."""
-_NUMBERS = frozenset({"shots", "folds", "test_shots", "train_rank"})
+_NUMBERS = frozenset({"lr", "shots", "folds", "test_shots", "train_rank"})
 """Options that are texts on the command line, and may be numbers in a file."""
 _EITHER = (("steps", "epochs"),)
 """Options of which one at most is given: that of the command line takes the place of both."""
@@ -128,15 +129,23 @@ class _Reader:
     def _single(self, param: Any, key: str, value: Any) -> Any:
         taken = self._ctx.command.taken[param.name]
         kind = str if taken.kind is Path else taken.kind
-        if param.name in _NUMBERS and isinstance(value, int) and not isinstance(value, bool):
+        if param.name in _NUMBERS and _is_number(value):
             value = str(value)
         fits = _is_number(value) if kind is float else type(value) is kind
         if not fits:
             raise self._wrong(key, value, taken.words)
+        if param.name == "lr":
+            self._check_rates(key, value)
         complaint = taken.complaint(value)
         if complaint:
             raise UsageError(f"{self._path}: {key} is {complaint}")
         return self._placed(param, value) if kind is str else value
+
+    def _check_rates(self, key: str, value: str) -> None:
+        try:
+            parse_rates(value)
+        except UsageError as error:
+            raise UsageError(f"{self._path}: {key}: {error}") from None
 
     def _placed(self, param: Any, value: str) -> str:
         """Return a path as it is from here; other texts as they are."""

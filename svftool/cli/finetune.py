@@ -11,7 +11,7 @@ import typer
 from svftool.choices.models import read_model
 from svftool.choices.regimes import parse_regime
 from svftool.choices.singular_values import parse_band
-from svftool.choices.training import Settings
+from svftool.choices.training import Settings, check_comparison, parse_rates
 from svftool.cli import config as config_file
 from svftool.cli.common import (
     DeviceOption,
@@ -24,7 +24,7 @@ from svftool.cli.common import (
     check_device,
     is_first_process,
 )
-from svftool.cli.completion import REGIMES, list_of
+from svftool.cli.completion import REGIMES, list_of, one_of
 from svftool.cli.push import PushFlags
 from svftool.cli.signature import TaskFlags, options_of
 from svftool.files.folder import check_data, check_factors
@@ -42,7 +42,7 @@ FIRST = (
 
 SIGNAL_EXIT = 128
 
-TRAINING = "Training"
+TRAINING, COST = "Training", "Memory and speed"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -58,6 +58,16 @@ class RepeatFlags:
     ] = "svf"
     seeds: Annotated[int, typer.Option(min=1, help="How many seeds; each draws anew.")] = 1
     seed: Annotated[int, typer.Option(min=0, help="The first seed.")] = 0
+    against: Annotated[
+        str | None,
+        typer.Option(
+            metavar="REGIME",
+            autocompletion=one_of(*REGIMES),
+            help="Hold every other regime against this one, seed by seed: mean difference, 95 % "
+            "interval, wins.",
+            show_default="none",
+        ),
+    ] = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -73,9 +83,10 @@ class TrainingFlags:
     batch_size: Annotated[int, typer.Option(help="Examples a step.", rich_help_panel=TRAINING)] = 16
     optimizer: Annotated[Literal["adamw", "sgd"], typer.Option(rich_help_panel=TRAINING)] = "adamw"
     lr: Annotated[
-        float | None,
+        str | None,
         typer.Option(
-            help="Peak learning rate of all but the head.",
+            metavar="RATE",
+            help="Peak learning rate of all but the head; one a regime as svf=1e-2,full=1e-4.",
             show_default="by regime",
             rich_help_panel=TRAINING,
         ),
@@ -121,14 +132,94 @@ class TrainingFlags:
             rich_help_panel=TRAINING,
         ),
     ] = 0
+    warmup: Annotated[
+        float,
+        typer.Option(
+            min=0,
+            help="Share of the steps in which the rate rises; from 1 on their number.",
+            rich_help_panel=TRAINING,
+        ),
+    ] = 0.1
+    clip_grad: Annotated[
+        float,
+        typer.Option(
+            "--clip-grad",
+            "--max-grad-norm",
+            min=0,
+            metavar="NORM",
+            help="Largest norm of a step's whole gradient; 0 for any.",
+            rich_help_panel=TRAINING,
+        ),
+    ] = 1.0
+    label_smoothing: Annotated[
+        float,
+        typer.Option(
+            min=0,
+            metavar="SHARE",
+            help="Share of each label dealt out over all classes.",
+            show_default="0",
+            rich_help_panel=TRAINING,
+        ),
+    ] = 0.0
+    patience: Annotated[
+        int | None,
+        typer.Option(
+            min=1,
+            metavar="TIMES",
+            help="Stop where so many of a run's ten measurements of --hold-out bring no better "
+            "one.",
+            show_default="never",
+            rich_help_panel=TRAINING,
+        ),
+    ] = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class SettingFlags(TrainingFlags):
+    """How a run trains, and what it takes of memory and time."""
+
     precision: Annotated[
         Literal["fp32", "bf16", "fp16"],
-        typer.Option(help="Of the network's products.", rich_help_panel=TRAINING),
+        typer.Option(help="Of the network's products.", rich_help_panel=COST),
     ] = "fp32"
+    dtype: Annotated[
+        Literal["float32", "bfloat16"],
+        typer.Option(
+            help="Of frozen weights and factors; what is trained stays float32.",
+            rich_help_panel=COST,
+        ),
+    ] = "float32"
+    accumulate: Annotated[
+        int,
+        typer.Option(
+            min=1,
+            metavar="BATCHES",
+            help="Batches whose gradients make up one step.",
+            rich_help_panel=COST,
+        ),
+    ] = 1
+    workers: Annotated[
+        int,
+        typer.Option(
+            min=0,
+            help="Processes that load batches ahead of the steps.",
+            show_default="0",
+            rich_help_panel=COST,
+        ),
+    ] = 0
 
     def settings(self) -> Settings:
-        """Return them as the library takes them."""
-        return Settings(**asdict(self))
+        """Return them as the library takes them.
+
+        Raises
+        ------
+        UsageError
+            If they contradict each other.
+        """
+        given = asdict(self)
+        lr, single = parse_rates(given.pop("lr"))
+        clip = given.pop("clip_grad") or None
+        return Settings(**given, lr=lr, lr_of=single, clip=clip)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -202,6 +293,14 @@ class LogFlags:
             rich_help_panel=TRAINING,
         ),
     ] = None
+    plot: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="FILE",
+            help="Draw quality against trained numbers, with the front (.png, .svg, .pdf).",
+            rich_help_panel=TRAINING,
+        ),
+    ] = None
     save_every: Annotated[
         int | None,
         typer.Option(
@@ -256,7 +355,7 @@ def command(
     task: TaskOption = "classification",
     network: ModelFlags,
     repeats: RepeatFlags,
-    training: TrainingFlags,
+    training: SettingFlags,
     svf: SvfFlags,
     logs: LogFlags,
     options: Annotated[dict[str, Any], TaskFlags()],
@@ -277,6 +376,7 @@ def command(
     read_model(network.model)
     chosen = options_of(task, options)
     TASKS[task](**chosen)  # refuses values that do not go together
+    check_comparison(settings, regimes, against=repeats.against, task=task, options=chosen)
     check_factors(factors)
     check_data(data, task)
     hub.check()
@@ -288,9 +388,12 @@ def command(
 
     # The same command has drawn what --resume goes on from.
     apart = (factors, data, output)
-    drawing = None
-    if logs.report is not None:
-        drawing = ReportFile(logs.report, force=again.replaces, apart=apart)
+    drawings = [
+        ReportFile(path, force=again.replaces, apart=apart, curve=path is logs.plot)
+        for path in (logs.report, logs.plot)
+        if path is not None
+    ]
+    for drawing in drawings:
         drawing.check()
     result = finetune(
         factors,
@@ -310,6 +413,7 @@ def command(
         log_with=logs.log_with.split(",") if logs.log_with else (),
         log_dir=logs.log_dir,
         save_every=logs.save_every,
+        against=repeats.against,
         force=again.force,
         resume=again.resume,
         progress=display.progress(),
@@ -317,7 +421,7 @@ def command(
     )
     display.wrote(options.get("overlays"))
     display.emit(document(result), view(result))
-    if drawing is not None and is_first_process():
+    for drawing in drawings if is_first_process() else ():
         drawing.write(result)
         display.wrote(drawing.path)
     if result.interrupted is None:

@@ -60,6 +60,32 @@ def load_weights(
     return model
 
 
+@torch.no_grad()
+def keep_vectors(model: nn.Module, checkpoint: Checkpoint) -> nn.Module:
+    """Give a model's vectors float32 again: biases, norms, running statistics, scales.
+
+    They are few, and rounding them costs more than it saves. Where the checkpoint has a tensor by
+    the same name, its own values are read, as they were before any rounding.
+
+    Parameters
+    ----------
+    model : nn.Module
+        Loaded in a lower precision; changed in place.
+    checkpoint : Checkpoint
+        The weights.
+    """
+    expected = dict(model.state_dict(keep_vars=True))
+    names = {checkpoint.live_name(name, expected): name for name in checkpoint.infos}
+    for short, tensor in expected.items():
+        if tensor.ndim > 1 or not tensor.is_floating_point() or tensor.dtype.itemsize >= 4:
+            continue
+        tensor.data = tensor.data.float()
+        found = names.get(short)
+        if found is not None and checkpoint.infos[found].shape == tuple(tensor.shape):
+            tensor.data.copy_(checkpoint.read(found))
+    return model
+
+
 def differences(model: nn.Module, checkpoint: Checkpoint) -> dict[str, list[str]]:
     """Return what `refuse_differences` takes: the tensors that the two do not share."""
     expected = dict(model.state_dict(keep_vars=True))

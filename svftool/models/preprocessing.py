@@ -131,8 +131,15 @@ def find_preprocessing(checkpoint: Checkpoint, model: nn.Module | None = None) -
         If a file that should say it cannot be understood.
     """
     folder = checkpoint.path if checkpoint.is_folder else checkpoint.path.parent
+    channels = input_channels(model)
+    return _fitted(_find(checkpoint, folder, model, channels), channels)
+
+
+def _find(
+    checkpoint: Checkpoint, folder: Path, model: nn.Module | None, channels: int
+) -> Preprocessing:
     if (folder / PREPROCESSOR_FILE).is_file():
-        return _read_transformers(folder / PREPROCESSOR_FILE)
+        return _read_transformers(folder / PREPROCESSOR_FILE, channels)
     config = checkpoint.config or {}
     for facts, source in (
         (config.get("pretrained_cfg"), "config.json"),
@@ -140,13 +147,46 @@ def find_preprocessing(checkpoint: Checkpoint, model: nn.Module | None = None) -
     ):
         if isinstance(facts, Mapping) and "mean" in facts:
             with _understood(f"{folder}: pretrained_cfg of {source}"):
-                return _from_timm(facts, source)
+                return _from_timm(facts, source, channels)
     return DEFAULT_PREPROCESSING
 
 
-def _read_transformers(file: Path) -> Preprocessing:
+def input_channels(model: nn.Module | None) -> int:
+    """Return how many channels a network takes: those of the convolution that it begins with.
+
+    Three where it begins with something else.
+    """
+    for module in [] if model is None else model.modules():
+        if any(True for _ in module.children()) or not any(True for _ in module.parameters()):
+            continue
+        # The first layer with weights. A layer of another place that is declared first is wide.
+        plain = isinstance(module, nn.Conv2d) and module.in_channels <= MOST_CHANNELS
+        return module.in_channels if plain and isinstance(module, nn.Conv2d) else 3
+    return 3
+
+
+MOST_CHANNELS = 256
+"""Bands of the widest pictures that there are."""
+
+
+def _fitted(found: Preprocessing, channels: int) -> Preprocessing:
+    """Give mean and deviation to each channel: the mean of those known, where there are others."""
+    known = len(found.mean)
+    if known == channels:
+        return found
+
+    def fitted(values: tuple[float, ...]) -> tuple[float, ...]:
+        common = math.fsum(values) / known
+        return (
+            (*values, *[common] * (channels - known)) if channels > known else (common,) * channels
+        )
+
+    return replace(found, mean=fitted(found.mean), std=fitted(found.std), flip_channels=False)
+
+
+def _read_transformers(file: Path, channels: int) -> Preprocessing:
     with _understood(str(file)):
-        return _from_transformers(parse_json(file.read_bytes()))
+        return _from_transformers(parse_json(file.read_bytes()), channels)
 
 
 @contextmanager
@@ -166,7 +206,7 @@ def _understood(where: str) -> Iterator[None]:
 _OVERFLOWS = (AttributeError, OverflowError, RecursionError)
 
 
-def _from_transformers(facts: Mapping[str, Any]) -> Preprocessing:
+def _from_transformers(facts: Mapping[str, Any], channels: int) -> Preprocessing:
     kind = str(facts.get("image_processor_type") or facts.get("feature_extractor_type") or "")
     kind = kind.lower()
     found = replace(
@@ -182,7 +222,7 @@ def _from_transformers(facts: Mapping[str, Any]) -> Preprocessing:
     if not normalised or "image_mean" not in facts:
         mean, std = (0.0,) * 3, (1.0,) * 3
     else:
-        mean, std = _normalisation(facts["image_mean"], facts["image_std"])
+        mean, std = _normalisation(facts["image_mean"], facts["image_std"], channels)
     if kind.startswith("efficientnet") and facts.get("include_top", True) and normalised:
         # EfficientNet's processor divides by the deviation once more.
         std = tuple(value * value for value in std)
@@ -280,8 +320,10 @@ def _share(value: Any) -> float:
     return share
 
 
-def _normalisation(mean: Any, std: Any) -> tuple[tuple[float, ...], tuple[float, ...]]:
-    means, deviations = _channels(mean), _channels(std)
+def _normalisation(
+    mean: Any, std: Any, channels: int
+) -> tuple[tuple[float, ...], tuple[float, ...]]:
+    means, deviations = _channels(mean, channels), _channels(std, channels)
     if not all(map(math.isfinite, means)):
         raise ValueError(f"the mean is {means}")
     if not all(math.isfinite(value) and value > 0.0 for value in deviations):
@@ -289,16 +331,16 @@ def _normalisation(mean: Any, std: Any) -> tuple[tuple[float, ...], tuple[float,
     return means, deviations
 
 
-def _channels(values: Any) -> tuple[float, ...]:
+def _channels(values: Any, channels: int) -> tuple[float, ...]:
     numbers = values if isinstance(values, (list, tuple)) else [values]
-    if len(numbers) not in {1, 3}:
-        raise ValueError(f"{len(numbers)} channels, expected 3")
-    return tuple(float(number) for number in (numbers if len(numbers) == 3 else [*numbers] * 3))
+    if len(numbers) not in {1, 3, channels}:
+        raise ValueError(f"{len(numbers)} channels, expected {channels}")
+    return tuple(float(number) for number in (numbers * channels if len(numbers) == 1 else numbers))
 
 
-def _from_timm(facts: Mapping[str, Any], source: str) -> Preprocessing:
+def _from_timm(facts: Mapping[str, Any], source: str, channels: int) -> Preprocessing:
     size = facts.get("input_size")
-    mean, std = _normalisation(facts["mean"], facts["std"])
+    mean, std = _normalisation(facts["mean"], facts["std"], channels)
     mode = str(facts.get("interpolation") or "bilinear")
     if mode == "random":
         mode = "bilinear"

@@ -51,7 +51,7 @@ def load_transformers(
     _refuse_counts(checkpoint, checkpoint.config or {})
     factory = _factory(transformers, checkpoint, trust_remote_code)
     try:
-        given = _numbers(transformers, checkpoint) if numbers else {}
+        given = _numbers(transformers, checkpoint, dtype) if numbers else {}
         with _quiet(transformers), no_larger_than(checkpoint):
             model, report = factory.from_pretrained(
                 None if numbers else checkpoint.path,
@@ -82,8 +82,12 @@ def _stands_for_numbers(checkpoint: Checkpoint) -> bool:
     return checkpoint.format == "gguf" or coded
 
 
-def _numbers(transformers: ModuleType, checkpoint: Checkpoint) -> dict[str, Any]:
+def _numbers(
+    transformers: ModuleType, checkpoint: Checkpoint, dtype: torch.dtype | None
+) -> dict[str, Any]:
     """Return the weights as numbers, and a configuration that knows of no codes.
+
+    Each is rounded as it is read, so that no second copy in single precision is held.
 
     transformers' own ways to read codes keep them in the model, need a GPU or a package for each
     format, and train none of them.
@@ -95,8 +99,12 @@ def _numbers(transformers: ModuleType, checkpoint: Checkpoint) -> dict[str, Any]
     config.pop("torch_dtype", None)
     return {
         "config": transformers.AutoConfig.for_model(kind, **config),
-        "state_dict": {name: checkpoint.read(name) for name in checkpoint.infos},
+        "state_dict": {name: _rounded(checkpoint.read(name), dtype) for name in checkpoint.infos},
     }
+
+
+def _rounded(value: torch.Tensor, dtype: torch.dtype | None) -> torch.Tensor:
+    return value if dtype is None or not value.is_floating_point() else value.to(dtype)
 
 
 _COUNTED = re.compile(r"(num|n)_.*|.*(layers?|depths?|blocks?|labels|heads|size|dim)")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
 from rich.console import Group, RenderableType
@@ -14,7 +15,7 @@ from svftool.report import json
 from svftool.report.text import plain_table, safe
 from svftool.report.text import seconds as duration
 from svftool.training import Run, Summary
-from svftool.training.results import FinetuneResult, result_fields
+from svftool.training.results import FinetuneResult, PairedDifference, result_fields
 
 FRACTIONS = frozenset({"accuracy", "miou", "fb_iou"})
 """Metrics that people read in percent."""
@@ -28,6 +29,8 @@ def document(result: FinetuneResult) -> dict[str, Any]:
 def view(result: FinetuneResult) -> RenderableType:
     """Return the result for people: one row a regime, and what is to be said about it."""
     parts: list[RenderableType] = [_tables(result), ""]
+    if result.compared:
+        parts += [_against(result), Text(against_note(result)), ""]
     if result.interrupted is not None:
         parts.append(
             Text(
@@ -84,6 +87,69 @@ def _cells(summary: Summary, runs: Sequence[Run]) -> list[Text]:
         Text("" if step is None else duration(step)),
         Text(duration(sum(run.seconds for run in runs) / len(runs))),
     ]
+
+
+def _against(result: FinetuneResult) -> Table:
+    """Hold every regime against the one that was named."""
+    table = plain_table()
+    several = len({one.shots for one in result.compared}) > 1
+    table.add_column(f"against {result.against}")
+    for name in (*(["shots"] if several else []), "gain", "± 95 %", "wins"):
+        table.add_column(name, justify="right")
+    for row in against_rows(result):
+        style = "green" if row.clear and row.ahead else "bold red" if row.clear else ""
+        cells = [Text(row.shots)] if several else []
+        cells += [Text(row.gain, style), Text(row.half), Text(row.wins)]
+        table.add_row(Text(row.regime, "bold"), *cells)
+    return table
+
+
+@dataclass(frozen=True)
+class AgainstRow:
+    """One regime against the reference, in words.
+
+    Attributes
+    ----------
+    regime, shots, gain, half, wins : str
+    clear : bool
+        Whether the interval leaves out zero.
+    ahead : bool
+        Whether the regime is better in the mean.
+    """
+
+    regime: str
+    shots: str
+    gain: str
+    half: str
+    wins: str
+    clear: bool
+    ahead: bool
+
+
+def against_rows(result: FinetuneResult) -> list[AgainstRow]:
+    """Say how much better each regime is than the reference over the same seeds."""
+    higher = all(one.higher_is_better for one in result.summary)
+    sign, metric = (1.0 if higher else -1.0), result.metric
+
+    def row(one: PairedDifference) -> AgainstRow:
+        return AgainstRow(
+            regime=one.regime,
+            shots="all" if one.shots is None else str(one.shots),
+            gain=value(metric, sign * one.mean, sign=True),
+            half="–" if one.half is None else value(metric, one.half),
+            wins=f"{one.wins(higher_is_better=higher)} of {len(one.values)}",
+            clear=one.clear,
+            ahead=sign * one.mean > 0.0,
+        )
+
+    return [row(one) for one in result.compared]
+
+
+def against_note(result: FinetuneResult) -> str:
+    """Say what the numbers of the comparison with one regime are."""
+    if max(len(one.values) for one in result.compared) == 1:
+        return "one seed: no interval, and chance is not told from a difference"
+    return "gain: how much better over the same seeds, in the mean; Student's t interval"
 
 
 def _by_seed(summaries: Sequence[Summary]) -> list[str]:

@@ -9,11 +9,12 @@ from pathlib import Path
 from typing import Any, get_args, get_type_hints
 
 from svftool.checkpoints import WEIGHT_SUFFIXES, replace_output, write_errors
+from svftool.choices.training import UNMEASURED
 from svftool.errors import UsageError
 from svftool.files.folder import TUNED_SUFFIX
 from svftool.files.toml import to_toml
 from svftool.tasks.option import TaskOptions, flag_of, options_in
-from svftool.tasks.options import TASKS, UNMEASURED
+from svftool.tasks.options import TASKS
 from svftool.training import Settings
 from svftool.version import __version__
 
@@ -25,7 +26,7 @@ _HEAD = f"""{MARK}
 # Repeat it: svftool finetune --config THIS-FILE -o NEW
 # Paths are relative to the folder of this file. svftool {__version__}
 """
-_LIBRARY_ONLY = ("lr_scale", "head_scale", "warmup", "clip")
+_LIBRARY_ONLY = ("lr_scale", "head_scale")
 """Settings that the command has no option for: written where they differ from the default."""
 
 
@@ -102,11 +103,17 @@ def _seeds(seeds: Sequence[int]) -> dict[str, Any]:
 
 def _settings(settings: Settings) -> dict[str, Any]:
     usual = Settings()
-    return {
+    values = {
         one.name: getattr(settings, one.name)
         for one in fields(Settings)
         if one.name not in _LIBRARY_ONLY or getattr(settings, one.name) != getattr(usual, one.name)
     }
+    values["clip-grad"] = values.pop("clip") or 0.0
+    single = values.pop("lr_of")
+    if single:
+        common = [] if settings.lr is None else [repr(settings.lr)]
+        values["lr"] = ",".join([*common, *(f"{name}={rate!r}" for name, rate in single.items())])
+    return values
 
 
 def _task_options(task: str, given: Mapping[str, Any], folder: Path) -> dict[str, Any]:

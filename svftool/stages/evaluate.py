@@ -17,6 +17,7 @@ from torch import nn
 from svftool.adapters.layout_file import is_adapter
 from svftool.attaching import attach, detach, load_tuned, map_names
 from svftool.checkpoints import Checkpoint, open_checkpoint, replace_output
+from svftool.choices.training import UNMEASURED
 from svftool.errors import DataError, ModelError, UsageError, shortlist
 from svftool.factors import (
     FactorStore,
@@ -37,7 +38,7 @@ from svftool.stages.evaluate_result import EvaluateResult, Evaluation
 from svftool.stages.settings import SIZES, Origins, SourcedSetting, settings_of
 from svftool.tasks.base import Draw, HasContents, Predicts, Prepared, Sized, Task
 from svftool.tasks.option import options_in
-from svftool.tasks.options import TASKS, UNMEASURED, recorded
+from svftool.tasks.options import TASKS, recorded
 from svftool.training.threads import suited_threads
 
 

@@ -146,7 +146,9 @@ def feature_maps(
                 name, store.read(name).Vh, trained, _owner(attachment, name), seen, directions
             )
         ]
-    return FeatureMaps(picture, tuple(maps))
+    # Shown as a picture, whatever the network sees of it.
+    shown = picture if len(picture) == 3 else picture[:1].expand(3, -1, -1)
+    return FeatureMaps(shown, tuple(maps))
 
 
 def _by_movement(trained: TunedFile) -> list[str]:

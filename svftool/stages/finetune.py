@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
-from dataclasses import asdict, dataclass, fields
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
@@ -14,11 +14,12 @@ from torch import nn
 
 from svftool.attaching import Parametrisation, Regime, parse_regime
 from svftool.checkpoints import Checkpoint
+from svftool.choices.training import check_comparison
 from svftool.errors import UsageError
 from svftool.factors import open_factors
 from svftool.files.folder import TUNED_SUFFIX, named
 from svftool.files.output import overlap
-from svftool.models import build_model
+from svftool.models import build_model, keep_vectors
 from svftool.progress import SILENT, Progress
 from svftool.stages.catalogue import ModelFacts, make_tasks
 from svftool.stages.configuration import (
@@ -36,6 +37,7 @@ from svftool.training import (
     joined_group,
     summarise,
 )
+from svftool.training.memory import SAID_FROM, MemoryNeed, available, gigabytes, memory_need
 from svftool.training.results import (
     RESULTS_FILE,
     FinetuneResult,
@@ -66,6 +68,8 @@ class RunOptions:
     save_every : int, optional
         Steps between two writings of a run's state; by default it is written every 30 seconds, and
         less often where that would take more than a twentieth of the time.
+    against : str, optional
+        The regime that all others are held against, seed by seed.
     """
 
     include: Sequence[str] = ()
@@ -76,6 +80,7 @@ class RunOptions:
     log_with: Sequence[str] = ()
     log_dir: str | os.PathLike[str] | None = None
     save_every: int | None = None
+    against: str | None = None
 
     @classmethod
     def take(cls, options: dict[str, Any]) -> RunOptions:
@@ -165,6 +170,7 @@ def finetune(
     settings = Settings() if settings is None else settings
     of_run = RunOptions.take(options)
     chosen = _parse_regimes(regimes)
+    check_comparison(settings, regimes, against=of_run.against, task=task, options=options)
     numbers = list(range(seeds)) if isinstance(seeds, int) else list(seeds)
     target = Path(output)
     with ExitStack() as stack:
@@ -184,8 +190,21 @@ def finetune(
             inputs=[store.path, checkpoint.path, Path(data)],
             every=of_run.save_every,
         )
+        need = group.together(
+            lambda: memory_need(
+                [one.name for one in chosen],
+                checkpoint,
+                store,
+                settings,
+                include=of_run.include,
+                exclude=of_run.exclude,
+            )
+        )
+        if group.first:
+            _say_memory(need, place, settings, progress)
+        dtype = getattr(torch, settings.dtype)
         models = group.together(
-            lambda: _Models(model, checkpoint, trust_remote_code=trust_remote_code)
+            lambda: _Models(model, checkpoint, dtype, trust_remote_code=trust_remote_code)
         )
         facts = ModelFacts.of(checkpoint, models.first, trust_remote_code=trust_remote_code)
         tasks = group.together(
@@ -223,6 +242,7 @@ def finetune(
                 **plan.attaching,
                 "log_with": list(of_run.log_with),
                 "save_every": of_run.save_every,
+                "against": of_run.against,
                 "device": device,
                 "trust_remote_code": trust_remote_code,
             },
@@ -243,6 +263,7 @@ def finetune(
             interrupted=signum,
             setting=common_setting([run.setting for run in runs]),
             dropped=dropped,
+            against=of_run.against,
         )
         work.finished = signum is None
         if group.first and work.outputs.is_dir():
@@ -251,6 +272,21 @@ def finetune(
     if group.first and not target.is_dir():
         write_beside(target, configuration.text(target.parent))
     return result
+
+
+def _say_memory(
+    need: MemoryNeed, device: torch.device, settings: Settings, progress: Progress
+) -> None:
+    """Say what training will need before anything is loaded; warn where there is not as much."""
+    free = available(device)
+    if free is not None and need.total > free:
+        smaller = "" if settings.dtype == "bfloat16" else "use --dtype bfloat16, "
+        progress.warn(
+            f"{need.sentence()}; {gigabytes(free)} are free on {device}: {smaller}train fewer "
+            "layers (--train-layers), or choose another --device"
+        )
+    elif need.total >= SAID_FROM or settings.dtype == "bfloat16":
+        progress.note(need.sentence())
 
 
 def _trackers(
@@ -308,7 +344,7 @@ def _request(
         "include": list(plan.include),
         "exclude": list(plan.exclude),
         **plan.attaching,
-        **asdict(plan.settings),
+        **plan.settings.for_bits(),
         "device": plan.device.type,
         "processes": group.count,
         # Sums over threads are rounded in another order where there are more or fewer of them.
@@ -334,8 +370,10 @@ def _plain_option(value: Any) -> Any:
 class _Models:
     """Fresh models with the base's weights; the first one is built at once, to be looked at."""
 
-    def __init__(self, spec: str, checkpoint: Checkpoint, *, trust_remote_code: bool) -> None:
-        self._spec = spec
+    def __init__(
+        self, spec: str, checkpoint: Checkpoint, dtype: torch.dtype, *, trust_remote_code: bool
+    ) -> None:
+        self._spec, self._dtype = spec, dtype
         self._checkpoint = checkpoint
         self._trust = trust_remote_code
         self._unused: nn.Module | None = self._build()
@@ -351,7 +389,13 @@ class _Models:
         return self._build() if model is None else model
 
     def _build(self) -> nn.Module:
-        return build_model(self._spec, checkpoint=self._checkpoint, trust_remote_code=self._trust)
+        model = build_model(
+            self._spec,
+            checkpoint=self._checkpoint,
+            dtype=self._dtype,
+            trust_remote_code=self._trust,
+        )
+        return keep_vectors(model, self._checkpoint)
 
 
 def _parse_regimes(names: Sequence[str]) -> list[Regime]:

@@ -7,7 +7,7 @@ import json
 import os
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import IO, Any, Protocol
 
@@ -45,7 +45,7 @@ from svftool.tasks.options import (
 from svftool.tasks.segmentation.views import choose_dense_view
 from svftool.tasks.text_classification import encoding_of, pooling_of
 from svftool.tasks.unlabelled import NewMessages, NewPictures, NewScenes, NewTexts, Unlabelled
-from svftool.tasks.views import ImageView, choose_view
+from svftool.tasks.views import ImageView, choose_view, with_normalisation
 
 SHOWN = 40
 """Rows that a result keeps where all of them are written to a file."""
@@ -250,7 +250,7 @@ def _named(source: Source, given: Any) -> tuple[str, ...] | None:
 
 
 def _normalised(found: Preprocessing, chosen: ImageOptions) -> Preprocessing:
-    return replace(found, mean=chosen.mean or found.mean, std=chosen.std or found.std)
+    return with_normalisation(found, chosen.mean, chosen.std)
 
 
 def _pictures(

@@ -180,6 +180,14 @@ class Counts(Protocol):
 
 
 @runtime_checkable
+class Smooths(Protocol):
+    """What a `Draw` offers besides, whose labels can be smoothed in training."""
+
+    def smoothed_loss(self, model: nn.Module, batch: Any, smoothing: float) -> Tensor:
+        """Compute the loss with a share `smoothing` of each label dealt out over all classes."""
+
+
+@runtime_checkable
 class SharesBatches(Protocol):
     """What a `Draw` offers besides, whose batches are no plain stacks of examples.
 

@@ -94,6 +94,8 @@ def check_labels(examples: Sequence[Labelled], classes: Sequence[str], source: o
     """
     unknown = sorted({one.label for one in examples} - set(classes))
     if unknown:
+        count = sum(one.label in unknown for one in examples)
         raise DataError(
-            f"{source}: unknown class {shortlist(unknown)}, expected one of {shortlist(classes)}"
+            f"{source}: unknown class {shortlist(unknown)}, expected one of {shortlist(classes)}. "
+            f"Remove the {count} of {len(examples)} examples, or give some to train on"
         )

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any, Literal, Protocol
@@ -19,7 +19,7 @@ from svftool.tasks.images import list_images, read_bytes, short_name
 from svftool.tasks.labelled import ClassifierDraw, ClassifierSetting, of_head
 from svftool.tasks.options import ClassificationOptions, StrPath
 from svftool.tasks.splits import draw_shots, nothing_left, require_query
-from svftool.tasks.views import ImageSet, ImageView, choose_view
+from svftool.tasks.views import ImageSet, ImageView, choose_view, with_normalisation
 
 PIXELS_PER_BATCH = 64 * 224 * 224
 LARGEST_BATCH = 256
@@ -106,8 +106,9 @@ class Classification:
         check_labels(queries, self.classes, chosen.query_data or data)
         require_query(chosen.shots, chosen.evaluation, "images")
         draw_shots([image.label for image in images], shots=chosen.shots)
-        mean, std = chosen.mean or preprocessing.mean, chosen.std or preprocessing.std
-        preprocessing = replace(preprocessing, mean=mean, std=std)
+        preprocessing = with_normalisation(
+            preprocessing, chosen.mean, chosen.std, augment=chosen.augment
+        )
         every = [image.path for image in (*images, *queries)]
         self.view = choose_view(every, preprocessing, size=chosen.image_size, trained=view)
         self._names = [image.label for image in images]

@@ -20,8 +20,10 @@ if TYPE_CHECKING:
     from PIL.Image import Image
 
 SUFFIXES = frozenset(
-    {".bmp", ".gif", ".jpeg", ".jpg", ".pgm", ".png", ".ppm", ".tif", ".tiff", ".webp"}
+    {".bmp", ".gif", ".jpeg", ".jpg", ".npy", ".pgm", ".png", ".ppm", ".tif", ".tiff", ".webp"}
 )
+ARRAY_SUFFIX = ".npy"
+"""Of arrays of NumPy, which hold any number of channels."""
 _EXIF_ORIENTATION = 0x0112
 
 
@@ -130,17 +132,32 @@ def refuse_splits(folder: Path, names: Iterable[str]) -> None:
     )
 
 
+def pictures_in(folder: Path, root: Path) -> list[Path]:
+    """List the pictures below a folder: arrays are among them where there are no others.
+
+    Beside pictures, arrays mostly hold something else.
+
+    Parameters
+    ----------
+    folder : Path
+    root : Path
+        Below it, hidden files and folders do not count.
+    """
+    found = sorted(
+        file
+        for file in folder.rglob("*")
+        if file.suffix.lower() in SUFFIXES and not is_hidden(file, root)
+    )
+    return [file for file in found if not is_array(file)] or found
+
+
 def _list_folder(folder: Path) -> list[LabelledImage]:
     refuse_splits(folder, (s.name for s in folder.iterdir() if s.is_dir() and s.name[:1] != "."))
     images = []
     for sub in sorted(folder.iterdir()):
         if not sub.is_dir() or sub.name.startswith("."):
             continue
-        files = sorted(
-            file
-            for file in sub.rglob("*")
-            if file.suffix.lower() in SUFFIXES and not is_hidden(file, folder)
-        )
+        files = pictures_in(sub, folder)
         if not files:
             raise DataError(
                 f"{sub}: no images, expected some in each class folder "
@@ -225,23 +242,14 @@ def open_image(path: ImagePath, *, short_side: int | None = None) -> Image:
         If the file is no image, or only a part of one, or its values have no range that is known,
         or it is so long that memory would not hold it once it is resized.
     """
-    if short_side is not None:
-        short, long = sorted(image_size(path))
-        if short_side * short_side * long > _MOST_PIXELS * short:
-            raise DataError(
-                f"{path}: {short} pixels by {long}, expected sides more alike: with a short side "
-                f"of {short_side} it has more than {_MOST_PIXELS:,} pixels. Remove it, or give a "
-                "smaller --image-size"
-            )
+    refuse_long(path, short_side)
     pillow = _pillow()
-    from PIL import ImageOps
-
     try:
         with pillow.open(_content(path)) as opened:
-            deep = _depth_of(opened, path)
-            image = ImageOps.exif_transpose(opened)
+            deep = depth_of(opened, path)
+            image = upright(opened)
             if deep is not None:
-                image = pillow.fromarray(_scaled(np.asarray(image), deep, path))
+                image = pillow.fromarray(scaled(np.asarray(image), deep, path))
             shown: Image = image.convert("RGB")
             return shown
     except DataError:
@@ -250,11 +258,43 @@ def open_image(path: ImagePath, *, short_side: int | None = None) -> Image:
         raise _unreadable(path, error) from error
 
 
+def refuse_long(path: ImagePath, short_side: int | None) -> None:
+    """Refuse an image that memory would not hold once its short side is resized.
+
+    Raises
+    ------
+    DataError
+        If it is so long.
+    """
+    if short_side is None:
+        return
+    short, long = sorted(image_size(path))
+    if short_side * short_side * long > _MOST_PIXELS * short:
+        raise DataError(
+            f"{path}: {short} pixels by {long}, expected sides more alike: with a short side "
+            f"of {short_side} it has more than {_MOST_PIXELS:,} pixels. Remove it, or give a "
+            "smaller --image-size"
+        )
+
+
+def upright(opened: Image) -> Image:
+    """Turn an image as its EXIF orientation says."""
+    from PIL import ImageOps
+
+    turned: Image = ImageOps.exif_transpose(opened)
+    return turned
+
+
+def is_array(path: ImagePath) -> bool:
+    """Whether a picture is an array of NumPy by its name."""
+    return isinstance(path, Path) and path.suffix.lower() == ARRAY_SUFFIX
+
+
 # Values of more than 8 bits: what stands for black and for white.
 
 
 @dataclass(frozen=True)
-class _Depth:
+class Depth:
     """The range of a deep image: what its file says, or what its kind of number implies."""
 
     black: float
@@ -269,7 +309,7 @@ _LEAST, _MOST, _TYPED_LEAST, _TYPED_MOST = 280, 281, 340, 341
 _UNSIGNED, _SIGNED = 1, 2
 
 
-def _depth_of(opened: Image, path: ImagePath) -> _Depth | None:
+def depth_of(opened: Image, path: ImagePath) -> Depth | None:
     """Return the range of an image of more than 8 bits; None for others."""
     tags: Mapping[int, Any] = getattr(opened, "tag_v2", {})
     if not opened.mode.startswith(("I", "F")):
@@ -282,7 +322,7 @@ def _depth_of(opened: Image, path: ImagePath) -> _Depth | None:
         white = 2.0 ** (bits - 1) - 1
     else:
         white = 2.0**bits - 1
-    return _Depth(
+    return Depth(
         black=float(_first(tags.get(_TYPED_LEAST), _first(tags.get(_LEAST), 0.0))),
         white=float(_first(tags.get(_TYPED_MOST), _first(tags.get(_MOST), white))),
         unsigned=bool(tags) and kind == _UNSIGNED and opened.mode == "I",
@@ -308,8 +348,14 @@ def _require_whole_range(path: ImagePath, tags: Mapping[int, Any]) -> None:
         )
 
 
-def _scaled(values: npt.NDArray[Any], depth: _Depth, path: ImagePath) -> npt.NDArray[np.uint8]:
-    """Scale values to 0 to 255."""
+def scaled(values: npt.NDArray[Any], depth: Depth, path: ImagePath) -> npt.NDArray[np.uint8]:
+    """Scale values to 0 to 255.
+
+    Raises
+    ------
+    DataError
+        If they are beyond black and white, or not finite.
+    """
     if depth.unsigned:
         values = values.astype(np.uint32)
     wide = values.astype(np.float64)
@@ -415,6 +461,8 @@ def image_size(path: ImagePath) -> tuple[int, int]:
     DataError
         If the file is no image.
     """
+    if is_array(path):
+        return _array_size(Path(str(path)))
     try:
         with _pillow().open(_content(path)) as opened:
             width, height = opened.size
@@ -424,6 +472,20 @@ def image_size(path: ImagePath) -> tuple[int, int]:
     except Exception as error:  # Pillow's decoders raise whatever they meet
         raise _unreadable(path, error) from error
     return (width, height) if turned else (height, width)
+
+
+def _array_size(path: Path) -> tuple[int, int]:
+    try:
+        shape = np.load(path, mmap_mode="r", allow_pickle=False).shape
+    except (OSError, ValueError, EOFError) as error:
+        system_fault(error, path)
+        raise DataError(f"{path}: {error}, expected an array of numbers as .npy") from error
+    if len(shape) not in (2, 3) or 0 in shape:
+        raise DataError(f"{path}: an array of {shape}, expected height, width and channels")
+    # Of three sizes the smallest are the channels, first or last.
+    first = len(shape) == 3 and shape[0] < shape[2]
+    height, width = (shape[1], shape[2]) if first else (shape[0], shape[1])
+    return int(height), int(width)
 
 
 def to_tensor(image: Image) -> Tensor:

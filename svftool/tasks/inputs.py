@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from svftool.errors import DataError, shortlist
-from svftool.tasks.images import SUFFIXES, is_hidden
+from svftool.tasks.images import SUFFIXES, is_hidden, pictures_in
 from svftool.tasks.texts import SUFFIX as JSONL
 from svftool.tasks.texts import Text, list_column, list_texts, text_of
 
@@ -44,11 +44,7 @@ def list_pictures(inputs: Sequence[Path]) -> list[Picture]:
     found = []
     for place in inputs:
         if place.is_dir():
-            files = [
-                file
-                for file in sorted(place.rglob("*"))
-                if file.suffix.lower() in SUFFIXES and not is_hidden(file, place)
-            ]
+            files = pictures_in(place, place)
             if not files:
                 raise DataError(f"{place}: no pictures, expected {', '.join(sorted(SUFFIXES))}")
             found += [

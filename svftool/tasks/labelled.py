@@ -444,8 +444,15 @@ class ClassifierDraw(Generic[E, S]):
 
     def loss(self, model: nn.Module, batch: tuple[Any, Tensor]) -> Tensor:
         """Mean cross-entropy of a batch."""
+        return self.smoothed_loss(model, batch, 0.0)
+
+    def smoothed_loss(
+        self, model: nn.Module, batch: tuple[Any, Tensor], smoothing: float
+    ) -> Tensor:
+        """Mean cross-entropy of a batch to smoothed labels."""
         inputs, labels = batch
-        return cross_entropy(self.run(model, inputs).float(), labels)
+        logits = self.run(model, inputs).float()
+        return cross_entropy(logits, labels, label_smoothing=smoothing)
 
     @torch.inference_mode()
     def evaluate(

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import logging
 import math
 import os
 import sys
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any, Literal
@@ -19,6 +19,7 @@ from torch.nn.functional import cross_entropy
 from svftool.errors import DataError, ModelError, UsageError
 from svftool.progress import SILENT, Progress
 from svftool.tasks.base import Part, Prepared, TaskMetric, device_of, forward_errors, to_device
+from svftool.tasks.chat import encode_chat
 from svftool.tasks.heads import logits_of, require_module
 from svftool.tasks.options import LanguageOptions, StrPath
 from svftool.tasks.splits import draw_examples, left_out, nothing_left, others, require_query
@@ -29,15 +30,15 @@ from svftool.tasks.tokens import (
     by_length,
     collate,
     cut,
+    dropped,
     encode,
     length_limit,
     load_tokenizer,
     padding_within,
+    refuse_misfit,
     refuse_unknown,
     vocabulary,
 )
-
-logger = logging.getLogger(__name__)
 
 LOGITS_AT_ONCE = 1 << 26
 """Numbers that evaluation has a model put out in one batch, at most."""
@@ -47,10 +48,26 @@ LARGEST_LOSS = math.log(sys.float_info.max)
 
 @dataclass(frozen=True)
 class Corpus:
-    """Texts and their tokens."""
+    """Texts and their tokens.
+
+    Attributes
+    ----------
+    texts : sequence of Text
+    blocks : sequence of Block
+    shortened : frozenset of int
+        Texts whose prompt lost its beginning.
+    untold : frozenset of int
+        Conversations in which the chat template does not tell the assistant's turns.
+    """
 
     texts: Sequence[Text]
     blocks: Sequence[Block]
+    shortened: frozenset[int] = frozenset()
+    untold: frozenset[int] = frozenset()
+
+    def at(self, texts: Sequence[int]) -> Corpus:
+        """Return the same texts with the blocks of those at these positions."""
+        return replace(self, blocks=self.take(texts))
 
     def take(self, texts: Sequence[int]) -> list[Block]:
         """Return the blocks of the texts at these positions."""
@@ -138,21 +155,24 @@ class Language:
         )
         query = self.queries
         if not query.texts and self.options.measured:
-            query = Corpus(self.support.texts, self.support.take(split.rest))
+            query = self.support.at(split.rest)
             if not query.blocks:
                 raise nothing_left(self.shots, "texts")
         return LanguageDraw(
             self,
-            Corpus(self.support.texts, self.support.take(split.support)),
-            Corpus(self.support.texts, self.support.take(split.held_out)),
+            self.support.at(split.support),
+            self.support.at(split.held_out),
             query,
         )
 
     def _corpus(self, texts: Sequence[Text], *, short: bool = False) -> Corpus:
         blocks: list[Block] = []
-        several = 0
+        shortened: set[int] = set()
+        untold: set[int] = set()
         for position, text in enumerate(texts):
-            ids, learned = encode(text, self.tokenizer)
+            ids, learned = self._encode(text, position, untold)
+            if dropped(learned, self.length):
+                shortened.add(position)
             found = cut(ids, learned, self.length, position)
             if not found and short and ids:
                 found = [Block(torch.tensor(ids[-1:]), torch.zeros(1, dtype=torch.bool), position)]
@@ -161,14 +181,16 @@ class Language:
                     f"{text.file}: line {text.line}: {len(ids)} token, expected two or more, so "
                     "that one is predicted from another. Remove the line"
                 )
-            several += len(found) > 1
             blocks += found
-        if several:
-            logger.info(
-                "%d of %d texts are longer than %d tokens and are cut in blocks",
-                *(several, len(texts), self.length),
-            )
-        return Corpus(texts, blocks)
+        return Corpus(texts, blocks, frozenset(shortened), frozenset(untold))
+
+    def _encode(self, text: Text, position: int, untold: set[int]) -> tuple[list[int], list[bool]]:
+        if not text.turns:
+            return encode(text, self.tokenizer)
+        ids, learned, told = encode_chat(text, self.tokenizer)
+        if not told:
+            untold.add(position)
+        return ids, learned
 
 
 class LanguageDraw:
@@ -214,6 +236,8 @@ class LanguageDraw:
         self._task.padding, said = padding_within(self._task.padding, known)
         for corpus in (self._support, *self._parts.values()):
             refuse_unknown(corpus.texts, corpus.blocks, self._task.tokenizer, known)
+        refuse_misfit(self._task.tokenizer, known)
+        said += describe_cuts((self._support, *self._parts.values()), self._task.length)
         block = self._support.blocks[0]
         short = Block(block.ids[:2], block.targets[:2], 0)
         batch = to_device(collate([short], self._task.padding), device_of(model))
@@ -237,9 +261,9 @@ class LanguageDraw:
         return [
             LanguageDraw(
                 self._task,
-                Corpus(support.texts, support.take([known[i] for i in others(fold, len(known))])),
+                support.at([known[i] for i in others(fold, len(known))]),
                 held_out,
-                Corpus(support.texts, support.take([known[i] for i in fold])),
+                support.at([known[i] for i in fold]),
             )
             for fold in left_out([0] * len(known), count, seed=seed)
         ]
@@ -259,9 +283,16 @@ class LanguageDraw:
 
     def loss(self, model: nn.Module, batch: Mapping[str, Tensor]) -> Tensor:
         """Mean cross-entropy of the tokens that are learned."""
+        return self.smoothed_loss(model, batch, 0.0)
+
+    def smoothed_loss(
+        self, model: nn.Module, batch: Mapping[str, Tensor], smoothing: float
+    ) -> Tensor:
+        """Mean cross-entropy of the tokens that are learned, to smoothed labels."""
         chosen = batch["targets"][:, 1:]
-        logits = self._logits(model, batch)[:, :-1][chosen]
-        return cross_entropy(logits.float(), batch["input_ids"][:, 1:][chosen])
+        logits = self._logits(model, batch)[:, :-1][chosen].float()
+        wanted = batch["input_ids"][:, 1:][chosen]
+        return cross_entropy(logits, wanted, label_smoothing=smoothing)
 
     @torch.inference_mode()
     def evaluate(
@@ -335,6 +366,50 @@ class LanguageDraw:
                 use_cache=False,
             )
         )
+
+
+def describe_cuts(parts: Sequence[Corpus], length: int) -> list[str]:
+    """Say how many texts are longer than what the model sees at once, and what is learned of chats.
+
+    Parameters
+    ----------
+    parts : sequence of Corpus
+        Of different texts, or of different blocks of the same.
+    length : int
+        Tokens at once.
+    """
+    total = cuts = short = chats = untold = learned = tokens = 0
+    for part in parts:
+        pieces = Counter(block.text for block in part.blocks)
+        total += len(pieces)
+        cuts += sum(number > 1 for number in pieces.values())
+        short += len(part.shortened & pieces.keys())
+        chats += sum(bool(part.texts[position].turns) for position in pieces)
+        untold += len(part.untold & pieces.keys())
+        tokens += sum(len(block.ids) for block in part.blocks)
+        learned += sum(int(block.targets.sum()) for block in part.blocks)
+    said = []
+    if cuts:
+        said.append(
+            f"{cuts} of {total} texts are longer than the {length} tokens that the model sees at "
+            "once: cut in blocks; see --sequence-length"
+        )
+    if short:
+        said.append(
+            f"{short} of {total} prompts are too long for {length} tokens: they lose their "
+            "beginning"
+        )
+    if untold:
+        said.append(
+            f"the chat template does not tell the assistant's turns in {untold} of {chats} "
+            "conversations: all of their tokens are learned"
+        )
+    elif chats:
+        said.append(
+            f"{chats} conversations by the tokenizer's chat template: the assistant's turns alone "
+            f"are learned, {learned:,} of {tokens:,} tokens"
+        )
+    return said
 
 
 @dataclass(frozen=True)

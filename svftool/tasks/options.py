@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, get_type_hints
 
+from svftool.choices.training import UNMEASURED
 from svftool.errors import UsageError
 from svftool.tasks.option import (
     Option,
@@ -77,10 +78,6 @@ TOKENIZER = Option(
     panel=LANGUAGE,
     evaluate=True,
 )
-
-
-UNMEASURED = "none"
-"""The value of ``--eval`` with which nothing is measured."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -39,6 +39,7 @@ from svftool.tasks.tokens import (
     length_limit,
     load_tokenizer,
     padding_within,
+    refuse_misfit,
     refuse_unknown,
     vocabulary,
 )
@@ -523,6 +524,7 @@ class TextDraw(ClassifierDraw[TextExamples, TextSetting]):
         parts = (self._support, *self._parts.values())
         for part in parts:
             refuse_unknown(part.texts.texts, part.blocks, encoding.tokenizer, known)
+        refuse_misfit(encoding.tokenizer, known)
         blocks = [block for part in parts for block in part.blocks]
         if (unknown := encoding.unknown(blocks)) > _MUCH_UNKNOWN:
             said.append(

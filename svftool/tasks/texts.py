@@ -13,7 +13,7 @@ from svftool.errors import DataError, brief, shortlist, system_fault
 from svftool.tasks.images import encodable, is_hidden, require_encodable
 from svftool.tasks.saved_datasets import is_saved_dataset, load_saved_dataset
 
-EXPECTED = "'text', or 'prompt' and 'completion'"
+EXPECTED = "'text', 'prompt' and 'completion', or 'messages'"
 SUFFIX = ".jsonl"
 _SHOWN = 5
 
@@ -32,6 +32,8 @@ class Text:
         The body is a completion, after which the model has to stop.
     file, line
         Where it stands; lines count from 1.
+    turns : tuple of (str, str)
+        Role and words of each message of a conversation; the body is all of them then.
     """
 
     prompt: str
@@ -39,6 +41,7 @@ class Text:
     complete: bool
     file: Path
     line: int
+    turns: tuple[tuple[str, str], ...] = ()
 
 
 class _Fault(ValueError):
@@ -51,8 +54,9 @@ def list_texts(data: Path, *, prompts: bool = False) -> list[Text]:
     Parameters
     ----------
     data : Path
-        Each line (or row) has ``text``, or ``prompt`` and ``completion``; whatever else it has
-        is ignored. Empty lines are skipped. The first line of a CSV file names its columns.
+        Each line (or row) has ``text``, ``prompt`` and ``completion``, or ``messages``: a list of
+        objects with ``role`` and ``content``. Whatever else it has is ignored. Empty lines are
+        skipped. The first line of a CSV file names its columns.
     prompts : bool
         A ``prompt`` may stand alone; it is a text then.
 
@@ -182,6 +186,10 @@ def text_of(file: Path, line: int, record: Mapping[str, Any], *, prompts: bool) 
 
 
 def _text(file: Path, line: int, record: Mapping[str, Any], prompts: bool) -> Text:
+    if "messages" in record:
+        turns = _turns(record["messages"])
+        body = "\n".join(f"{role}: {words}" for role, words in turns)
+        return Text("", body, False, file, line, turns)
     if prompts and "prompt" in record and "completion" not in record:
         record = {"text": record["prompt"]}
     if "prompt" in record or "completion" in record:
@@ -191,6 +199,23 @@ def _text(file: Path, line: int, record: Mapping[str, Any], prompts: bool) -> Te
         prompt, body = "", _words(record, "text")
         name = "text"
     return Text(prompt, body, name == "completion", file, line)
+
+
+def _turns(messages: Any) -> tuple[tuple[str, str], ...]:
+    """Read the messages of a conversation in which an assistant says something."""
+    if not isinstance(messages, (list, tuple)) or not messages:
+        raise _Fault(f"'messages' is {type(messages).__name__}, not a list of messages")
+    turns = []
+    for number, message in enumerate(messages, 1):
+        if not isinstance(message, Mapping):
+            raise _Fault(f"message {number} is {type(message).__name__}, not an object")
+        try:
+            turns.append((_words(message, "role"), _string(message, "content")))
+        except _Fault as fault:
+            raise _Fault(f"message {number}: {fault}") from None
+    if not any(role == "assistant" and words.strip() for role, words in turns):
+        raise _Fault("no message of the role 'assistant', and so nothing to learn")
+    return tuple(turns)
 
 
 def _words(record: Mapping[str, Any], key: str) -> str:

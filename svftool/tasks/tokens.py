@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from svftool.errors import MissingDependencyError, ModelError, brief, system_fault
+from svftool.tasks.chat import encode_chat
 from svftool.tasks.texts import Text
 
 LONGEST_DEFAULT = 1024
@@ -166,7 +167,10 @@ def encode(text: Text, tokenizer: Any) -> tuple[list[int], list[bool]]:
     Prompt and completion are tokenised as one string, as a model that writes the completion would
     see them; a token that reaches into the completion belongs to it. A completion ends with the
     tokenizer's end-of-sequence token; a text does not, because it may be cut from a longer one.
+    Of conversations see `svftool.tasks.chat.encode_chat`.
     """
+    if text.turns:
+        return encode_chat(text, tokenizer)[:2]
     if getattr(tokenizer, "is_fast", False):
         found = tokenizer(text.prompt + text.body, return_offsets_mapping=True, verbose=False)
         ids = list(found["input_ids"])
@@ -184,6 +188,40 @@ def encode(text: Text, tokenizer: Any) -> tuple[list[int], list[bool]]:
             ids.append(end)
             learned.append(True)
     return ids, learned
+
+
+def dropped(learned: Sequence[bool], length: int) -> int:
+    """Return how many tokens `cut` drops at the beginning of a long prompt.
+
+    Examples
+    --------
+    >>> dropped([False] * 6 + [True] * 2, 4), dropped([False] + [True] * 7, 4)
+    (4, 0)
+    """
+    first = learned.index(True) if True in learned else len(learned)
+    return max(0, min(len(learned) - length, first - 1))
+
+
+def refuse_misfit(tokenizer: Any, known: int | None) -> None:
+    """Refuse a tokenizer that is made for more tokens than the model has embeddings for.
+
+    Tokens that were added to it later, for padding say, may be beyond: a text that holds one is
+    refused by `refuse_unknown`.
+
+    Raises
+    ------
+    ModelError
+        If its own vocabulary is larger.
+    """
+    try:
+        size = getattr(tokenizer, "vocab_size", None)
+    except NotImplementedError:
+        size = None
+    if known is not None and isinstance(size, int) and size > known:
+        raise ModelError(
+            f"the tokenizer is made for {size} tokens, the model has embeddings for {known}. Name "
+            "the model's own tokenizer with --tokenizer"
+        )
 
 
 def cut(ids: Sequence[int], learned: Sequence[bool], length: int, text: int) -> list[Block]:
@@ -209,8 +247,7 @@ def cut(ids: Sequence[int], learned: Sequence[bool], length: int, text: int) -> 
     >>> [block.ids.tolist() for block in cut([1, 2, 3, 4, 5], [True] * 5, 3, 0)]
     [[1, 2, 3], [3, 4, 5]]
     """
-    first = learned.index(True) if True in learned else len(ids)
-    drop = max(0, min(len(ids) - length, first - 1))
+    drop = dropped(learned, length)
     tokens = torch.tensor(ids[drop:], dtype=torch.int64)
     wanted = torch.tensor(learned[drop:], dtype=torch.bool)
     blocks = []

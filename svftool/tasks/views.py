@@ -14,7 +14,8 @@ from torch import Tensor
 
 from svftool.errors import UsageError
 from svftool.models import Preprocessing, normalise
-from svftool.tasks.images import ImagePath, image_size, open_image, to_tensor
+from svftool.tasks.bands import load_picture
+from svftool.tasks.images import ImagePath, image_size
 
 Augment = Literal["none", "light", "strong"]
 Transform = Callable[[Tensor], Tensor]
@@ -59,15 +60,14 @@ class ImageView:
     crop_down: bool = False
 
     def load(self, path: ImagePath) -> Tensor:
-        """Decode and resize one image: (3, height, width) uint8."""
-        from torchvision.transforms.v2 import InterpolationMode
-        from torchvision.transforms.v2.functional import resize
-
-        image = open_image(path, short_side=None if self.sides else self.short_side)
-        target = self._target((image.height, image.width))
-        if target is not None:
-            image = resize(image, target, InterpolationMode(self.interpolation))
-        return to_tensor(image)
+        """Decode and resize one image: (C, height, width) uint8, of as many channels as `mean`."""
+        return load_picture(
+            path,
+            len(self.mean),
+            target=self._target,
+            interpolation=self.interpolation,
+            short_side=None if self.sides else self.short_side,
+        )
 
     def _target(self, own: tuple[int, int]) -> list[int] | None:
         """Return what an image of this height and width is resized to, or its short side is."""
@@ -168,6 +168,48 @@ def _cropped_down(image: Tensor, size: tuple[int, int]) -> Tensor:
     image = torch.nn.functional.pad(image, sides)
     top, left = (image.shape[1] - height) // 2, (image.shape[2] - width) // 2
     return image[:, top : top + height, left : left + width]
+
+
+def with_normalisation(
+    preprocessing: Preprocessing,
+    mean: Sequence[float] | None,
+    std: Sequence[float] | None,
+    *,
+    augment: object = "none",
+) -> Preprocessing:
+    """Put the user's mean and deviation in the place of the checkpoint's own.
+
+    Parameters
+    ----------
+    preprocessing : Preprocessing
+        Of as many channels as the model takes.
+    mean, std : sequence of float or None
+        The user's.
+    augment : object
+        How images will be augmented; ``strong`` needs colours, or grey.
+
+    Raises
+    ------
+    UsageError
+        If they are for another number of channels.
+    """
+    channels = len(preprocessing.mean)
+    for flag, given in (("--mean", mean), ("--std", std)):
+        if given is not None and len(given) != channels:
+            raise UsageError(
+                f"{flag} has {len(given)} numbers, expected {channels}: the model takes "
+                f"{channels} channels"
+            )
+    if augment == "strong" and channels not in (1, 3):
+        raise UsageError(
+            f"--augment strong distorts colours, the model takes {channels} channels. Use "
+            "--augment light"
+        )
+    return replace(
+        preprocessing,
+        mean=tuple(mean) if mean is not None else preprocessing.mean,
+        std=tuple(std) if std is not None else preprocessing.std,
+    )
 
 
 def choose_view(

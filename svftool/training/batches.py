@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 
@@ -12,9 +12,11 @@ import torch
 from torch import Tensor, nn
 
 from svftool.choices.training import Settings
-from svftool.tasks.base import Counts, Draw, SharesBatches, Steady, to_device
+from svftool.errors import UsageError
+from svftool.tasks.base import Counts, Draw, SharesBatches, Smooths, Steady, to_device
 from svftool.training.frozen import FrozenOutputs
 from svftool.training.group import Group
+from svftool.training.loading import Ahead
 
 # Seeds derived from a run's seed, so that any step can be repeated without those before it.
 
@@ -104,6 +106,11 @@ class Batches:
         Seed of the run.
     group : Group
         The processes.
+
+    Raises
+    ------
+    UsageError
+        If labels are to be smoothed, and the task cannot.
     """
 
     def __init__(
@@ -119,10 +126,19 @@ class Batches:
         self._model, self._parameters, self._draw = model, parameters, draw
         self._seed, self._ranks = seed, group
         self._device = parameters[0].device
-        self._sampler = Sampler(draw, settings.batch_size, seed)
-        self._autocast = _AUTOCAST.get(settings.precision)
+        self._sampler = Sampler(draw, settings.examples_a_step, seed)
+        self._together = min(settings.batch_size, draw.size)
+        self._smoothing = settings.label_smoothing
+        if self._smoothing and not isinstance(draw, Smooths):
+            raise UsageError("--label-smoothing has no meaning for this task. Leave it out")
+        steps = settings.step_count(draw.size)
+        self._ahead = Ahead(self._load, steps=steps, workers=settings.workers)
+        self._autocast = _AUTOCAST.get(settings.products)
+        # Within another autocast a cache would outlive the step, and the weights that it copied.
+        self._cached = settings.dtype == "float32"
         self._frozen: FrozenOutputs | None = None
         self._tried = False
+        self._kept: tuple[int, Tensor, Any] | None = None
 
     def loss(self, step: int, stop: bool) -> tuple[Tensor, float, bool]:
         """Return the loss to go backward from, its value over the whole batch, and whether to stop.
@@ -134,10 +150,7 @@ class Batches:
         stop : bool
             Whether this process wants to stop after the step; one is enough.
         """
-        indices = self._sampler.indices(step)
-        batch = self._draw.batch(indices, generator_for(self._seed, "batch", step))
-        if not self._tried:
-            self._frozen, self._tried = self._find_frozen(indices), True
+        indices, batch = self._batch(step)
         rows = self._ranks.rows(len(indices))
         with self._beginning(indices[rows]):
             if self._ranks.count > 1:
@@ -145,6 +158,83 @@ class Batches:
             torch.manual_seed(derived_seed(self._seed, "step", step))
             loss = self._forward(batch)
             return loss, float(loss.detach()), stop
+
+    def differentiate(
+        self, step: int, stop: bool, backward: Callable[[Tensor], None]
+    ) -> tuple[float, bool]:
+        """Go backward from the loss of a step, in as many parts as it takes.
+
+        Each part of a batch weighs as much as it has terms, so that the gradients add up to that
+        of the whole batch.
+
+        Parameters
+        ----------
+        step, stop
+            As of `loss`.
+        backward : callable
+            Adds the gradient of a loss to what is there.
+
+        Returns
+        -------
+        tuple of float and bool
+            The loss over the whole batch, and whether to stop.
+        """
+        indices, batch = self._batch(step)
+        if len(indices) <= self._together:
+            loss, value, stop = self.loss(step, stop)
+            backward(loss)
+            return value, stop
+        parts = [
+            (rows, share, self._terms(share, rows))
+            for rows in self._parts(len(indices))
+            for share in [self._share(batch, rows, len(indices))]
+        ]
+        terms = self._over_all(sum(count for _, _, count in parts))[0]
+        total = 0.0
+        for number, (rows, share, count) in enumerate(parts):
+            if count:
+                torch.manual_seed(derived_seed(self._seed, "step", step, self._ranks.rank, number))
+                with self._beginning(indices[rows]):
+                    loss = self._forward(share)
+                backward(loss * (count / terms))
+                total += float(loss.detach()) * count
+        total, stops = self._over_all(total, stop)
+        return (total / terms if terms else math.nan), stops > 0
+
+    def _parts(self, size: int) -> Iterator[slice]:
+        """Cut this process's rows of a batch into parts, as many as in every other process."""
+        own, count = self._ranks.rows(size), -(-size // self._together)
+        for number in range(count):
+            rows = Group(number, count).rows(own.stop - own.start)
+            if rows.stop > rows.start:
+                yield slice(own.start + rows.start, own.start + rows.stop)
+
+    def _over_all(self, *values: float) -> list[float]:
+        """Add up numbers over the processes."""
+        if self._ranks.count == 1:
+            return list(values)
+        return self._ranks.sum(values, self._device)
+
+    def _terms(self, share: Any, rows: slice) -> int:
+        """Count what the loss of a share is the mean over."""
+        return self._draw.terms(share) if isinstance(self._draw, Counts) else rows.stop - rows.start
+
+    def close(self) -> None:
+        """End the processes that load batches."""
+        self._ahead.close()
+
+    def _load(self, step: int) -> tuple[Tensor, Any]:
+        indices = self._sampler.indices(step)
+        return indices, self._draw.batch(indices, generator_for(self._seed, "batch", step))
+
+    def _batch(self, step: int) -> tuple[Tensor, Any]:
+        """Return the examples of a step and their batch; once loaded, it is kept for the step."""
+        if self._kept is None or self._kept[0] != step:
+            indices, batch = self._ahead.batch(step)
+            self._kept = (step, indices, batch)
+            if not self._tried:
+                self._frozen, self._tried = self._find_frozen(indices[: self._together]), True
+        return self._kept[1:]
 
     def _find_frozen(self, indices: Tensor) -> FrozenOutputs | None:
         """Keep what the frozen beginning makes of examples that look the same in every epoch."""
@@ -155,7 +245,7 @@ class Batches:
             lambda chosen: self._forward(self._draw.batch(chosen, generator_for(self._seed))),
             indices,
             size=self._draw.size,
-            together=self._sampler.batch_size,
+            together=self._together,
         )
 
     def _beginning(self, indices: Tensor) -> AbstractContextManager[None]:
@@ -163,7 +253,14 @@ class Batches:
 
     def _forward(self, batch: Any) -> Tensor:
         batch = to_device(batch, self._device)
-        with torch.autocast(self._device.type, self._autocast, enabled=self._autocast is not None):
+        with torch.autocast(
+            self._device.type,
+            self._autocast,
+            enabled=self._autocast is not None,
+            cache_enabled=self._cached,
+        ):
+            if self._smoothing and isinstance(self._draw, Smooths):
+                return self._draw.smoothed_loss(self._model, batch, self._smoothing)
             return self._draw.loss(self._model, batch)
 
     def _shared(self, batch: Any, size: int, step: int, stop: bool) -> tuple[Tensor, float, bool]:
@@ -177,11 +274,7 @@ class Batches:
         )
         if rows.stop > rows.start:
             share = self._share(batch, rows, size)
-            terms = (
-                self._draw.terms(share)
-                if isinstance(self._draw, Counts)
-                else rows.stop - rows.start
-            )
+            terms = self._terms(share, rows)
             loss = self._forward(share) if terms else loss
             value = float(loss.detach()) * terms
         total, terms_of_all, stops = self._ranks.sum((value, terms, stop), self._device)

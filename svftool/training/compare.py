@@ -5,7 +5,9 @@ from __future__ import annotations
 import signal
 import time
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict, replace
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -107,6 +109,18 @@ class _Comparison:
 
     def run_seed(self, task: Task, seed: int) -> None:
         """Train every regime on a task's draw of a seed, unless interrupted."""
+        with self._products():
+            self._run_seed(task, seed)
+
+    def _products(self) -> AbstractContextManager[None]:
+        """Context in which what is frozen in bfloat16 meets what is trained in float32."""
+        if self._plan.settings.dtype == "float32":
+            return nullcontext()
+        # Without a cache: the weights change while the context lasts.
+        kind = self._plan.device.type
+        return torch.autocast(kind, torch.bfloat16, cache_enabled=False)
+
+    def _run_seed(self, task: Task, seed: int) -> None:
         finished = self._ranks.once(lambda: self._finished(task, seed))
         before = next((dict(run.before) for run in finished.values()), None)
         draw = self._ranks.together(lambda: task.draw(seed))
@@ -193,7 +207,7 @@ class _Comparison:
         trainable = self._free(prepared, regime, seed)
         self._say_absent(trainable)
         model = trainable.model
-        settings = replace(plan.settings, head_scale=prepared.head_rate)
+        settings = replace(plan.settings.of_regime(regime), head_scale=prepared.head_rate)
         settings = settings if tuning is None else settings.scaled(tuning.factor)
         with self._logbook(task, stem, regime, seed) as log:
             log.scalars(0, _on_query(before))
@@ -239,7 +253,8 @@ class _Comparison:
     def _logbook(self, task: Task, stem: str, regime: str, seed: int) -> Logbook:
         """Begin the run in the trackers that were asked for, in the first process."""
         facts = {"task": task.name, "regime": regime, "seed": seed, **task.facts}
-        facts |= asdict(self._plan.settings) | task.describe()
+        facts |= asdict(self._plan.settings.of_regime(regime)) | task.describe()
+        del facts["lr_of"]
         trackers = self._plan.trackers if self._ranks.first else Trackers()
         return trackers.open(stem, facts)
 
@@ -248,7 +263,7 @@ class _Comparison:
         if not self._plan.settings.tune_lr:
             return None
         tuner = Tuner(
-            self._plan.settings,
+            self._plan.settings.of_regime(regime),
             task.primary,
             self._journal,
             self._ranks,
@@ -273,7 +288,7 @@ class _Comparison:
         with repeatable(plan.device):
             # LoRA draws its start from the global generator.
             torch.manual_seed(derived_seed(seed, "start"))
-            return apply_regime(
+            trainable = apply_regime(
                 prepared.model,
                 regime,
                 plan.store,
@@ -282,6 +297,10 @@ class _Comparison:
                 exclude=plan.exclude,
                 **plan.attaching,
             )
+            for parameter in chain(*trainable.groups.values()):
+                if parameter.dtype.itemsize < 4:
+                    parameter.data = parameter.data.float()
+            return trainable
 
     def _tell(self, messages: Sequence[str]) -> None:
         """Say each message once."""

@@ -6,6 +6,7 @@ import math
 import statistics
 import time
 from collections.abc import Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass, field
 from typing import Any, Literal, Protocol
 
@@ -13,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from svftool.choices.training import Settings
-from svftool.errors import kept_work
+from svftool.errors import UsageError, kept_work
 from svftool.machine import explain_out_of_memory
 from svftool.progress import SILENT, Progress
 from svftool.tasks.base import Draw, TaskMetric
@@ -101,6 +102,11 @@ class Best:
             self._score = score
             self._keep(step)
 
+    @property
+    def step(self) -> int:
+        """The step that the best values are from."""
+        return self._step
+
     def put_back(self) -> int:
         """Put the best values back, and give the step they are from."""
         with torch.no_grad():
@@ -123,7 +129,7 @@ class Best:
         self._values = [parameter.detach().to("cpu", copy=True) for parameter in self._parameters]
 
 
-Ending = Literal["finished", "interrupted", "diverged"]
+Ending = Literal["finished", "interrupted", "diverged", "stopped"]
 
 SMOOTHING = 0.9
 DIVERGED_FACTOR, DIVERGED_MARGIN = 2.0, 1.0
@@ -150,8 +156,8 @@ class Outcome:
 
     Attributes
     ----------
-    ending : {"finished", "interrupted", "diverged"}
-        Why it stopped.
+    ending : {"finished", "interrupted", "diverged", "stopped"}
+        Why it stopped; ``stopped`` where held-out examples did no better for too long.
     steps : int
         Optimiser steps done.
     kept : int
@@ -227,6 +233,8 @@ def train(
     ------
     ResourceError
         If memory runs out; says what to lower.
+    UsageError
+        If the settings ask for what the draw cannot give: patience without held-out examples.
     """
     run = _Run(model, groups, draw, settings, seed=seed, metric=metric, group=group)
     device = run.optimiser.parameters[0].device
@@ -235,10 +243,14 @@ def train(
         repeatable(device),
         suited_threads(model, draw, settings.batch_size),
         progress.task(label, total=run.steps, unit="steps") as bar,
+        ExitStack() as stack,
     ):
+        stack.callback(run.close)
         run.start(saved)
         bar.advance(run.done)
         for step in range(run.done, run.steps):
+            if run.is_stalled():
+                return run.outcome("stopped")
             if run.stops(interruption):
                 run.save(saved)
                 return run.outcome("interrupted")
@@ -293,6 +305,21 @@ class _Run:
         group.copy_from_first(self._parameters)
         self._best = Best(self._parameters)
         self._buffers: dict[str, Tensor] = {}
+        self._patience = settings.patience
+        if self._patience is not None and not draw.held_out:
+            raise UsageError(
+                "--patience: no examples are held out to stop by. Keep some with --hold-out"
+            )
+
+    def close(self) -> None:
+        """Let go of what loads batches."""
+        self._batches.close()
+
+    def is_stalled(self) -> bool:
+        """Whether the held-out examples have done no better for too many measurements."""
+        if self._patience is None:
+            return False
+        return self.done - self._best.step >= self._patience * self._interval
 
     def start(self, saved: StateFile | None) -> None:
         """Stand at the first step, or where the saved state stands."""
@@ -316,13 +343,15 @@ class _Run:
     def step(self) -> float | None:
         """Do one step and give the smoothed loss before it; None when the run has diverged."""
         begun, step, self.measured = time.perf_counter(), self.done, {}
-        loss, value, self._stop = self._batches.loss(step, self._stop)
+        value, self._stop = self._batches.differentiate(
+            step, self._stop, lambda loss: self.optimiser.backward(loss, step)
+        )
         smooth = self._smoothed(value)
         if smooth is None:
             return None
         if not self._draw.held_out and step % self._interval == 0:
             self._best.offer(step, -smooth)
-        self.optimiser.step(loss, step, self._ranks)
+        self.optimiser.update(step, self._ranks)
         self.done = step + 1
         self._times.append(time.perf_counter() - begun)
         self._curves.add("loss", step, smooth)

@@ -19,12 +19,14 @@ MOMENTUM = 0.9
 def rate_factor(step: int, steps: int, warmup: float) -> float:
     """Share of the peak learning rate at a step: linear up, cosine down to 0.
 
+    `warmup` is a share of the steps, or their number from 1 on.
+
     Examples
     --------
     >>> [round(rate_factor(step, 10, 0.2), 2) for step in (0, 1, 2, 6, 9)]
     [0.5, 1.0, 1.0, 0.5, 0.04]
     """
-    rise = math.ceil(warmup * steps)
+    rise = min(steps, math.ceil(warmup if warmup >= 1 else warmup * steps))
     if step < rise:
         return (step + 1) / rise
     return 0.5 * (1 + math.cos(math.pi * (step - rise) / max(1, steps - rise)))
@@ -97,11 +99,19 @@ class Optimiser:
         group : Group
             The processes that the gradient is summed over.
         """
-        for each in self._inner.param_groups:
-            each["lr"] = each["peak"] * self.factor(step, each["kind"])
+        self.backward(loss, step)
+        self.update(step, group)
+
+    def backward(self, loss: Tensor, step: int) -> None:
+        """Add the gradient of a part of the loss of a step to what is there of it."""
         alone = step < self._alone
         torch.autograd.backward(self._scaler.scale(loss), inputs=self._head if alone else None)
-        group.sum_gradients(self._head if alone else self.parameters)
+
+    def update(self, step: int, group: Group = ALONE) -> None:
+        """Update every parameter by the gradient that is there, and forget it; see `step`."""
+        for each in self._inner.param_groups:
+            each["lr"] = each["peak"] * self.factor(step, each["kind"])
+        group.sum_gradients(self._head if step < self._alone else self.parameters)
         if self._settings.clip is not None:
             self._scaler.unscale_(self._inner)
             nn.utils.clip_grad_norm_(self.parameters, self._settings.clip)

@@ -41,6 +41,8 @@ class FinetuneResult:
         What all runs have in common, as the task describes it.
     dropped : mapping of str to int
         What the base holds and a dense result does not, with bytes.
+    against : str or None
+        The regime that all others are held against.
     """
 
     output: Path
@@ -51,6 +53,20 @@ class FinetuneResult:
     interrupted: signal.Signals | None = None
     setting: Mapping[str, Any] = field(default_factory=dict)
     dropped: Mapping[str, int] = field(default_factory=dict)
+    against: str | None = None
+
+    @property
+    def compared(self) -> tuple[PairedDifference, ...]:
+        """Every regime against the one that was named for it, for each number of shots."""
+        if self.against is None:
+            return ()
+        found = []
+        for shots in dict.fromkeys(run.shots for run in self.runs):
+            runs = [run for run in self.runs if run.shots == shots]
+            for regime in dict.fromkeys(run.regime for run in runs):
+                if regime != self.against:
+                    found.append(differences(runs, self.metric, regime, self.against))
+        return tuple(one for one in found if one is not None)
 
     @property
     def has_folds(self) -> bool:
@@ -60,6 +76,8 @@ class FinetuneResult:
 
 def result_fields(result: FinetuneResult) -> dict[str, Any]:
     """Return a result as plain values, for ``results.json`` and ``--json``; no NaN or infinity."""
+    leading = front(result.summary)
+    higher = all(one.higher_is_better for one in result.summary)
     return {
         "task": result.task,
         "output": str(result.output),
@@ -67,7 +85,31 @@ def result_fields(result: FinetuneResult) -> dict[str, Any]:
         "interrupted": None if result.interrupted is None else result.interrupted.name,
         "dropped": [{"name": name, "bytes": size} for name, size in result.dropped.items()],
         "runs": [_run_fields(run) for run in result.runs],
-        "summary": [_summary_fields(summary) for summary in result.summary],
+        "summary": [{**_summary_fields(one), "front": one in leading} for one in result.summary],
+        "against": None
+        if result.against is None
+        else {
+            "reference": result.against,
+            "differences": [_difference_fields(one, higher) for one in result.compared],
+        },
+    }
+
+
+def _difference_fields(one: PairedDifference, higher: bool) -> dict[str, Any]:
+    sign = 1.0 if higher else -1.0
+    half = one.half
+    mean = sign * one.mean
+    return {
+        "regime": one.regime,
+        "shots": one.shots,
+        "seeds": len(one.values),
+        "gain": _plain(mean),
+        "ci95": None if half is None else [mean - half, mean + half],
+        "wins": one.wins(higher_is_better=higher),
+        "by_seed": [
+            {"seed": seed, "gain": _plain(sign * value)}
+            for seed, value in zip(one.seeds, one.values, strict=True)
+        ],
     }
 
 
@@ -271,11 +313,21 @@ class PairedDifference:
         The other regime; None for the start.
     values : tuple of float
         The metric of the regime less that of the reference, one a seed that both finished.
+    seeds : tuple of int
+        The seeds of `values`.
+    shots : int or None
+        Examples a class.
     """
 
     regime: str
     reference: str | None
     values: tuple[float, ...]
+    seeds: tuple[int, ...] = ()
+    shots: int | None = None
+
+    def wins(self, *, higher_is_better: bool) -> int:
+        """Count the seeds on which the regime is better; level ones are none."""
+        return sum((value > 0) if higher_is_better else (value < 0) for value in self.values)
 
     @property
     def mean(self) -> float:
@@ -337,7 +389,35 @@ def differences(
         by_seed.setdefault(seed, []).append(value - than)
     if not by_seed:
         return None
-    return PairedDifference(regime, reference, tuple(map(statistics.fmean, by_seed.values())))
+    means = tuple(map(statistics.fmean, by_seed.values()))
+    shots = next(iter(own.values())).shots
+    return PairedDifference(regime, reference, means, tuple(by_seed), shots)
+
+
+def front(summaries: Sequence[Summary]) -> list[Summary]:
+    """Return the summaries that none beats with as few trained numbers, for each task.
+
+    Of several with the same mean, the one with the fewest numbers is on the front.
+    """
+    found = []
+    for one in summaries:
+        rivals = [
+            other
+            for other in summaries
+            if (other.shots, other.facts, other.measured) == (one.shots, one.facts, True)
+        ]
+        if one.measured and not any(_beats(other, one) for other in rivals):
+            found.append(one)
+    return found
+
+
+def _beats(one: Summary, other: Summary) -> bool:
+    """Whether one is no worse with no more numbers, and better in either."""
+    sign = 1.0 if one.higher_is_better else -1.0
+    mine, theirs = sign * one.mean, sign * other.mean
+    numbers = one.trainable_parameters, other.trainable_parameters
+    no_worse = mine >= theirs and numbers[0] <= numbers[1]
+    return no_worse and (mine > theirs or numbers[0] < numbers[1])
 
 
 def interval(values: Sequence[float]) -> tuple[float, float] | None:

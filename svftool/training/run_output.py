@@ -148,5 +148,11 @@ class RunWriter:
             "head_decay": settings.decay_of("head"),
             "head_first": settings.head_first,
             "precision": settings.precision,
+            "dtype": settings.dtype,
+            "accumulate": settings.accumulate,
+            "warmup": settings.warmup,
+            "clip": settings.clip,
+            "label_smoothing": settings.label_smoothing,
+            "patience": settings.patience,
             **({"support": dict(run.support)} if run.support else {}),
         }

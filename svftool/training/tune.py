@@ -127,12 +127,13 @@ class Tuner:
         label: str,
     ) -> _Tried:
         trainable = start(fold)
+        settings = replace(self.settings.scaled(factor), steps=steps, epochs=None)
         outcome = train(
             trainable.model,
             trainable.groups,
             fold,
             # Rates suit a length of training: a smaller support set must not shorten it.
-            replace(self.settings.scaled(factor), steps=steps, epochs=None),
+            settings if fold.held_out else replace(settings, patience=None),
             seed=seed,
             metric=self.metric,
             label=label,

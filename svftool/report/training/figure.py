@@ -26,7 +26,7 @@ COLOURS = (
 )
 """One a regime; a ninth regime has the first one's, with dashes."""
 
-_STYLE = {
+STYLE = {
     **PLAIN_AXES,
     "text.color": INK,
     "axes.facecolor": "none",
@@ -56,8 +56,8 @@ class _Form:
     style: Mapping[str, Any]
 
 
-_PAPER = _Form(9.6, 0.4, above=False, style=_STYLE)
-_PAGE = _Form(4.6, 0.62, above=True, style={**_STYLE, "font.size": 10, "axes.titlesize": 11})
+_PAPER = _Form(9.6, 0.4, above=False, style=STYLE)
+_PAGE = _Form(4.6, 0.62, above=True, style={**STYLE, "font.size": 10, "axes.titlesize": 11})
 """For screens of any width: words of 10 points on 330 are read on a telephone."""
 
 
@@ -108,7 +108,7 @@ def _draw(
     mpl = require_matplotlib()
     from matplotlib.figure import Figure
 
-    groups, looks = grouped(result), _looks(result.runs)
+    groups, looks = grouped(result), looks_of(result.runs)
     panels = {name: facts for name, facts in _panels(result).items() if name in shown}
     heights = [ratio for _, ratio in panels.values()]
     rows = sum(len(group.summaries) + (len(groups) > 1) for group in groups)
@@ -135,7 +135,7 @@ def _draw(
         save(figure, path, kind=kind, facecolor=facecolor, bbox_inches="tight", pad_inches=0.1)
 
 
-def _looks(runs: Sequence[Run]) -> dict[str, dict[str, Any]]:
+def looks_of(runs: Sequence[Run]) -> dict[str, dict[str, Any]]:
     """Return each regime its colour, in the order in which they were asked for."""
     names = dict.fromkeys(run.regime for run in runs)
     return {
@@ -188,7 +188,9 @@ def _curves(axes: Any, result: FinetuneResult, name: str, looks: dict[str, dict[
             for line in lines:
                 axes.plot(line[:, 0], scale * line[:, 1], lw=0.6, alpha=0.4, **look)
         whole = [
-            line for run, line in zip(runs, lines, strict=True) if run.outcome.ending == "finished"
+            line
+            for run, line in zip(runs, lines, strict=True)
+            if run.outcome.ending in ("finished", "stopped")
         ]
         mean = _mean(whole or lines)
         dot = {"marker": "o", "ms": 3} if len(mean) < 3 else {}

@@ -1,4 +1,4 @@
-"""The file that ``svftool finetune --report`` leaves."""
+"""The files that ``svftool finetune --report`` and ``--plot`` leave."""
 
 from __future__ import annotations
 
@@ -11,7 +11,8 @@ from svftool.errors import UsageError
 from svftool.files.output import overlap
 from svftool.training.results import FinetuneResult
 
-SUFFIXES = (".html", ".png", ".svg", ".pdf")
+FIGURES = (".png", ".svg", ".pdf")
+SUFFIXES = (".html", *FIGURES)
 
 
 @dataclass(frozen=True)
@@ -26,11 +27,14 @@ class ReportFile:
         Replace an existing file.
     apart : sequence of Path
         Inputs and output of the training, which the report may not touch.
+    curve : bool
+        Quality against trained numbers alone, as a figure.
     """
 
     path: Path
     force: bool
     apart: Sequence[Path]
+    curve: bool = False
 
     def check(self) -> None:
         """Find out before training whether the file can be made.
@@ -42,9 +46,10 @@ class ReportFile:
         MissingDependencyError
             If a package that draws is not installed.
         """
-        if self.path.suffix.lower() not in SUFFIXES:
+        suffixes = FIGURES if self.curve else SUFFIXES
+        if self.path.suffix.lower() not in suffixes:
             raise UsageError(
-                f"{self.path}: suffix {self.path.suffix!r}, expected {', '.join(SUFFIXES)}"
+                f"{self.path}: suffix {self.path.suffix!r}, expected {', '.join(suffixes)}"
             )
         for other in self.apart:
             relation = overlap(self.path, other)
@@ -78,11 +83,14 @@ class ReportFile:
         ResourceError
             If the disk refuses it.
         """
+        from svftool.report.training.curve import save_curve
         from svftool.report.training.figure import save_figure
         from svftool.report.training.page import page
 
         with replace_output(self.path, force=self.force, inputs=self.apart) as partial:
             if self._kind == "html":
                 partial.write_text(page(result), encoding="utf-8")
+            elif self.curve:
+                save_curve(result, partial, kind=self._kind)
             else:
                 save_figure(result, partial, kind=self._kind)

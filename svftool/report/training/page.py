@@ -8,10 +8,10 @@ from typing import Any
 
 from svftool.report import few_shot
 from svftool.report.drawing import require_jinja
-from svftool.report.finetune import FRACTIONS, value
+from svftool.report.finetune import FRACTIONS, against_note, against_rows, value
 from svftool.report.text import safe
 from svftool.report.text import seconds as duration
-from svftool.report.training import figure
+from svftool.report.training import curve, figure
 from svftool.report.training.headline import headlines
 from svftool.report.training.rows import task_title
 from svftool.training import Run, Summary
@@ -21,6 +21,7 @@ _VARIABLES = {
     figure.INK: "--ink",
     figure.QUIET: "--quiet",
     figure.LINE: "--line",
+    curve.PAPER: "--paper",
     figure.COLOURS[0]: "--heat",
     figure.COLOURS[1]: "--warm",
     figure.COLOURS[2]: "--v-spectrum",
@@ -52,7 +53,10 @@ def page(result: FinetuneResult) -> str:
         rules=safe(few_shot.rules(result)) if result.has_folds else "",
         interrupted=result.interrupted is not None,
         headlines=headlines(result),
-        figures=[(label, _adapted(drawing)) for label, drawing in figure.svgs(result).items()],
+        figures=[(label, _adapted(drawing)) for label, drawing in _figures(result).items()],
+        against=safe(result.against or ""),
+        rows=against_rows(result),
+        note=against_note(result) if result.compared else "",
         unit=" %" if result.metric in FRACTIONS else "",
         metric=safe(result.metric),
         several=several,
@@ -61,6 +65,14 @@ def page(result: FinetuneResult) -> str:
         setting=[(safe(name), safe(str(what))) for name, what in result.setting.items()],
     )
     return rendered
+
+
+def _figures(result: FinetuneResult) -> dict[str, str]:
+    """Return every figure as an ``<svg>`` element, by what it shows."""
+    drawn = figure.svgs(result)
+    if curve.has_curve(result):
+        drawn[f"{result.metric} against trained numbers"] = curve.curve_svg(result)
+    return drawn
 
 
 def _adapted(drawing: str) -> str:

@@ -181,9 +181,21 @@ class SegmentationDraw:
 
     def loss(self, model: nn.Module, batch: tuple[Tensor, Tensor]) -> Tensor:
         """Mean cross-entropy of the pixels that are not ignored; 0 if there are none."""
+        return self.smoothed_loss(model, batch, 0.0)
+
+    def smoothed_loss(
+        self, model: nn.Module, batch: tuple[Tensor, Tensor], smoothing: float
+    ) -> Tensor:
+        """Mean cross-entropy of the pixels that are not ignored, to smoothed labels."""
         images, labels = batch
         logits = enlarge(dense_logits(model(images)), (labels.shape[1], labels.shape[2]))
-        total = cross_entropy(logits, labels, ignore_index=self._setting.ignore, reduction="sum")
+        total = cross_entropy(
+            logits,
+            labels,
+            ignore_index=self._setting.ignore,
+            reduction="sum",
+            label_smoothing=smoothing,
+        )
         return total / (labels != self._setting.ignore).sum().clamp(min=1)
 
     @torch.inference_mode()

@@ -19,8 +19,8 @@ from svftool.tasks.images import (
     SUFFIXES,
     class_numbers,
     image_size,
-    is_hidden,
     open_raw,
+    pictures_in,
     require_encodable,
     require_opaque,
 )
@@ -213,8 +213,8 @@ def _files(data: Path, name: str, suffixes: frozenset[str], option: str) -> dict
             f"{folder}: no such folder, expected {name!r} in the data. Name it with {option}"
         )
     found: dict[str, Path] = {}
-    for file in sorted(folder.rglob("*")):
-        if file.suffix.lower() in suffixes and not is_hidden(file, folder):
+    for file in pictures_in(folder, folder):
+        if file.suffix.lower() in suffixes:
             key = file.relative_to(folder).with_suffix("").as_posix()
             if key in found:
                 raise DataError(

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any
@@ -34,7 +33,7 @@ from svftool.tasks.segmentation.pairs import (
 )
 from svftool.tasks.segmentation.views import choose_dense_view
 from svftool.tasks.splits import draw_examples, nothing_left, require_query
-from svftool.tasks.views import Decoded
+from svftool.tasks.views import Decoded, with_normalisation
 
 
 class Segmentation:
@@ -83,8 +82,9 @@ class Segmentation:
         self.shots = chosen.shots
         self._table = _class_table(Path(data), chosen.classes)
         self.classes = self._check(pairs, queries, config)
-        mean, std = chosen.mean or preprocessing.mean, chosen.std or preprocessing.std
-        preprocessing = replace(preprocessing, mean=mean, std=std)
+        preprocessing = with_normalisation(
+            preprocessing, chosen.mean, chosen.std, augment=chosen.augment
+        )
         every = [pair.image for pair in (*pairs, *queries)]
         self.view = choose_dense_view(
             every,

@@ -13,7 +13,8 @@ from torch import Tensor
 
 from svftool.errors import UsageError
 from svftool.models import Preprocessing, normalise
-from svftool.tasks.images import image_size, open_image, to_tensor
+from svftool.tasks.bands import load_picture
+from svftool.tasks.images import image_size
 from svftool.tasks.views import Augment, Transform
 
 DEFAULT_SIZE = 512
@@ -50,14 +51,15 @@ class DenseView:
     flip_channels: bool = False
 
     def load(self, path: Path) -> Tensor:
-        """Decode and resize one image: (3, height, width) uint8."""
-        from torchvision.transforms.v2 import InterpolationMode
-        from torchvision.transforms.v2.functional import resize
-
-        image = open_image(path, short_side=self.short_side)
-        if self.short_side is not None:
-            image = resize(image, [self.short_side], InterpolationMode(self.interpolation))
-        return to_tensor(image)
+        """Decode and resize one image: (C, height, width) uint8, of as many channels as `mean`."""
+        target = None if self.short_side is None else [self.short_side]
+        return load_picture(
+            path,
+            len(self.mean),
+            target=lambda _: target,
+            interpolation=self.interpolation,
+            short_side=self.short_side,
+        )
 
     def normalised(self, images: Sequence[Tensor]) -> Tensor:
         """Stack uint8 images of one size and normalise: (N, 3, height, width) float32."""
