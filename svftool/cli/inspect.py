@@ -96,7 +96,7 @@ class FilesToWrite:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Depth:
+class Scope:
     """How deep an inspection looks."""
 
     fast: Annotated[
@@ -214,7 +214,7 @@ def command(
             help="Metrics beside the default ones.",
         ),
     ] = None,
-    depth: Depth,
+    scope: Scope,
     sort: Annotated[
         str,
         typer.Option(
@@ -243,7 +243,7 @@ def command(
     beside = () if metrics is None else check_metrics(metrics)
     limits.check()
     others, force = tuned or [], asked.force
-    depth.check((*beside, sort, *limits.metrics()), others, asked.save_directions)
+    scope.check((*beside, sort, *limits.metrics()), others, asked.save_directions)
     inputs = (base, *others)
     for one in inputs:
         check_exists(one)
@@ -262,9 +262,9 @@ def command(
     look = partial(
         audit,
         metrics=gate.with_metrics((*beside, sort)),
-        fast=depth.fast,
-        screen=depth.screen,
-        directions=depth.directions,
+        fast=scope.fast,
+        screen=scope.screen,
+        directions=scope.directions,
         include=include or (),
         exclude=exclude or (),
         device=device,
