@@ -1,4 +1,4 @@
-"""Add a change of singular values to a weight: ``W' = W + U diag(delta) Vh``, rounded once.
+"""Add a change in the singular basis to a weight: ``W' = W + U diag(delta) Vh``, rounded once.
 
 Merging adds the change to the stored weight rather than rebuilding the weight from its factors. A
 layer whose singular values did not change therefore keeps its bytes, at any rank and in any dtype.
@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from svftool.checkpoints.views import View, from_matrix, to_matrix
+from svftool.factors.spectral import SpectralChange, Terms
 from svftool.factors.store import LayerFactors
 from svftool.numerics.rounding import beyond, round_once
 
@@ -78,7 +79,30 @@ def add_delta(
     Merged
         `weight` itself where `delta` is zero throughout.
     """
-    if not torch.any(delta):
+    terms = [(1.0, SpectralChange(delta))]
+    return add_change(weight, factors, terms, view=view, clip=clip, dtype=dtype)
+
+
+def add_change(
+    weight: Tensor,
+    factors: LayerFactors,
+    terms: Terms,
+    *,
+    view: View,
+    clip: bool = False,
+    dtype: torch.dtype | None = None,
+) -> Merged:
+    """Add changes in the singular basis, each with its weight, to a weight; as `add_delta`.
+
+    Parameters
+    ----------
+    weight, factors, view, clip, dtype
+        See `add_delta`. ``factors.S`` is what scales of rows and columns multiply.
+    terms : sequence of (float, SpectralChange)
+        What is summed in float64 before it is rounded, once.
+    """
+    terms = [(factor, one) for factor, one in terms if factor and one.moves()]
+    if not terms:
         return Merged(weight, 0.0, 0.0)
     matrices = to_matrix(weight, view)
     merged = torch.empty_like(
@@ -88,9 +112,10 @@ def add_delta(
     if view == "batch":
         for e in range(matrices.shape[0]):
             one = LayerFactors(factors.U[e], factors.S[e], factors.Vh[e])
-            _add_rows(matrices[e], one, delta[e].double(), merged[e], sums)
+            found = [(factor, change.one(e)) for factor, change in terms]
+            _add_rows(matrices[e], _product(one, found), merged[e], sums)
     else:
-        _add_rows(matrices, factors, delta.double(), merged, sums)
+        _add_rows(matrices, _product(factors, terms), merged, sums)
     return Merged(
         from_matrix(merged, tuple(weight.shape)),
         sums.change,
@@ -177,12 +202,30 @@ class _Sums:
         return rounded
 
 
-def _add_rows(
-    matrix: Tensor, factors: LayerFactors, delta: Tensor, merged: Tensor, sums: _Sums
-) -> None:
-    changed = torch.nonzero(delta).flatten()
-    left = factors.U[:, changed].double() * delta[changed]
-    right = factors.Vh[changed].double()
+def _product(factors: LayerFactors, terms: Terms) -> tuple[Tensor, Tensor]:
+    """Return two thin matrices, float64, whose product is the sum of the changes."""
+    products = [_one_product(factors, factor, change) for factor, change in terms]
+    if len(products) == 1:
+        return products[0]
+    left, right = zip(*products, strict=True)
+    return torch.cat(left, dim=1), torch.cat(right)
+
+
+def _one_product(
+    factors: LayerFactors, factor: float, change: SpectralChange
+) -> tuple[Tensor, Tensor]:
+    if change.plain:
+        # Directions that did not change cost nothing.
+        delta = change.delta.double() if factor == 1.0 else factor * change.delta.double()
+        changed = torch.nonzero(delta).flatten()
+        return factors.U[:, changed].double() * delta[changed], factors.Vh[changed].double()
+    U, S, Vh = factors.U.double(), factors.S.double(), factors.Vh.double()
+    left, right = change.to(U).product(U, S, Vh)
+    return factor * left, right
+
+
+def _add_rows(matrix: Tensor, product: tuple[Tensor, Tensor], merged: Tensor, sums: _Sums) -> None:
+    left, right = product
     rows = max(1, BLOCK_ELEMENTS // max(1, matrix.shape[1]))
     for start in range(0, matrix.shape[0], rows):
         block = slice(start, start + rows)

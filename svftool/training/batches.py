@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 
@@ -192,6 +192,37 @@ class Batches:
         if isinstance(self._draw, SharesBatches):
             return self._draw.share(batch, rows)
         return take_rows(batch, rows, size)
+
+
+LOOKED_AT = 512
+"""Examples of the support set whose gradient chooses entries, at most."""
+
+
+def support_losses(
+    draw: Draw, model: nn.Module, device: torch.device, batch_size: int, seed: int
+) -> Iterator[Callable[[], Tensor]]:
+    """Yield what computes the loss of each batch of the support set, once through.
+
+    Parameters
+    ----------
+    draw : Draw
+        Data and loss.
+    model : nn.Module
+        On `device`, in the mode that it is to run in.
+    device : torch.device
+    batch_size : int
+    seed : int
+        Chooses the examples, of more than 512, and their augmentation.
+    """
+    order = draw.order(generator_for(seed, "slope"))[:LOOKED_AT]
+    for number, indices in enumerate(torch.split(order, min(batch_size, draw.size))):
+
+        def loss(indices: Tensor = indices, number: int = number) -> Tensor:
+            batch = draw.batch(indices, generator_for(seed, "slope", number))
+            torch.manual_seed(derived_seed(seed, "slope", number))
+            return draw.loss(model, to_device(batch, device))
+
+        yield loss
 
 
 def take_rows(batch: Any, rows: slice, size: int) -> Any:
