@@ -1,4 +1,4 @@
-"""Entries, cores, scales and remainders on live layers: gradients, files, merges, what is refused."""
+"""Entries, cores, scales and remainders: gradients, files, merges, and what is refused."""
 
 from __future__ import annotations
 

@@ -318,3 +318,64 @@ def say_size(regime: Regime, matrices: Matrices) -> str:
     if abs(total / values - size.times) <= 0.01 * size.times:
         return ""
     return f"{regime.name}: {found}{total:,} numbers, {total / values:.3g} times those of svf"
+
+
+FORMS = "svf, svf+scale, entries:SIZE[:band], core:SIZE, salt:SIZE, rows, best[:SIZE]"
+"""What a dense change can be brought into as a tuned file."""
+
+BEST = 4.0
+"""Numbers that ``best`` may take, as a multiple of svf's."""
+
+
+@dataclass(frozen=True)
+class Form:
+    """What a dense change is brought into.
+
+    Attributes
+    ----------
+    name : str
+        As given.
+    regimes : tuple of Regime
+        The one, or those among which the best is looked for.
+    times : float or None
+        How many numbers the best may have, as a multiple of svf's.
+    """
+
+    name: str
+    regimes: tuple[Regime, ...]
+    times: float | None = None
+
+
+def parse_form(text: str) -> Form:
+    """Read what a dense change is to be brought into.
+
+    Raises
+    ------
+    UsageError
+        If there is no such form.
+
+    Examples
+    --------
+    >>> [one.name for one in parse_form("best:2x").regimes]
+    ['svf', 'rows', 'svf+scale', 'entries:2x', 'core:2x', 'salt:2x']
+    """
+    name = text.strip()
+    first, colon, size = name.partition(":")
+    if first == "best":
+        match = _SIZE.fullmatch(size) if colon else None
+        times = BEST if not colon else float(match["times"] or 0.0) if match else 0.0
+        if times < 1.0:
+            raise UsageError(
+                f"--as {text}: size {size!r}, expected a multiple of svf's numbers such as best:4x"
+            )
+        names = ("svf", "rows", "svf+scale", *(f"{part}:{times:g}x" for part in _SIZED))
+        return Form(name, tuple(parse_regime(one) for one in names), times)
+    try:
+        regime = parse_regime(name)
+    except UsageError:
+        regime = Regime(name)
+    one = regime.spectral
+    alone = regime.parts <= _SPECTRAL or regime.parts == {"svf", "scale"}
+    if one is None or not alone or one.choice == "random":
+        raise UsageError(no_such("--as", text, (*FORMS.split(", "), "lora", "exact")))
+    return Form(name, (regime,))

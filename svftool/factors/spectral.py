@@ -116,7 +116,8 @@ class SpectralChange:
 
     def beside(self, k: int) -> Tensor:
         """Return the entries beside the diagonal as a (..., k, k) matrix."""
-        assert self.index is not None and self.value is not None
+        assert self.index is not None
+        assert self.value is not None
         flat = self.value.new_zeros(*self.value.shape[:-1], k * k)
         return flat.scatter_add(-1, self.index, self.value).reshape(*flat.shape[:-1], k, k)
 

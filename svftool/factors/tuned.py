@@ -301,8 +301,8 @@ def _parts_held(facts: Mapping[str, Any], layers: Sequence[str]) -> dict[str, li
         alone = [part for part in parts if part in pairs and pairs[part] not in parts]
         if name not in layers or not set(parts) <= set(PARTS) or alone:
             raise ValueError(
-                f"{name}: parts {', '.join(parts)}, expected some of {', '.join(PARTS)} of a layer, "
-                "index with value and B with A"
+                f"{name}: parts {', '.join(parts)}, expected some of {', '.join(PARTS)} of a "
+                "layer, index with value and B with A"
             )
     return found
 
@@ -484,9 +484,14 @@ def check_tuned(tuned: TunedFile, store: FactorStore) -> TunedFile:
     return replace(tuned, parts={**tuned.parts, **turned})
 
 
-def in_signs_of(tuned: TunedFile, name: str, other: Probe) -> dict[str, Tensor]:
-    """Return a layer's parts as they read with other factors, whose pairs may be flipped."""
+def in_signs_of(tuned: TunedFile, name: str, other: Probe | None) -> dict[str, Tensor]:
+    """Return a layer's parts as they read with other factors, whose pairs may be flipped.
+
+    Without a probe of them, or with one of another rank, they are as they are.
+    """
     parts = dict(tuned.parts[name])
+    if other is None or other.left.shape != tuned.probes[name].left.shape:
+        return parts
     signs = torch.from_numpy(tuned.probes[name].signs(other))
     index, k = parts["index"].long(), signs.shape[-1]
     both = signs.gather(-1, index // k) * signs.gather(-1, index % k)
