@@ -1,4 +1,4 @@
-"""Modules of this package on a live model: no entries in state dictionaries, dtypes of their own."""
+"""Modules of this package on a live model: in no state dictionary, of dtypes of their own."""
 
 from __future__ import annotations
 

@@ -265,11 +265,12 @@ class AttachedLayer(KeepsDtype):
         found = iter(torch.autograd.grad(formed, asked, gradient.to(formed.dtype)))
         return [next(found) if one.requires_grad else None for one in leaves]
 
+    @torch.no_grad()
     def explain(self, change: Tensor) -> SpectralChange:
         """Return what of a change of the weight, float64, is this layer's to make."""
-        now = self.merging_change()
+        now = self.present()
         if not now.linear or now.B is not None:
-            return now
+            return self.merging_change()
         delta, index, value = self.project(change), now.index, now.value
         if index is not None:
             matrices = self.factors()

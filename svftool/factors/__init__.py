@@ -11,8 +11,8 @@ from svftool.factors.schema import (
     config_to_json,
     read_config,
 )
-from svftool.factors.spool import FinishedLayer, LayerSpool, digests_of
 from svftool.factors.spectral import PARTS, SpectralChange, Terms
+from svftool.factors.spool import FinishedLayer, LayerSpool, digests_of
 from svftool.factors.store import STEM, FactorStore, LayerFactors, is_factors, open_factors
 from svftool.factors.tuned import TunedFile, check_tuned, is_tuned, read_tuned, write_tuned
 from svftool.factors.writer import (

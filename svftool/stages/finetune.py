@@ -13,9 +13,11 @@ import torch
 from torch import nn
 
 from svftool.attaching import Parametrisation, Regime, parse_regime
+from svftool.attaching.lifecycle import choose_layers, matrices_of
 from svftool.checkpoints import Checkpoint
+from svftool.choices.regimes import check_sizes
 from svftool.errors import UsageError
-from svftool.factors import open_factors
+from svftool.factors import FactorStore, open_factors
 from svftool.files.folder import TUNED_SUFFIX, named
 from svftool.files.output import overlap
 from svftool.models import build_model
@@ -54,7 +56,7 @@ class RunOptions:
     Attributes
     ----------
     include, exclude : sequence of str
-        Globs of tensor names that limit ``svf`` and ``lora`` to some layers.
+        Globs of tensor names that limit spectral regimes and ``lora`` to some layers.
     parametrisation, train_rank, nonnegative
         How ``svf`` trains singular values; see `svftool.attach`.
     log_with : sequence of str
@@ -124,8 +126,9 @@ def finetune(
     base : path-like, optional
         Where the base is, if not at its recorded place.
     regimes : sequence of str
-        Any of ``head``, ``svf``, ``bias``, ``norm``, ``svf+bias``, ``svf+norm``, ``lora:RANK`` and
-        ``full``.
+        Any that `svftool.attaching.parse_regime` reads: ``head``, ``svf``, ``svf+scale``,
+        ``entries:SIZE``, ``core:SIZE``, ``salt:SIZE``, ``rows``, ``bias``, ``norm``, ``svf+bias``,
+        ``lora:SIZE``, ``full`` ...
     seeds : int or sequence of int
         How many seeds, from 0, or which.
     settings : Settings, optional
@@ -172,6 +175,7 @@ def finetune(
         group.together(lambda: check_beside(target))
         trackers = group.together(lambda: _trackers(of_run.log_with, of_run.log_dir, target))
         store = group.together(lambda: stack.enter_context(open_factors(factors)))
+        group.together(lambda: _check_sizes(chosen, store, of_run))
         checkpoint = group.together(
             lambda: stack.enter_context(store.open_base(base, progress=progress))
         )
@@ -251,6 +255,14 @@ def finetune(
     if group.first and not target.is_dir():
         write_beside(target, configuration.text(target.parent))
     return result
+
+
+def _check_sizes(regimes: Sequence[Regime], store: FactorStore, options: RunOptions) -> None:
+    """Refuse regimes that are larger than the layers before anything is read or trained."""
+    if any(one.spectral is not None for one in regimes):
+        matrices = matrices_of(store, choose_layers(store, options.include, options.exclude))
+        for regime in regimes:
+            check_sizes(regime, matrices)
 
 
 def _trackers(
