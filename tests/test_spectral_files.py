@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +20,7 @@ from svftool.stages.audit import audit
 from svftool.stages.convert import convert
 from svftool.stages.extract import extract
 from tests.attaching import randomise
+from tests.test_attach_gradients import Experts
 
 REGIMES = ("svf+scale", "entries:2x:random", "core:3", "salt:1", "rows", "entries:9:band")
 
@@ -114,12 +114,12 @@ def test_what_changes_nothing_more_is_written_as_before(work: Path, tmp_path: Pa
         svftool.save_tuned(model, files[regime], force=True)
     assert len({file.read_bytes() for file in files.values()}) == 1
     with safe_open(files["svf"], "pt") as file:
-        facts = json.loads(file.metadata()["svftool.tuned"])
+        facts = json.loads(file.metadata()["svftool"])
         assert set(file.keys()) == {f"{n}.{s}" for n in facts["layers"] for s in ("S", "S_base")}
     assert facts["schema_version"] == 1
     assert "parts" not in facts
     with safe_open(named(work, "rows"), "pt") as file:
-        facts = json.loads(file.metadata()["svftool.tuned"])
+        facts = json.loads(file.metadata()["svftool"])
     assert facts["schema_version"] == 2
     assert set(facts["parts"]["0.weight"]) == {"row"}
 
@@ -251,7 +251,7 @@ def test_inspect_reads_a_file_as_the_weights_that_it_makes(
     )
     assert [row.name for row in by_file.rows] == [row.name for row in by_weights.rows]
     drifts = [
-        [row.change["relative_drift"] for row in one.rows if row.change]
+        [row.measured.change["weight_drift"] for row in one.rows if row.is_matrix]
         for one in (by_file, by_weights)
     ]
     assert len(drifts[0]) == 3
@@ -259,17 +259,23 @@ def test_inspect_reads_a_file_as_the_weights_that_it_makes(
 
 
 def test_two_files_are_compared_without_their_base_where_that_can_be(work: Path) -> None:
-    one = audit(named(work, "core:3"), [named(work, "entries:9:band")]).comparisons[0]
+    def M(file: str, name: str) -> Tensor:
+        tuned = svftool.read_tuned(named(work, file))
+        change = tuned.change(name)
+        found = torch.diag(tuned.S[name].double())
+        return found if change.index is None else found + change.beside(len(found))
+
+    pair = audit(named(work, "core:3"), [named(work, "entries:9:band")]).comparisons[0]
     alone = audit(named(work, "core:3"), []).comparisons[0]
-    for found, files in ((one, ("core:3", "entries:9:band")), (alone, ("core:3",))):
-        for row in found.rows:
-            M = [svftool.read_tuned(named(work, file)).change(row.name) for file in files]
-            square = [torch.diag(c.delta) + c.beside(len(c.delta)) for c in M]
-            change = square[-1] - (square[0] if len(square) > 1 else 0)
-            start = torch.diag(svftool.read_tuned(named(work, "core:3")).S_base[row.name].double())
-            start = start + (square[0] if len(square) > 1 else 0)
-            drift = float(change.norm() / start.norm())
-            assert row.change["relative_drift"] == pytest.approx(drift, rel=1e-4)
+    assert len(pair.rows) == len(alone.rows) == 3
+    for row in pair.rows:
+        one, other = M("core:3", row.name), M("entries:9:band", row.name)
+        drift = float((other - one).norm() / one.norm())
+        assert row.measured.change["weight_drift"] == pytest.approx(drift, rel=1e-4)
+    for row in alone.rows:
+        start = torch.diag(svftool.read_tuned(named(work, "core:3")).S_base[row.name].double())
+        drift = float((M("core:3", row.name) - start).norm() / start.norm())
+        assert row.measured.change["weight_drift"] == pytest.approx(drift, rel=1e-4)
     scaled = audit(named(work, "svf+scale"), [named(work, "core:3")]).comparisons[0]
     assert not scaled.rows
     assert "need the base" in scaled.unmatched_base[0].reason
@@ -282,7 +288,10 @@ def test_convert_makes_the_same_change_as_an_adapter(
     work: Path, tmp_path: Path, regime: str
 ) -> None:
     result = convert(
-        named(work, regime), tmp_path / "a.safetensors", base=work / "factors", layout="kohya"
+        named(work, regime),
+        output=tmp_path / "a.safetensors",
+        base=work / "factors",
+        layout="kohya",
     )
     assert result.error < 1e-6
     made = {one.name: one for one in result.layers}
@@ -291,7 +300,7 @@ def test_convert_makes_the_same_change_as_an_adapter(
         assert made["4.weight"].rank == 3
     cut = convert(
         named(work, regime),
-        tmp_path / "b.safetensors",
+        output=tmp_path / "b.safetensors",
         base=work / "factors",
         layout="kohya",
         rank="1",
@@ -351,14 +360,9 @@ def test_the_best_form_is_the_nearest_of_those_that_are_small_enough(
 
 
 def test_stacks_have_parts_of_their_own(tmp_path: Path) -> None:
-    from tests.test_attach_gradients import Experts
-
     torch.manual_seed(0)
     save_file(Experts().state_dict(), tmp_path / "base.safetensors", {"format": "pt"})
-    svftool.decompose(tmp_path / "base.safetensors", tmp_path / "factors")
-    with open_factors(tmp_path / "factors") as store:
-        if store.layers["stack"].view != "batch":
-            pytest.skip("the stack is read as one matrix")
+    svftool.decompose(tmp_path / "base.safetensors", tmp_path / "factors", views=["stack=batch"])
     torch.manual_seed(0)
     model = Experts()
     x = torch.randn(4, 4)
@@ -383,4 +387,5 @@ def test_stacks_have_parts_of_their_own(tmp_path: Path) -> None:
     svftool.attach(other, tmp_path / "factors")
     svftool.load_tuned(other, tmp_path / "y.svf.safetensors")
     torch.testing.assert_close(other(x), model(x), rtol=1e-4, atol=1e-4)
-    assert replace(svftool.read_tuned(tmp_path / "y.svf.safetensors")).parts["stack"]
+    index = svftool.read_tuned(tmp_path / "y.svf.safetensors").parts["stack"]["index"]
+    assert len(index) == 3
