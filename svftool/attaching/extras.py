@@ -52,7 +52,6 @@ class Extras(KeepsDtype):
             self.register_parameter(name, None)
         self.trained: frozenset[str] = frozenset()
         self._index = self._still_index = torch.empty(0, dtype=torch.int64)
-        self._rank = 0
         self._block: Block | None = None
 
     @property
@@ -100,7 +99,6 @@ class Extras(KeepsDtype):
 
     def diagonal(self, k: int) -> Tensor | None:
         """Return what entries on the diagonal add to the singular values, (..., k)."""
-        self._rank = k
         if self.entry is None or self.unit is None:
             return None
         on, _ = self._split(k)
