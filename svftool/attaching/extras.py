@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Mapping
+from dataclasses import dataclass
 from typing import cast
 
 import torch
@@ -13,12 +14,22 @@ from svftool.attaching.keeping import KeepsDtype
 from svftool.choices.regimes import LayerNumbers, Spectral
 from svftool.choices.singular_values import Parametrisation
 from svftool.factors import LayerFactors, SpectralChange
-from svftool.factors.spectral import Block
+from svftool.factors.spectral import EntryBlock
 
 _SLOTS = ("row", "col", "entry", "B", "A", "still")
 KINDS = {"S": "singular_values", "entry": "entries", "row": "scales", "col": "scales",
          "B": "remainder", "A": "remainder"}  # fmt: skip
 """The group of parameters that each trained part belongs to."""
+
+
+@dataclass(frozen=True)
+class _Places:
+    """Which entries are on the diagonal and at which value, which beside it and at which place."""
+
+    on: Tensor
+    rows: Tensor
+    off: Tensor
+    index: Tensor
 
 
 class Extras(KeepsDtype):
@@ -52,7 +63,8 @@ class Extras(KeepsDtype):
             self.register_parameter(name, None)
         self.trained: frozenset[str] = frozenset()
         self._index = self._still_index = torch.empty(0, dtype=torch.int64)
-        self._block: Block | None = None
+        self._block: EntryBlock | None = None
+        self._found: _Places | None = None
 
     @property
     def empty(self) -> bool:
@@ -92,22 +104,29 @@ class Extras(KeepsDtype):
         held = (self._parameters[name] for name in _SLOTS)
         return tuple(one.detach() for one in held if one is not None)
 
-    def _split(self, k: int) -> tuple[Tensor, Tensor]:
-        """Return which entries are on the diagonal, and which beside it."""
-        on = self._index % (k + 1) == 0
-        return torch.nonzero(on).flatten(), torch.nonzero(~on).flatten()
+    def _places(self, k: int, device: torch.device) -> _Places:
+        """Return where the trained entries stand, on a device."""
+        if self._found is None or self._found.on.device != device:
+            index = self._index.to(device)
+            on = index % (k + 1) == 0
+            self._found = _Places(
+                torch.nonzero(on).flatten(),
+                index[on] // k,
+                torch.nonzero(~on).flatten(),
+                index[~on],
+            )
+        return self._found
 
     def diagonal(self, k: int) -> Tensor | None:
         """Return what entries on the diagonal add to the singular values, (..., k)."""
         if self.entry is None or self.unit is None:
             return None
-        on, _ = self._split(k)
-        if not len(on):
+        places = self._places(k, self.entry.device)
+        if not len(places.on):
             return None
-        on = on.to(self.entry.device)
-        value = (self.entry * self.unit.detach())[..., on]
+        value = (self.entry * self.unit.detach())[..., places.on]
         zero = value.new_zeros(*value.shape[:-1], k)
-        return zero.index_add(-1, self._index.to(on.device)[on] // k, value)
+        return zero.index_add(-1, places.rows, value)
 
     def present(self, delta: Tensor) -> SpectralChange:
         """Return the layer's change with a change of its singular values."""
@@ -121,14 +140,14 @@ class Extras(KeepsDtype):
         }
         return SpectralChange(delta, **parts, index=index, value=value, block=block)
 
-    def _beside(self, delta: Tensor) -> tuple[Tensor | None, Tensor | None, Block | None]:
+    def _beside(self, delta: Tensor) -> tuple[Tensor | None, Tensor | None, EntryBlock | None]:
         """Return the entries beside the diagonal, trained ones first."""
         index, value = [], []
         if self.entry is not None and self.unit is not None:
-            off = self._split(delta.shape[-1])[1].to(delta.device)
-            if len(off):
-                value.append((self.entry * self.unit.detach())[..., off])
-                index.append(self._index.to(delta.device)[off].expand(value[0].shape))
+            places = self._places(delta.shape[-1], delta.device)
+            if len(places.off):
+                value.append((self.entry * self.unit.detach())[..., places.off])
+                index.append(places.index.expand(value[0].shape))
         if self.still is not None:
             value.append(self.still.detach())
             index.append(self._still_index.to(delta.device))
@@ -139,7 +158,7 @@ class Extras(KeepsDtype):
             return together, torch.cat(value, dim=-1), None
         block = self._block
         if block is None or block.place.device != delta.device:
-            block = self._block = Block.of(together, delta.shape[-1])
+            block = self._block = EntryBlock.of(together, delta.shape[-1])
         return together, torch.cat(value, dim=-1), block
 
     @torch.no_grad()

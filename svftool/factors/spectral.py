@@ -20,7 +20,7 @@ PARTS = ("row", "col", "index", "value", "B", "A")
 
 
 @dataclass(frozen=True)
-class Block:
+class EntryBlock:
     """The rows and columns of M in which entries lie, and where in that block each of them is.
 
     Attributes
@@ -36,7 +36,7 @@ class Block:
     place: Tensor
 
     @classmethod
-    def of(cls, index: Tensor, k: int) -> Block:
+    def of(cls, index: Tensor, k: int) -> EntryBlock:
         """Find the block of flat indices ``i k + j``."""
         rows, i = torch.unique(index // k, return_inverse=True)
         columns, j = torch.unique(index % k, return_inverse=True)
@@ -58,7 +58,7 @@ class SpectralChange:
         of one place add up.
     B, A : (..., m, r), (..., r, n) Tensor or None
         The remainder.
-    block : Block or None
+    block : EntryBlock or None
         That of `index`, where it is known already.
     """
 
@@ -69,7 +69,7 @@ class SpectralChange:
     value: Tensor | None = None
     B: Tensor | None = None
     A: Tensor | None = None
-    block: Block | None = None
+    block: EntryBlock | None = None
 
     @property
     def plain(self) -> bool:
@@ -163,7 +163,7 @@ class SpectralChange:
             return moved
         if self.index.ndim > 1:
             return moved + U @ self.beside(U.shape[-1])
-        block = self.block or Block.of(self.index, U.shape[-1])
+        block = self.block or EntryBlock.of(self.index, U.shape[-1])
         flat = self.value.new_zeros(len(block.rows) * len(block.columns))
         small = flat.scatter_add(0, block.place, self.value)
         mixed = U[:, block.rows] @ small.view(len(block.rows), len(block.columns))
