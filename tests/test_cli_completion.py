@@ -54,8 +54,11 @@ def test_options_of_every_command(name: str) -> None:
         ("finetune f --optimizer ", ["adamw", "sgd"]),
         ("finetune f --precision bf", ["bf16"]),
         ("finetune f --regime ", completion.REGIMES),
-        ("finetune f --regime head,sv", ["head,svf", "head,svf+bias", "head,svf+norm"]),
-        ("finetune f --regime svf,svf", ["svf,svf+bias", "svf,svf+norm"]),
+        (
+            "finetune f --regime head,sv",
+            ["head,svf", "head,svf+scale", "head,svf+bias", "head,svf+norm"],
+        ),
+        ("finetune f --regime svf,svf", ["svf,svf+scale", "svf,svf+bias", "svf,svf+norm"]),
         ("finetune f --log-with tens", ["tensorboard"]),
         ("finetune f --model ti", ["timm:"]),
         ("decompose f --device ", ["auto", "cpu", "cuda"]),

@@ -73,7 +73,16 @@ def run(*args: object) -> Any:
 def arguments(work: Path, output: str, *options: object) -> list[str]:
     words = ["finetune", work / "factors", "-o", work / output, "--data", work / "data"]
     words += ["--model", f"{work / 'net.py'}:Net", "--shots", SHOTS, "--steps", STEPS]
-    words += ["--batch-size", BATCH, "--regime", "svf,full", "--lr", 0.01, "--json", *options]
+    words += [
+        "--batch-size",
+        BATCH,
+        "--regime",
+        "svf,entries:12,full",
+        "--lr",
+        0.01,
+        "--json",
+        *options,
+    ]
     return [str(word) for word in words]
 
 
@@ -95,7 +104,7 @@ def killed(
     """Return what two processes said of which the second was killed in the second regime."""
     pids = tmp_path_factory.mktemp("pids")
     process = torchrun(arguments(work, "cut", "--save-every", 4), PIDS=pids, PAUSE=0.05)
-    state = work / "cut.partial.runs" / "states" / "full-seed0.safetensors"
+    state = work / "cut.partial.runs" / "states" / "entries-12-seed0.safetensors"
     deadline = time.monotonic() + 180
     while not state.exists():
         assert process.poll() is None, process.stderr and process.stderr.read()
@@ -123,10 +132,16 @@ def test_two_processes_give_the_tuned_files_of_one(work: Path, alone: Path) -> N
     process = torchrun(arguments(work, "cut", "--save-every", 4, "--resume"))
     stdout, stderr = process.communicate(timeout=180)
     assert process.returncode == 0, stderr
-    assert [row["steps"] for row in json.loads(stdout)["runs"]] == [STEPS, STEPS]
+    assert [row["steps"] for row in json.loads(stdout)["runs"]] == [STEPS] * 3
     expected, found = tensors(alone), tensors(work / "cut")
     assert (
-        found.keys() == expected.keys() == {"full-seed0.safetensors", "svf-seed0.svf.safetensors"}
+        found.keys()
+        == expected.keys()
+        == {
+            "full-seed0.safetensors",
+            "svf-seed0.svf.safetensors",
+            "entries-12-seed0.svf.safetensors",
+        }
     )
     for name, values in found.items():
         torch.testing.assert_close(values, expected[name], **ROUNDING)

@@ -4,7 +4,7 @@ from svftool.attaching.attachment import Attachment, find_attachment, load_tuned
 from svftool.attaching.layer import AttachedLayer
 from svftool.attaching.lifecycle import attach, detach
 from svftool.attaching.names import NameMap, map_names
-from svftool.attaching.regimes import Trainable, apply_regime
+from svftool.attaching.regimes import Trainable, apply_regime, weight_gradients
 from svftool.attaching.weight import AttachedWeight, Mode
 from svftool.choices.regimes import Regime, parse_regime
 from svftool.choices.singular_values import Band, Parametrisation, parse_band
@@ -28,4 +28,5 @@ __all__ = [
     "parse_band",
     "parse_regime",
     "save_tuned",
+    "weight_gradients",
 ]

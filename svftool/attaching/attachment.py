@@ -11,6 +11,7 @@ from typing import Any, Self
 import torch
 from torch import Tensor, nn
 
+from svftool.attaching.extras import KINDS
 from svftool.attaching.layer import AttachedLayer, is_own
 from svftool.attaching.names import NameMap
 from svftool.attaching.weight import AttachedWeight
@@ -18,6 +19,7 @@ from svftool.checkpoints import TensorInfo, replace_output
 from svftool.errors import FactorsError, ModelError, UsageError, shortlist
 from svftool.factors import (
     FactorStore,
+    SpectralChange,
     TunedFile,
     check_tuned,
     open_factors,
@@ -82,16 +84,29 @@ class Attachment:
         return self._required.get(name, default)
 
     def parameters(self) -> Iterator[nn.Parameter]:
-        """Yield the trainable numbers, one parameter for each layer."""
-        yield from dict.fromkeys(layer.theta for layer in self.layers.values())
+        """Yield the trainable numbers; of singular values alone, one parameter for each layer."""
+        for _, parameter in self.named_parameters():
+            yield parameter
+
+    def groups(self) -> dict[str, list[nn.Parameter]]:
+        """Return the trainable numbers by kind: ``singular_values``, ``entries`` ..."""
+        found: dict[str, list[nn.Parameter]] = {}
+        for layer in dict.fromkeys(self.layers.values()):
+            for part, parameter in layer.trainable().items():
+                found.setdefault(KINDS[part], []).append(parameter)
+        return found
 
     def named_parameters(self) -> Iterator[tuple[str, nn.Parameter]]:
-        """Yield the trainable numbers with the file's tensor names."""
+        """Yield the trainable numbers with the file's tensor names.
+
+        Whatever is beside the singular values has its part's name behind it: ``NAME.entry``.
+        """
         seen: set[nn.Parameter] = set()
         for name, layer in self.layers.items():
-            if layer.theta not in seen:
-                seen.add(layer.theta)
-                yield name, layer.theta
+            for part, parameter in layer.trainable().items():
+                if parameter not in seen:
+                    seen.add(parameter)
+                    yield name if part == "S" else f"{name}.{part}", parameter
 
     @torch.no_grad()
     def singular_values(self) -> dict[str, Tensor]:
@@ -99,6 +114,16 @@ class Attachment:
         for live, weight in self.weights.items():
             weight.take_back(self.model.get_parameter(live))
         return {name: layer.values().cpu() for name, layer in self.layers.items()}
+
+    @torch.no_grad()
+    def parts(self) -> dict[str, dict[str, Tensor]]:
+        """Return what layers have beside singular values, on the CPU; see `TunedFile.parts`."""
+        found = {name: layer.parts() for name, layer in self.layers.items()}
+        return {
+            name: {part: value.cpu() for part, value in parts.items()}
+            for name, parts in found.items()
+            if parts
+        }
 
     def set_singular_values(self, values: Mapping[str, Tensor]) -> None:
         """Set the singular values of some layers; the others keep theirs.
@@ -123,21 +148,30 @@ class Attachment:
         )
 
     def set_deltas(self, deltas: Mapping[str, Tensor]) -> None:
-        """Set ``S - S_base`` of some layers; as `set_singular_values`."""
+        """Set ``S - S_base`` of some layers, and nothing else; as `set_singular_values`."""
+        self.set_changes({name: SpectralChange(delta) for name, delta in deltas.items()})
+
+    def set_changes(self, changes: Mapping[str, SpectralChange]) -> None:
+        """Set everything that changes in some layers; as `set_singular_values`."""
         wrong = []
-        for name, delta in deltas.items():
+        for name, change in changes.items():
             layer = self.layers.get(name)
             if layer is None:
                 wrong.append(f"{name} (not attached)")
-            elif delta.shape != layer.S_base.shape:
-                wrong.append(f"{name} ({tuple(delta.shape)}, expected {tuple(layer.S_base.shape)})")
+            elif change.delta.shape != layer.S_base.shape:
+                shapes = tuple(change.delta.shape), tuple(layer.S_base.shape)
+                wrong.append(f"{name} ({shapes[0]}, expected {shapes[1]})")
+            elif reason := layer.extras.misfit(change):
+                wrong.append(f"{name} ({reason})")
         if wrong:
             raise FactorsError(
                 f"{self.factors}: singular values for {len(wrong)} layers do not fit the attached "
                 f"model: {shortlist(wrong)}. Attach the factors that they were trained on."
             )
-        for name, delta in deltas.items():
-            self.layers[name].set_delta(delta.detach())
+        for name, change in changes.items():
+            self.layers[name].set_change(
+                change.with_tensors([one.detach() for one in change.tensors()])
+            )
 
     def whole_tensors(self) -> dict[str, Tensor]:
         """Return every other tensor that training changes, by its name in the file.
@@ -231,6 +265,7 @@ def save_tuned(
             partial,
             store=store,
             S=attachment.singular_values(),
+            parts=attachment.parts(),
             whole=attachment.whole_tensors(),
             task=task,
             classes=classes,
@@ -273,12 +308,14 @@ def load_tuned(model: nn.Module, path: str | os.PathLike[str] | Mapping[Any, flo
         if isinstance(path, Mapping):
             tuned, changes = _mix(attachment, store, path)
         else:
-            tuned = read_tuned(path)
-            check_tuned(tuned, store)
-            changes = {name: tuned.delta(name) for name in tuned.S}
+            tuned = check_tuned(read_tuned(path), store)
+            changes = {name: tuned.change(name) for name in tuned.S}
         whole = _plan_whole(attachment, tuned, store)
-    deltas = {name: torch.zeros_like(layer.S_base) for name, layer in attachment.layers.items()}
-    attachment.set_deltas(deltas | changes)
+    nothing = {
+        name: SpectralChange(torch.zeros_like(layer.S_base))
+        for name, layer in attachment.layers.items()
+    }
+    attachment.set_changes(nothing | changes)
     for live, value in whole.items():
         _assign(attachment, live, value)
     return tuned
@@ -286,27 +323,28 @@ def load_tuned(model: nn.Module, path: str | os.PathLike[str] | Mapping[Any, flo
 
 def _mix(
     attachment: Attachment, store: FactorStore, weights: Mapping[Any, float]
-) -> tuple[TunedFile, dict[str, Tensor]]:
-    """Return what tuned files give together, and the changes of singular values, in float64."""
+) -> tuple[TunedFile, dict[str, SpectralChange]]:
+    """Return what tuned files give together, and the changes of layers, in float64."""
     if not weights:
         raise UsageError("an empty mixture, expected tuned files with their weights")
-    experts = [Expert(read_tuned(path), float(weight)) for path, weight in weights.items()]
-    for expert in experts:
-        check_tuned(expert.tuned, store)
+    experts = [
+        Expert(check_tuned(read_tuned(path), store), float(weight))
+        for path, weight in weights.items()
+    ]
     base = _LiveBase(attachment, store)
     mixture = Mixture(store, base, experts)
     mixed = mixture.mixed()
-    changes = {name: mixture.delta(name) for name in mixed.S if name in attachment.layers}
-    for name, delta in changes.items():
-        if not _surely_finite(base.read(name), delta):
+    changes = {name: mixture.terms(name)[0][1] for name in mixed.S if name in attachment.layers}
+    for name, change in changes.items():
+        if not _surely_finite(base.read(name), change):
             mixture.tensor(name)  # refuses what a merge refuses
-    return mixed, {name: changes.get(name, mixed.S[name]) for name in mixed.S}
+    return mixed, {name: changes.get(name) or mixed.change(name) for name in mixed.S}
 
 
-def _surely_finite(weight: Tensor, delta: Tensor) -> bool:
+def _surely_finite(weight: Tensor, change: SpectralChange) -> bool:
     """Whether no entry can overflow: none changes by more than the largest singular value does."""
-    largest = float(weight.abs().max()) + float(delta.abs().max())
-    return largest < torch.finfo(weight.dtype).max / 2
+    largest = float(weight.abs().max()) + float(change.delta.abs().max())
+    return change.plain and largest < torch.finfo(weight.dtype).max / 2
 
 
 class _LiveBase:

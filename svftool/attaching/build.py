@@ -8,8 +8,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from svftool.attaching.extras import build_extras
 from svftool.attaching.layer import EXACT, AttachedLayer, Region, belongs, rounding_of
 from svftool.attaching.weight import AttachedWeight, Mode
+from svftool.choices.regimes import Spectral
 from svftool.choices.singular_values import Band, Parametrisation
 from svftool.factors import FactorStore, LayerFactors, LayerRecord
 
@@ -22,6 +24,8 @@ class BuildOptions:
     mode: Mode = "auto"
     band: Band = Band()  # noqa: RUF009
     nonnegative: bool = False
+    spectral: Spectral = Spectral()  # noqa: RUF009
+    seed: int = 0
 
 
 @dataclass(frozen=True)
@@ -48,6 +52,7 @@ def build_weight(
     parts: Sequence[tuple[str, Region]],
     store: FactorStore,
     options: BuildOptions,
+    gradient: Tensor | None = None,
 ) -> Built:
     """Build the attached weight of one live parameter.
 
@@ -61,6 +66,8 @@ def build_weight(
         Where their factors are.
     options : BuildOptions
         How they are attached.
+    gradient : Tensor or None
+        Of the loss over the support set in the parameter.
     """
     regions: list[Region] = []
     layers: list[AttachedLayer] = []
@@ -75,7 +82,8 @@ def build_weight(
             faults.append(f"{name} (shape {tuple(live.shape)}, expected {record.shape})")
             continue
         factors = store.read(name)
-        layer = _build_layer(live, record, factors, options)
+        slope = None if gradient is None else region.of(gradient)
+        layer = _build_layer(live, record, factors, options, slope)
         if not _same_weight(live, record, factors):
             faults.append(f"{name} (other weights)")
         regions.append(region)
@@ -86,8 +94,21 @@ def build_weight(
 
 
 def _build_layer(
-    live: Tensor, record: LayerRecord, factors: LayerFactors, options: BuildOptions
+    live: Tensor,
+    record: LayerRecord,
+    factors: LayerFactors,
+    options: BuildOptions,
+    gradient: Tensor | None,
 ) -> AttachedLayer:
+    extras = build_extras(
+        record.name,
+        factors,
+        options.spectral,
+        parametrisation=options.parametrisation,
+        seed=options.seed,
+        gradient=gradient,
+        dtype=torch.float64 if live.dtype == torch.float64 else torch.float32,
+    )
     layer = AttachedLayer(
         record.name,
         factors,
@@ -98,6 +119,8 @@ def _build_layer(
         parametrisation=options.parametrisation,
         band=options.band,
         nonnegative=options.nonnegative,
+        extras=extras,
+        values=options.spectral.values,
     )
     if live.ndim == 4 and live.is_contiguous(memory_format=torch.channels_last):
         # The convolution would rearrange the kernel in every pass.

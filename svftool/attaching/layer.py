@@ -2,40 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
-from typing import Any, Self
 
 import torch
 from torch import Tensor, nn
 
+from svftool.attaching.extras import Extras
 from svftool.attaching.functions import kept_apart, region
+from svftool.attaching.keeping import KeepsDtype
 from svftool.checkpoints import View
 from svftool.choices.singular_values import Band, Parametrisation
-from svftool.factors import LayerFactors
-
-
-class KeepsDtype(nn.Module):
-    """A module without entries in state dictionaries, some of whose parameters keep their dtype."""
-
-    exempt: tuple[str, ...] = ()
-
-    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
-        kept = {name: self._parameters[name] for name in self.exempt}
-        before = {name: value.detach() for name, value in kept.items() if value is not None}
-        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
-        for name, value in before.items():
-            parameter = self._parameters[name]
-            if parameter is not None and parameter.dtype != value.dtype:
-                parameter.data = value.to(parameter.device)
-        return self
-
-    def _save_to_state_dict(self, *args: Any, **kwargs: Any) -> None:
-        pass
-
-    def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
-        pass
+from svftool.factors import LayerFactors, SpectralChange
 
 
 class AttachedLayer(KeepsDtype):
@@ -61,11 +40,17 @@ class AttachedLayer(KeepsDtype):
         Which singular values are trained.
     nonnegative : bool
         Whether singular values are kept from going below zero.
+    extras : Extras or None
+        What is trained beside singular values, or in place of them.
+    values : bool
+        Whether `theta` is trained.
 
     Attributes
     ----------
     theta : (..., b) Parameter
         What is trained, float32; zero at the base (the singular values themselves, if absolute).
+    extras : Extras
+        What the layer has beside its singular values, trained or taken from a tuned file.
     U : (..., m, k) Parameter
         Frozen.
     Vh : (..., k, n) Parameter
@@ -88,6 +73,8 @@ class AttachedLayer(KeepsDtype):
         parametrisation: Parametrisation = "scale",
         band: Band | None = None,
         nonnegative: bool = False,
+        extras: Extras | None = None,
+        values: bool = True,
     ) -> None:
         super().__init__()
         self.name = name
@@ -104,11 +91,14 @@ class AttachedLayer(KeepsDtype):
         self.S_base = _frozen(S.clone())
         self.offset = _frozen(torch.zeros_like(S))
         self._beside = False
-        self._given: tuple[Tensor, Tensor] | None = None
+        self._given: tuple[tuple[Tensor, ...], SpectralChange] | None = None
+        self._values = values
         start = S[..., self.band]
         self.theta = nn.Parameter(
-            start.clone() if parametrisation == "absolute" else torch.zeros_like(start)
+            start.clone() if parametrisation == "absolute" else torch.zeros_like(start),
+            requires_grad=values,
         )
+        self.extras = Extras() if extras is None else extras
 
     def extra_repr(self) -> str:
         """Describe the layer in the model's repr."""
@@ -133,6 +123,9 @@ class AttachedLayer(KeepsDtype):
             change = nn.functional.pad(change, (self.band.start, self.rank - self.band.stop))
         if self._beside:
             change = change + self.offset.detach()
+        diagonal = self.extras.diagonal(self.rank)
+        if diagonal is not None:
+            change = change + diagonal
         if self.nonnegative:
             # Clamped in value, not in gradient, so that a value at zero can come back.
             change = torch.maximum(change, -frozen).detach() + (change - change.detach())
@@ -142,14 +135,30 @@ class AttachedLayer(KeepsDtype):
         """Return the singular values, shape (..., k), differentiable in `theta` alone."""
         return self.S_base.detach() + self.delta()
 
+    @property
+    def plain(self) -> bool:
+        """Whether the layer has singular values alone."""
+        return self.extras.empty
+
+    def present(self) -> SpectralChange:
+        """Return what changes now, differentiable in what is trained."""
+        return self.extras.present(self.delta())
+
     def moving(self) -> tuple[Tensor, ...]:
-        """Return the small tensors that the singular values follow."""
+        """Return the small tensors that the weight follows."""
         theta = self.theta.detach()
-        return (theta, self.offset.detach()) if self._beside else (theta,)
+        found = (theta, self.offset.detach()) if self._beside else (theta,)
+        return found if self.plain else (*found, *self.extras.moving())
+
+    def trainable(self) -> dict[str, nn.Parameter]:
+        """Return what is trained, by what it is: ``S``, ``row``, ``entry`` ..."""
+        values = {"S": self.theta} if self._values else {}
+        return values | self.extras.trainable()
 
     def frozen(self) -> tuple[nn.Parameter, ...]:
         """Return what is never trained."""
-        return self.U, self.Vh, self.S_base, self.offset
+        theta = () if self._values else (self.theta,)
+        return (self.U, self.Vh, self.S_base, self.offset, *theta, *self.extras.frozen())
 
     @property
     def rank(self) -> int:
@@ -161,23 +170,41 @@ class AttachedLayer(KeepsDtype):
         return self.theta.shape == self.S_base.shape
 
     @torch.no_grad()
-    def merging_delta(self) -> Tensor:
-        """Return ``S - S_base`` as a merge takes it, in float64.
+    def merging_change(self) -> SpectralChange:
+        """Return what a merge adds, in float64.
 
         Until training changes it, it is what was set, to the last bit. Then it is what a tuned file
-        holds: singular values in float32, their difference in float64.
+        holds: numbers in float32, the difference of singular values in float64.
         """
         if self._given is not None:
-            theta, delta = (value.to(self.theta.device) for value in self._given)
-            if torch.equal(theta, self.theta):
-                return delta
-        return self.values().float().double() - self.S_base.float().double()
+            before, change = self._given
+            now = self.moving()
+            if len(now) == len(before) and all(
+                a.shape == b.shape and torch.equal(a.to(b.device), b)
+                for a, b in zip(now, before, strict=True)
+            ):
+                return change.to(now[0].new_empty(0, dtype=torch.float64))
+        delta = self.values().float().double() - self.S_base.float().double()
+        return SpectralChange.of_parts(delta, self.parts())
 
     @torch.no_grad()
+    def parts(self) -> dict[str, Tensor]:
+        """Return what a tuned file holds beside singular values, in float32; on this device."""
+        if self.plain:
+            return {}
+        found = self.present().parts()
+        return {name: one if name == "index" else one.float() for name, one in found.items()}
+
     def set_delta(self, delta: Tensor) -> None:
-        """Set ``S - S_base``; what `theta` cannot express is kept beside it, untrained."""
-        given = delta.double().clone()
-        delta = delta.to(self.S_base)
+        """Set ``S - S_base`` and take everything else back to the base."""
+        self.set_change(SpectralChange(delta))
+
+    @torch.no_grad()
+    def set_change(self, change: SpectralChange) -> None:
+        """Set what changes; what cannot be trained here is kept beside it, untrained."""
+        self.extras.set(change, like=self.S_base)
+        given = change.to(change.delta.double())
+        delta = change.delta.to(self.S_base)
         inside = delta[..., self.band]
         base = self.S_base[..., self.band]
         if self.parametrisation == "scale":
@@ -189,8 +216,9 @@ class AttachedLayer(KeepsDtype):
         self.offset.copy_(delta - self.delta())
         self._beside = bool(self.offset.any())
         # With non-negative values `delta` may be cut off.
-        exact = not self.nonnegative or bool((self.S_base.double() + given >= 0).all())
-        self._given = (self.theta.detach().clone(), given) if exact else None
+        kept = (self.S_base.double() + given.delta.to(self.S_base.device) >= 0).all()
+        exact = not self.nonnegative or bool(kept)
+        self._given = (tuple(one.clone() for one in self.moving()), given) if exact else None
 
     def factors(self) -> LayerFactors:
         """Return the factors as matrices, with the base's singular values."""
@@ -198,12 +226,58 @@ class AttachedLayer(KeepsDtype):
         flat = Vh.reshape(Vh.shape[0], -1) if self.view == "matrix" else Vh
         return LayerFactors(self.U.detach(), self.S_base.detach(), flat)
 
-    def change(self, delta: Tensor) -> Tensor:
-        """Return ``U diag(delta) Vh`` in the shape of the file's tensor and the vectors' dtype."""
+    def change(self, change: SpectralChange) -> Tensor:
+        """Return the change of the weight in the file's shape and the vectors' dtype."""
         matrices = self.factors()
-        scaled = matrices.U * delta.to(matrices.U.dtype).unsqueeze(-2)
-        with _own_precision(scaled):
-            return (scaled @ matrices.Vh).reshape(self.shape)
+        if change.plain:
+            left = matrices.U * change.delta.to(matrices.U.dtype).unsqueeze(-2)
+            right = matrices.Vh
+        else:
+            S = matrices.S.to(matrices.U.dtype)
+            left, right = change.to(matrices.U).product(matrices.U, S, matrices.Vh)
+        with _own_precision(left):
+            return (left @ right).reshape(self.shape)
+
+    def pull_back(
+        self, change: SpectralChange, gradient: Tensor, wanted: Sequence[bool]
+    ) -> list[Tensor | None]:
+        """Return the gradient of each of the change's tensors from that of the weight.
+
+        Parameters
+        ----------
+        change : SpectralChange
+            What the weight was formed with.
+        gradient : Tensor
+            Of the file's shape.
+        wanted : sequence of bool
+            Which tensors need one.
+        """
+        if change.plain:
+            return [self.project(gradient) if wanted[0] else None]
+        leaves = [
+            one.detach().requires_grad_(w) for one, w in zip(change.tensors(), wanted, strict=True)
+        ]
+        asked = [one for one in leaves if one.requires_grad]
+        if not asked:
+            return [None] * len(leaves)
+        with torch.enable_grad():
+            formed = self.change(change.with_tensors(leaves))
+        found = iter(torch.autograd.grad(formed, asked, gradient.to(formed.dtype)))
+        return [next(found) if one.requires_grad else None for one in leaves]
+
+    @torch.no_grad()
+    def explain(self, change: Tensor) -> SpectralChange:
+        """Return what of a change of the weight, float64, is this layer's to make."""
+        now = self.present()
+        if not now.linear or now.B is not None:
+            return self.merging_change()
+        delta, index, value = self.project(change), now.index, now.value
+        if index is not None:
+            matrices = self.factors()
+            rows = change.reshape(*matrices.U.shape[:-1], matrices.Vh.shape[-1])
+            inner = matrices.U.double().mT @ rows @ matrices.Vh.double().mT
+            value = inner.flatten(-2).gather(-1, index)
+        return SpectralChange(delta, index=index, value=value)
 
     def project(self, gradient: Tensor) -> Tensor:
         """Return ``diag(U' G V)`` for a tensor `gradient` of the file's shape, like `S_base`."""

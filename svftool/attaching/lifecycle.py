@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import logging
+import math
 import os
 import tempfile
 from collections import defaultdict
@@ -12,7 +13,7 @@ from pathlib import Path
 from typing import get_args
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from svftool.attaching.attachment import KEY, LIVE, Attachment, require_attachment
 from svftool.attaching.build import BuildOptions, build_weight
@@ -23,6 +24,7 @@ from svftool.attaching.matching import match_by_value
 from svftool.attaching.names import NameMap, map_names, own_names
 from svftool.attaching.weight import AttachedWeight, Mode, runs_without_base
 from svftool.checkpoints import matches, write_errors
+from svftool.choices.regimes import Regime, check_sizes, parse_regime
 from svftool.choices.singular_values import Parametrisation, check_parametrisation, parse_band
 from svftool.errors import (
     FactorsError,
@@ -174,6 +176,9 @@ def attach(
     train_rank: str | int | None = None,
     nonnegative: bool = False,
     offload_base: bool = False,
+    regime: str | Regime = "svf",
+    seed: int = 0,
+    gradients: Mapping[str, Tensor] | None = None,
 ) -> Attachment:
     """Make the singular values of a model's weights trainable and freeze everything else.
 
@@ -203,6 +208,14 @@ def attach(
         Keep those weights of the base that factors stand in for in a temporary file until they are
         needed (evaluation, merging) instead of in memory, if there is room for it. For models on
         the CPU.
+    regime : str or Regime
+        What is trained in the singular basis: ``"svf"``, ``"svf+scale"``, ``"entries:4x:band"``,
+        ``"core:8"``, ``"salt:4"`` or ``"rows"``; see `svftool.choices.regimes.Spectral`.
+    seed : int
+        Chooses random entries, and where a low-rank remainder starts.
+    gradients : mapping of str to Tensor, optional
+        Of the loss over the support set, by the model's parameter names: entries are chosen by it.
+        See `svftool.attaching.weight_gradients`.
 
     Returns
     -------
@@ -216,23 +229,51 @@ def attach(
     ModelError
         If the model is attached to already, or the globs leave no layer.
     UsageError
-        If an option has no such value.
+        If an option has no such value, the regime asks for more numbers than any layer has, or
+        entries are chosen by gradient and none is given.
     """
     check_parametrisation(parametrisation)
     if mode not in get_args(Mode):
         raise UsageError(no_such("mode", mode, get_args(Mode)))
-    options = BuildOptions(parametrisation, mode, parse_band(train_rank), nonnegative)
+    given = parse_regime(regime) if isinstance(regime, str) else regime
+    spectral = given.spectral
+    if spectral is None or given.parts & {"bias", "norm"}:
+        raise UsageError(
+            f"regime {given.name!r} is not of the singular basis alone, expected one such as "
+            "'svf+scale'. Set other parameters free yourself, or use apply_regime."
+        )
+    if spectral.entries is not None and spectral.choice == "gradient":
+        _check_gradients(given, gradients or {})
+    options = BuildOptions(
+        parametrisation, mode, parse_band(train_rank), nonnegative, spectral, seed
+    )
     _refuse_attached(model)
     opened = factors if isinstance(factors, FactorStore) else open_factors(factors)
     try:
         chosen = choose_layers(opened, include, exclude, skip)
-        attachment = _attach(model, opened, chosen, options)
+        check_sizes(given, matrices_of(opened, chosen))
+        attachment = _attach(model, opened, chosen, options, gradients or {})
     finally:
         if opened is not factors:
             opened.close()
     if offload_base:
         _offload(attachment)
     return attachment
+
+
+def _check_gradients(regime: Regime, gradients: Mapping[str, Tensor]) -> None:
+    """Refuse to choose entries by a gradient that says nothing."""
+    sound = all(bool(one.isfinite().all()) for one in gradients.values())
+    if sound and any(bool(one.any()) for one in gradients.values()):
+        return
+    found = "no gradient of the support set" if not gradients else "a gradient that is zero"
+    if not sound:
+        found = "a gradient that is not finite"
+    stem = regime.name.removesuffix(":gradient")
+    raise UsageError(
+        f"regime {regime.name}: entries are chosen by gradient, and there is {found}, expected one "
+        f"that tells entries apart. Choose others: {stem}:random or {stem}:band."
+    )
 
 
 def _offload(attachment: Attachment) -> None:
@@ -276,8 +317,18 @@ def choose_layers(
     return chosen
 
 
+def matrices_of(factors: FactorStore, layers: Sequence[str]) -> list[tuple[int, int, int, int]]:
+    """Return how many, m, n and k of the matrices of each layer."""
+    found = [factors.layers[name] for name in layers]
+    return [(math.prod(one.matrix[:-2]), *one.matrix[-2:], one.rank) for one in found]  # type: ignore[misc]
+
+
 def _attach(
-    model: nn.Module, store: FactorStore, chosen: list[str], options: BuildOptions
+    model: nn.Module,
+    store: FactorStore,
+    chosen: list[str],
+    options: BuildOptions,
+    gradients: Mapping[str, Tensor],
 ) -> Attachment:
     names = map_names(model, [*store.layers, *store.config.left_whole])
     if not names.places(chosen):
@@ -291,7 +342,7 @@ def _attach(
         )
     chosen = _without_buffers(model, store, names, chosen)
     built = {
-        live: build_weight(model.get_parameter(live), parts, store, options)
+        live: build_weight(model.get_parameter(live), parts, store, options, gradients.get(live))
         for live, parts in _by_parameter(model, names, chosen).items()
     }
     faults = [fault for item in built.values() for fault in item.faults]

@@ -28,7 +28,9 @@ from svftool.attaching.layer import AttachedLayer
 from svftool.attaching.weight import AttachedWeight, choose_way
 from svftool.errors import ModelError
 
-Kernels = Callable[[AttachedLayer, torch.dtype], tuple[Tensor, Tensor]]
+Kernels = Callable[[Tensor, Tensor, torch.dtype], tuple[Tensor, Tensor]]
+"""Turns left (m, c) and right (c, ...) vectors of a weight into what each half step takes."""
+
 Plain = Callable[[Tensor, Tensor, Tensor | None], Tensor]
 
 
@@ -158,9 +160,15 @@ def _run(
             return plain(x, weight.composed(), bias)
         outer = 0 if split is None else split.outer
         return affine.mark(plain(x, affine.rows(weight.composed(), outer), affine.bias(bias)))
-    right, left = kernels(layer, dtype)
     base = weight.base.t() if kernels is _columns else weight.base
     dense = base.to(dtype) if way == "residual" else None
+    if not layer.plain:
+        weight.next_norm = weight.next_relu = None
+        x = x.to(dtype) if x.is_floating_point() else x
+        bias = None if bias is None else bias.to(dtype)
+        with torch.autocast(x.device.type, enabled=False):
+            return _run_parts(x, layer, dense, bias, split, kernels, dtype)
+    right, left = kernels(layer.U, layer.Vh, dtype)
     s = layer.delta() if way == "residual" else layer.values()
     x = x.to(dtype) if x.is_floating_point() else x
     bias = None if bias is None else bias.to(dtype)
@@ -173,6 +181,28 @@ def _run(
         y: Tensor = SplitLayer.apply(x, s, right, left, dense, bias, split, rows, relu is not None)
     y = y if affine is None else affine.mark(y)
     return y if relu is None else mark_rectified(y, relu)
+
+
+def _run_parts(
+    x: Tensor,
+    layer: AttachedLayer,
+    dense: Tensor | None,
+    bias: Tensor | None,
+    split: SplitMap,
+    kernels: Kernels,
+    dtype: torch.dtype,
+) -> Tensor:
+    """Run a layer that has more than singular values, through two thin matrices.
+
+    Their product is the weight, or beside the dense weight its change. Gradients come by autograd.
+    """
+    matrices = layer.factors()
+    U, S, Vh = (one.to(dtype) for one in (matrices.U, matrices.S, matrices.Vh))
+    change = layer.present().to(U)
+    thin = change.weight(U, S, Vh) if dense is None else change.product(U, S, Vh)
+    right, left = kernels(thin[0], thin[1].reshape(-1, *layer.shape[1:]), dtype)
+    y = split.left(split.right(x, right), left, bias)
+    return y if dense is None else y + split.whole(x, dense, None)
 
 
 def _compute_dtype(x: Tensor, weight: Tensor) -> torch.dtype:
@@ -189,12 +219,12 @@ def _linear(input: Tensor, weight: Any, bias: Tensor | None = None) -> Any:  # n
     return _run(input, weight, bias, F.linear, split=LinearMap(), kernels=_rows, positions=count)
 
 
-def _rows(layer: AttachedLayer, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    return layer.Vh.to(dtype), layer.U.to(dtype)
+def _rows(U: Tensor, Vh: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    return Vh.to(dtype), U.to(dtype)
 
 
-def _columns(layer: AttachedLayer, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    return layer.U.to(dtype).t(), layer.Vh.to(dtype).t()
+def _columns(U: Tensor, Vh: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    return U.to(dtype).t(), Vh.to(dtype).t()
 
 
 def _matmul(input: Tensor, other: Any) -> Any:  # noqa: A002
@@ -244,8 +274,8 @@ def _embedding(
     return torch.where(padding.unsqueeze(-1), y.detach(), y)
 
 
-def _lookup(layer: AttachedLayer, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    return layer.U.to(dtype), layer.Vh.to(dtype).t()
+def _lookup(U: Tensor, Vh: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    return U.to(dtype), Vh.to(dtype).t()
 
 
 def _conv(
@@ -300,9 +330,8 @@ def _outputs(size: tuple[int, ...], kernel: tuple[int, ...], split: ConvMap) -> 
     return count
 
 
-def _convolution(layer: AttachedLayer, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    dims = layer.Vh.ndim - 2
-    return layer.Vh.to(dtype), _pointwise(layer.U.to(dtype), dims)
+def _convolution(U: Tensor, Vh: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    return Vh.to(dtype), _pointwise(U.to(dtype), Vh.ndim - 2)
 
 
 def _conv_transpose(
@@ -328,9 +357,8 @@ def _conv_transpose(
     return _run(input, weight, bias, split.whole, split=split, kernels=_transposed, positions=count)
 
 
-def _transposed(layer: AttachedLayer, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    dims = layer.Vh.ndim - 2
-    return _pointwise(layer.U.to(dtype).t(), dims), layer.Vh.to(dtype)
+def _transposed(U: Tensor, Vh: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    return _pointwise(U.to(dtype).t(), Vh.ndim - 2), Vh.to(dtype)
 
 
 def _pointwise(matrix: Tensor, dims: int) -> Tensor:

@@ -3,18 +3,19 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass, replace
 from itertools import chain
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from svftool.attaching.attachment import Attachment
 from svftool.attaching.layer import is_own
-from svftool.attaching.lifecycle import attach, choose_layers
+from svftool.attaching.lifecycle import attach, choose_layers, matrices_of
 from svftool.attaching.names import NameMap, map_names
-from svftool.choices.regimes import Regime, parse_regime
+from svftool.choices.regimes import Regime, lora_rank, parse_regime, say_size
 from svftool.errors import MissingDependencyError, ModelError
 from svftool.factors import FactorStore
 
@@ -116,12 +117,14 @@ class Trainable:
         The model to call: the one given, or PEFT's wrapper around it.
     regime : Regime
     groups : mapping of str to list of Parameter
-        Some of ``singular_values``, ``head``, ``bias``, ``norm``, ``lora``, ``backbone``; no
-        parameter is in two of them and none is empty.
+        Some of ``singular_values``, ``entries``, ``scales``, ``remainder``, ``head``, ``bias``,
+        ``norm``, ``lora``, ``backbone``; no parameter is in two of them and none is empty.
     names : NameMap
         Names of the checkpoint to live parameters.
     attachment : Attachment or None
-        The singular values, where the regime trains them.
+        What is trained in the singular basis, where the regime does that.
+    said : str
+        What a size came to, where that is not what was asked for.
     """
 
     model: nn.Module
@@ -129,6 +132,7 @@ class Trainable:
     groups: dict[str, list[nn.Parameter]]
     names: NameMap
     attachment: Attachment | None = None
+    said: str = ""
 
     @property
     def trainable_parameters(self) -> int:
@@ -143,6 +147,10 @@ class Trainable:
     def singular_values(self) -> dict[str, Tensor]:
         """Return the singular values by tensor name; empty without `attachment`."""
         return {} if self.attachment is None else self.attachment.singular_values()
+
+    def parts(self) -> dict[str, dict[str, Tensor]]:
+        """Return what layers have beside singular values, see `svftool.factors.TunedFile`."""
+        return {} if self.attachment is None else self.attachment.parts()
 
     def whole_tensors(self) -> dict[str, Tensor]:
         """Return every other trained tensor by its name in the checkpoint; not those of LoRA."""
@@ -180,9 +188,10 @@ def apply_regime(
     head : str or None
         Module that every regime trains whole; its weights get no singular values.
     include, exclude : sequence of str
-        Globs of tensor names that limit ``svf`` and ``lora`` to some layers.
+        Globs of tensor names that limit spectral regimes and ``lora`` to some layers.
     options
-        Further arguments of `svftool.attach`, where `offload_base` is on unless turned off.
+        Further arguments of `svftool.attach`, where `offload_base` is on unless turned off:
+        ``gradients`` where entries are chosen by it, ``seed``.
 
     Returns
     -------
@@ -202,17 +211,20 @@ def apply_regime(
     inside = [] if head is None else names.inside(head)
     groups = {"head": [] if head is None else _own_parameters(model.get_submodule(head))}
     live, attachment = model, None
-    if "svf" in chosen.parts:
-        options = {"offload_base": True, **options}
-        attachment = attach(
-            model, factors, include=include, exclude=exclude, skip=inside, **options
-        )
-        groups["singular_values"] = list(attachment.parameters())
-    elif chosen.lora is not None:
+    layers: list[str] = []
+    if chosen.spectral is not None or chosen.lora is not None:
         layers = choose_layers(factors, include, exclude, inside)
-        live, groups["lora"], groups["head"] = add_lora(
-            model, names, layers, rank=chosen.lora, head=head
+    said = say_size(chosen, matrices_of(factors, layers))
+    if chosen.spectral is not None:
+        options = {"offload_base": True, **options}
+        alone = replace(chosen, parts=chosen.parts - {"bias", "norm"})
+        attachment = attach(
+            model, factors, include=include, exclude=exclude, skip=inside, regime=alone, **options
         )
+        groups |= attachment.groups()
+    elif chosen.lora is not None:
+        rank = lora_rank(chosen.lora, matrices_of(factors, layers))
+        live, groups["lora"], groups["head"] = add_lora(model, names, layers, rank=rank, head=head)
     _add_plain_groups(model, chosen, groups)
     live.requires_grad_(False)
     groups = {name: group for name, group in groups.items() if group}
@@ -220,7 +232,56 @@ def apply_regime(
         raise ModelError(f"regime {chosen.name!r} trains nothing: the model has no head.")
     for parameter in chain(*groups.values()):
         parameter.requires_grad_(True)
-    return Trainable(live, chosen, groups, names, attachment)
+    return Trainable(live, chosen, groups, names, attachment, said)
+
+
+def weight_gradients(
+    model: nn.Module,
+    factors: FactorStore,
+    losses: Iterable[Callable[[], Tensor]],
+    *,
+    include: Sequence[str] = (),
+    exclude: Sequence[str] = (),
+    head: str | None = None,
+) -> dict[str, Tensor]:
+    """Return the gradient of a sum of losses in the weights that would be attached to.
+
+    Parameters
+    ----------
+    model : nn.Module
+        A plain model; what requires a gradient is as before afterwards.
+    factors : FactorStore
+        Which layers there are.
+    losses : iterable of callable
+        Each computes a loss by the model, of a batch of the support set.
+    include, exclude, head
+        See `apply_regime`.
+
+    Returns
+    -------
+    mapping of str to Tensor
+        By the model's parameter names, for `svftool.attach`; as large as the weights.
+    """
+    names = map_names(model, [*factors.layers, *factors.config.left_whole])
+    inside = [] if head is None else names.inside(head)
+    layers = choose_layers(factors, include, exclude, inside)
+    places = {names.placements[name].live for name in layers if name in names.placements}
+    mine = {name: p for name, p in model.named_parameters() if name in places}
+    before = {name: p.requires_grad for name, p in model.named_parameters()}
+    model.requires_grad_(False)
+    for parameter in mine.values():
+        parameter.requires_grad_(True)
+    found: dict[str, Tensor] = {}
+    for compute in losses:
+        with torch.enable_grad():
+            slopes = torch.autograd.grad(compute(), list(mine.values()), allow_unused=True)
+        for name, slope in zip(mine, slopes, strict=True):
+            if slope is not None:
+                found[name] = found[name].add_(slope) if name in found else slope.clone()
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad_(before[name])
+    nothing = {name: torch.zeros_like(one) for name, one in mine.items() if name not in found}
+    return found | {name: one.detach() for name, one in nothing.items()}
 
 
 def _add_plain_groups(

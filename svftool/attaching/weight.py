@@ -16,9 +16,10 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 from svftool.attaching import functions
-from svftool.attaching.layer import AttachedLayer, KeepsDtype, Region, belongs, unit_roundoff
+from svftool.attaching.keeping import KeepsDtype
+from svftool.attaching.layer import AttachedLayer, Region, belongs, unit_roundoff
 from svftool.errors import ModelError
-from svftool.factors import add_delta
+from svftool.factors import SpectralChange, add_change
 
 Mode = Literal["auto", "factored", "composed", "residual"]
 
@@ -71,24 +72,28 @@ class AttachedWeight(KeepsDtype):
     @property
     def trains(self) -> bool:
         """Whether any singular value of the parameter requires a gradient."""
-        return any(layer.theta.requires_grad for layer, _ in self.layers())
+        return any(
+            one.requires_grad for layer, _ in self.layers() for one in layer.trainable().values()
+        )
 
     def compose(self, base: Tensor) -> Tensor:
         """Return the weight of the present singular values, differentiable in them."""
-        deltas = [layer.delta() for layer, _ in self.layers()]
         apart = torch.is_grad_enabled() and functions.region() is not None
         with functions.kept_apart() if apart else nullcontext():
-            composed: Tensor = ComposeWeight.apply(self, base.detach(), *deltas)
+            changes = [layer.present() for layer, _ in self.layers()]
+            tensors = [one for change in changes for one in change.tensors()]
+            composed: Tensor = ComposeWeight.apply(self, base.detach(), changes, *tensors)
         return composed
 
     def _constant(self, base: Tensor) -> Tensor:
-        return self._add(base.detach(), [layer.delta().detach() for layer, _ in self.layers()])
+        return self._add(base.detach(), [layer.present() for layer, _ in self.layers()])
 
-    def _add(self, base: Tensor, deltas: Sequence[Tensor]) -> Tensor:
+    @torch.no_grad()
+    def _add(self, base: Tensor, changes: Sequence[SpectralChange]) -> Tensor:
         """Add each part's change to its region of the base's weight."""
         composed = self.copy_of(base)
-        for (layer, region), delta in zip(self.layers(), deltas, strict=True):
-            region.of(composed).add_(layer.change(delta))
+        for (layer, region), change in zip(self.layers(), changes, strict=True):
+            region.of(composed).add_(layer.change(change))
         return composed
 
     @torch.no_grad()
@@ -127,8 +132,8 @@ class AttachedWeight(KeepsDtype):
         merged = self.copy_of(base)
         for layer, region in self.layers():
             view = region.of(merged)
-            delta = layer.merging_delta()
-            view.copy_(add_delta(view, layer.factors(), delta, view=layer.view).weight)
+            terms = [(1.0, layer.merging_change())]
+            view.copy_(add_change(view, layer.factors(), terms, view=layer.view).weight)
         self._merged = (self._present(base), weakref.ref(merged))
         return merged
 
@@ -207,30 +212,33 @@ class AttachedWeight(KeepsDtype):
 
     @torch.no_grad()
     def absorb(self, base: Tensor, weight: Tensor) -> float:
-        """Set the singular values to those of a merged `weight`, if it is one.
+        """Set what is trained to what a merged `weight` has, if it is one.
+
+        Singular values and entries of M are found by projection. A layer that has scales or a
+        remainder takes back no other weight than its own.
 
         Returns
         -------
         float
-            What singular values do not explain of the difference from `base`, relative to what
-            rounding explains. Above 1 the weight is no merge of these factors; nothing is set.
+            What they do not explain of the difference from `base`, relative to what rounding
+            explains. Above 1 the weight is no merge of these factors; nothing is set.
         """
         change = (weight.to(base.device, torch.float64) - base.detach().double()).contiguous()
         rounding = torch.finfo(base.dtype).eps * float(base.detach().double().norm())
         allowed = 4 * rounding + 1e-3 * float(change.norm())
-        deltas = []
+        found = []
         for layer, region in self.layers():
             part = region.of(change)
-            deltas.append(layer.project(part))
-            part.sub_(layer.change(deltas[-1]))
+            found.append(layer.explain(part))
+            part.sub_(layer.change(found[-1]))
         share = float(change.norm()) / allowed if allowed > 0.0 else 0.0
         if share <= 1.0:
-            for (layer, _), delta in zip(self.layers(), deltas, strict=True):
-                layer.set_delta(delta)
+            for (layer, _), one in zip(self.layers(), found, strict=True):
+                layer.set_change(one)
         return share
 
     def _touched(self) -> bool:
-        return any(bool(layer.delta().any()) for layer, _ in self.layers())
+        return any(layer.present().moves() for layer, _ in self.layers())
 
     def _present(self, base: Tensor) -> Present:
         return Present(_place(base), tuple(value.clone() for value in self._moving()))
@@ -312,26 +320,39 @@ def _equal(now: Sequence[Tensor], known: Sequence[Tensor]) -> bool:
 
 
 class ComposeWeight(torch.autograd.Function):
-    """``W + sum_i U_i diag(delta_i) Vh_i`` over the parts of a live weight."""
+    """The base's weight and the changes of its parts, formed and taken apart without a graph."""
 
     @staticmethod
-    def forward(ctx: Any, weight: AttachedWeight, base: Tensor, *deltas: Tensor) -> Tensor:
+    def forward(
+        ctx: Any,
+        weight: AttachedWeight,
+        base: Tensor,
+        changes: Sequence[SpectralChange],
+        *tensors: Tensor,
+    ) -> Tensor:
         """Add each part's change to its region of the base's weight."""
         ctx.weight = weight
-        return weight._add(base, deltas)
+        given = iter(tensors)
+        ctx.changes = [
+            change.with_tensors([next(given).detach().clone() for _ in change.tensors()])
+            for change in changes
+        ]
+        return weight._add(base, ctx.changes)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
-        """Project the weight's gradient on each part's pairs of singular vectors."""
+        """Take the weight's gradient to each number that was trained."""
         weight: AttachedWeight = ctx.weight
-        grads = [
-            layer.project(region.of(gradient)) if wanted else None
-            for (layer, region), wanted in zip(
-                weight.layers(), ctx.needs_input_grad[2:], strict=True
-            )
-        ]
-        return None, None, *grads
+        wanted = iter(ctx.needs_input_grad[3:])
+        grads: list[Tensor | None] = []
+        for (layer, region), change in zip(weight.layers(), ctx.changes, strict=True):
+            asked = [next(wanted) for _ in change.tensors()]
+            if any(asked):
+                grads += layer.pull_back(change, region.of(gradient), asked)
+            else:
+                grads += [None] * len(asked)
+        return None, None, None, *grads
 
 
 # Which of the three ways a layer runs: factored, composed or residual.
@@ -345,7 +366,9 @@ def choose_way(weight: AttachedWeight, positions: int) -> Way:
 
     Operations of one training step, counted in multiply-adds for N positions of an m x n weight of
     rank k: factored ``2 N k (m + n)``; residual that and ``2 N m n``; composed ``3 N m n`` for the
-    layer and its weight gradient and ``2 m n k`` for the weight and its projection.
+    layer and its weight gradient and ``2 m n k`` for the weight and its projection. Whatever is
+    trained beside singular values is formed into the factors, whose gradient takes half as much
+    again.
 
     Parameters
     ----------
@@ -371,11 +394,11 @@ def count_operations(layer: AttachedLayer, positions: int) -> dict[Way, int]:
     """Return the multiply-adds of one training step for each way to run a layer."""
     m, k = layer.U.shape
     n = layer.Vh.numel() // k
-    factored = 2 * positions * k * (m + n)
+    factored = (2 if layer.plain else 3) * positions * k * (m + n)
     return {
         "factored": factored,
         "residual": factored + 2 * positions * m * n,
-        "composed": 3 * positions * m * n + 2 * m * n * k,
+        "composed": 3 * positions * m * n + (2 if layer.plain else 4) * m * n * k,
     }
 
 

@@ -16,6 +16,7 @@ from svftool.auditing.compare import Tuned
 from svftool.auditing.matching import Matching, NamePair, match_names, say_shapes
 from svftool.auditing.results import Shape, Unread
 from svftool.auditing.sources import AuditSource
+from svftool.auditing.spectral_changes import spectral_changes
 from svftool.auditing.ways import is_number
 from svftool.checkpoints import TensorInfo
 from svftool.errors import CheckpointError, FactorsError, shortlist
@@ -76,7 +77,7 @@ class Counterparts:
         """Singular values before and after, where that is how the fine-tune holds a layer."""
         tuned = self.source.tuned
         other = self.others.get(name)
-        if tuned is None or other is None or other not in tuned.S:
+        if tuned is None or other is None or other not in tuned.S or name in self.changes:
             return None
         return tuned.S_base[other], tuned.S[other]
 
@@ -240,6 +241,7 @@ def _of_tuned(
         base_only=tuple(one for one in strangers if one.name in gone),
         tuned_only=tuple(strangers),
         total=len(tuned.S) + len(tuned.whole),
+        changes=spectral_changes(base, tuned),
     )
 
 

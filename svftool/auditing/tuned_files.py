@@ -18,13 +18,23 @@ from svftool.auditing.ways import way_to_compare
 from svftool.checkpoints import TensorInfo, dtype_name, matrix_shape
 from svftool.errors import FactorsError
 from svftool.factors import TunedFile
-from svftool.factors.tuned import PROBE_TOLERANCE, S_TOLERANCE, Probe
+from svftool.factors.tuned import (
+    PROBE_TOLERANCE,
+    S_TOLERANCE,
+    Probe,
+    in_signs_of,
+    movement,
+)
 
 WholeMatrix = Callable[[Tensor, Tensor], Found]
 """Compares two matrices that both files hold whole."""
 
 _NO_BASE = "only one file holds it, and its base is not here"
 _TWO_WAYS = "singular values in one file, whole in the other; its base is not here"
+_NEEDS_FACTORS = (
+    "holds scales of rows or columns, a low-rank remainder, or entries of a stack, which need the "
+    "base; inspect each with its base"
+)
 _OTHER_VECTORS = "the files belong to factors with other singular vectors of this layer"
 _OTHER_VALUES = "the files start from other singular values: they belong to other factors"
 
@@ -37,6 +47,7 @@ class _Side:
     S_base: Mapping[str, Tensor]
     whole: Mapping[str, Tensor]
     file: TunedFile
+    parts: Mapping[str, Mapping[str, Tensor]]
 
     @property
     def names(self) -> dict[str, None]:
@@ -77,9 +88,13 @@ def compare_tuned(
         )
     alone = first is second
     before = _Side(
-        first.S_base if alone else first.S, first.S_base, {} if alone else first.whole, first
+        first.S_base if alone else first.S,
+        first.S_base,
+        {} if alone else first.whole,
+        first,
+        {} if alone else first.parts,
     )
-    after = _Side(second.S, second.S_base, second.whole, second)
+    after = _Side(second.S, second.S_base, second.whole, second, second.parts)
     rows: list[Row] = []
     lists: dict[str, list[Unread]] = {"base": [], "tuned": []}
     for name in before.names | after.names:
@@ -121,6 +136,11 @@ def _compared(
     turned = _turned(name, before, after)
     if turned > PROBE_TOLERANCE:
         return _OTHER_VECTORS
+    if (name in before.parts or name in after.parts) and not _equal(name, before, after):
+        sides = _inner(name, spectra, before, after)
+        if sides is None:
+            return _NEEDS_FACTORS
+        return judged_row(Row(name, "matrix"), matrix(*sides))
     found = compare_spectra(*spectra, sides=None, metrics=metrics)
     if turned and found.evidence is not None:
         # The same values on vectors that were rounded in another way make other weights.
@@ -172,7 +192,7 @@ def _turned(name: str, before: _Side, after: _Side) -> float:
     if not both or files[0].factors_fingerprint == files[1].factors_fingerprint:
         return 0.0
     rank = min(one.S[name].shape[-1] for one in files)
-    deltas = [one.delta(name)[..., :rank].numpy() for one in files]
+    deltas = [movement(one, name)[..., :rank] for one in files]
     moved = np.sqrt(np.square(deltas[0]) + np.square(deltas[1]))
     if not moved.any():
         return 0.0
@@ -182,6 +202,40 @@ def _turned(name: str, before: _Side, after: _Side) -> float:
     ]
     # Probes are rounded to half precision: that no difference is seen does not say there is none.
     return max(cut[0].mismatch(cut[1], moved), float(np.finfo(np.float64).tiny))
+
+
+def _equal(name: str, before: _Side, after: _Side) -> bool:
+    """Whether both sides hold the same numbers on the same factors."""
+    ours, theirs = (side.parts.get(name, {}) for side in (before, after))
+    same = before.file.factors_fingerprint == after.file.factors_fingerprint
+    if not same or name not in before.S or name not in after.S or ours.keys() != theirs.keys():
+        return False
+    pairs = [(before.S[name], after.S[name]), *((ours[one], theirs[one]) for one in ours)]
+    return all(torch.equal(one, other) for one, other in pairs)
+
+
+def _inner(
+    name: str, spectra: tuple[Tensor, Tensor], before: _Side, after: _Side
+) -> tuple[Tensor, Tensor] | None:
+    """Return M of both sides; None where the change does not lie in the singular basis alone.
+
+    Orthonormal vectors on both sides change no norm and no singular value: M tells all that the
+    weight would.
+    """
+    found = []
+    for S, side in zip(spectra, (before, after), strict=True):
+        parts = dict(side.parts.get(name, {}))
+        if parts.keys() - {"index", "value"} or S.ndim > 1:
+            return None
+        M = torch.diag(S)
+        if parts:
+            if side is after and side.file is not before.file:
+                parts = in_signs_of(side.file, name, before.file.probes.get(name))
+            k = side.S[name].shape[-1]
+            index = parts["index"].long()
+            M.index_put_((index // k, index % k), parts["value"].double(), accumulate=True)
+        found.append(M.float())
+    return found[0], found[1]
 
 
 def _extended(S: Tensor, start: Tensor) -> Tensor:

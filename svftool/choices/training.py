@@ -34,12 +34,19 @@ EPOCHS = 10
 LEARNING_RATES = {
     "head": 1e-3,
     "singular_values": 2e-3,
+    "entries": 2e-3,
+    "scales": 2e-3,
+    "remainder": 1e-3,
     "bias": 1e-3,
     "norm": 1e-3,
     "lora": 1e-3,
     "backbone": 2e-5,
 }
-"""Peak learning rate of each kind of parameter with AdamW."""
+"""Peak learning rate of each kind of parameter with AdamW.
+
+Entries and scales are measured in the same unit as singular values, a share of what is there; a
+remainder is a LoRA of its own.
+"""
 
 SGD_FACTOR = 10.0
 """What the rates above are multiplied by for SGD with momentum."""

@@ -13,7 +13,10 @@ from svftool.report.schemas import described
 Proposer = Callable[[str], list[str]]
 """From what was typed so far to whole words; those that do not begin like it are left out."""
 
-REGIMES = ("head", "svf", "bias", "norm", "svf+bias", "svf+norm", "lora:8", "full")
+REGIMES = (
+    "head", "svf", "svf+scale", "svf+bias", "svf+norm", "entries:4x", "core:4x", "salt:4x", "rows",
+    "bias", "norm", "lora:8", "full",
+)  # fmt: skip
 
 
 def one_of(*values: str) -> Proposer:

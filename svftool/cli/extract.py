@@ -12,6 +12,7 @@ from rich.console import RenderableType
 
 from svftool.choices.adapters import Layout, parse_adapter_rank
 from svftool.choices.dtypes import Dtype
+from svftool.choices.regimes import parse_form
 from svftool.cli.common import (
     Display,
     ExcludeOption,
@@ -24,7 +25,7 @@ from svftool.cli.common import (
 )
 from svftool.cli.completion import one_of
 from svftool.cli.push import PushFlags
-from svftool.errors import UsageError, no_such
+from svftool.errors import UsageError
 from svftool.files.folder import TUNED_SUFFIX, check_exists
 from svftool.files.output import check_output
 from svftool.files.pipeline import is_pipeline, located
@@ -34,7 +35,7 @@ if TYPE_CHECKING:
     from svftool.stages.extract_lora import LoraOptions
 
 EXAMPLE = "Example: svftool extract base.safetensors tuned.safetensors -o small.svf.safetensors"
-FORMS = ("svf", "lora", "exact")
+PROPOSED = ("svf", "svf+scale", "entries:4x", "core:4x", "salt:4x", "rows", "best", "lora", "exact")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -110,10 +111,11 @@ def command(
         str,
         typer.Option(
             "--as",
-            metavar="svf|lora|exact",
-            autocompletion=one_of(*FORMS),
-            help="A tuned file (singular values alone), a low-rank adapter, or the change bit for "
-            "bit.",
+            metavar="svf|svf+scale|entries:SIZE|core:SIZE|salt:SIZE|rows|best[:4x]|lora|exact",
+            autocompletion=one_of(*PROPOSED),
+            help="A tuned file (singular values alone, or more of the singular basis; best: the "
+            "nearest of all of at most 4 times as many numbers), a low-rank adapter, or the change "
+            "bit for bit.",
         ),
     ] = "svf",
     how: HowToAdapt,
@@ -158,12 +160,13 @@ def command(
 
 def _check(form: str, how: HowToAdapt, *, dry_run: bool, resume: bool) -> None:
     """Refuse options that the form does not take."""
-    if form not in FORMS:
-        raise UsageError(no_such("--as", form, FORMS))
+    tuned = form not in ("lora", "exact")
+    if tuned:
+        parse_form(form)
     if form != "lora":
         leave_to_first_process("extract")
     given = [*how.given(), *(["--resume"] * resume)]
-    if form == "svf" and dry_run:
+    if tuned and dry_run:
         given.append("--dry-run")
     if form != "lora" and given:
         raise UsageError(f"{given[0]} is an option of --as lora, expected --as lora with it")
@@ -213,10 +216,10 @@ class _Way:
     @property
     def suffix(self) -> str:
         """How the names of outputs end, in a folder of several."""
-        if self.form == "svf":
-            return TUNED_SUFFIX
         if self.form == "exact":
             return ".safetensors"
+        if self.form != "lora":
+            return TUNED_SUFFIX
         return "" if self.how.options().layout == "peft" else ".safetensors"
 
     @property
@@ -265,4 +268,6 @@ class _Way:
             )
         from svftool.stages.extract import extract
 
-        return extract(base, tuned, output=output, force=force, progress=self.progress)
+        return extract(
+            base, tuned, output=output, form=self.form, force=force, progress=self.progress
+        )

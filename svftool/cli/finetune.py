@@ -53,7 +53,9 @@ class RepeatFlags:
         str,
         typer.Option(
             autocompletion=list_of(*REGIMES),
-            help="Comma-separated: head, svf, bias, norm, svf+bias, svf+norm, lora:8, full.",
+            help="Comma-separated: head, svf, svf+scale, entries:SIZE[:gradient|random|band], "
+            "core:SIZE, salt:SIZE, rows, bias, norm (also +bias, +norm), lora:SIZE, full. SIZE is "
+            "a number a layer, or a multiple of svf's numbers such as 4x.",
         ),
     ] = "svf"
     seeds: Annotated[int, typer.Option(min=1, help="How many seeds; each draws anew.")] = 1

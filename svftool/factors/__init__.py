@@ -1,7 +1,7 @@
 """Factor checkpoints and tuned files: schema, reading, writing, and the merge of one weight."""
 
 from svftool.factors.assembly import ShardAssembly
-from svftool.factors.delta import Merged, add_delta, rebuild
+from svftool.factors.delta import Merged, add_change, add_delta, rebuild
 from svftool.factors.places import LayerJournal, ShardPlaces
 from svftool.factors.schema import (
     CONFIG_FILE,
@@ -11,6 +11,7 @@ from svftool.factors.schema import (
     config_to_json,
     read_config,
 )
+from svftool.factors.spectral import PARTS, SpectralChange, Terms
 from svftool.factors.spool import FinishedLayer, LayerSpool, digests_of
 from svftool.factors.store import STEM, FactorStore, LayerFactors, is_factors, open_factors
 from svftool.factors.tuned import TunedFile, check_tuned, is_tuned, read_tuned, write_tuned
@@ -25,6 +26,7 @@ from svftool.factors.writer import (
 
 __all__ = [
     "CONFIG_FILE",
+    "PARTS",
     "STEM",
     "BaseRecord",
     "FactorConfig",
@@ -38,7 +40,10 @@ __all__ = [
     "Merged",
     "ShardAssembly",
     "ShardPlaces",
+    "SpectralChange",
+    "Terms",
     "TunedFile",
+    "add_change",
     "add_delta",
     "check_names",
     "check_storable",

@@ -1,4 +1,4 @@
-"""Add a change of singular values to a weight: ``W' = W + U diag(delta) Vh``, rounded once.
+"""Add a change in the singular basis to a weight: ``W' = W + U diag(delta) Vh``, rounded once.
 
 Merging adds the change to the stored weight rather than rebuilding the weight from its factors. A
 layer whose singular values did not change therefore keeps its bytes, at any rank and in any dtype.
@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from svftool.checkpoints.views import View, from_matrix, to_matrix
+from svftool.factors.spectral import SpectralChange, Terms
 from svftool.factors.store import LayerFactors
 from svftool.numerics import ThreadPool
 from svftool.numerics.rounding import beyond, round_once
@@ -88,7 +89,31 @@ def add_delta(
     Merged
         `weight` itself where `delta` is zero throughout.
     """
-    if not torch.any(delta):
+    terms = [(1.0, SpectralChange(delta))]
+    return add_change(weight, factors, terms, view=view, clip=clip, dtype=dtype, pool=pool)
+
+
+def add_change(
+    weight: Tensor,
+    factors: LayerFactors,
+    terms: Terms,
+    *,
+    view: View,
+    clip: bool = False,
+    dtype: torch.dtype | None = None,
+    pool: ThreadPool | None = None,
+) -> Merged:
+    """Add changes in the singular basis, each with its weight, to a weight; as `add_delta`.
+
+    Parameters
+    ----------
+    weight, factors, view, clip, dtype, pool
+        See `add_delta`. ``factors.S`` is what scales of rows and columns multiply.
+    terms : sequence of (float, SpectralChange)
+        What is summed in float64 before it is rounded, once.
+    """
+    terms = [(factor, one) for factor, one in terms if factor and one.moves()]
+    if not terms:
         return Merged(weight, 0.0, 0.0)
     matrices = to_matrix(weight, view)
     merged = torch.empty_like(
@@ -99,9 +124,10 @@ def add_delta(
     if view == "batch":
         for e in range(matrices.shape[0]):
             one = LayerFactors(factors.U[e], factors.S[e], factors.Vh[e])
-            sums += _add_rows(matrices[e], one, delta[e].double(), merged[e], clip, used)
+            found = [(factor, change.one(e)) for factor, change in terms]
+            sums += _add_rows(matrices[e], _product(one, found), merged[e], clip, used)
     else:
-        sums = _add_rows(matrices, factors, delta.double(), merged, clip, used)
+        sums = _add_rows(matrices, _product(factors, terms), merged, clip, used)
     return Merged(
         from_matrix(merged, tuple(weight.shape)),
         sums.change,
@@ -181,17 +207,32 @@ class _Sums:
         return self
 
 
+def _product(factors: LayerFactors, terms: Terms) -> tuple[Tensor, Tensor]:
+    """Return two thin matrices, float64, whose product is the sum of the changes."""
+    products = [_one_product(factors, factor, change) for factor, change in terms]
+    if len(products) == 1:
+        return products[0]
+    left, right = zip(*products, strict=True)
+    return torch.cat(left, dim=1), torch.cat(right)
+
+
+def _one_product(
+    factors: LayerFactors, factor: float, change: SpectralChange
+) -> tuple[Tensor, Tensor]:
+    if change.plain:
+        # Directions that did not change cost nothing.
+        delta = change.delta.double() if factor == 1.0 else factor * change.delta.double()
+        changed = torch.nonzero(delta).flatten()
+        return factors.U[:, changed].double() * delta[changed], factors.Vh[changed].double()
+    U, S, Vh = factors.U.double(), factors.S.double(), factors.Vh.double()
+    left, right = change.to(U).product(U, S, Vh)
+    return factor * left, right
+
+
 def _add_rows(
-    matrix: Tensor,
-    factors: LayerFactors,
-    delta: Tensor,
-    merged: Tensor,
-    clip: bool,
-    pool: ThreadPool,
+    matrix: Tensor, product: tuple[Tensor, Tensor], merged: Tensor, clip: bool, pool: ThreadPool
 ) -> _Sums:
-    changed = torch.nonzero(delta).flatten()
-    left = factors.U[:, changed].double() * delta[changed]
-    right = factors.Vh[changed].double()
+    left, right = product
     m, n = matrix.shape
     rows = max(_PRODUCT_ROWS, _PRODUCT_ELEMENTS // max(1, n))
     few = max(1, _PIECE_ELEMENTS // max(1, n))
@@ -199,10 +240,10 @@ def _add_rows(
 
     def add(index: int) -> None:
         start, stop = index * rows, min((index + 1) * rows, m)
-        product = left[start:stop] @ right
+        block = left[start:stop] @ right
         for first in range(start, stop, few):
             part = slice(first, min(first + few, stop))
-            change = product[part.start - start : part.stop - start]
+            change = block[part.start - start : part.stop - start]
             found[index] += _add(matrix[part].double(), change, merged[part], clip)
 
     pool.share([partial(add, index) for index in range(len(found))])

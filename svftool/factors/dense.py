@@ -224,6 +224,7 @@ def write_mixed(
         partial,
         store=mixture.store,
         S=tuned.S,
+        parts=tuned.parts,
         whole=tuned.whole,
         task=tuned.task,
         classes=tuned.classes,

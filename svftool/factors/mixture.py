@@ -16,8 +16,18 @@ from torch import Tensor
 from svftool.checkpoints import Checkpoint, TensorInfo, class_labels, dtype_name, is_code
 from svftool.checkpoints.selection import table_role
 from svftool.errors import FactorsError, ModelError, NumericalError, UsageError, shortlist
-from svftool.factors import FactorStore, Merged, TunedFile, add_delta, read_tuned, rebuild
+from svftool.factors import (
+    FactorStore,
+    Merged,
+    SpectralChange,
+    Terms,
+    TunedFile,
+    add_change,
+    read_tuned,
+    rebuild,
+)
 from svftool.factors.delta import norm
+from svftool.factors.spectral import gathered
 from svftool.factors.stated import stated_by
 from svftool.numerics import ThreadPool
 from svftool.numerics.rounding import FLOATS, beyond, round_once
@@ -251,10 +261,10 @@ class Mixture:
             return self._mix_whole(name), None
         if name not in self._layers:
             return self._in_dtype(name, self._read(name)), None
-        delta = self.delta(name)
-        merged = self._merge_layer(name, delta, pool)
-        # The delta decides: its norm may be too small for a number, or be lost in rounding.
-        changed = bool(torch.any(delta))
+        terms = self.terms(name)
+        merged = self._merge_layer(name, terms, pool)
+        # The terms decide: their norm may be too small for a number, or be lost in rounding.
+        changed = any(one.moves() for _, one in terms)
         return merged.weight, LayerChange(
             name, changed, merged.relative_change, merged.rounding_loss
         )
@@ -269,13 +279,23 @@ class Mixture:
     def mixed(self) -> TunedFile:
         """Return the tuned file that gives the same as these do; its path is the first one's.
 
-        Singular values are float64 where float32 would not keep their change.
+        Numbers are float64 where float32 would not keep them.
+
+        Raises
+        ------
+        FactorsError
+            If scales of rows or columns would have to be summed.
         """
-        S_base, S = {}, {}
+        S_base, S, parts = {}, {}, {}
         for name in dict.fromkeys(name for one in self.experts for name in one.tuned.S):
             if name not in self.added and name not in self.replaced:
+                change = self._only_change(name)
                 S_base[name] = self.store.read_S(name).float()
-                S[name] = _narrow(S_base[name].double() + self.delta(name))
+                S[name] = _narrow(S_base[name].double() + change.delta)
+                parts[name] = {
+                    part: value if part == "index" else _narrow(value)
+                    for part, value in change.parts().items()
+                }
         stated = stated_by([(one.tuned, one.weight) for one in self.experts])
         return TunedFile(
             path=self.experts[0].tuned.path,
@@ -288,7 +308,19 @@ class Mixture:
             task=stated.task,
             classes=stated.classes,
             training=stated.training,
+            parts={name: held for name, held in parts.items() if held},
         )
+
+    def _only_change(self, name: str) -> SpectralChange:
+        """Return what changes in a layer as one change, as a tuned file holds it."""
+        terms = self.terms(name)
+        if len(terms) != 1 or terms[0][0] != 1.0:
+            raise FactorsError(
+                f"tensor {name!r}: scales of rows and columns do not add up in a tuned file, "
+                "expected one file that scales, with weight 1, and no other for this layer. Merge "
+                "them to a dense output."
+            )
+        return terms[0][1]
 
     def _read(self, name: str) -> Tensor:
         return self.store.read_whole(name) if self._values is None else self._values.read(name)
@@ -302,22 +334,24 @@ class Mixture:
         # What is not finite in the base may stay so; what overflows is refused or clipped.
         return self._rounded(name, wide, dtype, torch.where(wide.isfinite(), math.inf, wide))
 
-    def delta(self, name: str) -> Tensor:
-        """Sum the changes of one layer's singular values, in float64.
+    def terms(self, name: str) -> Terms:
+        """Return what changes in one layer, in float64: what adds up as one, scales each by itself.
 
         Raises
         ------
         NumericalError
-            If the sum is not finite.
+            If a sum is not finite.
         """
-        deltas = [one.weight * one.tuned.delta(name) for one in self.experts if name in one.tuned.S]
-        total = sum(deltas, start=torch.zeros(1, dtype=torch.float64))
-        if not bool(total.isfinite().all()):
+        held = [(one.weight, one.tuned.change(name)) for one in self.experts if name in one.tuned.S]
+        k = self.store.layers[name].rank
+        nothing = SpectralChange(torch.zeros(k, dtype=torch.float64))
+        terms = gathered(held) if held else [(1.0, nothing)]
+        if not all(one.finite() for _, one in terms):
             raise NumericalError(
                 f"tensor {name!r}: the weighted change of its singular values is not finite, "
                 "expected finite numbers. Give smaller weights."
             )
-        return total
+        return terms
 
     def _adapt(self, name: str) -> tuple[Tensor, LayerChange]:
         """Add what adapters change in a tensor, and whatever else changes it, rounded once."""
@@ -337,7 +371,7 @@ class Mixture:
                 value = one.tuned.whole[name].double()
                 change += one.weight * torch.where(value == start, 0.0, value - start)
         if name in self._layers and any(name in one.tuned.S for one in self.experts):
-            change += self._rebuilt(name, self.delta(name))
+            change += self._formed(name, self.terms(name))
         if not bool(torch.any(change)):
             return self._in_dtype(name, weight), LayerChange(name, False, 0.0, 0.0)
         total = start + change
@@ -350,15 +384,15 @@ class Mixture:
             norm(torch.nan_to_num(merged.double() - total)) / size if size > 0.0 else 0.0,
         )
 
-    def _merge_layer(self, name: str, delta: Tensor, pool: ThreadPool | None) -> Merged:
+    def _merge_layer(self, name: str, terms: Terms, pool: ThreadPool | None) -> Merged:
         layer = self.store.layers[name]
-        if self._values is not None and not torch.any(delta):
+        if self._values is not None and not any(one.moves() for _, one in terms):
             return Merged(self._in_dtype(name, self._values.read(name)), 0.0, 0.0)
         if self._values is not None:
-            merged = add_delta(
+            merged = add_change(
                 self._values.read(name),
                 self.store.read(name),
-                delta,
+                terms,
                 view=layer.view,
                 clip=self.allow_overflow,
                 dtype=self.infos[name].dtype,
@@ -367,9 +401,20 @@ class Mixture:
             self._judge(name, merged.undefined, merged.overflow, self.infos[name].dtype)
             return merged
         S = self.store.read_S(name).double()
-        change = norm(delta) / max(norm(S), torch.finfo(torch.float64).tiny)
-        weight = self._rounded(name, self._rebuilt(name, S + delta), self.infos[name].dtype)
-        return Merged(weight, change, 0.0)
+        if all(one.plain for _, one in terms):
+            change = norm(terms[0][1].delta) / max(norm(S), torch.finfo(torch.float64).tiny)
+            total = self._rebuilt(name, S + terms[0][1].delta)
+        else:
+            formed, total = self._formed(name, terms), self._rebuilt(name, S)
+            change = norm(formed) / max(norm(S), torch.finfo(torch.float64).tiny)
+            total = total + formed
+        return Merged(self._rounded(name, total, self.infos[name].dtype), change, 0.0)
+
+    def _formed(self, name: str, terms: Terms) -> Tensor:
+        """Form the change of a layer, float64 and of its shape."""
+        layer = self.store.layers[name]
+        zero = torch.zeros(layer.shape, dtype=torch.float64)
+        return add_change(zero, self.store.read(name), terms, view=layer.view).weight
 
     def _rebuilt(self, name: str, S: Tensor) -> Tensor:
         """Build a layer from its factors, in float64."""
@@ -446,7 +491,7 @@ class Mixture:
         else:
             total = _mean(name, trained) if start is None else _summed(name, start, trained)
         if in_factors:
-            total = total + self._rebuilt(name, self.delta(name))
+            total = total + self._formed(name, self.terms(name))
         return self._rounded(name, total, info.dtype, start)
 
     def _is_based(self, name: str, info: TensorInfo) -> bool:

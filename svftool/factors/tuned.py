@@ -10,7 +10,7 @@ import hashlib
 import json
 import os
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +27,7 @@ from svftool.checkpoints import (
     parse_json,
 )
 from svftool.errors import CheckpointError, FactorsError, brief, shortlist
+from svftool.factors.spectral import PARTS, SpectralChange
 from svftool.factors.store import FactorStore
 from svftool.files.folder import TUNED_KEY
 from svftool.files.hub import named_in_cache
@@ -73,9 +74,17 @@ class Probe:
         total = float(weights.sum())
         if total == 0.0:
             return 0.0
-        same = np.square(self.left - other.left) + np.square(self.right - other.right)
-        flipped = np.square(self.left + other.left) + np.square(self.right + other.right)
-        return float(np.sqrt((weights * np.minimum(same, flipped)).sum() / (2.0 * total)))
+        apart = np.minimum(self._distance(other, 1.0), self._distance(other, -1.0))
+        return float(np.sqrt((weights * apart).sum() / (2.0 * total)))
+
+    def signs(self, other: Probe) -> Float64:
+        """Return -1 for each pair of vectors that has the other joint sign in `other`, else 1."""
+        flipped = self._distance(other, -1.0) < self._distance(other, 1.0)
+        return np.where(flipped, -1.0, 1.0)
+
+    def _distance(self, other: Probe, sign: float) -> Float64:
+        left, right = self.left - sign * other.left, self.right - sign * other.right
+        return np.asarray(np.square(left) + np.square(right), dtype=np.float64)
 
 
 def probe(name: str, U: Tensor, Vh: Tensor) -> Probe:
@@ -125,6 +134,9 @@ def _unpack(text: str, shape: tuple[int, ...]) -> Float64:
 
 METADATA_KEY = TUNED_KEY
 SCHEMA_VERSION = 1
+PARTS_VERSION = 2
+"""Schema of a file that holds more of a layer than singular values; others stay what they were."""
+
 PROBE_TOLERANCE = 1e-2
 """Largest share of a delta that may land on other singular vectors, see `Probe.mismatch`."""
 
@@ -157,6 +169,9 @@ class TunedFile:
         Class names in the order of the head's outputs.
     training : mapping
         Summary of the training run.
+    parts : mapping of str to mapping of str to Tensor
+        What a layer holds beside singular values, by tensor name: ``row``, ``col``, ``index``,
+        ``value``, ``B``, ``A``; see `SpectralChange`.
     """
 
     path: Path
@@ -169,10 +184,15 @@ class TunedFile:
     task: str | None = None
     classes: tuple[str, ...] | None = None
     training: Mapping[str, Any] = field(default_factory=dict)
+    parts: Mapping[str, Mapping[str, Tensor]] = field(default_factory=dict)
 
     def delta(self, name: str) -> Tensor:
         """Change of one layer's singular values, ``S - S_base``, in float64."""
         return self.S[name].double() - self.S_base[name].double()
+
+    def change(self, name: str) -> SpectralChange:
+        """Everything that changes in one layer, in float64."""
+        return SpectralChange.of_parts(self.delta(name), self.parts.get(name, {}))
 
 
 def is_tuned(path: str | os.PathLike[str]) -> bool:
@@ -226,10 +246,10 @@ def _read_facts(path: Path, metadata: Mapping[str, str]) -> dict[str, Any]:
             f"{path}: {METADATA_KEY!r} metadata holds a JSON {kind}, expected an object. "
             "Train again."
         )
-    if facts.get("schema_version") != SCHEMA_VERSION:
+    if facts.get("schema_version") not in (SCHEMA_VERSION, PARTS_VERSION):
         found = brief(facts.get("schema_version"))
         raise FactorsError(
-            f"{path}: schema version {found}, expected {SCHEMA_VERSION}. "
+            f"{path}: schema version {found}, expected {SCHEMA_VERSION} or {PARTS_VERSION}. "
             "Use the svftool version that wrote it."
         )
     return facts
@@ -237,7 +257,9 @@ def _read_facts(path: Path, metadata: Mapping[str, str]) -> dict[str, Any]:
 
 def _tuned_from(path: Path, tensors: Checkpoint, facts: Mapping[str, Any]) -> TunedFile:
     layers = _strings(facts["layers"], "layers")
+    held = _parts_held(facts, layers)
     factor_names = {f"{name}{suffix}" for name in layers for suffix in (".S", ".S_base")}
+    factor_names |= {f"{name}.{part}" for name, parts in held.items() for part in parts}
     both = [name for name in layers if name in tensors.infos and name not in factor_names]
     if both:
         raise ValueError(
@@ -245,6 +267,7 @@ def _tuned_from(path: Path, tensors: Checkpoint, facts: Mapping[str, Any]) -> Tu
         )
     for name in layers:
         _check_values(name, tensors)
+        _check_parts(name, held.get(name, ()), tensors)
     S = {name: tensors.read(f"{name}.S").clone() for name in layers}
     packed = facts["probes"]
     classes = None if facts["classes"] is None else tuple(_strings(facts["classes"], "classes"))
@@ -261,7 +284,27 @@ def _tuned_from(path: Path, tensors: Checkpoint, facts: Mapping[str, Any]) -> Tu
         task=None if facts["task"] is None else _string(facts["task"], "task"),
         classes=classes,
         training=dict(facts["training"]),
+        parts={
+            name: {part: tensors.read(f"{name}.{part}").clone() for part in parts}
+            for name, parts in held.items()
+        },
     )
+
+
+def _parts_held(facts: Mapping[str, Any], layers: Sequence[str]) -> dict[str, list[str]]:
+    """Return what the file holds of each layer beside singular values."""
+    if facts["schema_version"] == SCHEMA_VERSION:
+        return {}
+    found = {name: _strings(parts, "parts") for name, parts in dict(facts["parts"]).items()}
+    for name, parts in found.items():
+        pairs = {"index": "value", "value": "index", "B": "A", "A": "B"}
+        alone = [part for part in parts if part in pairs and pairs[part] not in parts]
+        if name not in layers or not set(parts) <= set(PARTS) or alone:
+            raise ValueError(
+                f"{name}: parts {', '.join(parts)}, expected some of {', '.join(PARTS)} of a "
+                "layer, index with value and B with A"
+            )
+    return found
 
 
 def _string(value: Any, key: str) -> str:
@@ -295,11 +338,36 @@ def _check_values(name: str, tensors: Checkpoint) -> None:
         )
 
 
+def _check_parts(name: str, parts: Sequence[str], tensors: Checkpoint) -> None:
+    """Refuse entries, scales and remainders that are not what a layer can have."""
+    shapes = {part: tuple(tensors.infos[f"{name}.{part}"].shape) for part in parts}
+    *stack, k = tensors.infos[f"{name}.S"].shape
+    for part, shape in shapes.items():
+        info, inner = tensors.infos[f"{name}.{part}"], 2 if part in "AB" else 1
+        value = tensors.read(info.name)
+        if part == "index":
+            sound = value.dtype in (torch.int32, torch.int64) and bool(
+                ((value >= 0) & (value < k * k) & (value.long() % (k + 1) != 0)).all()
+            )
+            wanted = f"places beside the diagonal of {k} x {k}, as int32 or int64"
+        else:
+            sound = info.dtype.is_floating_point and bool(value.double().isfinite().all())
+            wanted = "finite floating numbers"
+        if not sound or shape[:-inner] != tuple(stack) or len(shape) != len(stack) + inner:
+            raise ValueError(
+                f"{info.name} is {dtype_name(info.dtype)} of shape {shape}, expected {wanted}"
+            )
+    ranks = shapes.get("B", (0,))[-1], (*shapes.get("A", ()), 0, 0)[len(stack)]
+    if shapes.get("index") != shapes.get("value") or ranks[0] != ranks[1]:
+        raise ValueError(f"{name}: parts of shapes {shapes}, expected ones that belong together")
+
+
 def write_tuned(
     path: Path,
     *,
     store: FactorStore,
     S: Mapping[str, Tensor],
+    parts: Mapping[str, Mapping[str, Tensor]] | None = None,
     whole: Mapping[str, Tensor] | None = None,
     task: str | None = None,
     classes: Sequence[str] | None = None,
@@ -316,6 +384,8 @@ def write_tuned(
         The factors that the values belong to; their ``S`` becomes ``S_base``.
     S : mapping of str to Tensor
         Trained singular values by tensor name, shape (k,) or (E, k).
+    parts : mapping of str to mapping of str to Tensor, optional
+        What else some of these layers changed, as `TunedFile.parts`.
     whole : mapping of str to Tensor, optional
         Other trained tensors by name, stored as they are.
     task : str, optional
@@ -329,9 +399,9 @@ def write_tuned(
         Of the singular values; None stores each as it is.
     """
     tensors: dict[str, Tensor] = {}
-    taken = [
-        name for one in S for name in (one, f"{one}.S", f"{one}.S_base") if name in (whole or {})
-    ]
+    held = {name: dict(parts[name]) for name in S if parts and parts.get(name)}
+    own = {name: [f"{name}.{part}" for part in ("S", "S_base", *held.get(name, ()))] for name in S}
+    taken = [name for one in S for name in (one, *own[one]) if name in (whole or {})]
     if taken:
         raise FactorsError(
             f"{path}: {shortlist(taken, 3)}: the name of a tensor that is stored whole is that of "
@@ -341,9 +411,11 @@ def write_tuned(
     for name in S:
         tensors[f"{name}.S"] = S[name].detach().to(dtype or S[name].dtype).cpu()
         tensors[f"{name}.S_base"] = store.read_S(name).float()
+        for part, value in held.get(name, {}).items():
+            tensors[f"{name}.{part}"] = _as_stored(part, value, dtype, S[name].shape[-1])
     tensors |= {name: value.detach().cpu() for name, value in (whole or {}).items()}
     facts = {
-        "schema_version": SCHEMA_VERSION,
+        "schema_version": PARTS_VERSION if held else SCHEMA_VERSION,
         "base_fingerprint": store.base_fingerprint,
         "factors_fingerprint": store.fingerprint,
         "task": task,
@@ -352,6 +424,8 @@ def write_tuned(
         "layers": list(S),
         "probes": {name: encode_probe(_probe_layer(store, name)) for name in S},
     }
+    if held:
+        facts["parts"] = {name: list(values) for name, values in held.items()}
     metadata = {"format": "pt", METADATA_KEY: json.dumps(facts, sort_keys=True)}
     layout = {name: (value.dtype, tuple(value.shape)) for name, value in tensors.items()}
     with SafetensorsWriter(path, layout, metadata=metadata) as writer:
@@ -359,16 +433,29 @@ def write_tuned(
             writer.write(name, value)
 
 
+def _as_stored(part: str, value: Tensor, dtype: torch.dtype | None, k: int) -> Tensor:
+    found = value.detach().cpu().contiguous()
+    if part == "index":
+        return found.to(torch.int32 if k * k <= torch.iinfo(torch.int32).max else torch.int64)
+    return found.to(dtype or found.dtype)
+
+
 def _probe_layer(store: FactorStore, name: str) -> Probe:
     factors = store.read(name)
     return probe(name, factors.U, factors.Vh)
 
 
-def check_tuned(tuned: TunedFile, store: FactorStore) -> None:
+def check_tuned(tuned: TunedFile, store: FactorStore) -> TunedFile:
     """Refuse a tuned file that does not belong to these factors.
 
     The same factors are accepted by their fingerprint. Other factors of the same base (a
     colleague's own decomposition) are accepted where the singular vectors that were trained agree.
+
+    Returns
+    -------
+    TunedFile
+        The file as it reads with these factors: where a pair of vectors has the other sign, entries
+        beside the diagonal do too.
 
     Raises
     ------
@@ -389,35 +476,86 @@ def check_tuned(tuned: TunedFile, store: FactorStore) -> None:
             f"{tuned.path}: {len(wrong)} layers do not fit the factors in {store.path}: "
             f"{shortlist(wrong, 3)}. Use the factors it was trained on."
         )
+    signed = [name for name, parts in tuned.parts.items() if "index" in parts]
+    if same or not signed:
+        return tuned
+    probes = {name: _probe_layer(store, name) for name in signed}
+    turned = {name: in_signs_of(tuned, name, probes[name]) for name in signed}
+    return replace(tuned, parts={**tuned.parts, **turned})
+
+
+def in_signs_of(tuned: TunedFile, name: str, other: Probe | None) -> dict[str, Tensor]:
+    """Return a layer's parts as they read with other factors, whose pairs may be flipped.
+
+    Without a probe of them, or with one of another rank, they are as they are.
+    """
+    parts = dict(tuned.parts[name])
+    if other is None or other.left.shape != tuned.probes[name].left.shape:
+        return parts
+    signs = torch.from_numpy(tuned.probes[name].signs(other))
+    index, k = parts["index"].long(), signs.shape[-1]
+    both = signs.gather(-1, index // k) * signs.gather(-1, index % k)
+    parts["value"] = parts["value"] * both.to(parts["value"].dtype)
+    return parts
 
 
 def _misfits(tuned: TunedFile, store: FactorStore) -> Iterable[str]:
-    """Yield layers that are not in the factors, or not of their rank."""
+    """Yield layers that are not in the factors, or not of their rank and shape."""
     for name, S in tuned.S.items():
         layer = store.layers.get(name)
         if layer is None:
             yield f"{name} (not decomposed)"
         elif tuple(S.shape) != (*layer.matrix[:-2], layer.rank):
             yield f"{name} (rank {layer.rank}, expected {S.shape[-1]})"
+        elif other := _other_shape(tuned.parts.get(name, {}), layer.matrix):
+            yield f"{name} ({other})"
+
+
+def _other_shape(parts: Mapping[str, Tensor], matrix: tuple[int, ...]) -> str:
+    """Say which part is not of a layer's shape; empty where all are."""
+    m, n = matrix[-2:]
+    sides = {"row": (-1, m), "col": (-1, n), "B": (-2, m), "A": (-1, n)}
+    for part, (dim, size) in sides.items():
+        if part in parts and parts[part].shape[dim] != size:
+            return f"{part} of {parts[part].shape[dim]}, expected {size}"
+    return ""
 
 
 def _disagreements(tuned: TunedFile, store: FactorStore) -> Iterable[str]:
+    yield from _misfits(tuned, store)
     for name in tuned.S:
-        if name not in store.layers:
-            yield f"{name} (not decomposed)"
+        layer = store.layers.get(name)
+        ours, theirs = (
+            (None, None)
+            if layer is None
+            else (store.read_S(name).double(), tuned.S_base[name].double())
+        )
+        if ours is None or theirs is None or ours.shape != theirs.shape:
             continue
-        ours, theirs = store.read_S(name).double(), tuned.S_base[name].double()
-        if ours.shape != theirs.shape:
-            yield f"{name} (rank {ours.shape[-1]}, expected {theirs.shape[-1]})"
-        elif float((ours - theirs).abs().max()) > S_TOLERANCE * float(theirs.abs().max()):
+        if float((ours - theirs).abs().max()) > S_TOLERANCE * float(theirs.abs().max()):
             yield f"{name} (other singular values)"
         elif _rotated(tuned, store, name):
             yield f"{name} (other singular vectors)"
 
 
 def _rotated(tuned: TunedFile, store: FactorStore, name: str) -> bool:
-    delta = tuned.delta(name)
-    if not torch.any(delta):
+    moved = movement(tuned, name)
+    if not moved.any():
         return False
-    found = tuned.probes[name].mismatch(_probe_layer(store, name), delta.numpy())
-    return found > PROBE_TOLERANCE
+    return tuned.probes[name].mismatch(_probe_layer(store, name), moved) > PROBE_TOLERANCE
+
+
+def movement(tuned: TunedFile, name: str) -> Float64:
+    """Return how much each pair of singular vectors takes part in what a layer changed, (..., k).
+
+    The root of the squares of its change and of the entries in its row and its column of M, half
+    each: the squares of all pairs add up to those of the change.
+    """
+    change = tuned.change(name)
+    squares = change.delta.square()
+    if change.index is not None and change.value is not None:
+        k = squares.shape[-1]
+        half = change.value.square() / 2.0
+        squares = squares.scatter_add(-1, change.index // k, half)
+        squares = squares.scatter_add(-1, change.index % k, half)
+    return np.asarray(squares.sqrt().numpy(), dtype=np.float64)

@@ -6,6 +6,7 @@ from dataclasses import asdict
 from typing import Any
 
 from rich.console import Group, RenderableType
+from rich.table import Table
 from rich.text import Text
 
 from svftool.errors import shortlist
@@ -23,7 +24,9 @@ def document(result: ExtractResult) -> dict[str, Any]:
     """Return the result for scripts."""
     return json.document(
         "extract",
-        form="svf",
+        form=result.form,
+        numbers=result.numbers,
+        candidates=[asdict(one) for one in result.candidates],
         output=str(result.output),
         layers=[asdict(one) for one in result.layers],
         error=result.error,
@@ -46,8 +49,12 @@ def view(result: ExtractResult) -> RenderableType:
     parts: list[RenderableType] = [table]
     if len(rows) > MOST_ROWS:
         parts.append(Text(f"and {len(rows) - MOST_ROWS} more layers, approximated better", "dim"))
+    parts += _tried(result)
+    made = (
+        "singular values" if result.form == "svf" else f"{result.form} ({result.numbers:,} numbers)"
+    )
     text = Text(
-        f"{result.error:.1%} of the change (as a norm) cannot be made by singular values.\n",
+        f"{result.error:.1%} of the change (as a norm) cannot be made by {made}.\n",
         "bold yellow" if result.poor else "",
     )
     if result.poor:
@@ -56,6 +63,19 @@ def view(result: ExtractResult) -> RenderableType:
         if listed:
             text.append(f"{title}: {shortlist(map(safe, listed), 4)}\n")
     return Group(*parts, "", text.append("tuned: ").append(safe(str(result.output)), "bold"))
+
+
+def _tried(result: ExtractResult) -> list[RenderableType]:
+    """Return the forms that were tried, the nearest first."""
+    if not result.candidates:
+        return []
+    table = Table(box=None, pad_edge=False)
+    for title in ("form", "numbers", "not reached"):
+        table.add_column(title, justify="left" if title == "form" else "right")
+    for one in sorted(result.candidates, key=lambda one: one.error):
+        style = "bold" if one.chosen else ""
+        table.add_row(one.form, f"{one.numbers:,}", f"{one.error:.1%}", style=style)
+    return ["", table, ""]
 
 
 def _instead(result: ExtractResult) -> str:

@@ -20,6 +20,7 @@ from svftool.adapters.low_rank import (
     LowRank,
     Truncated,
     along,
+    resized,
 )
 from svftool.adapters.parts import BaseModel
 from svftool.adapters.peft import LoraFolder
@@ -45,6 +46,8 @@ from svftool.choices.dtypes import DTYPES
 from svftool.errors import CheckpointError, UsageError, shortlist
 from svftool.factors import (
     FactorStore,
+    LayerFactors,
+    SpectralChange,
     TunedFile,
     is_factors,
     open_factors,
@@ -605,7 +608,7 @@ def of_tuned(
     """
     layout = options.layout or "peft"
     model = _model_of(tuned, store)
-    changed = [name for name in tuned.S if bool(tuned.delta(name).any())]
+    changed = [name for name in tuned.S if tuned.change(name).moves()]
     writer = layout_writer(layout)(model, [*changed, *tuned.whole])
     dtype = dtype_named(options.dtype or "float32")
     dropped = {name: reason for name in writer.fates if (reason := _why_not(tuned, writer, name))}
@@ -614,7 +617,7 @@ def of_tuned(
         for kind in ("low rank", "whole")
     }
     layers = [
-        Layer(name, _matrix(model.infos[name].shape), _count(tuned, name), _nothing, name)
+        Layer(name, _matrix(model.infos[name].shape), _count(tuned, store, name), _nothing, name)
         for name in kept["low rank"]
         if name not in dropped
     ]
@@ -626,8 +629,11 @@ def of_tuned(
         )
 
     def cut(name: str) -> Truncated:
-        factors, delta = store.read(name), tuned.delta(name)
-        return along(name, factors.U, delta, factors.Vh, rank, dtype=dtype)
+        factors, change = store.read(name), tuned.change(name)
+        if change.plain:
+            return along(name, factors.U, change.delta, factors.Vh, rank, dtype=dtype)
+        full = AdapterRank("count", _count(tuned, store, name))
+        return resized(_product(name, change, factors), rank or full, dtype=dtype)
 
     def rest() -> Iterator[Entries]:
         for name in (*whole, *writer.companions):
@@ -647,7 +653,7 @@ def of_tuned(
         dtype=dtype,
         whole=whole,
         dropped=[LeftOut(n, reason, model.infos[n].nbytes) for n, reason in dropped.items()],
-        lost=sum(float(tuned.delta(name).norm()) ** 2 for name in dropped if name in tuned.S),
+        lost=sum(_square(tuned, store, name) for name in dropped if name in tuned.S),
         cut=cut,
     )
 
@@ -671,8 +677,36 @@ def _why_not(tuned: TunedFile, writer: LayoutWriter, name: str) -> str:
     return "a stack of matrices" if name in tuned.S and tuned.S[name].ndim > 1 else ""
 
 
-def _count(tuned: TunedFile, name: str) -> int:
-    return int((tuned.delta(name) != 0).sum())
+def _count(tuned: TunedFile, store: FactorStore, name: str) -> int:
+    """Return the rank that a layer's change has at most."""
+    change = tuned.change(name)
+    if change.plain:
+        return int((change.delta != 0).sum())
+    m, n = store.layers[name].matrix[-2:]
+    k = change.delta.shape[-1]
+    most = min(m, n)
+    if change.linear:
+        touched = change.delta != 0
+        if change.index is not None:
+            touched = touched.scatter(-1, change.index // k, True)
+        most = int(touched.sum())
+    beside = 0 if change.B is None else change.B.shape[-1]
+    return min(m, n, most + beside)
+
+
+def _product(name: str, change: SpectralChange, factors: LayerFactors) -> LowRank:
+    """Return a layer's change as two thin matrices, in float64."""
+    U, S, Vh = (one.double() for one in (factors.U, factors.S, factors.Vh))
+    return LowRank(name, *change.to(U).product(U, S, Vh))
+
+
+def _square(tuned: TunedFile, store: FactorStore, name: str) -> float:
+    """Return the square of the norm of a layer's change."""
+    change, factors = tuned.change(name), store.read(name)
+    if change.plain:
+        return float(change.delta.norm()) ** 2
+    thin = _product(name, change, factors)
+    return float(torch.linalg.matrix_norm(thin.B @ thin.A).square().sum())
 
 
 def _before_and_after(

@@ -176,8 +176,7 @@ def convert(
         return _to_tuned(source, target, options, dry_run=dry_run, force=force, progress=progress)
     if is_tuned(source):
         with factors_of(source, options) as store:
-            tuned = read_tuned(source)
-            check_tuned(tuned, store)
+            tuned = check_tuned(read_tuned(source), store)
             work = of_tuned(tuned, store, options, rule)
             return _finish(
                 work, source, target, rule, options, dry_run=dry_run, force=force, progress=progress

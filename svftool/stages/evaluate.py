@@ -247,7 +247,7 @@ def open_source(
     store = stack.enter_context(open_factors(path))
     expert = None if tuned is None else read_tuned(tuned)
     if expert is not None:
-        check_tuned(expert, store)
+        expert = check_tuned(expert, store)
     dense = stack.enter_context(store.open_base(base, progress=progress))
     return Source(dense, store, expert, model, adapter)
 

@@ -22,11 +22,13 @@ from svftool.checkpoints import (
     table_role,
     to_matrix,
 )
+from svftool.choices.regimes import Form, Matrices, Regime, check_sizes, parse_form
 from svftool.engine import Job, run_values
 from svftool.errors import CheckpointError, FactorsError, NumericalError, UsageError, shortlist
 from svftool.factors import (
     FactorStore,
     LayerFactors,
+    SpectralChange,
     check_names,
     is_factors,
     is_tuned,
@@ -39,11 +41,16 @@ from svftool.numerics.rounding import round_once
 from svftool.progress import SILENT, Progress
 from svftool.stages.changes import BothSides
 from svftool.stages.decompose import decompose, plan
+from svftool.stages.fitting import fit
 
 LITTLE = 0.5
 """Share of a change (as a norm) that singular values may miss before an adapter is proposed."""
 ENERGY = 0.95
 """Share of the squares of the changes that a proposed rank keeps."""
+
+
+_SLACK = 1.1
+"""By how much the best may exceed its numbers: ranks and sides are whole numbers."""
 
 
 @dataclass(frozen=True)
@@ -57,8 +64,8 @@ class LayerExtract:
     change : float
         ``||W' - W||_F / ||W||_F``.
     error : float
-        ``||W' - W - U diag(S* - S) Vh||_F / ||W' - W||_F``: the share of the change that singular
-        values cannot make; 0 where nothing changed.
+        ``||W' - W - D||_F / ||W' - W||_F`` for the change D of the form, ``U diag(S* - S) Vh`` of
+        svf: the share of the change that it cannot make; 0 where nothing changed.
     """
 
     name: str
@@ -93,6 +100,28 @@ class Proposal:
 
 
 @dataclass(frozen=True)
+class Candidate:
+    """A form that was tried.
+
+    Attributes
+    ----------
+    form : str
+        Its name, as a regime.
+    numbers : int
+        How many numbers it has.
+    error : float
+        As `LayerExtract.error`, over all layers together.
+    chosen : bool
+        Whether it is the one that was written.
+    """
+
+    form: str
+    numbers: int
+    error: float
+    chosen: bool
+
+
+@dataclass(frozen=True)
 class ExtractResult:
     """What `extract` did.
 
@@ -113,6 +142,12 @@ class ExtractResult:
     proposal : Proposal or None
         Where singular values miss more than half of the change, the adapter that holds it; None
         too where that would be as large as the layers themselves.
+    form : str
+        What the change was brought into: ``svf``, ``core:8`` ...
+    numbers : int
+        How many numbers that has in the layers.
+    candidates : tuple of Candidate
+        All forms that were tried, where the best was looked for.
     """
 
     output: Path
@@ -122,10 +157,13 @@ class ExtractResult:
     missing: tuple[str, ...]
     dropped: tuple[Dropped, ...] = ()
     proposal: Proposal | None = None
+    form: str = "svf"
+    numbers: int = 0
+    candidates: tuple[Candidate, ...] = ()
 
     @property
     def poor(self) -> bool:
-        """Whether singular values make little of the change."""
+        """Whether the form makes little of the change."""
         return self.error > LITTLE
 
 
@@ -134,6 +172,7 @@ def extract(
     tuned: str | os.PathLike[str],
     *,
     output: str | os.PathLike[str],
+    form: str = "svf",
     force: bool = False,
     progress: Progress = SILENT,
 ) -> ExtractResult:
@@ -150,6 +189,9 @@ def extract(
         The dense fine-tune, or a PEFT LoRA folder.
     output : path-like
         The tuned file.
+    form : str
+        A regime of the singular basis, ``"svf+scale"`` or ``"core:8"`` say, or ``"best:4x"``: the
+        one of them that comes nearest with at most four times svf's numbers.
     force : bool
         Replace an existing output.
     progress : Progress
@@ -164,11 +206,11 @@ def extract(
     CheckpointError
         If the two have no layer in common.
     UsageError
-        If the fine-tune is a tuned file already, or the output exists.
+        If the fine-tune is a tuned file already, the output exists, or there is no such form.
     NumericalError
         If the fine-tune holds NaN or infinity where the base does not.
     """
-    target = Path(output)
+    target, wanted = Path(output), parse_form(form)
     if is_tuned(tuned):
         raise UsageError(
             f"{tuned}: a tuned file already, expected a dense fine-tune or a LoRA folder"
@@ -189,7 +231,7 @@ def extract(
             layers = [one.info.name for one in plan(base).layers]
             side = _checked(layers, before, after, progress)
             store = stack.enter_context(_factors(base, partial, progress))
-        return _extract(store, before, side, partial, target, progress)
+        return _extract(store, before, side, wanted, partial, target, progress)
 
 
 def _checked(
@@ -267,34 +309,101 @@ def _extract(
     store: FactorStore,
     before: AuditSource,
     side: Counterparts,
+    form: Form,
     partial: Path,
     target: Path,
     progress: Progress,
 ) -> ExtractResult:
     names = set(side.names)
     found = [name for name in store.layers if name in names]
-    S, rows, norms = {}, [], [0.0, 0.0]
+    matrices = [_matrix_of(store, name) for name in found]
+    for regime in form.regimes if form.times is None else ():
+        check_sizes(regime, matrices)
+    tried = {regime.name: _Tried(regime, {}, {}) for regime in form.regimes}
+    changed: dict[str, tuple[float, float]] = {}
     with progress.task("extracting", len(store.layers), unit="layers") as task:
         for name in found:
-            change = _change(before, side, name)
-            S[name], row, sums = _best(
-                name, store.read(name), to_matrix(change, store.layers[name].view)
-            )
-            rows.append(row)
-            norms = [math.hypot(one, two) for one, two in zip(norms, sums, strict=True)]
+            change = to_matrix(_change(before, side, name), store.layers[name].view)
+            factors = store.read(name)
+            changed[name] = norm(change), norm(factors.S.double())
+            for one in tried.values():
+                one.take(name, factors, change)
             task.advance(detail=name)
-    error = norms[1] / norms[0] if norms[0] > 0 else 0.0
+    total = math.hypot(*(size for size, _ in changed.values()))
+    chosen, candidates = _chosen(form, list(tried.values()), matrices, total)
+    error = chosen.error(total)
     proposal = _proposal(store, before, side, progress) if error > LITTLE else None
     whole = _changed_whole(store, before, side)
-    write_tuned(partial, store=store, S=S, whole=whole, task="extract")
+    S = {name: store.read_S(name).double() + chosen.changes[name].delta for name in found}
+    parts = {name: chosen.changes[name].parts() for name in found}
+    write_tuned(partial, store=store, S=S, parts=parts, whole=whole, task="extract")
     return ExtractResult(
         output=target,
-        layers=tuple(rows),
+        layers=tuple(
+            LayerExtract(
+                name,
+                change=size / base if base > 0 else 0.0,
+                error=chosen.rests[name] / size if size > 0 else 0.0,
+            )
+            for name, (size, base) in changed.items()
+        ),
         error=error,
         whole=tuple(whole),
         missing=tuple(name for name in store.layers if name not in S),
         dropped=_dropped(side, progress),
         proposal=proposal,
+        form=chosen.regime.name,
+        numbers=chosen.numbers(matrices),
+        candidates=candidates,
+    )
+
+
+def _matrix_of(store: FactorStore, name: str) -> tuple[int, int, int, int]:
+    layer = store.layers[name]
+    m, n = layer.matrix[-2:]
+    return math.prod(layer.matrix[:-2]), m, n, layer.rank
+
+
+@dataclass(frozen=True)
+class _Tried:
+    """A regime, the changes it makes of each layer, and what they miss."""
+
+    regime: Regime
+    changes: dict[str, SpectralChange]
+    rests: dict[str, float]
+
+    def take(self, name: str, factors: LayerFactors, change: Tensor) -> None:
+        assert self.regime.spectral is not None
+        found = fit(self.regime.spectral, factors, change)
+        S = factors.S.double() + found.change.delta
+        sound = all(bool(one.float().isfinite().all()) for one in (S, *found.change.tensors()))
+        if not bool(change.isfinite().all()) or not sound:
+            raise NumericalError(
+                f"{name!r}: its change is not finite, or beyond float32, expected finite singular "
+                "values. Name a fine-tune that did not diverge."
+            )
+        self.changes[name], self.rests[name] = found.change, found.rest
+
+    def error(self, total: float) -> float:
+        return math.hypot(*self.rests.values()) / total if total > 0 else 0.0
+
+    def numbers(self, matrices: Matrices) -> int:
+        assert self.regime.spectral is not None
+        return sum(e * self.regime.spectral.of(m, n, k).count for e, m, n, k in matrices)
+
+
+def _chosen(
+    form: Form, tried: list[_Tried], matrices: Matrices, total: float
+) -> tuple[_Tried, tuple[Candidate, ...]]:
+    """Return the form that comes nearest, of those that are small enough, and all that were."""
+    if form.times is None:
+        return tried[0], ()
+    most = _SLACK * form.times * sum(count * k for count, _, _, k in matrices)
+    small = [one for one in tried if one.numbers(matrices) <= most]
+    best = min(small, key=lambda one: (one.error(total), one.numbers(matrices)))
+    return best, tuple(
+        Candidate(one.regime.name, one.numbers(matrices), one.error(total), one is best)
+        for one in small
     )
 
 
@@ -355,32 +464,6 @@ def _change(before: AuditSource, side: Counterparts, name: str) -> Tensor:
         return change
     assert found.weight is not None
     return torch.sub(found.weight.double(), weight.double())
-
-
-def _best(
-    name: str, factors: LayerFactors, change: Tensor
-) -> tuple[Tensor, LayerExtract, tuple[float, float]]:
-    """Find the best singular values; also the norms of the change and of what is left of it.
-
-    ``S* = S + diag(U' D V)`` needs the change only, so an equal weight keeps its S to the last bit,
-    and truncated factors lose nothing.
-    """
-    U, S, Vh = factors.U.double(), factors.S.double(), factors.Vh.double()
-    delta = torch.einsum("...mk,...mk->...k", U, change @ Vh.mT)
-    found = S + delta
-    if not bool(change.isfinite().all()) or not bool(found.float().isfinite().all()):
-        raise NumericalError(
-            f"{name!r}: its change is not finite, or beyond float32, expected finite singular "
-            "values. Name a fine-tune that did not diverge."
-        )
-    total, rest = norm(change), norm(change - U * delta.unsqueeze(-2) @ Vh)
-    size = norm(S)
-    row = LayerExtract(
-        name,
-        change=total / size if size > 0 else 0.0,
-        error=rest / total if total > 0 else 0.0,
-    )
-    return found, row, (total, rest)
 
 
 def _changed_whole(

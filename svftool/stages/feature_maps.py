@@ -21,7 +21,7 @@ from torch.utils.hooks import RemovableHandle
 
 from svftool.attaching import Attachment, attach
 from svftool.errors import FactorsError, ModelError
-from svftool.factors import TunedFile, check_tuned, open_factors, read_tuned
+from svftool.factors import SpectralChange, TunedFile, check_tuned, open_factors, read_tuned
 from svftool.models import build_model, find_preprocessing
 from svftool.progress import SILENT, Progress
 from svftool.tasks.views import choose_view
@@ -121,7 +121,7 @@ def feature_maps(
     """
     trained = read_tuned(tuned)
     with open_factors(factors) as store:
-        check_tuned(trained, store)
+        trained = check_tuned(trained, store)
         with store.open_base(base, progress=progress) as checkpoint:
             net = build_model(model, checkpoint=checkpoint, trust_remote_code=trust_remote_code)
             preprocessing = find_preprocessing(checkpoint, net)
@@ -130,8 +130,8 @@ def feature_maps(
         attachment = attach(net, store)
         ranked = [name for name in _by_movement(trained) if _spatial(attachment, name)]
         seen = [
-            _inputs(attachment, ranked, view.centre([picture]), deltas)
-            for deltas in ({}, {name: trained.delta(name) for name in trained.S})
+            _inputs(attachment, ranked, view.centre([picture]), changes)
+            for changes in ({}, {name: trained.change(name) for name in trained.S})
         ]
         positioned = [name for name in ranked if all(_has_positions(one[name]) for one in seen)]
         if not positioned:
@@ -176,10 +176,13 @@ def _spatial(attachment: Attachment, name: str) -> bool:
 
 
 def _inputs(
-    attachment: Attachment, names: Sequence[str], image: Tensor, deltas: Mapping[str, Tensor]
+    attachment: Attachment,
+    names: Sequence[str],
+    image: Tensor,
+    changes: Mapping[str, SpectralChange],
 ) -> dict[str, Tensor]:
-    """Run the network with changed singular values and give what its layers were fed."""
-    attachment.set_deltas({n: d for n, d in deltas.items() if n in attachment.layers})
+    """Run the network with changed layers and give what they were fed."""
+    attachment.set_changes({n: one for n, one in changes.items() if n in attachment.layers})
     found: dict[str, Tensor] = {}
     with _listening(attachment, names, found), torch.no_grad():
         attachment.model.eval()(image)

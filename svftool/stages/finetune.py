@@ -13,10 +13,12 @@ import torch
 from torch import nn
 
 from svftool.attaching import Parametrisation, Regime, parse_regime
+from svftool.attaching.lifecycle import choose_layers, matrices_of
 from svftool.checkpoints import Checkpoint
+from svftool.choices.regimes import check_sizes
 from svftool.choices.training import check_comparison
 from svftool.errors import UsageError
-from svftool.factors import open_factors
+from svftool.factors import FactorStore, open_factors
 from svftool.files.folder import TUNED_SUFFIX, named
 from svftool.files.output import overlap
 from svftool.models import build_model, keep_vectors
@@ -56,7 +58,7 @@ class RunOptions:
     Attributes
     ----------
     include, exclude : sequence of str
-        Globs of tensor names that limit ``svf`` and ``lora`` to some layers.
+        Globs of tensor names that limit spectral regimes and ``lora`` to some layers.
     parametrisation, train_rank, nonnegative
         How ``svf`` trains singular values; see `svftool.attach`.
     log_with : sequence of str
@@ -129,8 +131,9 @@ def finetune(
     base : path-like, optional
         Where the base is, if not at its recorded place.
     regimes : sequence of str
-        Any of ``head``, ``svf``, ``bias``, ``norm``, ``svf+bias``, ``svf+norm``, ``lora:RANK`` and
-        ``full``.
+        Any that `svftool.attaching.parse_regime` reads: ``head``, ``svf``, ``svf+scale``,
+        ``entries:SIZE``, ``core:SIZE``, ``salt:SIZE``, ``rows``, ``bias``, ``norm``, ``svf+bias``,
+        ``lora:SIZE``, ``full`` ...
     seeds : int or sequence of int
         How many seeds, from 0, or which.
     settings : Settings, optional
@@ -178,6 +181,7 @@ def finetune(
         group.together(lambda: check_beside(target))
         trackers = group.together(lambda: _trackers(of_run.log_with, of_run.log_dir, target))
         store = group.together(lambda: stack.enter_context(open_factors(factors)))
+        group.together(lambda: _check_sizes(chosen, store, of_run))
         checkpoint = group.together(
             lambda: stack.enter_context(store.open_base(base, progress=progress))
         )
@@ -287,6 +291,14 @@ def _say_memory(
         )
     elif need.total >= SAID_FROM or settings.dtype == "bfloat16":
         progress.note(need.sentence())
+
+
+def _check_sizes(regimes: Sequence[Regime], store: FactorStore, options: RunOptions) -> None:
+    """Refuse regimes that are larger than the layers before anything is read or trained."""
+    if any(one.spectral is not None for one in regimes):
+        matrices = matrices_of(store, choose_layers(store, options.include, options.exclude))
+        for regime in regimes:
+            check_sizes(regime, matrices)
 
 
 def _trackers(

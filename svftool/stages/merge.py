@@ -107,8 +107,8 @@ def merge(
     """Fold tuned singular values and adapters into dense weights, or mix tuned files to one.
 
     Computes ``W + sum_i a_i D_i`` in float64, with ``D_i = U diag(S_i - S_base) Vh`` of a tuned
-    file and ``s B A`` of an adapter, and rounds once to the weight's dtype. A layer that does not
-    change keeps its bytes.
+    file (with entries, scales and a remainder: `SpectralChange`) and ``s B A`` of an adapter, and
+    rounds once to the weight's dtype. A layer that does not change keeps its bytes.
 
     Parameters
     ----------
@@ -245,9 +245,7 @@ def _experts(
     for path, weight in parts:
         if not is_adapter(path):
             assert store is not None
-            expert = Expert(read_tuned(path), weight)
-            check_tuned(expert.tuned, store)
-            experts.append(expert)
+            experts.append(Expert(check_tuned(read_tuned(path), store), weight))
             continue
         adapter = stack.enter_context(open_adapter(path))
         base = checkpoint or store
@@ -337,6 +335,7 @@ def _verify_mixed(expected: TunedFile, partial: Path, target: Path) -> None:
     """Read a tuned file again and compare it, bit for bit, with what was to be written."""
     found = read_tuned(partial)
     pairs = [(found.S, expected.S), (found.S_base, expected.S_base), (found.whole, expected.whole)]
+    pairs.append((_flat(found.parts), _flat(expected.parts)))
     wrong = [
         name
         for one, other in pairs
@@ -348,6 +347,15 @@ def _verify_mixed(expected: TunedFile, partial: Path, target: Path) -> None:
             f"{target}: {len(wrong)} tensors read back differ from what was computed: "
             f"{shortlist(wrong)}. Expected identical bytes; check the disk and the memory."
         )
+
+
+def _flat(parts: Mapping[str, Mapping[str, Tensor]]) -> dict[str, Tensor]:
+    """Return parts by the names that they have in a file; indices in one dtype."""
+    return {
+        f"{name}.{part}": value.long() if part == "index" else value
+        for name, held in parts.items()
+        for part, value in held.items()
+    }
 
 
 def _identical(one: Tensor, other: Tensor) -> bool:

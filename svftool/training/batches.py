@@ -287,6 +287,37 @@ class Batches:
         return take_rows(batch, rows, size)
 
 
+LOOKED_AT = 512
+"""Examples of the support set whose gradient chooses entries, at most."""
+
+
+def support_losses(
+    draw: Draw, model: nn.Module, device: torch.device, batch_size: int, seed: int
+) -> Iterator[Callable[[], Tensor]]:
+    """Yield what computes the loss of each batch of the support set, once through.
+
+    Parameters
+    ----------
+    draw : Draw
+        Data and loss.
+    model : nn.Module
+        On `device`, in the mode that it is to run in.
+    device : torch.device
+    batch_size : int
+    seed : int
+        Chooses the examples, of more than 512, and their augmentation.
+    """
+    order = draw.order(generator_for(seed, "slope"))[:LOOKED_AT]
+    for number, indices in enumerate(torch.split(order, min(batch_size, draw.size))):
+
+        def loss(indices: Tensor = indices, number: int = number) -> Tensor:
+            batch = draw.batch(indices, generator_for(seed, "slope", number))
+            torch.manual_seed(derived_seed(seed, "slope", number))
+            return draw.loss(model, to_device(batch, device))
+
+        yield loss
+
+
 def take_rows(batch: Any, rows: slice, size: int) -> Any:
     """Take some examples of a batch: rows of every tensor, and items of every list, of its size.
 

@@ -12,9 +12,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
-from svftool.attaching import Trainable, apply_regime
+from svftool.attaching import Trainable, apply_regime, parse_regime, weight_gradients
 from svftool.factors.stated import Support
 from svftool.machine import explain_out_of_memory, peak_memory, reset_peak_memory
 from svftool.progress import SILENT, Progress
@@ -27,7 +27,7 @@ from svftool.tasks.base import (
     Task,
     TaskMetric,
 )
-from svftool.training.batches import derived_seed, repeatable
+from svftool.training.batches import derived_seed, repeatable, support_losses
 from svftool.training.group import ALONE, Group, Interruption
 from svftool.training.loop import Outcome, train
 from svftool.training.plan import Run, TrainingPlan, file_stem
@@ -204,7 +204,7 @@ class _Comparison:
         stem = file_stem(regime, seed, task.shots, task.facts)
         label = _label(task, regime, seed)
         reset_peak_memory(plan.device)
-        trainable = self._free(prepared, regime, seed)
+        trainable = self._free(prepared, draw, regime, seed)
         self._say_absent(trainable)
         model = trainable.model
         settings = replace(plan.settings.of_regime(regime), head_scale=prepared.head_rate)
@@ -272,7 +272,7 @@ class _Comparison:
         )
         tuning = tuner.tune(
             draw,
-            lambda fold: self._free(self._prepare(fold), regime, seed),
+            lambda fold: self._free(self._prepare(fold), fold, regime, seed),
             seed=seed,
             name=file_stem(regime, seed, task.shots, task.facts),
             label=_label(task, regime, seed),
@@ -280,10 +280,31 @@ class _Comparison:
         self.stopped = tuning is None
         return tuning
 
-    def _free(self, prepared: Prepared, regime: str, seed: int) -> Trainable:
-        return self._ranks.together(lambda: self._attached(prepared, regime, seed))
+    def _free(self, prepared: Prepared, draw: Draw, regime: str, seed: int) -> Trainable:
+        slopes = self._ranks.together(lambda: self._slopes(prepared, draw, regime, seed))
+        # All processes choose by the same bits.
+        self._ranks.copy_from_first(list(slopes.values()))
+        return self._ranks.together(lambda: self._attached(prepared, regime, seed, slopes))
 
-    def _attached(self, prepared: Prepared, regime: str, seed: int) -> Trainable:
+    def _slopes(self, prepared: Prepared, draw: Draw, regime: str, seed: int) -> dict[str, Tensor]:
+        """Return the gradient by which a regime chooses entries; empty where it does not."""
+        plan, spectral = self._plan, parse_regime(regime).spectral
+        if spectral is None or spectral.entries is None or spectral.choice != "gradient":
+            return {}
+        model = prepared.model.eval()
+        with repeatable(plan.device):
+            return weight_gradients(
+                model,
+                plan.store,
+                support_losses(draw, model, plan.device, plan.settings.batch_size, seed),
+                include=plan.include or prepared.layers,
+                exclude=plan.exclude,
+                head=prepared.head,
+            )
+
+    def _attached(
+        self, prepared: Prepared, regime: str, seed: int, slopes: Mapping[str, Tensor]
+    ) -> Trainable:
         plan = self._plan
         with repeatable(plan.device):
             # LoRA draws its start from the global generator.
@@ -295,6 +316,8 @@ class _Comparison:
                 head=prepared.head,
                 include=plan.include or prepared.layers,
                 exclude=plan.exclude,
+                seed=seed,
+                gradients=slopes,
                 **plan.attaching,
             )
             for parameter in chain(*trainable.groups.values()):
@@ -310,8 +333,11 @@ class _Comparison:
                 self._progress.warn(message)
 
     def _say_absent(self, trainable: Trainable) -> None:
-        """Say once a regime what it names and the model does not have."""
+        """Say once a regime how large it is, and what it names and the model does not have."""
         name = trainable.regime.name
+        if trainable.said and trainable.said not in self._said:
+            self._said.add(trainable.said)
+            self._progress.note(trainable.said)
         if trainable.absent and name not in self._said:
             self._said.add(name)
             parts = " and ".join(f"{part} parameters" for part in trainable.absent)

@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
 
-from svftool.attaching.lifecycle import choose_layers
+from svftool.attaching.lifecycle import choose_layers, matrices_of
 from svftool.checkpoints import Checkpoint
-from svftool.choices.regimes import parse_regime
+from svftool.choices.regimes import lora_rank, parse_regime
 from svftool.choices.training import Settings
 from svftool.errors import ModelError
 from svftool.factors import FactorStore
@@ -123,22 +122,13 @@ def _need(
     weights = frozen * (numbers - vectors) + _SINGLE * vectors
     if regime.full:
         return MemoryNeed(name, _SINGLE * numbers, 0, 4 * _SINGLE * numbers)
+    matrices = matrices_of(store, layers)
     if regime.lora is not None:
-        rank = regime.lora
-        adapters = sum(
-            rank * (m + n) * math.prod(batch) for *batch, m, n in _matrices(store, layers)
-        )
+        rank = lora_rank(regime.lora, matrices)
+        adapters = sum(rank * count * (m + n) for count, m, n, _ in matrices)
         return MemoryNeed(name, weights, 0, 5 * _SINGLE * adapters)
-    if name == "head" or (regime.parts and regime.parts <= {"bias", "norm"}):
+    if regime.spectral is None:
         return MemoryNeed(name, weights, 0, 4 * _SINGLE * vectors if regime.parts else 0)
-    factors = values = 0
-    for layer in layers:
-        record = store.layers[layer]
-        *batch, m, n = record.matrix
-        values += math.prod(batch) * record.rank
-        factors += math.prod(batch) * record.rank * (m + n)
-    return MemoryNeed(name, weights, frozen * factors, 5 * _SINGLE * values)
-
-
-def _matrices(store: FactorStore, layers: Sequence[str]) -> Iterator[tuple[int, ...]]:
-    return (store.layers[name].matrix for name in layers)
+    factors = sum(count * k * (m + n) for count, m, n, k in matrices)
+    trained = sum(count * regime.spectral.of(m, n, k).count for count, m, n, k in matrices)
+    return MemoryNeed(name, weights, frozen * factors, 5 * _SINGLE * trained)

@@ -99,6 +99,7 @@ class RunWriter:
                 where,
                 store=self.store,
                 S=trainable.singular_values(),
+                parts=trainable.parts(),
                 whole=trainable.whole_tensors(),
                 task=task.name,
                 classes=task.classes,
