@@ -144,3 +144,32 @@ def test_nothing_is_proposed_where_singular_values_do(base: Path, tmp_path: Path
     save_file(after, tmp_path / "t.safetensors")
     result = run("extract", base, tmp_path / "t.safetensors", "-o", tmp_path / "x.svf.safetensors")
     assert "LoRA" not in result.stdout
+
+
+def test_other_forms_are_written_and_the_best_is_said(
+    base: Path, factors: Path, tmp_path: Path
+) -> None:
+    tensors = load_file(base)
+    scale = 1.0 + 0.3 * torch.rand(12, 1, generator=torch.Generator().manual_seed(5))
+    save_file(tensors | {"a.weight": scale * tensors["a.weight"]}, tmp_path / "t.safetensors")
+    output = tmp_path / "x.svf.safetensors"
+    shown = run("extract", factors, tmp_path / "t.safetensors", "-o", output, "--as", "best")
+    assert shown.exit_code == 0, shown.stderr
+    rows = [line.split() for line in shown.stdout.splitlines()]
+    assert next(row for row in rows if row[:1] == ["rows"])[1:] == ["18", "0.0%"]
+    assert "cannot be made by rows (18 numbers)" in shown.stdout
+    found = run(
+        "extract", factors, tmp_path / "t.safetensors", "-o", output, "--as", "best", "--json",
+        "--force",
+    )  # fmt: skip
+    document = json.loads(found.stdout)
+    assert document["form"] == "rows"
+    assert [one["form"] for one in document["candidates"] if one["chosen"]] == ["rows"]
+
+
+@pytest.mark.parametrize("form", ["best:2", "core", "lora:4", "svf+bias", "entries:3:random"])
+def test_forms_that_there_are_not(base: Path, tmp_path: Path, form: str) -> None:
+    refused = run("extract", base, base, "-o", tmp_path / "x.svf.safetensors", "--as", form)
+    assert refused.exit_code == 2
+    assert refused.stderr.startswith("error: --as")
+    assert len(refused.stderr.splitlines()) == 1

@@ -274,7 +274,9 @@ def check_sizes(regime: Regime, matrices: Matrices) -> None:
         return
     _, m, n, k = max(matrices, key=lambda found: (found[3], found[1] * found[2]))
     most = one.of(m, n, k)
-    found = f"rank {most.remainder}" if one.remainder else f"{most.entries:,} entries"
+    found = f"a remainder of rank {most.remainder}"
+    if one.remainder is None:
+        found = f"a core of side {most.side}" if one.core else f"{most.entries:,} entries"
     raise UsageError(
         f"regime {regime.name}: more numbers than any layer has; the largest, {m} x {n} of rank "
         f"{k}, takes {found}, expected no more. Give a smaller size."
