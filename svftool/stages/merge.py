@@ -24,6 +24,7 @@ from svftool.checkpoints import (
 from svftool.checkpoints.dtypes import dtype_named
 from svftool.checkpoints.pickle_writer import rivals
 from svftool.choices.dtypes import check_dtype
+from svftool.choices.merging import parse_weighted
 from svftool.errors import NumericalError, UsageError, shortlist
 from svftool.factors import (
     FactorStore,
@@ -34,7 +35,7 @@ from svftool.factors import (
     read_tuned,
 )
 from svftool.factors.dense import write_dense, write_mixed
-from svftool.factors.mixture import Expert, LayerChange, Mixture, weighted
+from svftool.factors.mixture import Expert, LayerChange, Mixture
 from svftool.factors.stated import Stated, stated_by
 from svftool.files.folder import check_dense_name, is_tuned_name, named
 from svftool.progress import SILENT, Progress
@@ -157,7 +158,7 @@ def merge(
     target = Path(output)
     written_in = _dtype(dtype, target)
     _check_options(target, tuned, base, without_base=without_base, shards=max_shard_size)
-    parts = [weighted(one) for one in tuned]
+    parts = [parse_weighted(one) for one in tuned]
     shard_bytes = None if max_shard_size is None else parse_size(max_shard_size)
     with ExitStack() as stack:
         store, checkpoint = _open(
