@@ -24,7 +24,14 @@ from svftool.merging.elementwise import (
     slerp,
     ties,
 )
-from svftool.merging.interference import Clash, Inputs, clash_of, mean_clash
+from svftool.merging.interference import (
+    Clash,
+    Inputs,
+    PairClash,
+    clash_of,
+    mean_clash,
+    mean_pairs,
+)
 from svftool.merging.spectral import iso_c, iso_cts, knots_ties, svc, tsv
 from svftool.numerics import ThreadPool
 
@@ -32,6 +39,7 @@ __all__ = [
     "Clash",
     "Combined",
     "Inputs",
+    "PairClash",
     "average",
     "breadcrumbs",
     "clash_of",
@@ -44,6 +52,7 @@ __all__ = [
     "knots_ties",
     "linear",
     "mean_clash",
+    "mean_pairs",
     "model_stock",
     "slerp",
     "svc",

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -51,6 +51,24 @@ class Clash:
 
 
 @dataclass(frozen=True)
+class PairClash:
+    """How two inputs clash; see `Clash`.
+
+    Attributes
+    ----------
+    a, b : int
+        Numbers of the inputs.
+    cosine, overlap, sign_conflicts : float
+    """
+
+    a: int
+    b: int
+    cosine: float
+    overlap: float
+    sign_conflicts: float
+
+
+@dataclass(frozen=True)
 class Inputs:
     """What is known of the changes of one tensor, two or more.
 
@@ -82,13 +100,13 @@ class Inputs:
             largest=torch.stack([S[0] if len(S) else S.new_zeros(()) for _, S, _ in bases]),
         )
 
-    def pairs(self) -> list[tuple[int, int, float, float, float]]:
-        """List numbers, cosine, overlap and sign conflicts of every pair."""
-        count = len(self.largest)
+    def pairs(self, numbers: Sequence[int]) -> list[PairClash]:
+        """List how every pair clashes, with the numbers that the inputs have elsewhere."""
+        count = len(numbers)
         return [
-            (
-                a,
-                b,
+            PairClash(
+                numbers[a],
+                numbers[b],
                 float(self.cosine[a, b]),
                 float(self.overlap[a, b]),
                 float(self.sign_conflicts[a, b]),
@@ -131,6 +149,22 @@ def mean_clash(clashes: Sequence[tuple[Clash, float]]) -> Clash:
         return math.fsum(getattr(one, name) * weight for one, weight in clashes) / total
 
     return Clash(*(mean(name) for name in Clash.__dataclass_fields__))
+
+
+def mean_pairs(found: Iterable[PairClash]) -> tuple[PairClash, ...]:
+    """Return one entry a pair: the means of all that are given of it."""
+    groups: dict[tuple[int, int], list[PairClash]] = {}
+    for one in found:
+        groups.setdefault((one.a, one.b), []).append(one)
+    return tuple(
+        PairClash(
+            *pair,
+            math.fsum(one.cosine for one in group) / len(group),
+            math.fsum(one.overlap for one in group) / len(group),
+            math.fsum(one.sign_conflicts for one in group) / len(group),
+        )
+        for pair, group in sorted(groups.items())
+    )
 
 
 def inner_products(flat: Tensor) -> Tensor:
