@@ -319,7 +319,7 @@ def test_interference_in_numpy() -> None:
 def test_the_iteration_knows_the_largest_value_of_a_flat_spectrum() -> None:
     matrix = changes(1, 300, 200)[0]
     _, S, _ = _krylov(matrix)
-    assert float(S[0]) == pytest.approx(float(torch.linalg.svdvals(matrix)[0]), rel=2e-3)
+    assert float(S[0]) == pytest.approx(float(torch.linalg.svdvals(matrix)[0]), rel=1e-2)
 
 
 def test_ties_leaves_no_sign_conflicts() -> None:

@@ -19,6 +19,7 @@ from svftool.auditing.ways import is_number
 from svftool.checkpoints import TensorInfo
 from svftool.errors import CheckpointError, FactorsError, shortlist
 from svftool.factors import TunedFile
+from svftool.numerics.products import products
 from svftool.progress import Progress
 
 _READABLE = 1 << 26
@@ -161,11 +162,11 @@ def _likeness(
     infos = base.infos[name], other.infos[theirs]
     if not all(is_number(one) and one.numel <= _READABLE for one in infos):
         return None
-    W, T = (one.double().flatten() for one in (base.read(name), other.read(theirs)))
-    norms = float(W.norm()), float(T.norm())
+    found = products(base.read(name), other.read(theirs))
+    norms = math.sqrt(found.first), math.sqrt(found.second)
     if not all(0.0 < norm < math.inf for norm in norms):
         return None
-    return float(W @ T) / norms[0] / norms[1], float((T - W).norm()) / norms[0]
+    return found.inner / norms[0] / norms[1], math.sqrt(found.apart) / norms[0]
 
 
 def _numbers(base: AuditSource, other: AuditSource, name: str, theirs: bool) -> Tensor | None:

@@ -20,10 +20,13 @@ from svftool.errors import CheckpointError, FactorsError, ModelError, shortlist
 from svftool.factors import FactorStore, TunedFile, check_tuned, is_factors, open_factors, rebuild
 from svftool.factors.stated import read_stated
 from svftool.files.folder import named
+from svftool.numerics.tall import cuts
 from svftool.processes import Processes
 from svftool.progress import Progress
 from svftool.stages.adapt import base_of
 from svftool.stages.changes import BothSides, Survey, survey_of
+
+_PART = 1 << 16
 
 KINSHIP = 0.5
 """Cosine of two checkpoints below which they are taken to have different bases.
@@ -140,12 +143,17 @@ class MergeInput:
         found = self.pair.read(name, weight)
         if found is None:
             return torch.zeros(weight.shape, dtype=torch.float32)
-        change = found.whole_change
-        if change is None:
-            assert found.weight is not None
-            change = torch.sub(found.weight.double(), weight.double())
-        # Infinity of a mask minus itself is no change.
-        return (self.weight * change.double()).nan_to_num_(0.0, 0.0, 0.0).float()
+        formed, other = found.whole_change, found.weight
+        result = torch.empty(weight.shape, dtype=torch.float32)
+        flat, start = result.view(-1), weight.reshape(-1)
+        values = (other if formed is None else formed).reshape(-1)  # type: ignore[union-attr]
+        for part in cuts(len(flat), _PART):
+            change = values[part].to(torch.float64, copy=True)  # it may be the file's own
+            if formed is None:
+                change -= start[part].double()
+            # Infinity of a mask minus itself is no change.
+            flat[part] = change.mul_(self.weight).nan_to_num_(0.0, 0.0, 0.0)
+        return result
 
     @property
     def relative_change(self) -> float:

@@ -43,6 +43,7 @@ from svftool.merging import (
 from svftool.merging.spectral import svc
 from svftool.numerics import ThreadPool
 from svftool.numerics.rounding import FLOATS
+from svftool.numerics.threads import one_thread
 from svftool.processes import Processes
 from svftool.progress import Progress
 from svftool.stages.merge_inputs import MergeBase, MergeInput
@@ -268,8 +269,9 @@ class LayerMerge:
         plan = self.plans[name]
         weight = self.base.source.read(name)
         stack = torch.empty(len(plan.inputs), *weight.shape)
-        for index, number in enumerate(plan.inputs):
-            stack[index] = self.inputs[number].delta(name, weight)
+        with one_thread():
+            for index, number in enumerate(plan.inputs):
+                stack[index] = self.inputs[number].delta(name, weight)
         return stack
 
     def _merge(self, name: str, stack: Tensor, pool: ThreadPool) -> tuple[MergedLayer, Tensor]:
