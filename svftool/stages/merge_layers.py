@@ -245,10 +245,12 @@ class LayerMerge:
         mine = share(jobs, processes.count)[processes.rank]
         # Everyone has looked at what is finished before anyone adds to it.
         processes.meet()
-        for layer, weight in self._merged(mine, progress):
+        processes.together(lambda: self._keep(mine, spool, progress))
+
+    def _keep(self, jobs: list[Job], spool: MergeSpool, progress: Progress) -> None:
+        for layer, weight in self._merged(jobs, progress):
             spool.add(layer, weight)
             del weight
-        processes.together(lambda: None)
 
     def _merged(self, jobs: list[Job], progress: Progress) -> Iterator[tuple[MergedLayer, Tensor]]:
         found = run_layers(
@@ -351,13 +353,13 @@ class LayerMerge:
 
     def _change(self, plan: TensorPlan, weight: Tensor) -> Tensor:
         name = plan.info.name
-        if plan.way == "average":
+        if plan.way == "average" or self.spec.name == "linear":
             # One at a time: a vocabulary is the largest tensor there is.
             total = torch.zeros(weight.shape, dtype=torch.float64)
             for number in plan.inputs:
                 total += self.inputs[number].delta(name, weight)
             scale = 1.0 if name.rpartition(".")[2] in _STATISTICS else self.spec.scale
-            return total * (scale / plan.asked)
+            return total * (scale / plan.asked if plan.way == "average" else scale)
         stack = self._stack(name)
         with ThreadPool() as pool:
             if plan.way == "row":
