@@ -280,6 +280,23 @@ def test_heads_of_the_same_classes_are_averaged(files: Files) -> None:
     assert set(result.heads.values()) == {"mean"}
 
 
+def test_heads_of_tuned_files_take_the_place_of_the_base(files: Files) -> None:
+    files.base["classifier.weight"] = torch.ones(5, 24)
+    base, _ = files.all()
+    factors = decompose(base, files.folder / "factors").output
+    paths = []
+    with open_factors(factors) as store:
+        for i, value in enumerate((1.0, 2.0)):
+            paths.append(files.folder / f"{i}.svf.safetensors")
+            S = {LAYERS[0]: (1.1 + i) * store.read_S(LAYERS[0])}
+            whole = {"classifier.weight": torch.full((2, 24), value)}
+            write_tuned(paths[-1], store=store, S=S, whole=whole, classes=("a", "b"))
+    result, found = files.merge(factors, paths, method="linear")
+    assert torch.equal(found["classifier.weight"], torch.full((2, 24), 1.5))
+    assert result.replaced == ("classifier.weight",)
+    assert not any(one.extra or one.missing for one in result.inputs)
+
+
 def test_a_head_that_all_share_with_the_base_is_merged_as_a_change(files: Files) -> None:
     for state in (files.base, *files.tunes):
         state["classifier.weight"] = torch.ones(5, 24)

@@ -139,11 +139,11 @@ def _named(base: MergeBase, one: MergeInput) -> dict[str, str]:
     """Return names in an input by what the base calls them, or would call them."""
     side = one.pair.side
     ours = {mine: name for name, mine in {**side.others, **side.misshapen}.items()}
-    prefix = _prefix(base, ours)
+    prefix, taken = _prefix(base, ours), {*ours.values()}
     return {
         ours.get(mine) or mine.removeprefix(prefix): mine
         for mine in one.source.infos
-        if mine in ours or mine.removeprefix(prefix) not in base.source.infos
+        if mine in ours or mine.removeprefix(prefix) not in taken
     }
 
 
