@@ -10,6 +10,7 @@ Files in, files out::
     svftool.evaluate("factors", tuned="tuned.svf.safetensors", data="test")
     svftool.predict("factors", "new-pictures", tuned="tuned.svf.safetensors")
     svftool.merge("factors", ["tuned.svf.safetensors"], output="merged.safetensors")
+    svftool.combine("base", ["birds", "cars@0.5"], output="both")
     svftool.audit("model.safetensors", ["merged.safetensors"])
     svftool.extract_lora("base", "tuned", output="lora", options=svftool.LoraOptions(rank="16"))
 
@@ -42,6 +43,7 @@ if TYPE_CHECKING:
     from svftool.factors import open_factors, read_tuned
     from svftool.stages.adapt import load_tuned
     from svftool.stages.audit import audit
+    from svftool.stages.combine import CombineOptions, combine
     from svftool.stages.convert import convert
     from svftool.stages.decompose import decompose
     from svftool.stages.evaluate import evaluate
@@ -55,6 +57,7 @@ if TYPE_CHECKING:
 __all__ = [
     "Attachment",
     "CheckpointError",
+    "CombineOptions",
     "DataError",
     "FactorsError",
     "GateError",
@@ -68,6 +71,7 @@ __all__ = [
     "__version__",
     "attach",
     "audit",
+    "combine",
     "convert",
     "decompose",
     "detach",
@@ -87,9 +91,11 @@ __all__ = [
 
 _HOMES = {
     "Attachment": "svftool.attaching",
+    "CombineOptions": "svftool.stages.combine",
     "LoraOptions": "svftool.stages.extract_lora",
     "attach": "svftool.attaching",
     "audit": "svftool.stages.audit",
+    "combine": "svftool.stages.combine",
     "convert": "svftool.stages.convert",
     "decompose": "svftool.stages.decompose",
     "detach": "svftool.attaching",

@@ -7,7 +7,6 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from functools import partial
 
-import torch
 from torch import Tensor
 
 from svftool.adapters.adapter import Adapter
@@ -21,11 +20,11 @@ from svftool.auditing.ways import is_number
 from svftool.checkpoints import TensorInfo
 from svftool.errors import CheckpointError, FactorsError, shortlist
 from svftool.factors import TunedFile
+from svftool.numerics.products import products
 from svftool.progress import Progress
 
 _READABLE = 1 << 26
 _SOME = 1 << 14
-_BLOCK = 1 << 17
 """Entries up to which a tensor is read to tell whose counterpart it is."""
 
 
@@ -164,18 +163,11 @@ def _likeness(
     infos = base.infos[name], other.infos[theirs]
     if not all(is_number(one) and one.numel <= _READABLE for one in infos):
         return None
-    inner = squares = theirs_squares = apart = 0.0
-    both = (base.read(name).flatten(), other.read(theirs).flatten())
-    for parts in zip(*(torch.split(one, _BLOCK) for one in both), strict=True):
-        W, T = (part.double() for part in parts)
-        inner += float(W @ T)
-        squares += float(W @ W)
-        theirs_squares += float(T @ T)
-        W -= T
-        apart += float(W @ W)
-    if not all(0.0 < one < math.inf for one in (squares, theirs_squares)):
+    found = products(base.read(name), other.read(theirs))
+    norms = math.sqrt(found.first), math.sqrt(found.second)
+    if not all(0.0 < norm < math.inf for norm in norms):
         return None
-    return inner / math.sqrt(squares) / math.sqrt(theirs_squares), math.sqrt(apart / squares)
+    return found.inner / norms[0] / norms[1], math.sqrt(found.apart) / norms[0]
 
 
 def _numbers(base: AuditSource, other: AuditSource, name: str, theirs: bool) -> Tensor | None:

@@ -2,19 +2,31 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
 from svftool.choices.dtypes import Dtype
+from svftool.choices.merging import (
+    METHODS,
+    Heads,
+    check_weight,
+    described_methods,
+    parse_method,
+    parse_weighted,
+)
+from svftool.choices.sizes import parse_size
 from svftool.cli.common import (
     Display,
     ForceOption,
     MovedBaseOption,
     OutputOption,
+    is_first_process,
     leave_to_first_process,
 )
+from svftool.cli.completion import one_of
 from svftool.cli.push import PushFlags, library_of
 from svftool.errors import UsageError
 from svftool.files.contents import is_exact_delta
@@ -25,24 +37,72 @@ from svftool.files.folder import (
     check_tuned_exist,
     is_tuned_name,
 )
-from svftool.files.output import check_output
+from svftool.files.output import check_output, replace_output
 from svftool.files.pipeline import is_pipeline
 
 EXAMPLE = "Example: svftool merge factors birds.svf.safetensors@0.7 -o merged.safetensors --verify"
+
+
+@dataclass(frozen=True, kw_only=True)
+class HowToCombine:
+    """What a merge of many fine-tunes takes."""
+
+    method: Annotated[
+        str | None,
+        typer.Option(
+            metavar="NAME[:PARAMETER=VALUE,...]",
+            autocompletion=one_of(*METHODS),
+            help="Make one checkpoint of fine-tunes of any kind. Names, and their parameters with "
+            f"defaults: {described_methods()}; scale=1 of all.",
+        ),
+    ] = None
+    heads: Annotated[
+        Heads | None,
+        typer.Option(
+            metavar="concat|first|drop",
+            help="Of --method: output heads of different classes: all rows, those of the first "
+            "input that has some, or the base's. Refused by default.",
+        ),
+    ] = None
+    allow_other_base: Annotated[
+        bool,
+        typer.Option(
+            "--allow-other-base", help="Of --method: take inputs that are far from the base."
+        ),
+    ] = False
+    html: Annotated[
+        Path | None,
+        typer.Option(help="Of --method: write a page with the interference, for any browser."),
+    ] = None
+    resume: Annotated[
+        bool,
+        typer.Option("--resume", help="Of --method: continue an interrupted run of the same."),
+    ] = False
+
+    def unfit(self) -> list[str]:
+        """List the options that only a merge with --method has."""
+        given = {
+            "--heads": self.heads,
+            "--allow-other-base": self.allow_other_base,
+            "--html": self.html,
+            "--resume": self.resume,
+        }
+        return [flag for flag, value in given.items() if value]
 
 
 def command(
     factors: Annotated[
         Path,
         typer.Argument(
-            help="Factors of 'svftool decompose'; for adapters alone, or an exact delta, the base."
+            help="Factors of 'svftool decompose'; for an exact delta, with --method, or for "
+            "adapters alone the base."
         ),
     ],
     tuned: Annotated[
         list[str] | None,
         typer.Argument(
-            help="Tuned files and adapters, each with an optional weight: FILE@0.5; or one exact "
-            "delta."
+            help="Tuned files and adapters, with --method fine-tunes too, each with an optional "
+            "weight: FILE@0.5; or one exact delta."
         ),
     ] = None,
     *,
@@ -54,6 +114,7 @@ def command(
     max_shard_size: Annotated[
         str | None, typer.Option(help="Reshard, such as 5GB; shards as the base's by default.")
     ] = None,
+    how: HowToCombine,
     verify: Annotated[
         bool, typer.Option("--verify", help="Read the result again and derive it anew.")
     ] = False,
@@ -72,12 +133,37 @@ def command(
     hub: PushFlags,
     display: Display,
 ) -> None:
-    """Fold tuned files and adapters into dense weights, mix tuned files, or apply a delta."""
-    leave_to_first_process("merge")
+    """Merge tuned files, adapters and fine-tunes, mix tuned files, or apply a delta."""
     hub.check()
+    if how.method is not None:
+        senseless = {"--without-base": without_base, "--dry-run": dry_run}
+        _combine(
+            factors,
+            tuned or [],
+            how,
+            unfit=[flag for flag, value in senseless.items() if value],
+            output=output,
+            options={
+                "base": base,
+                "max_shard_size": max_shard_size,
+                "verify": verify,
+                "allow_overflow": allow_overflow,
+                "dtype": dtype,
+            },
+            force=force,
+            hub=hub,
+            display=display,
+        )
+        return
+    if how.unfit():
+        raise UsageError(
+            f"{how.unfit()[0]}: an option of a merge with --method, expected one of "
+            f"{', '.join(METHODS)}. Name a method, or leave the option out."
+        )
+    leave_to_first_process("merge")
     deltas = [one for one in tuned or () if is_exact_delta(Path(one))]
     if deltas:
-        unfit = {
+        unfit: dict[str, object] = {
             "--base": base,
             "--without-base": without_base,
             "--allow-overflow": allow_overflow,
@@ -168,3 +254,92 @@ def _restore(
     display.emit(report.merge_document(result), view)
     if not options["dry_run"]:
         hub.push(output, view, base=base, relation="finetune", library=library_of(output))
+
+
+def _combine(
+    base: Path,
+    inputs: list[str],
+    how: HowToCombine,
+    *,
+    unfit: list[str],
+    output: Path,
+    options: dict[str, Any],
+    force: bool,
+    hub: PushFlags,
+    display: Display,
+) -> None:
+    """Make one checkpoint of many fine-tunes."""
+    assert how.method is not None
+    _check_combined(base, inputs, how, unfit, output, options["max_shard_size"])
+    if is_first_process():
+        _check_outputs(base, inputs, how, output, force=force)
+    from svftool.report import combine as report
+    from svftool.stages.combine import CombineOptions, combine
+
+    result = combine(
+        base,
+        inputs,
+        output=output,
+        options=CombineOptions(
+            method=how.method, heads=how.heads, other_base=how.allow_other_base, **options
+        ),
+        resume=how.resume,
+        force=force,
+        progress=display.progress(),
+    )
+    view = report.view(result)
+    if how.html is not None and is_first_process():
+        with replace_output(how.html, force=force, inputs=_paths(base, inputs)) as partial:
+            partial.write_text(report.page(result), encoding="utf-8")
+        display.wrote(how.html)
+    display.emit(report.document(result), view)
+    if is_first_process():
+        hub.push(output, view, base=base, relation="merge", library=library_of(output))
+
+
+def _check_combined(
+    base: Path,
+    inputs: list[str],
+    how: HowToCombine,
+    unfit: list[str],
+    output: Path,
+    shards: str | None,
+) -> None:
+    """Refuse what can be told from the words alone."""
+    if unfit:
+        raise UsageError(f"{unfit[0]} has no meaning with --method. Leave one of the two out.")
+    spec = parse_method(how.method or "")
+    for one in inputs:
+        check_weight(*parse_weighted(one))
+    spec.check_count(len(inputs))
+    if shards is not None:
+        parse_size(shards)
+    if is_pipeline(base):
+        raise UsageError(
+            f"{base}: a pipeline, expected a component of it with --method. Name one, such as "
+            f"{base / 'unet'}"
+        )
+    for path in _paths(base, inputs):
+        check_exists(path)
+        if is_exact_delta(path):
+            raise UsageError(
+                f"{path}: an exact delta, expected fine-tunes with --method. Restore the fine-tune "
+                "first: svftool merge BASE DELTA -o FINE-TUNE"
+            )
+    check_dense_name(output)
+
+
+def _check_outputs(
+    base: Path, inputs: list[str], how: HowToCombine, output: Path, *, force: bool
+) -> None:
+    paths = _paths(base, inputs)
+    check_output(output, force=force or how.resume, inputs=paths)
+    if how.html is not None:
+        from svftool.report.drawing import require_jinja
+
+        check_output(how.html, force=force, inputs=[*paths, output])
+        require_jinja()
+
+
+def _paths(base: Path, inputs: list[str]) -> list[Path]:
+    return [base, *(parse_weighted(one)[0] for one in inputs)]

@@ -3,29 +3,32 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import closing
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 
 from svftool.checkpoints import (
     PICKLE_SUFFIXES,
+    Checkpoint,
     CheckpointWriter,
     SafetensorsWriter,
     TensorInfo,
     dtype_name,
     is_code,
+    open_checkpoint,
     plan_shards,
     save_pickled,
     side_files,
+    tensor_digest,
     write_errors,
 )
-from svftool.errors import shortlist
-from svftool.factors import CONFIG_FILE, TunedFile, write_tuned
+from svftool.errors import NumericalError, shortlist
+from svftool.factors import CONFIG_FILE, FactorStore, TunedFile, write_tuned
 from svftool.factors.config_shapes import follow_classes, follow_shapes, is_output_head
 from svftool.factors.mixture import LayerChange, Mixture
 from svftool.factors.stated import MERGED_KEY, Stated
@@ -37,8 +40,48 @@ _ROOM = 256 << 20
 """Bytes that the tensors at work may hold together; a larger one is worked on alone."""
 
 
+class DenseValues(Protocol):
+    """What is written: the tensors of a merged checkpoint, computed one at a time."""
+
+    @property
+    def base(self) -> Checkpoint | None:
+        """The base, whose names, shards and side files the result has."""
+
+    @property
+    def store(self) -> FactorStore:
+        """The factors, where there is no base."""
+
+    @property
+    def infos(self) -> Mapping[str, TensorInfo]:
+        """Every tensor of the result."""
+
+    @property
+    def added(self) -> tuple[str, ...]:
+        """Tensors that the base does not have."""
+
+    @property
+    def dtype(self) -> torch.dtype | None:
+        """What all numbers are written in, where it is not the base's."""
+
+    @property
+    def classes(self) -> tuple[str, ...] | None:
+        """Class names of a new head."""
+
+    @property
+    def reshaped(self) -> Mapping[str, tuple[tuple[int, ...], tuple[int, ...]]]:
+        """Shapes in the base and in the result, where they differ."""
+
+    def bytes_of(self, name: str) -> int:
+        """Bound the bytes that computing a tensor takes."""
+
+    def tensor(
+        self, name: str, pool: ThreadPool | None = None
+    ) -> tuple[Tensor, LayerChange | None]:
+        """Compute one tensor, and what became of it if it is a layer; from several threads."""
+
+
 def write_dense(
-    mixture: Mixture,
+    mixture: DenseValues,
     partial: Path,
     *,
     target: Path,
@@ -50,8 +93,8 @@ def write_dense(
 
     Parameters
     ----------
-    mixture : Mixture
-        What to write.
+    mixture : DenseValues
+        What to write, such as a `Mixture`.
     partial : Path
         Where to write it now.
     target : Path
@@ -90,7 +133,7 @@ def write_dense(
 
 
 def _compute(
-    mixture: Mixture, names: Sequence[str], changes: list[LayerChange], task: ProgressTask
+    mixture: DenseValues, names: Sequence[str], changes: list[LayerChange], task: ProgressTask
 ) -> Iterator[tuple[str, Tensor]]:
     """Compute tensors of a mixture, several at a time; they come in the order given."""
     with ThreadPool(torch.get_num_threads()) as pool:
@@ -104,7 +147,7 @@ def _compute(
 
 
 def _writer(
-    mixture: Mixture, partial: Path, target: Path, max_bytes: int | None, stated: Stated | None
+    mixture: DenseValues, partial: Path, target: Path, max_bytes: int | None, stated: Stated | None
 ) -> SafetensorsWriter | CheckpointWriter:
     base, infos = mixture.base, mixture.infos
     dense = base is not None and base.format == "safetensors"
@@ -132,11 +175,11 @@ def _writer(
     )
 
 
-def _shards(mixture: Mixture, groups: Sequence[Sequence[str]]) -> list[list[TensorInfo]]:
+def _shards(mixture: DenseValues, groups: Sequence[Sequence[str]]) -> list[list[TensorInfo]]:
     return [[mixture.infos[name] for name in names] for names in groups]
 
 
-def _copy_side_files(mixture: Mixture, partial: Path, progress: Progress) -> dict[str, int]:
+def _copy_side_files(mixture: DenseValues, partial: Path, progress: Progress) -> dict[str, int]:
     """Copy what lies beside the base's weights; return what does not come along."""
     base = mixture.base
     if base is not None and not base.is_folder:
@@ -168,7 +211,7 @@ def _config(path: Path) -> Any:
     return dict(found)
 
 
-def _update(path: Path, mixture: Mixture, progress: Progress) -> None:
+def _update(path: Path, mixture: DenseValues, progress: Progress) -> None:
     """Make ``config.json`` describe the merged tensors, where they are not those of the base."""
     before = _config(path)
     config = before
@@ -190,6 +233,45 @@ def _update(path: Path, mixture: Mixture, progress: Progress) -> None:
     if config != before:
         with write_errors(path):
             path.write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+
+
+def verify_dense(mixture: DenseValues, partial: Path, target: Path, progress: Progress) -> None:
+    """Read what was written again and compare it, bit for bit, with what is derived anew.
+
+    Parameters
+    ----------
+    mixture : DenseValues
+        What was written.
+    partial, target : Path
+        Where it is now, and its later name.
+    progress : Progress
+
+    Raises
+    ------
+    NumericalError
+        If a tensor differs; all that do are named.
+    """
+    with (
+        open_checkpoint(partial) as written,
+        progress.task("verifying", len(mixture.infos), unit="tensors") as task,
+    ):
+        wrong = sorted(written.infos.keys() ^ mixture.infos.keys())
+        for name in mixture.infos.keys() & written.infos.keys():
+            expected, _ = mixture.tensor(name)
+            if not identical(written.read(name), expected):
+                wrong.append(name)
+            task.advance(detail=name)
+    if wrong:
+        raise NumericalError(
+            f"{target}: {len(wrong)} tensors read back differ from what was computed: "
+            f"{shortlist(wrong)}. Expected identical bytes; check the disk and the memory."
+        )
+
+
+def identical(one: Tensor, other: Tensor) -> bool:
+    """Tell whether two tensors have the same dtype, shape and bytes."""
+    same = one.dtype == other.dtype and one.shape == other.shape
+    return same and tensor_digest(one) == tensor_digest(other)
 
 
 def write_mixed(

@@ -7,15 +7,14 @@ import os
 import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from pathlib import Path
 from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 
-from svftool.checkpoints import Checkpoint, TensorInfo, class_labels, dtype_name, is_code
-from svftool.checkpoints.selection import table_role
-from svftool.errors import FactorsError, ModelError, NumericalError, UsageError, shortlist
+from svftool.checkpoints import Checkpoint, TensorInfo, class_labels, is_code
+from svftool.choices.merging import check_weight, parse_weighted
+from svftool.errors import FactorsError, ModelError, NumericalError, shortlist
 from svftool.factors import (
     FactorStore,
     Merged,
@@ -27,10 +26,11 @@ from svftool.factors import (
     rebuild,
 )
 from svftool.factors.delta import norm
+from svftool.factors.overflow import Rounding
 from svftool.factors.spectral import gathered
 from svftool.factors.stated import stated_by
 from svftool.numerics import ThreadPool
-from svftool.numerics.rounding import FLOATS, beyond, round_once
+from svftool.numerics.rounding import FLOATS
 
 ChangeOf = Callable[[Tensor], Tensor]
 """Forms the change of a tensor, float64 and of its shape, from the base's values."""
@@ -62,42 +62,13 @@ class Expert:
     changes: Mapping[str, ChangeOf] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        if not math.isfinite(self.weight):
-            raise UsageError(
-                f"{self.tuned.path}: weight {self.weight}, expected a finite number such as in "
-                f"{self.tuned.path.name}@0.5"
-            )
+        check_weight(self.tuned.path, self.weight)
 
     @classmethod
     def parse(cls, given: str | os.PathLike[str] | tuple[str | os.PathLike[str], float]) -> Expert:
         """Read a tuned file given as a path, ``PATH@WEIGHT``, or a pair of both."""
-        path, weight = weighted(given)
+        path, weight = parse_weighted(given)
         return cls(read_tuned(path), weight)
-
-
-def weighted(
-    given: str | os.PathLike[str] | tuple[str | os.PathLike[str], float],
-) -> tuple[Path, float]:
-    """Split what is given as a path, ``PATH@WEIGHT``, or a pair of both.
-
-    Raises
-    ------
-    UsageError
-        If the weight is no number.
-    """
-    if isinstance(given, tuple):
-        path, weight = given
-        return Path(path), float(weight)
-    text = os.fspath(given)
-    before, separator, after = text.rpartition("@")
-    if not separator or os.path.exists(text):  # noqa: PTH110
-        return Path(text), 1.0
-    try:
-        return Path(before), float(after)
-    except ValueError:
-        raise UsageError(
-            f"{text}: weight {after!r}, expected a number such as in {before}@0.5"
-        ) from None
 
 
 @dataclass(frozen=True)
@@ -161,7 +132,7 @@ class Mixture:
         Every tensor of the result: the base's in its order, then added ones.
     added, replaced : tuple of str
         Tensors trained whole that the base does not have, and that it has.
-    clipped : dict of str to int
+    clipped : mapping of str to int
         How many values were clipped, by tensor; of the tensors computed so far.
 
     Raises
@@ -191,7 +162,8 @@ class Mixture:
         self._values = base
         self.experts = tuple(experts)
         self.allow_overflow = allow_overflow
-        self.clipped: dict[str, int] = {}
+        self._rounding = Rounding(allow_overflow=allow_overflow)
+        self.clipped: Mapping[str, int] = self._rounding.clipped
         self._base_infos = _stored_infos(self.store) if base is None else base.infos
         trained = dict.fromkeys(name for one in experts for name in one.tuned.whole)
         self._adapted = {name for one in experts for name in one.changes}
@@ -398,7 +370,7 @@ class Mixture:
                 dtype=self.infos[name].dtype,
                 pool=pool,
             )
-            self._judge(name, merged.undefined, merged.overflow, self.infos[name].dtype)
+            self._rounding.judge(name, merged.undefined, merged.overflow, self.infos[name].dtype)
             return merged
         S = self.store.read_S(name).double()
         if all(one.plain for _, one in terms):
@@ -426,35 +398,7 @@ class Mixture:
     def _rounded(
         self, name: str, values: Tensor, dtype: torch.dtype, start: Tensor | None = None
     ) -> Tensor:
-        """Round float64 values once; refuse what is not finite, or clip what overflows."""
-        nan, over = values.isnan(), beyond(values, dtype) | values.isinf()
-        if start is not None:
-            # A mask may hold infinity, and stays as it is.
-            same = (values == start) | (values.isnan() & start.isnan())
-            nan, over = nan & ~same, over & ~same
-        elif _may_be_infinite(self.infos[name]):
-            over &= ~values.isinf()
-        count = int(over.sum())
-        if count and self.allow_overflow:
-            limits = torch.finfo(dtype) if dtype.is_floating_point else torch.iinfo(dtype)
-            values = torch.where(over, values.clamp(limits.min, limits.max), values)
-        self._judge(name, int(nan.sum()), count, dtype)
-        return round_once(values, dtype)
-
-    def _judge(self, name: str, undefined: int, overflow: int, dtype: torch.dtype) -> None:
-        """Refuse what would be written not finite; note what was clipped."""
-        if undefined:
-            raise NumericalError(
-                f"tensor {name!r}: {undefined} values would be NaN, expected finite ones. "
-                "Leave out the tuned file that holds them, or give smaller weights."
-            )
-        if overflow and not self.allow_overflow:
-            raise NumericalError(
-                f"tensor {name!r}: {overflow} values overflow {dtype_name(dtype)}, expected "
-                "finite ones. Give smaller weights, or clip them with --allow-overflow."
-            )
-        if overflow:
-            self.clipped[name] = overflow
+        return self._rounding.round(self.infos[name], values, dtype, start)
 
     def _whole_info(self, name: str) -> TensorInfo:
         tensors = [one.tuned.whole[name] for one in self.experts if name in one.tuned.whole]
@@ -581,10 +525,6 @@ def _is_storable(value: Tensor, dtype: torch.dtype) -> bool:
 
 def _is_number(info: TensorInfo) -> bool:
     return info.layout == "dense" and info.dtype in FLOATS and not is_code(info)
-
-
-def _may_be_infinite(info: TensorInfo) -> bool:
-    return table_role(info) == "attention mask"
 
 
 def _summed(name: str, start: Tensor, trained: Sequence[Expert]) -> Tensor:

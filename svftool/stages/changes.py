@@ -13,6 +13,7 @@ from svftool.auditing import AuditSource, Counterparts, Tuned
 from svftool.auditing.evidence import EDGE_MARGIN
 from svftool.checkpoints import table_role, to_matrix
 from svftool.errors import CheckpointError, NumericalError, shortlist
+from svftool.numerics.products import products
 from svftool.numerics.rounding import coarser, precision_of, rounding_noise
 from svftool.processes import ALONE, Processes
 from svftool.progress import Progress
@@ -171,6 +172,9 @@ def _compare(pair: BothSides, name: str) -> _Compared:
     if other.dtype.is_complex or weight.dtype.is_complex:
         same = torch.equal(other, weight)
         return 0.0 if same else float((other - weight).abs().square().sum()), [0.0] * 3, True
+    quick = products(weight, other, change=formed is not None)
+    if all(map(math.isfinite, (quick.inner, quick.first, quick.second, quick.apart))):
+        return quick.apart, [quick.inner, quick.first, quick.second], True
     squares, sums = 0.0, [0.0, 0.0, 0.0]
     one, two = weight.reshape(-1), other.reshape(-1)
     for at in range(0, one.numel(), _PART):

@@ -19,11 +19,11 @@ from svftool.checkpoints import (
     open_checkpoint,
     parse_size,
     replace_output,
-    tensor_digest,
 )
 from svftool.checkpoints.dtypes import dtype_named
 from svftool.checkpoints.pickle_writer import rivals
 from svftool.choices.dtypes import check_dtype
+from svftool.choices.merging import parse_weighted
 from svftool.errors import NumericalError, UsageError, shortlist
 from svftool.factors import (
     FactorStore,
@@ -33,8 +33,8 @@ from svftool.factors import (
     open_factors,
     read_tuned,
 )
-from svftool.factors.dense import write_dense, write_mixed
-from svftool.factors.mixture import Expert, LayerChange, Mixture, weighted
+from svftool.factors.dense import identical, verify_dense, write_dense, write_mixed
+from svftool.factors.mixture import Expert, LayerChange, Mixture
 from svftool.factors.stated import Stated, stated_by
 from svftool.files.folder import check_dense_name, is_tuned_name, named
 from svftool.progress import SILENT, Progress
@@ -157,7 +157,7 @@ def merge(
     target = Path(output)
     written_in = _dtype(dtype, target)
     _check_options(target, tuned, base, without_base=without_base, shards=max_shard_size)
-    parts = [weighted(one) for one in tuned]
+    parts = [parse_weighted(one) for one in tuned]
     shard_bytes = None if max_shard_size is None else parse_size(max_shard_size)
     with ExitStack() as stack:
         store, checkpoint = _open(
@@ -190,7 +190,7 @@ def merge(
                     stated=stated,
                 )
                 if verify:
-                    _verify(mixture, partial, target, progress)
+                    verify_dense(mixture, partial, target, progress)
     changed = {one.name for one in changes if one.changed}
     return MergeResult(
         output=target,
@@ -340,7 +340,7 @@ def _verify_mixed(expected: TunedFile, partial: Path, target: Path) -> None:
         name
         for one, other in pairs
         for name in dict.fromkeys((*one, *other))
-        if name not in one or name not in other or not _identical(one[name], other[name])
+        if name not in one or name not in other or not identical(one[name], other[name])
     ]
     if wrong:
         raise NumericalError(
@@ -358,11 +358,6 @@ def _flat(parts: Mapping[str, Mapping[str, Tensor]]) -> dict[str, Tensor]:
     }
 
 
-def _identical(one: Tensor, other: Tensor) -> bool:
-    same = one.dtype == other.dtype and one.shape == other.shape
-    return same and tensor_digest(one) == tensor_digest(other)
-
-
 def _tell_dropped(base: Checkpoint | None, target: Path, progress: Progress) -> dict[str, int]:
     """Warn of entries of a pickled base that are not merged; return those left out."""
     if base is None:
@@ -378,23 +373,3 @@ def _tell_dropped(base: Checkpoint | None, target: Path, progress: Progress) -> 
             "loaders take in place of the merged ones"
         )
     return left
-
-
-def _verify(mixture: Mixture, partial: Path, target: Path, progress: Progress) -> None:
-    """Read what was written again and compare it, bit for bit, with what is derived anew."""
-    with (
-        open_checkpoint(partial) as written,
-        progress.task("verifying", len(mixture.infos), unit="tensors") as task,
-    ):
-        wrong = sorted(written.infos.keys() ^ mixture.infos.keys())
-        for name in mixture.infos.keys() & written.infos.keys():
-            expected, _ = mixture.tensor(name)
-            found = written.read(name)
-            if not _identical(found, expected):
-                wrong.append(name)
-            task.advance(detail=name)
-    if wrong:
-        raise NumericalError(
-            f"{target}: {len(wrong)} tensors read back differ from what was computed: "
-            f"{shortlist(wrong)}. Expected identical bytes; check the disk and the memory."
-        )
