@@ -24,7 +24,7 @@ _DEPENDENT = 1e-6
 
 
 @dataclass(frozen=True)
-class Directions:
+class Triplets:
     """Leading singular values and vectors; what is no more than rounding is left out.
 
     Attributes
@@ -42,7 +42,7 @@ class Directions:
 
 def directions(
     matrix: Tensor, pool: ThreadPool, *, most: int | None = None, floor: float = 0.0
-) -> Directions:
+) -> Triplets:
     """Find the leading singular values and vectors of a change.
 
     The eigenvectors of the Gram matrix of the short side, in float64; LAPACK for small ones. The
@@ -63,7 +63,7 @@ def directions(
     if A.top == 0.0 or most == 0:
         m, n = matrix.shape
         zero = torch.zeros(m, n, dtype=torch.float64, device=matrix.device)
-        return Directions(zero[:, :0], zero.new_zeros(0), zero[:0])
+        return Triplets(zero[:, :0], zero.new_zeros(0), zero[:0])
     if A.n > _SMALL:
         try:
             return _by_gram(A, most, pool, floor)
@@ -71,14 +71,14 @@ def directions(
             pass
     found = svd(matrix, rank=most, dtype=torch.float64, pool=pool)
     count = _above_rounding(found.S, floor)
-    return Directions(found.U[:, :count], found.S.double()[:count], found.Vh[:count])
+    return Triplets(found.U[:, :count], found.S.double()[:count], found.Vh[:count])
 
 
 def _above_rounding(S: Tensor, floor: float) -> int:
     return int((max(float(S[0]) * NULL, floor) < S).sum())
 
 
-def _by_gram(A: Tall, most: int | None, pool: ThreadPool, floor: float) -> Directions:
+def _by_gram(A: Tall, most: int | None, pool: ThreadPool, floor: float) -> Triplets:
     values, rows = eigenvectors(gram(A, pool), Choose(most), pool)
     S = values[: len(rows)].clamp_min(0.0).sqrt()
     count = _above_rounding(S, floor * 2.0**-A.exponent)
@@ -91,7 +91,7 @@ def _by_gram(A: Tall, most: int | None, pool: ThreadPool, floor: float) -> Direc
 
     pool.share([partial(block, part) for part in A.slices()])
     S = S * 2.0**A.exponent
-    return Directions(V.mT, S, U.mT) if A.transposed else Directions(U, S, V)
+    return Triplets(V.mT, S, U.mT) if A.transposed else Triplets(U, S, V)
 
 
 def nearest_orthogonal(columns: Tensor, pool: ThreadPool) -> Tensor:
