@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import cast
+from typing import TYPE_CHECKING, cast
 
 import torch
 from torch import Tensor, nn
@@ -49,13 +49,14 @@ class Extras(KeepsDtype):
 
     exempt = (*_SLOTS, "unit")
 
-    row: nn.Parameter | None
-    col: nn.Parameter | None
-    entry: nn.Parameter | None
-    B: nn.Parameter | None
-    A: nn.Parameter | None
-    still: nn.Parameter | None
-    unit: nn.Parameter | None
+    if TYPE_CHECKING:  # torch.jit reads annotations, and knows none of these
+        row: nn.Parameter | None
+        col: nn.Parameter | None
+        entry: nn.Parameter | None
+        B: nn.Parameter | None
+        A: nn.Parameter | None
+        still: nn.Parameter | None
+        unit: nn.Parameter | None
 
     def __init__(self) -> None:
         super().__init__()

@@ -18,8 +18,9 @@ from svftool.training.results import FinetuneResult, front
 
 PAPER = "#fefefe"
 """What hollow marks are filled with; a page puts its own colour in its place."""
-_WIDTH, _HEIGHT = 4.6, 3.2
-_STYLE: Mapping[str, Any] = {**STYLE, "font.size": 9, "axes.titlesize": 10}
+_WIDTH, _HEIGHT = 4.4, 3.2
+_STYLE: Mapping[str, Any] = {**STYLE, "font.size": 10, "axes.titlesize": 10}
+_DECADES = 2.0
 _GAP = 7.0
 """Points between a mark and its name."""
 
@@ -96,6 +97,7 @@ def _panel(
     starts = {round(scale * one.before, 6) for one in shown if math.isfinite(one.before)}
     if len(starts) == 1:
         axes.axhline(starts.pop(), color=QUIET, lw=1.0, ls=(0, (4, 2)), zorder=0)
+    _tick(axes)
     axes.grid(axis="y", color=LINE, lw=0.7)
     axes.set_axisbelow(True)
     axes.margins(x=0.14, y=0.16)
@@ -103,6 +105,31 @@ def _panel(
     task = f" ({plain(group.title)})" if group.title else ""
     axes.set_title(f"{plain(result.metric)}{unit} against trained numbers{task}", color=INK)
     axes.set_xlabel("\n".join(_notes(group)), size="small")
+
+
+def _tick(axes: Any) -> None:
+    """Write numbers at the decades, and at 2 and 5 times as much where few of them are seen."""
+    from matplotlib.ticker import FuncFormatter, LogLocator, NullLocator
+
+    left, right = axes.get_xlim()
+    few = math.log10(right / left) < _DECADES
+    axes.xaxis.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0) if few else (1.0,)))
+    axes.xaxis.set_major_formatter(FuncFormatter(lambda count, _: _count(count)))
+    axes.xaxis.set_minor_locator(NullLocator())
+
+
+def _count(number: float) -> str:
+    """Write how many, shortly.
+
+    Examples
+    --------
+    >>> [_count(one) for one in (500, 2e4, 1e6, 5e9)]
+    ['500', '20k', '1M', '5G']
+    """
+    for unit, letter in ((1e9, "G"), (1e6, "M"), (1e3, "k")):
+        if number >= unit:
+            return f"{number / unit:g}{letter}"
+    return f"{number:g}"
 
 
 def _notes(group: RunGroup) -> Iterator[str]:
@@ -148,7 +175,7 @@ def _name(
             low, high = (_points(axes, 1.0, _scale(result) * end)[1] for end in one.ci95)
             taken.append(_Box(x - 1, low, x + 1, high))
     for one, (x, y) in zip(shown, places, strict=True):
-        width, height = 5.2 * len(one.regime), 9.0
+        width, height = 5.6 * len(one.regime), 10.0
         boxes = [
             (across, up, _Box(x + across, y + up, x + across + width, y + up + height))
             for across, up in _offsets(width, height)
