@@ -18,7 +18,8 @@ from svftool.training.results import FinetuneResult, front
 
 PAPER = "#fefefe"
 """What hollow marks are filled with; a page puts its own colour in its place."""
-_WIDTH, _HEIGHT = 4.4, 3.2
+_ON_PAGE, _ALONE = (4.4, 3.2), (7.0, 4.6)
+"""Inches: a page is read on a telephone, a picture alone has room for more names."""
 _STYLE: Mapping[str, Any] = {**STYLE, "font.size": 10, "axes.titlesize": 10}
 _DECADES = 2.0
 _GAP = 7.0
@@ -48,26 +49,34 @@ def save_curve(result: FinetuneResult, path: Path | IO[bytes], *, kind: str) -> 
     MissingDependencyError
         If matplotlib is not installed.
     """
-    _draw(result, path, kind=kind, facecolor="white")
+    _draw(result, path, kind=kind, facecolor="white", size=_ALONE)
 
 
 def curve_svg(result: FinetuneResult) -> str:
     """Return the figure as an ``<svg>`` element for a page, without a background."""
     stream = io.BytesIO()
-    _draw(result, stream, kind="svg", facecolor="none")
+    _draw(result, stream, kind="svg", facecolor="none", size=_ON_PAGE)
     text = stream.getvalue().decode("utf-8")
     return text[text.index("<svg") :]
 
 
-def _draw(result: FinetuneResult, path: Path | IO[bytes], *, kind: str, facecolor: str) -> None:
+def _draw(
+    result: FinetuneResult,
+    path: Path | IO[bytes],
+    *,
+    kind: str,
+    facecolor: str,
+    size: tuple[float, float],
+) -> None:
     mpl = require_matplotlib()
     from matplotlib.figure import Figure
 
     groups = [one for one in grouped(result) if any(row.measured for row in one.summaries)]
     looks = looks_of(result.runs)
     with mpl.rc_context(dict(_STYLE)):
-        figure = Figure(figsize=(_WIDTH, _HEIGHT * max(1, len(groups))), layout="constrained")
-        panels = figure.subplots(max(1, len(groups)), squeeze=False)[:, 0]
+        count = max(1, len(groups))
+        figure = Figure(figsize=(size[0], size[1] * count), layout="constrained")
+        panels = figure.subplots(count, squeeze=False)[:, 0]
         for axes, group in zip(panels, groups, strict=False):
             _panel(axes, result, group, looks)
         figure.draw_without_rendering()
