@@ -21,7 +21,7 @@ from svftool.errors import (
     CheckpointError,
     FactorsError,
     NumericalError,
-    SvftoolError,
+    ResourceError,
     UsageError,
 )
 from svftool.factors import write_tuned
@@ -400,10 +400,6 @@ def test_document_table_and_page(files: Files) -> None:
 # Interrupted and shared work.
 
 
-class Stop(SvftoolError):
-    """Ends a run."""
-
-
 def test_an_interrupted_merge_goes_on_where_it_was(files: Files, monkeypatch) -> None:
     base, paths = files.all()
     _, expected = files.merge(base, paths, "whole.safetensors", method="tsv")
@@ -411,13 +407,13 @@ def test_an_interrupted_merge_goes_on_where_it_was(files: Files, monkeypatch) ->
 
     def stopping(self, layer, weight):
         if len(calls) == 2:
-            raise Stop
+            raise ResourceError("cut off")
         calls.append(layer.name)
         real(self, layer, weight)
 
     options = CombineOptions(method="tsv")
     monkeypatch.setattr(merge_layers.MergeSpool, "add", stopping)
-    with pytest.raises(Stop):
+    with pytest.raises(ResourceError):
         combine(base, paths, output=files.folder / "o.safetensors", options=options)
     again: list[str] = []
 
