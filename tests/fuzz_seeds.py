@@ -150,6 +150,19 @@ def _trained(folder: Path) -> None:
     _svftool(folder, "finetune", "factors", "-o", "trained.svf.safetensors", *words)
 
 
+def _spectral(folder: Path) -> None:
+    """Write tuned files that hold more than singular values."""
+    write_factors(folder)
+    for name, form in (("entries", "entries:2"), ("scale", "svf+scale"), ("salt", "salt:1")):
+        words = ("extract", "base.safetensors", "tuned.safetensors", "--as", form)
+        _svftool(folder, *words, "-o", f"{name}.parts.svf.safetensors")
+
+
+def _combined(folder: Path) -> None:
+    write_factors(folder)
+    _save(_other(Plain().state_dict(), 0.2), folder / "second.safetensors")
+
+
 def _merged(folder: Path) -> None:
     _trained(folder)
     _svftool(folder, "merge", "factors", "trained.svf.safetensors", "-o", "merged.safetensors")
@@ -381,6 +394,8 @@ _EVALUATE = ("evaluate", "base.safetensors", "--model", "net.py:Plain")
 _PIXELS = ("evaluate", "base.safetensors", "--task", "segmentation", "--model", "net.py:Pixels")
 _ONE_STEP = ("--shots", "1", "--steps", "1", "--batch-size", "2")
 
+_COMBINE = ("merge", "base.safetensors", "tuned.safetensors", "second.safetensors")
+
 FORMATS = (
     Format("safetensors", _dense, ("base.safetensors", "tuned.safetensors"), (
         ("inspect", "base.safetensors", "tuned.safetensors", "--json", "--csv", "out.csv"),
@@ -478,6 +493,22 @@ FORMATS = (
         ("convert", "{}", "-o", "out.safetensors", "--rank", "1"),
         ("convert", "{}", "-o", "out", "--layout", "peft", "--base", "base.safetensors"),
         ("inspect", "base.safetensors", "{}"), ("info", "{}", "--check"),
+    )),
+    Format("spectral", _spectral, ("*.parts.svf.safetensors",), (
+        ("merge", "factors", "{}", "-o", "out", "--verify"), ("inspect", "factors", "{}"),
+        ("inspect", "base.safetensors", "{}", "--fast"),
+        ("merge", "factors", "{}@0.5", "t.svf.safetensors", "-o", "out"),
+        ("convert", "{}", "--base", "factors", "-o", "out", "--rank", "2"),
+        ("info", "{}", "--check"),
+    )),
+    Format("combined", _combined, (
+        "second.safetensors", "tuned.safetensors", "t.svf.safetensors", "base.safetensors",
+    ), (
+        (*_COMBINE, "-o", "out.safetensors", "--method", "ties:density=0.5"),
+        (*_COMBINE, "-o", "out", "--method", "tsv", "--verify", "--html", "page.html"),
+        (*_COMBINE, "-o", "out.pth", "--method", "iso-c"),
+        ("merge", "factors", "t.svf.safetensors", "tuned.safetensors", "-o", "out", "--method",
+         "knots-ties"),
     )),
     Format("delta", _delta, ("delta.safetensors",), (
         ("merge", "base.safetensors", "delta.safetensors", "-o", "out.safetensors"),

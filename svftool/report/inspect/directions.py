@@ -101,7 +101,9 @@ def directions(found: Directions) -> Iterator[RenderableType]:
                 yield Text(f"{where}: nearest tokens {_ends(one.tokens)}", "dim")
         yield Text(_LEGEND, "dim")
     elif not found.edits:
-        yield Text("none was edited, and no two matrices have outputs or inputs in common", "dim")
+        yield Text(
+            "none was edited, and no two matrices have outputs or inputs of one width", "dim"
+        )
     if found.left_out:
         named = f"{safe(found.left_out[0])}{' ...' if len(found.left_out) > 1 else ''}"
         yield Text(
