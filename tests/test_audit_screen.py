@@ -289,3 +289,9 @@ def test_a_long_comparison_says_what_would_be_quicker() -> None:
     say_estimates([Job(f"w{i}", (14336, 4096)) for i in range(200)], Listening())
     assert "--screen takes about" in said[0]
     assert "--fast about" in said[0]
+
+
+def test_the_cosine_of_a_side_that_is_far_the_longer_is_kept() -> None:
+    base = torch.randn(160, 200, generator=torch.Generator().manual_seed(4))
+    for factor in (1e-5, 1e5):
+        assert screen(base, base * factor).cosine == pytest.approx(1.0, abs=1e-6)

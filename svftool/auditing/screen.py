@@ -225,13 +225,14 @@ def _sweep(sides: Sides, noise: torch.dtype | None) -> _Sums:
         sums.base += float(torch.dot(w, w))
         sums.tuned += float(torch.dot(t, t))
         sums.change += float(torch.dot(d, d))
+        # Not from the three others: where one side is far the longer, nothing of it would be left.
+        sums.inner += float(torch.dot(w, t))
         torch.mm(D, R, out=sums.DR[rows])
         torch.mm(W, right, out=sums.WR[rows])
         sums.DL.addmm_(D.mT, L[rows])
         sums.WL.addmm_(W.mT, L[rows])
         if noise is not None:
             _add_noise(sums, T, noise, sampled=m * n > _SAMPLED)
-    sums.inner = (sums.base + sums.tuned - sums.change) / 2.0
     return sums
 
 
