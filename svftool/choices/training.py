@@ -12,6 +12,10 @@ from svftool.errors import UsageError
 
 Precision = Literal["fp32", "bf16", "fp16"]
 OptimizerName = Literal["adamw", "sgd"]
+SafeguardChoice = Literal["auto", "always", "never"]
+
+GUARDED_TASKS = ("classification", "text-classification")
+"""Tasks whose examples can be judged one by one, see `svftool.training.safeguard`."""
 
 SHORTEST_RUN = 100
 _MOST = 10**9
@@ -49,6 +53,10 @@ class Settings:
         SGD has momentum 0.9.
     lr, head_lr : float or None
         Peak learning rates of the backbone and of the head; None takes the defaults.
+    safeguard : {"auto", "always", "never"}
+        Whether examples left out in turn decide how much of the training is kept; ``auto`` where
+        there are few of them and neither length nor rates are given. See
+        `svftool.training.safeguard`.
     tune_lr : bool
         Choose a factor of these rates for each run, on its support set alone.
     lr_scale : float
@@ -87,6 +95,7 @@ class Settings:
     warmup: float = 0.1
     clip: float | None = 1.0
     precision: Precision = "fp32"
+    safeguard: SafeguardChoice = "auto"
 
     def __post_init__(self) -> None:
         if self.steps is not None and self.epochs is not None:
@@ -124,6 +133,21 @@ class Settings:
             return max(1, round(self.epochs * examples / batch))
         return max(SHORTEST_RUN, round(EPOCHS * examples / batch))
 
+    @property
+    def guarded(self) -> bool:
+        """Whether runs of few examples are judged by what they leave out.
+
+        Examples
+        --------
+        >>> Settings().guarded, Settings(steps=50).guarded
+        (True, False)
+        >>> Settings(steps=50, safeguard="always").guarded
+        True
+        """
+        given = (self.steps, self.epochs, self.lr, self.head_lr)
+        by_default = all(one is None for one in given)
+        return self.safeguard == "always" or (self.safeguard == "auto" and by_default)
+
     def learning_rate(self, group: str) -> float:
         """Peak learning rate of one kind of parameter: ``head``, ``singular_values`` ..."""
         given, scale = (self.head_lr, self.head_scale) if group == "head" else (self.lr, 1.0)
@@ -139,3 +163,18 @@ class Settings:
     def scaled(self, factor: float) -> Settings:
         """Return the same settings with every learning rate multiplied."""
         return replace(self, lr_scale=self.lr_scale * factor)
+
+
+def check_safeguard(choice: str, task: str) -> None:
+    """Refuse ``--safeguard always`` for a task whose examples cannot be judged one by one.
+
+    Raises
+    ------
+    UsageError
+        Names the tasks that can.
+    """
+    if choice == "always" and task not in GUARDED_TASKS:
+        raise UsageError(
+            f"--safeguard always: not for task {task}, expected {' or '.join(GUARDED_TASKS)}. "
+            "Leave the option out"
+        )

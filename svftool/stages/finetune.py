@@ -14,6 +14,7 @@ from torch import nn
 
 from svftool.attaching import Parametrisation, Regime, parse_regime
 from svftool.checkpoints import Checkpoint
+from svftool.choices.training import check_safeguard
 from svftool.errors import UsageError
 from svftool.factors import open_factors
 from svftool.files.folder import TUNED_SUFFIX, named
@@ -163,6 +164,7 @@ def finetune(
         If memory or disk space runs out.
     """
     settings = Settings() if settings is None else settings
+    check_safeguard(settings.safeguard, task)
     of_run = RunOptions.take(options)
     chosen = _parse_regimes(regimes)
     numbers = list(range(seeds)) if isinstance(seeds, int) else list(seeds)

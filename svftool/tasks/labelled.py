@@ -468,6 +468,19 @@ class ClassifierDraw(Generic[E, S]):
         for inputs, labels in self._parts[part].batches(device_of(model)):
             yield self.run(model, inputs), labels
 
+    @property
+    def a_class(self) -> float:
+        """Examples to train on, over the classes; see `svftool.tasks.base.JudgesExamples`."""
+        return self.size / len(self._task.classes)
+
+    def losses(self, model: nn.Module, part: Part) -> Tensor:
+        """Return the cross-entropy of every example, (N,), in the order of the batches."""
+        each = [
+            cross_entropy(logits.float(), labels, reduction="none")
+            for logits, labels in self.logits(model, part)
+        ]
+        return torch.cat(each)
+
     @torch.inference_mode()
     def found(self, batches: Iterator[tuple[Tensor, Tensor]]) -> Iterator[dict[str, Any]]:
         """Yield each example's class, the one that the model finds, and how sure it is of it.
