@@ -29,10 +29,10 @@ from svftool.stages.decompose import decompose
 from svftool.tasks.base import Task
 from svftool.tasks.classification import Classification
 from svftool.training import Journal, Run, TrainingPlan, compare, summarise
-from svftool.training.kept import SHARES, Safeguard, SharedWay, choose_share, decide
+from svftool.training.kept import SHARES, Judged, Safeguard, SharedWay, choose_share, decide
 from svftool.training.plan import run_from_plain, run_to_plain
 from svftool.training.results import FinetuneResult, result_fields
-from svftool.training.safeguard import Way
+from svftool.training.safeguard import Way, suited_head_rate
 
 STEPS, RATE = 12, 0.02
 
@@ -137,7 +137,8 @@ def test_training_that_hurts_leaves_the_start_and_says_so(
         tuple(summarise(runs, chosen.tasks[0].primary)),
     )  # fmt: skip
     (plain,) = result_fields(result)["runs"]
-    assert plain["kept"] == "start" and plain["safeguard"]["share"] == 0.0
+    assert plain["kept"] == "start"
+    assert plain["safeguard"]["share"] == 0.0
     console = Console(width=200, record=True, file=io.StringIO())
     console.print(report.view(result))
     assert "svf: kept the start" in console.export_text()
@@ -146,9 +147,11 @@ def test_training_that_hurts_leaves_the_start_and_says_so(
 def test_training_that_helps_is_kept(plan: Callable[..., TrainingPlan]) -> None:
     runs, _ = compare(plan(), Saved())
     run, found = the(runs)
-    assert run.kept in {"part", "end"} and run.outcome.steps == STEPS
+    assert run.kept in {"part", "end"}
+    assert run.outcome.steps == STEPS
     assert run.after["loss"] < run.before["loss"]
-    assert found.examples == 12 and [one.share for one in found.trials] == list(SHARES)
+    assert found.examples == 12
+    assert [one.share for one in found.trials] == list(SHARES)
     # Two trials of half as many steps: as much as the run itself.
     assert found.steps == STEPS
 
@@ -199,7 +202,9 @@ def test_the_query_set_takes_no_part(plan: Callable[..., TrainingPlan]) -> None:
 def test_one_example_a_class_keeps_the_start(plan: Callable[..., TrainingPlan]) -> None:
     runs, _ = compare(plan(shots=1), Saved())
     run, found = the(runs)
-    assert run.kept == "start" and "one example a class" in found.why and not found.trials
+    assert run.kept == "start"
+    assert "one example a class" in found.why
+    assert not found.trials
 
 
 def test_a_run_that_was_cut_short_goes_on_from_its_trials(
@@ -228,18 +233,41 @@ def test_a_run_that_was_cut_short_goes_on_from_its_trials(
     for name, value in straight.tensors["svf-seed0"].items():
         assert torch.equal(value, resumed.tensors["svf-seed0"][name]), name
     again = compare(plan(), resumed, journal=journal)[0][0]
-    assert again.safeguard == runs[0].safeguard and calls[0] == 4
+    assert again.safeguard == runs[0].safeguard
+    assert calls[0] == 4
 
 
 def test_a_trial_that_diverges_keeps_the_start() -> None:
-    found = decide([[], [[1.0] * 3] * (len(SHARES) + 1)], 10)
-    assert found.kept == "start" and "diverged" in found.why
+    found = decide([[], [Judged([1.0] * 3, 1)] * (len(SHARES) + 1)], 10)
+    assert found.kept == "start"
+    assert "diverged" in found.why
 
 
 @pytest.mark.parametrize("bad", [math.inf, math.nan])
 def test_losses_that_are_not_finite_are_no_gain(bad: float) -> None:
-    losses = [[[1.0, 1.2]] + [[bad, 0.1]] * len(SHARES)] * 2
-    assert decide(losses, 10).share == 0.0
+    fold = [Judged([1.0, 1.2], 0), *[Judged([bad, 0.1], 1)] * len(SHARES)]
+    assert decide([fold, fold], 10).share == 0.0
+
+
+def test_a_loss_that_falls_while_fewer_are_right_is_no_gain() -> None:
+    start, after = Judged([2.0, 2.1, 1.9], 2), Judged([1.0, 1.2, 0.9], 1)
+    fold = [start, *[after] * len(SHARES)]
+    assert decide([fold, fold], 10).share == 0.0
+    same = [start, *[replace(after, right=2)] * len(SHARES)]
+    assert decide([same, same], 10).share == SHARES[0]
+
+
+@pytest.mark.parametrize("factor", [1.0, 100.0])
+def test_the_rate_of_a_new_head_goes_by_the_size_of_its_weights(factor: float) -> None:
+    weight = nn.Parameter(factor * torch.randn(3, 50))
+    groups = {"head": [weight, nn.Parameter(torch.zeros(3))], "norm": [nn.Parameter(torch.ones(3))]}
+    suited = suited_head_rate(Settings(), groups, 100)
+    size = float(weight.detach().square().mean().sqrt())
+    # Half of the peak rate, over 100 steps of a cosine, is as far as the weights are large.
+    assert suited.learning_rate("head") * 50 == pytest.approx(size)
+    assert suited.learning_rate("norm") == Settings().learning_rate("norm")
+    given = suited_head_rate(Settings(head_lr=0.3), groups, 100)
+    assert given.learning_rate("head") == 0.3
 
 
 def test_the_smallest_share_as_good_as_the_best() -> None:
@@ -260,7 +288,8 @@ def test_ends_of_the_way_are_met_bit_for_bit() -> None:
         one.add_(torch.randn(7) * 1e-3)
     end = one.detach().clone()
     way.go(0.5)
-    assert not torch.equal(one, start) and not torch.equal(one, end)
+    assert not torch.equal(one, start)
+    assert not torch.equal(one, end)
     way.go(1.0)
     assert torch.equal(one, end)
     way.go(0.0)
@@ -278,13 +307,13 @@ def test_only_runs_with_the_defaults_are_judged_unasked() -> None:
 def test_tasks_that_cannot_be_judged_refuse_always() -> None:
     check_safeguard("always", "text-classification")
     check_safeguard("auto", "language")
-    with pytest.raises(UsageError, match="--safeguard always.*language"):
+    with pytest.raises(UsageError, match=r"--safeguard always.*language"):
         check_safeguard("always", "language")
 
 
 def test_a_run_is_read_back_as_it_was(plan: Callable[..., TrainingPlan]) -> None:
     run = compare(plan(), Saved())[0][0]
     assert run_from_plain(json.loads(json.dumps(run_to_plain(run)))).safeguard == run.safeguard
-    old = {name: one for name, one in asdict(replace(run, output=None)).items()}
+    old = asdict(replace(run, output=None))
     del old["safeguard"]
     assert run_from_plain(json.loads(json.dumps(old))).safeguard is None

@@ -166,8 +166,11 @@ class JudgesExamples(Protocol):
     def a_class(self) -> float:
         """Examples to train on, over the classes."""
 
-    def losses(self, model: nn.Module, part: Part) -> Tensor:
-        """Return the cross-entropy of every example, (N,) float32, always in the same order."""
+    def judged(self, model: nn.Module, part: Part) -> tuple[Tensor, int]:
+        """Return the cross-entropy of every example, (N,) float32, and how many are right.
+
+        Always in the same order.
+        """
 
 
 @runtime_checkable

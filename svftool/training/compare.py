@@ -30,7 +30,7 @@ from svftool.training.group import ALONE, Group, Interruption
 from svftool.training.kept import Safeguard
 from svftool.training.loop import Outcome
 from svftool.training.plan import Run, TrainingPlan, file_stem
-from svftool.training.safeguard import Guard, train_guarded
+from svftool.training.safeguard import Guard, suited_head_rate, train_guarded
 from svftool.training.threads import suited_threads
 from svftool.training.trackers import Logbook, Trackers
 from svftool.training.trials import Tuning
@@ -202,6 +202,9 @@ class _Comparison:
         self._say_absent(trainable)
         model = trainable.model
         settings = replace(plan.settings, head_scale=prepared.head_rate)
+        if safeguard is not None and prepared.new_head:
+            steps = settings.step_count(draw.size)
+            settings = suited_head_rate(settings, trainable.groups, steps)
         settings = settings if tuning is None else settings.scaled(tuning.factor)
         with self._logbook(task, stem, regime, seed) as log:
             log.scalars(0, _on_query(before))
@@ -294,13 +297,18 @@ class _Comparison:
             return None
         found = guard.judge(
             draw,
-            lambda fold: self._free(self._prepare(fold), regime, seed),
+            lambda fold: self._fresh(fold, regime, seed),
             seed=seed,
             name=file_stem(regime, seed, task.shots, task.facts),
             label=_label(task, regime, seed),
         )
         self.stopped = found is None
         return found
+
+    def _fresh(self, fold: Draw, regime: str, seed: int) -> tuple[Trainable, bool]:
+        """Attach the regime to a fresh model for a fold; say whether its head is new."""
+        prepared = self._prepare(fold)
+        return self._free(prepared, regime, seed), prepared.new_head
 
     def _free(self, prepared: Prepared, regime: str, seed: int) -> Trainable:
         return self._ranks.together(lambda: self._attached(prepared, regime, seed))

@@ -26,11 +26,14 @@ class SharedWay:
         How much less the loss is there than at the start, in nats: the mean over the examples.
     error : float
         Standard error of this mean.
+    right : int
+        How many more of them the model finds the class of.
     """
 
     share: float
     gain: float
     error: float
+    right: int = 0
 
 
 @dataclass(frozen=True)
@@ -74,49 +77,73 @@ def safeguard_from_plain(value: Mapping[str, Any]) -> Safeguard:
 def choose_share(trials: Sequence[SharedWay]) -> float:
     """Return the smallest share whose gain is within a standard error of the best.
 
-    The best gain, and that of the share, must be above zero by their own standard errors.
+    Shares count whose gain is above its own standard error, and that lose no example: a loss can
+    fall because the model is less sure, while it finds fewer classes.
 
     Examples
     --------
     >>> choose_share([SharedWay(0.5, 0.30, 0.1), SharedWay(1.0, 0.35, 0.1)])
     0.5
-    >>> choose_share([SharedWay(0.5, 0.05, 0.1), SharedWay(1.0, -0.4, 0.1)])
+    >>> choose_share([SharedWay(0.5, 0.05, 0.1), SharedWay(1.0, 0.4, 0.1, right=-1)])
     0.0
     """
-    best = max(trials, key=lambda one: one.gain)
-    enough = [one.share for one in trials if one.gain > one.error]
-    near = [one.share for one in trials if one.gain >= best.gain - best.error]
-    return min(set(enough) & set(near), default=0.0) if best.gain > best.error else 0.0
+    fit = [one for one in trials if one.gain > one.error and one.right >= 0]
+    if not fit:
+        return 0.0
+    best = max(fit, key=lambda one: one.gain)
+    return min(one.share for one in fit if one.gain >= best.gain - best.error)
 
 
-def decide(losses: Sequence[Sequence[Sequence[float]]], steps: int) -> Safeguard:
+@dataclass(frozen=True)
+class Judged:
+    """What a model makes of each example.
+
+    Attributes
+    ----------
+    losses : list of float
+        Cross-entropy of each, in nats.
+    right : int
+        For how many it finds the class.
+    """
+
+    losses: list[float]
+    right: int
+
+
+def decide(folds: Sequence[Sequence[Judged]], steps: int) -> Safeguard:
     """Decide by what training did to the examples that each fold left out.
 
     Parameters
     ----------
-    losses : sequence of sequence of sequence of float
-        For each fold, at the start and at every one of `SHARES`, the loss of every example that it
-        left out; nothing of a fold where training diverged.
+    folds : sequence of sequence of Judged
+        For each fold, what it left out, at the start and at every one of `SHARES`; nothing of a
+        fold where training diverged.
     steps : int
         Steps of the trials together.
     """
-    if not all(losses):
+    if not all(folds):
         return Safeguard(0.0, "training diverged on a half of the examples", steps)
-    before = [value for fold in losses for value in fold[0]]
     trials = []
     for place, share in enumerate(SHARES, 1):
-        after = [value for fold in losses for value in fold[place]]
-        gains = [start - end for start, end in zip(before, after, strict=True)]
-        trials.append(SharedWay(share, *_mean_and_error(gains)))
-    share = choose_share(trials)
-    best = max(trials, key=lambda one: one.gain)
-    told = next((one for one in trials if one.share == share), best)
-    what = f"on the {len(before)} examples left out in turn"
-    if share:
-        why = f"{what} it lowers the loss by {told.gain:.3f} ± {told.error:.3f}"
-    else:
-        why = f"{what} training lowers the loss by {told.gain:.3f} ± {told.error:.3f} at best"
-    return Safeguard(share, why, steps, len(before), tuple(trials))
+        gains = [
+            before - after
+            for fold in folds
+            for before, after in zip(fold[0].losses, fold[place].losses, strict=True)
+        ]
+        right = sum(fold[place].right - fold[0].right for fold in folds)
+        trials.append(SharedWay(share, *_mean_and_error(gains), right))
+    share, count = choose_share(trials), sum(len(fold[0].losses) for fold in folds)
+    return Safeguard(share, _why(trials, share, count), steps, count, tuple(trials))
+
+
+def _why(trials: Sequence[SharedWay], share: float, count: int) -> str:
+    kept = [one for one in trials if one.share == share]
+    told = kept[0] if kept else max(trials, key=lambda one: one.gain)
+    most = "" if kept else " at best"
+    return (
+        f"of {count} examples left out in turn it lowers the loss by {told.gain:.3f} ± "
+        f"{told.error:.3f}{most}, and finds {told.right:+d} classes"
+    )
 
 
 def _mean_and_error(values: Sequence[float]) -> tuple[float, float]:

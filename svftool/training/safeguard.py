@@ -18,12 +18,12 @@ import torch
 from torch import Tensor, nn
 
 from svftool.attaching import Trainable
-from svftool.choices.training import Settings
+from svftool.choices.training import LEARNING_RATES, Settings
 from svftool.errors import kept_work
 from svftool.progress import SILENT, Progress
 from svftool.tasks.base import Draw, JudgesExamples, Subdivides, TaskMetric
 from svftool.training.group import ALONE, Group, Interruption
-from svftool.training.kept import SHARES, Safeguard, decide
+from svftool.training.kept import SHARES, Judged, Safeguard, decide
 from svftool.training.loop import Outcome, train
 from svftool.training.workspace import Journal
 
@@ -72,7 +72,7 @@ class Guard:
     metric : TaskMetric
         The task's.
     journal : Journal or None
-        Where the losses are kept, so that they are not measured again.
+        Where what was measured is kept, so that it is not measured again.
     group : Group
         The processes that train together; the first one measures.
     interruption : Interruption or None
@@ -101,7 +101,7 @@ class Guard:
     def judge(
         self,
         draw: Draw,
-        start: Callable[[Draw], Trainable],
+        start: Callable[[Draw], tuple[Trainable, bool]],
         *,
         seed: int,
         name: str,
@@ -114,7 +114,7 @@ class Guard:
         draw : Draw
             The run's data; only its folds are used.
         start : callable
-            Gives a fresh model with the regime attached, for a fold.
+            Gives a fresh model with the regime attached, for a fold, and whether its head is new.
         seed : int
             Seed of the run; chooses the folds too.
         name : str
@@ -139,12 +139,12 @@ class Guard:
         for number, fold in enumerate(folds):
             if str(number) not in noted:
                 shown = f"{label}: what training is worth, part {number + 1} of {len(folds)}"
-                losses = self._try(fold, start, steps, seed=seed, label=shown)
-                if losses is None:
+                values = self._try(fold, start, steps, seed=seed, label=shown)
+                if values is None:
                     return None
-                noted[str(number)] = losses
+                noted[str(number)] = values
                 self.group.once(lambda: self._note(record, noted))
-        found = [noted[str(number)] for number in range(len(folds))]
+        found = [[Judged(*one) for one in noted[str(number)]] for number in range(len(folds))]
         return self._said(decide(found, steps * len(folds)), label)
 
     def _noted(self, record: str) -> dict[str, Any]:
@@ -160,22 +160,24 @@ class Guard:
     def _try(
         self,
         fold: Draw,
-        start: Callable[[Draw], Trainable],
+        start: Callable[[Draw], tuple[Trainable, bool]],
         steps: int,
         *,
         seed: int,
         label: str,
-    ) -> list[list[float]] | None:
-        """Train on a fold; losses of what it leaves out, at the start and at every share."""
-        trainable = start(fold)
+    ) -> list[Any] | None:
+        """Train on a fold; judge what it leaves out, at the start and at every share."""
+        trainable, new_head = start(fold)
         parameters = [one for group in trainable.groups.values() for one in group]
         self.group.copy_from_first(parameters)
         way = Way(parameters)
+        shorter = self._shortened(steps)
+        suited = suited_head_rate(shorter, trainable.groups, FOLDS * steps)
         outcome = train(
             trainable.model,
             trainable.groups,
             fold,
-            self._shortened(steps),
+            suited if new_head else shorter,
             seed=seed,
             metric=self.metric,
             label=label,
@@ -187,11 +189,11 @@ class Guard:
             return None
         if outcome.ending == "diverged":
             return []
-        losses = []
+        found = []
         for share in (0.0, *SHARES):
             way.go(share)
-            losses.append(self.group.once(lambda: _losses(fold, trainable.model)))
-        return losses
+            found.append(self.group.once(lambda: _judged(fold, trainable.model)))
+        return found
 
     def _shortened(self, steps: int) -> Settings:
         """As far as the run goes, in fewer steps."""
@@ -211,10 +213,35 @@ class Guard:
         return found
 
 
-def _losses(draw: Draw, model: nn.Module) -> list[float]:
+def _judged(draw: Draw, model: nn.Module) -> list[Any]:
+    """Plain values of a `Judged`, for the journal and the other processes."""
     assert isinstance(draw, JudgesExamples)
-    model.eval()
-    return draw.losses(model, "query").tolist()
+    losses, right = draw.judged(model.eval(), "query")
+    return [losses.tolist(), right]
+
+
+def suited_head_rate(
+    settings: Settings, groups: Mapping[str, Sequence[nn.Parameter]], steps: int
+) -> Settings:
+    """Let the head's default rate go by the size of the weights that it starts from.
+
+    Adam moves every weight by about the rate in every step. Over the steps of a cosine that is half
+    of the peak rate times their number: it is made the root mean square of the head's weights.
+
+    Parameters
+    ----------
+    settings : Settings
+    groups : mapping of str to sequence of Parameter
+        What is trained; a new head at its start.
+    steps : int
+        Steps of the run.
+    """
+    weights = [one.detach().flatten() for one in groups.get("head", ()) if one.ndim > 1]
+    if not weights or settings.optimizer != "adamw":
+        return settings
+    size = float(torch.cat(weights).float().square().mean().sqrt())
+    rate = size / (0.5 * steps)
+    return replace(settings, head_scale=rate / LEARNING_RATES["head"])
 
 
 def train_guarded(
