@@ -126,6 +126,8 @@ def run(
             settings=Settings(safeguard=asked.safeguard),
             **cell.options(data),
         )
+    if result.interrupted is not None:
+        raise SystemExit(128 + result.interrupted)
     return [
         {
             "cell": cell.name,
