@@ -74,7 +74,6 @@ def arguments(work: Path, output: str, *options: object) -> list[str]:
     words = ["finetune", work / "factors", "-o", work / output, "--data", work / "data"]
     words += ["--model", f"{work / 'net.py'}:Net", "--shots", SHOTS, "--steps", STEPS]
     words += ["--batch-size", BATCH, "--regime", "svf,full", "--lr", 0.01, "--json", *options]
-    words += ["--safeguard", "always"]
     return [str(word) for word in words]
 
 
@@ -124,12 +123,7 @@ def test_two_processes_give_the_tuned_files_of_one(work: Path, alone: Path) -> N
     process = torchrun(arguments(work, "cut", "--save-every", 4, "--resume"))
     stdout, stderr = process.communicate(timeout=180)
     assert process.returncode == 0, stderr
-    runs = json.loads(stdout)["runs"]
-    assert [row["steps"] for row in runs] == [STEPS, STEPS]
-    known = json.loads((alone / "results.json").read_text())["runs"]
-    assert [row["safeguard"]["share"] for row in runs] == [
-        row["safeguard"]["share"] for row in known
-    ]
+    assert [row["steps"] for row in json.loads(stdout)["runs"]] == [STEPS, STEPS]
     expected, found = tensors(alone), tensors(work / "cut")
     assert (
         found.keys() == expected.keys() == {"full-seed0.safetensors", "svf-seed0.svf.safetensors"}
@@ -138,4 +132,4 @@ def test_two_processes_give_the_tuned_files_of_one(work: Path, alone: Path) -> N
         torch.testing.assert_close(values, expected[name], **ROUNDING)
     base, full = load_file(work / "base.safetensors"), found["full-seed0.safetensors"]
     moved = (full["conv.weight"] - base["conv.weight"]).abs().max()
-    assert float(moved) > 50 * ROUNDING["rtol"], "rounding would hide that nothing was trained"
+    assert float(moved) > 100 * ROUNDING["rtol"], "rounding would hide that nothing was trained"
