@@ -16,6 +16,10 @@ from svftool.errors import UsageError, brief, shortlist
 Precision = Literal["fp32", "bf16", "fp16"]
 OptimizerName = Literal["adamw", "sgd"]
 FrozenDtype = Literal["float32", "bfloat16"]
+SafeguardChoice = Literal["auto", "always", "never"]
+
+GUARDED_TASKS = ("classification", "text-classification")
+"""Tasks whose examples can be judged one by one, see `svftool.training.safeguard`."""
 
 SHORTEST_RUN = 100
 MOST_WORKERS = 256
@@ -70,6 +74,10 @@ class Settings:
         Peak learning rates of the backbone and of the head; None takes the defaults.
     lr_of : mapping of str to float
         Rates of single regimes, in place of `lr`.
+    safeguard : {"auto", "always", "never"}
+        Whether examples left out in turn decide how much of the training is kept; ``auto`` where
+        there are few of them and neither length nor rates are given. See
+        `svftool.training.safeguard`.
     tune_lr : bool
         Choose a factor of these rates for each run, on its support set alone.
     lr_scale : float
@@ -130,6 +138,7 @@ class Settings:
     label_smoothing: float = 0.0
     patience: int | None = None
     workers: int = 0
+    safeguard: SafeguardChoice = "auto"
 
     def __post_init__(self) -> None:
         if self.steps is not None and self.epochs is not None:
@@ -185,6 +194,21 @@ class Settings:
         if self.epochs is not None:
             return max(1, round(self.epochs * examples / batch))
         return max(SHORTEST_RUN, round(EPOCHS * examples / batch))
+
+    @property
+    def guarded(self) -> bool:
+        """Whether runs of few examples are judged by what they leave out.
+
+        Examples
+        --------
+        >>> Settings().guarded, Settings(steps=50).guarded
+        (True, False)
+        >>> Settings(steps=50, safeguard="always").guarded
+        True
+        """
+        given = (self.steps, self.epochs, self.lr, self.head_lr)
+        by_default = all(one is None for one in given)
+        return self.safeguard == "always" or (self.safeguard == "auto" and by_default)
 
     def learning_rate(self, group: str) -> float:
         """Peak learning rate of one kind of parameter: ``head``, ``singular_values`` ..."""
@@ -355,4 +379,19 @@ def _require_held_out(options: Mapping[str, Any], *, few_shot: bool) -> None:
         raise UsageError(
             "--patience: no examples are held out to stop by. Keep a share of the shots with "
             "--hold-out 0.2"
+        )
+
+
+def check_safeguard(choice: str, task: str) -> None:
+    """Refuse ``--safeguard always`` for a task whose examples cannot be judged one by one.
+
+    Raises
+    ------
+    UsageError
+        Names the tasks that can.
+    """
+    if choice == "always" and task not in GUARDED_TASKS:
+        raise UsageError(
+            f"--safeguard always: not for task {task}, expected {' or '.join(GUARDED_TASKS)}. "
+            "Leave the option out"
         )

@@ -11,7 +11,12 @@ import typer
 from svftool.choices.models import read_model
 from svftool.choices.regimes import parse_regime
 from svftool.choices.singular_values import parse_band
-from svftool.choices.training import Settings, check_comparison, parse_rates
+from svftool.choices.training import (
+    Settings,
+    check_comparison,
+    check_safeguard,
+    parse_rates,
+)
 from svftool.cli import config as config_file
 from svftool.cli.common import (
     DeviceOption,
@@ -96,6 +101,14 @@ class TrainingFlags:
     head_lr: Annotated[
         float | None, typer.Option(help="Peak learning rate of the head.", rich_help_panel=TRAINING)
     ] = None
+    safeguard: Annotated[
+        Literal["auto", "always", "never"],
+        typer.Option(
+            help="Whether examples left out in turn decide how much of the training is kept; auto: "
+            "few examples, and neither steps nor rates given.",
+            rich_help_panel=TRAINING,
+        ),
+    ] = "auto"
     tune_lr: Annotated[
         bool,
         typer.Option(
@@ -371,6 +384,7 @@ def command(
     del config  # its options are among the others
     check_device(device)
     settings = training.settings()
+    check_safeguard(settings.safeguard, task)
     regimes = repeats.regime.split(",")
     for regime in regimes:
         parse_regime(regime)

@@ -40,6 +40,7 @@ def view(result: FinetuneResult) -> RenderableType:
     parts += [Text(_verdict(one), "bold red") for one in result.summary if one.worse]
     parts += [Text(line) for line in _by_seed(result.summary)]
     parts += [Text(line) for line in _rates(result.runs)]
+    parts += [Text(line, "yellow") for line in _kept(result.runs)]
     return Group(*parts, Text("tuned: ").append(safe(str(result.output)), "bold"))
 
 
@@ -172,6 +173,24 @@ def _rates(runs: Sequence[Run]) -> list[str]:
     return [
         f"{regime}: learning rates x {', '.join(factors)}, chosen on the support set"
         for regime, factors in chosen.items()
+    ]
+
+
+def _kept(runs: Sequence[Run]) -> list[str]:
+    """Say how much of each regime's training was kept, seed after seed, where it was judged."""
+    shares: dict[str, list[str]] = {}
+    reasons: dict[str, str] = {}
+    for run in runs:
+        if run.safeguard is not None:
+            words = {"start": "the start", "end": "all"}
+            shares.setdefault(run.regime, []).append(
+                words.get(run.kept, f"{run.safeguard.share:.1%} of the way")
+            )
+            reasons[run.regime] = run.safeguard.why
+    return [
+        f"{regime}: kept {', '.join(found)}"
+        + (f": {reasons[regime]}" if len(found) == 1 else ", as the examples left out in turn say")
+        for regime, found in shares.items()
     ]
 
 

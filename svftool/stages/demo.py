@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from safetensors.torch import save_file
 
+from svftool.choices.training import SafeguardChoice
 from svftool.errors import MissingDependencyError, UsageError
 from svftool.progress import SILENT, Progress
 from svftool.stages import demo_net
@@ -29,6 +30,8 @@ PIXELS = 16
 BASE_SHOTS, SHOTS, SEEDS = 120, 5, 3
 REGIMES = ("head", "svf", "full")
 AUGMENT: Augment = "none"
+SAFEGUARD: SafeguardChoice = "never"
+"""The regimes are compared where their training ends."""
 """A digit that is flipped is another character."""
 
 
@@ -125,11 +128,13 @@ def _tune(folder: Path, progress: Progress) -> Iterator[DemoStep]:
         shots=SHOTS,
         seeds=SEEDS,
         regimes=REGIMES,
+        settings=Settings(safeguard=SAFEGUARD),
         augment=AUGMENT,
         progress=progress,
     )
     options = ["--data", folder / "unseen", "--model", model, "--shots", SHOTS, "--seeds", SEEDS]
     options += ["--regime", ",".join(REGIMES), "--augment", AUGMENT]
+    options += ["--safeguard", SAFEGUARD]
     yield _step("finetune", [factors, "-o", runs, *options], tuned)
     expert, merged = runs / "svf-seed0.svf.safetensors", folder / "merged.safetensors"
     result = merge(factors, [expert], output=merged, verify=True, progress=progress)

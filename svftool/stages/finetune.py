@@ -16,7 +16,7 @@ from svftool.attaching import Parametrisation, Regime, parse_regime
 from svftool.attaching.lifecycle import choose_layers, matrices_of
 from svftool.checkpoints import Checkpoint
 from svftool.choices.regimes import check_sizes
-from svftool.choices.training import check_comparison
+from svftool.choices.training import check_comparison, check_safeguard
 from svftool.errors import UsageError
 from svftool.factors import FactorStore, open_factors
 from svftool.files.folder import TUNED_SUFFIX, named
@@ -171,6 +171,7 @@ def finetune(
         If memory or disk space runs out.
     """
     settings = Settings() if settings is None else settings
+    check_safeguard(settings.safeguard, task)
     of_run = RunOptions.take(options)
     chosen = _parse_regimes(regimes)
     check_comparison(settings, regimes, against=of_run.against, task=task, options=options)

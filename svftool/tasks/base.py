@@ -159,6 +159,21 @@ class Subdivides(Protocol):
 
 
 @runtime_checkable
+class JudgesExamples(Protocol):
+    """What a `Draw` offers besides, that tells how well a model knows each example of one class."""
+
+    @property
+    def a_class(self) -> float:
+        """Examples to train on, over the classes."""
+
+    def judged(self, model: nn.Module, part: Part) -> tuple[Tensor, int]:
+        """Return the cross-entropy of every example, (N,) float32, and how many are right.
+
+        Always in the same order.
+        """
+
+
+@runtime_checkable
 class Steady(Protocol):
     """What a `Draw` offers besides, whose examples may look the same in every epoch."""
 

@@ -475,6 +475,19 @@ class ClassifierDraw(Generic[E, S]):
         for inputs, labels in self._parts[part].batches(device_of(model)):
             yield self.run(model, inputs), labels
 
+    @property
+    def a_class(self) -> float:
+        """Examples to train on, over the classes; see `svftool.tasks.base.JudgesExamples`."""
+        return self.size / len(self._task.classes)
+
+    def judged(self, model: nn.Module, part: Part) -> tuple[Tensor, int]:
+        """Return the cross-entropy of every example, (N,), and how many are right."""
+        losses, right = [], 0
+        for logits, labels in self.logits(model, part):
+            losses.append(cross_entropy(logits.float(), labels, reduction="none"))
+            right += int((logits.argmax(1) == labels).sum())
+        return torch.cat(losses), right
+
     @torch.inference_mode()
     def found(self, batches: Iterator[tuple[Tensor, Tensor]]) -> Iterator[dict[str, Any]]:
         """Yield each example's class, the one that the model finds, and how sure it is of it.

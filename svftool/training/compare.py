@@ -29,8 +29,10 @@ from svftool.tasks.base import (
 )
 from svftool.training.batches import derived_seed, repeatable, support_losses
 from svftool.training.group import ALONE, Group, Interruption
-from svftool.training.loop import Outcome, train
+from svftool.training.kept import Safeguard
+from svftool.training.loop import Outcome
 from svftool.training.plan import Run, TrainingPlan, file_stem
+from svftool.training.safeguard import Guard, suited_head_rate, train_guarded
 from svftool.training.threads import suited_threads
 from svftool.training.trackers import Logbook, Trackers
 from svftool.training.trials import Tuning
@@ -134,6 +136,9 @@ class _Comparison:
             tuning = self._tune(task, draw, regime, seed)
             if self.stopped:
                 return
+            safeguard = self._judge(task, draw, regime, seed, tuning)
+            if self._interrupted():
+                return
             with explain_out_of_memory(self._plan.settings.batch_size):
                 prepared = self._prepare(draw)
                 self._tell(prepared.said)
@@ -142,7 +147,9 @@ class _Comparison:
                         before = self._measure(draw, prepared.model)
                         stem = file_stem("before", seed, task.shots, task.facts)
                         self._illustrate(draw, prepared.model, stem)
-                    self._run(task, draw, prepared, regime, seed, before, tuning, support)
+                    self._run(
+                        task, draw, prepared, regime, seed, before, tuning, safeguard, support
+                    )
 
     def _look(self, draw: Draw, task: Task, seed: int) -> dict[str, Any]:
         """Note the bytes of what is trained on; say where it is measured on too."""
@@ -198,6 +205,7 @@ class _Comparison:
         seed: int,
         before: Mapping[str, float],
         tuning: Tuning | None,
+        safeguard: Safeguard | None,
         support: Mapping[str, Any],
     ) -> None:
         plan, begun, metric = self._plan, time.perf_counter(), task.primary
@@ -208,10 +216,14 @@ class _Comparison:
         self._say_absent(trainable)
         model = trainable.model
         settings = replace(plan.settings.of_regime(regime), head_scale=prepared.head_rate)
+        if safeguard is not None and prepared.new_head:
+            steps = settings.step_count(draw.size)
+            settings = suited_head_rate(settings, trainable.groups, steps)
         settings = settings if tuning is None else settings.scaled(tuning.factor)
         with self._logbook(task, stem, regime, seed) as log:
             log.scalars(0, _on_query(before))
-            outcome = train(
+            outcome = train_guarded(
+                safeguard,
                 model,
                 trainable.groups,
                 draw,
@@ -227,7 +239,9 @@ class _Comparison:
             )
             if self._gave_up(outcome):
                 return
-            after = self._measure(draw, model)
+            # What was not trained is the base: another measurement would only round otherwise.
+            untouched = safeguard is not None and safeguard.kept == "start"
+            after = dict(before) if untouched else self._measure(draw, model)
             self._illustrate(draw, model, stem)
             log.scalars(outcome.steps, _on_query(after))
         run = Run(
@@ -245,6 +259,7 @@ class _Comparison:
             setting={**task.describe(), **prepared.facts},
             learning_rates={kind: settings.learning_rate(kind) for kind in trainable.groups},
             tuning=tuning,
+            safeguard=safeguard,
             support=support,
         )
         self._warn(run, label, metric)
@@ -279,6 +294,36 @@ class _Comparison:
         )
         self.stopped = tuning is None
         return tuning
+
+    def _judge(
+        self, task: Task, draw: Draw, regime: str, seed: int, tuning: Tuning | None
+    ) -> Safeguard | None:
+        """Decide how much of the run's training is kept; an interruption stops it all."""
+        settings = self._plan.settings.of_regime(regime)
+        guard = Guard(
+            settings if tuning is None else settings.scaled(tuning.factor),
+            task.primary,
+            self._journal,
+            self._ranks,
+            self._interruption,
+            self._progress,
+        )
+        if not guard.watches(draw):
+            return None
+        found = guard.judge(
+            draw,
+            lambda fold: self._fresh(fold, regime, seed),
+            seed=seed,
+            name=file_stem(regime, seed, task.shots, task.facts),
+            label=_label(task, regime, seed),
+        )
+        self.stopped = found is None
+        return found
+
+    def _fresh(self, fold: Draw, regime: str, seed: int) -> tuple[Trainable, bool]:
+        """Attach the regime to a fresh model for a fold; say whether its head is new."""
+        prepared = self._prepare(fold)
+        return self._free(prepared, fold, regime, seed), prepared.new_head
 
     def _free(self, prepared: Prepared, draw: Draw, regime: str, seed: int) -> Trainable:
         slopes = self._ranks.together(lambda: self._slopes(prepared, draw, regime, seed))

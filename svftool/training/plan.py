@@ -13,6 +13,7 @@ from torch import nn
 from svftool.choices.training import Settings
 from svftool.factors import FactorStore
 from svftool.tasks.base import Task
+from svftool.training.kept import KeptPart, Safeguard, safeguard_from_plain
 from svftool.training.loop import Outcome, read_curves
 from svftool.training.trackers import Trackers
 from svftool.training.trials import Tuning, tuning_from_plain
@@ -91,6 +92,8 @@ class Run:
         Peak learning rate of each kind of parameter.
     tuning : Tuning or None
         How these rates were chosen; None where that was not asked for.
+    safeguard : Safeguard or None
+        How much of the training was kept, and why; None where nothing judged it.
     support : mapping
         What the examples are known again by, see `svftool.factors.stated.Support`; empty where
         nothing is known.
@@ -111,7 +114,13 @@ class Run:
     setting: Mapping[str, Any] = field(default_factory=dict)
     learning_rates: Mapping[str, float] = field(default_factory=dict)
     tuning: Tuning | None = None
+    safeguard: Safeguard | None = None
     support: Mapping[str, Any] = field(default_factory=dict)
+
+    @property
+    def kept(self) -> KeptPart:
+        """What of the training is in the result: all of it, a part of the way, or its start."""
+        return "end" if self.safeguard is None else self.safeguard.kept
 
     @property
     def stem(self) -> str:
@@ -127,13 +136,14 @@ def run_to_plain(run: Run) -> dict[str, Any]:
 def run_from_plain(value: Mapping[str, Any]) -> Run:
     """Read back what `run_to_plain` gave."""
     outcome = {**value["outcome"], "curves": read_curves(value["outcome"]["curves"])}
-    output, tuning = value["output"], value.get("tuning")
+    output, tuning, safeguard = value["output"], value.get("tuning"), value.get("safeguard")
     return Run(
         **{
             **value,
             "outcome": Outcome(**outcome),
             "output": None if output is None else Path(output),
             "tuning": None if tuning is None else tuning_from_plain(tuning),
+            "safeguard": None if safeguard is None else safeguard_from_plain(safeguard),
         }
     )
 

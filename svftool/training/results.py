@@ -7,7 +7,7 @@ import math
 import signal
 import statistics
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -124,6 +124,8 @@ def _run_fields(run: Run) -> dict[str, Any]:
         "trainable_parameters": run.trainable_parameters,
         "learning_rates": dict(run.learning_rates),
         "tuning": None if run.tuning is None else tuning_to_plain(run.tuning),
+        "kept": run.kept,
+        "safeguard": None if run.safeguard is None else asdict(run.safeguard),
         "steps": run.outcome.steps,
         "step_seconds": run.outcome.step_seconds,
         "seconds": run.seconds,

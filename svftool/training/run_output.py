@@ -142,6 +142,7 @@ class RunWriter:
             "steps": run.outcome.steps,
             "kept_step": run.outcome.kept,
             "ending": run.outcome.ending,
+            **({} if run.safeguard is None else {"kept_share": run.safeguard.share}),
             "batch_size": settings.batch_size,
             "optimizer": settings.optimizer,
             "learning_rates": dict(run.learning_rates),
