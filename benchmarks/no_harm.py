@@ -6,6 +6,7 @@ run is a line of WORK/runs.jsonl; what is there is not run again.
     python benchmarks/no_harm.py DATA WORK --seeds 2             all that is missing, then the table
     python benchmarks/no_harm.py DATA WORK --match minilm        cells whose name contains this
     python benchmarks/no_harm.py DATA WORK --safeguard never     the same without the safeguard
+    python benchmarks/no_harm.py DATA WORK --jobs 16 --device cuda --minutes 9
     python benchmarks/no_harm.py DATA WORK --table               only the table
 
 DATA holds ``models.py``, ``checkpoints``, ``images`` and ``text``. Models of packages are sought in
@@ -15,16 +16,19 @@ DATA holds ``models.py``, ``checkpoints``, ``images`` and ``text``. Models of pa
 from __future__ import annotations
 
 import argparse
-import json
 import os
 import statistics
-import sys
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
+from units import Journal, Line, work_off
+
+from svftool import decompose, finetune
+from svftool.choices.training import Settings
 from svftool.training.results import interval
 
 SHOTS = (1, 5, 10)
@@ -104,35 +108,40 @@ def cells() -> Iterator[Cell]:
             yield from (Cell(backbone, data, shots) for shots in SHOTS)
 
 
-def run(
-    cell: Cell, asked: argparse.Namespace, seed: int, regimes: Sequence[str]
-) -> list[dict[str, Any]]:
-    """Train regimes of a cell with one seed; decompose the backbone if that is missing."""
-    from svftool import decompose, finetune
-    from svftool.choices.training import Settings
+@dataclass(frozen=True)
+class Unit:
+    """Regimes of a cell with one seed."""
 
-    data, work = asked.data.resolve(), asked.work.resolve()
-    factors = work / f"factors-{cell.backbone.name}"
-    if not factors.exists():
-        decompose(cell.backbone.path(data), factors)
+    cell: Cell
+    seed: int
+    regimes: tuple[str, ...]
+
+    def __str__(self) -> str:
+        return f"{self.cell.name}, seed {self.seed}"
+
+
+def run(asked: argparse.Namespace, unit: Unit) -> list[Line]:
+    """Train and measure."""
+    cell, data, work = unit.cell, asked.data.resolve(), asked.work.resolve()
     model = cell.backbone.model
     with TemporaryDirectory(dir=work) as place:
         result = finetune(
-            factors,
+            work / f"factors-{cell.backbone.name}",
             output=Path(place) / "runs",
             model=f"{data / 'models.py'}{model}" if model.startswith(":") else model,
-            regimes=regimes,
-            seeds=[seed],
+            regimes=unit.regimes,
+            seeds=[unit.seed],
             settings=Settings(safeguard=asked.safeguard),
+            device=asked.device,
             **cell.options(data),
         )
     if result.interrupted is not None:
-        raise SystemExit(128 + result.interrupted)
+        raise KeyboardInterrupt
     return [
         {
             "cell": cell.name,
             "safeguard": asked.safeguard,
-            "seed": seed,
+            "seed": unit.seed,
             "regime": one.regime,
             "before": one.before[result.metric],
             "after": one.after[result.metric],
@@ -184,35 +193,47 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--seeds", type=int, default=5)
     parser.add_argument("--safeguard", choices=["auto", "never"], default="auto")
     parser.add_argument("--regime", default="head,svf", help="comma-separated")
+    parser.add_argument("--device", default="auto")
+    parser.add_argument("--jobs", type=int, default=1)
+    parser.add_argument("--minutes", type=float)
     parser.add_argument("--table", action="store_true")
     return parser.parse_args()
+
+
+def missing(asked: argparse.Namespace, lines: Iterable[Line], cells: Sequence[Cell]) -> list[Unit]:
+    """Return what was not run yet, a seed of all cells after the other."""
+    done = {(one["cell"], one["seed"], one["safeguard"], one["regime"]) for one in lines}
+    found = []
+    for seed in range(asked.seeds):
+        for cell in cells:
+            regimes = tuple(
+                regime
+                for regime in asked.regime.split(",")
+                if (cell.name, seed, asked.safeguard, regime) not in done
+            )
+            found += [Unit(cell, seed, regimes)] if regimes else []
+    return found
 
 
 def main() -> None:
     """Run what is missing and print the table."""
     asked = parse_arguments()
-    asked.work.mkdir(parents=True, exist_ok=True)
-    journal = asked.work / "runs.jsonl"
-    written = journal.read_text().splitlines() if journal.exists() else []
-    lines = [json.loads(line) for line in written]
-    done = {(one["cell"], one["seed"], one["safeguard"], one["regime"]) for one in lines}
+    journal = Journal(asked.work / "runs.jsonl")
     there = [one for one in cells() if one.backbone.path(asked.data).exists()]
     wanted = [one for one in there if asked.match in one.name]
-    for seed in range(0 if asked.table else asked.seeds):
-        for cell in wanted:
-            regimes = [
-                regime
-                for regime in asked.regime.split(",")
-                if (cell.name, seed, asked.safeguard, regime) not in done
-            ]
-            if not regimes:
-                continue
-            found = run(cell, asked, seed, regimes)
-            with journal.open("a") as stream:
-                stream.writelines(json.dumps(line) + "\n" for line in found)
-            lines += found
-            print(f"{cell.name} seed {seed}", file=sys.stderr, flush=True)
-    print(table(lines, asked.safeguard))
+    if not asked.table:
+        for backbone in dict.fromkeys(cell.backbone for cell in wanted):
+            factors = asked.work / f"factors-{backbone.name}"
+            if not factors.exists():
+                decompose(backbone.path(asked.data), factors)
+        work_off(
+            missing(asked, journal.lines, wanted),
+            partial(run, asked),
+            journal,
+            jobs=asked.jobs,
+            minutes=asked.minutes,
+        )
+    print(table(journal.lines, asked.safeguard))
 
 
 if __name__ == "__main__":

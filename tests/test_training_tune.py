@@ -110,7 +110,7 @@ def scored_by_rate(
     return seen
 
 
-@pytest.mark.parametrize("best", [FACTORS[0], FACTORS[3]])
+@pytest.mark.parametrize("best", [FACTORS[1], FACTORS[3]])
 def test_the_rate_with_the_best_score_trains_the_whole_support_set(
     plan: Callable[..., TrainingPlan], monkeypatch: pytest.MonkeyPatch, best: float
 ) -> None:
@@ -129,6 +129,26 @@ def test_the_rate_with_the_best_score_trains_the_whole_support_set(
     )
     # Every regime has as many trials, all as long as the run, on half of its 12 pictures.
     assert seen == [(3, 6)] * (2 * len(FACTORS) * FOLDS)
+
+
+@pytest.mark.parametrize(
+    ("best", "beyond", "chosen"),
+    [(1 / 9, [1 / 27], 1 / 9), (27.0, [27.0, 81.0], 27.0), (1e4, [27.0, 81.0], 81.0)],
+)
+def test_where_an_end_is_best_the_next_rate_is_tried(
+    plan: Callable[..., TrainingPlan],
+    monkeypatch: pytest.MonkeyPatch,
+    best: float,
+    beyond: list[float],
+    chosen: float,
+) -> None:
+    wanted = Settings().learning_rate("head") * best
+    scored_by_rate(monkeypatch, lambda rate: -abs(rate - wanted))
+    (run,) = compare(plan(regimes=("head",)), save)[0]
+    assert run.tuning is not None
+    assert run.tuning.factor == pytest.approx(chosen)
+    tried = [trial.factor for trial in run.tuning.trials]
+    assert tried == pytest.approx(sorted([*FACTORS, *beyond]))
 
 
 def test_trials_do_not_touch_the_query_set(plan: Callable[..., TrainingPlan]) -> None:
@@ -195,7 +215,8 @@ def test_trials_that_are_noted_are_not_repeated(
     plan: Callable[..., TrainingPlan], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     journal, whole = Journal(tmp_path / "kept"), compare(plan(), save)[0][0]
-    seen = scored_by_rate(monkeypatch, lambda rate: rate)
+    wanted = Settings().learning_rate("head") * FACTORS[3]
+    seen = scored_by_rate(monkeypatch, lambda rate: -abs(rate - wanted))
     stop = len(FACTORS) * FOLDS - 3
 
     class Cut(Journal):
@@ -212,11 +233,9 @@ def test_trials_that_are_noted_are_not_repeated(
     runs, _ = compare(plan(), save, journal=journal)
     assert len(seen) == len(FACTORS) * FOLDS
     assert runs[0].tuning is not None
-    assert runs[0].tuning.factor == FACTORS[-1]
+    assert runs[0].tuning.factor == FACTORS[3]
     assert whole.tuning is not None
-    assert [trial.factor for trial in runs[0].tuning.trials] == [
-        trial.factor for trial in whole.tuning.trials
-    ]
+    assert [trial.factor for trial in runs[0].tuning.trials] == list(FACTORS)
     again, _ = compare(plan(), save, journal=journal)
     assert again == runs
     assert len(seen) == len(FACTORS) * FOLDS
@@ -268,7 +287,7 @@ def test_results_hold_every_trial(store: FactorStore, tmp_path: Path) -> None:
     for run in found:
         tuning = run["tuning"]
         assert (tuning["metric"], tuning["steps"], tuning["kept"]) == ("accuracy", 2, None)
-        assert len(tuning["trials"]) == len(FACTORS)
+        assert len(tuning["trials"]) >= len(FACTORS)
         for trial in tuning["trials"]:
             assert trial["score"] == pytest.approx(sum(trial["scores"]) / FOLDS)
         assert run["learning_rates"]["head"] == pytest.approx(1e-3 * tuning["factor"])

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 from svftool.attaching import Trainable
@@ -18,6 +18,9 @@ from svftool.training.workspace import Journal
 
 FACTORS = (1 / 9, 1 / 3, 1.0, 3.0, 9.0)
 """What the rates of every kind of parameter are multiplied by together."""
+
+FURTHER = 2
+"""Rates that are tried beyond an end of these, one by one, while each is the best."""
 
 FOLDS = 2
 """Parts of the support set that are left out in turn."""
@@ -90,8 +93,10 @@ class Tuner:
             return self._default(steps, label)
         record = f"{name}-rates"
         scores: dict[str, float | None] = dict(self.group.once(lambda: self._noted(record)))
-        trials = []
-        for factor in FACTORS:
+        trials: list[Trial] = []
+        waiting = list(FACTORS)
+        while waiting:
+            factor = waiting.pop(0)
             for number, fold in enumerate(folds):
                 key = f"{number}: {factor:.3g}"
                 if key not in scores:
@@ -103,6 +108,8 @@ class Tuner:
                     self.group.once(lambda: self._note(record, scores))
             found = tuple(scores[f"{number}: {factor:.3g}"] for number in range(len(folds)))
             trials.append(Trial(factor, found))
+            waiting = waiting or further(trials, self.metric)
+        trials.sort(key=lambda trial: trial.factor)
         return self._chosen(tuple(trials), steps, label)
 
     def _noted(self, record: str) -> dict[str, float | None]:
@@ -171,6 +178,23 @@ class Tuner:
     def _say(self, message: str) -> None:
         if self.group.first:
             self.progress.note(message)
+
+
+def further(trials: Sequence[Trial], metric: TaskMetric) -> list[float]:
+    """Return the factor to try next, where the best one is an end of those that were tried.
+
+    Examples
+    --------
+    >>> scores = {0.1: 0.5, 1.0: 0.6, 9.0: 0.7}
+    >>> trials = [Trial(factor, (score,)) for factor, score in scores.items()]
+    >>> further(trials, TaskMetric("accuracy", higher_is_better=True))
+    [27.0]
+    """
+    factors = [trial.factor for trial in trials]
+    best, ends = choose(trials, metric), (min(factors), max(factors))
+    if best not in ends or len(trials) >= len(FACTORS) + FURTHER:
+        return []
+    return [best / 3 if best == ends[0] else best * 3]
 
 
 @dataclass(frozen=True)

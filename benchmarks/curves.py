@@ -1,0 +1,396 @@
+"""Quality against trained numbers: every regime on real models and data, rates by support folds.
+
+The rates of a regime are chosen once: by ``--tune-lr`` on the support set of seed 0 (few-shot
+segmentation: on held-out images of fold 0's base classes). The same factor then goes for every
+seed, fold and number of shots. Query sets choose nothing. Each run is a line of WORK/curves.jsonl;
+what is there is not run again.
+
+    python benchmarks/curves.py DATA WORK                   all that is missing, then the tables
+    python benchmarks/curves.py DATA WORK stories dtd10     these sets
+    python benchmarks/curves.py DATA WORK --jobs 16 --device cuda --minutes 9
+    python benchmarks/curves.py DATA WORK --table           only the tables, and a picture each
+    python benchmarks/curves.py DATA WORK --quick           does it run
+
+DATA holds ``checkpoints``, ``images`` and ``text``. Models of packages are sought in
+``$SVFTOOL_MODELS``, by default ``~/.cache/svftool-models``; sets of absent ones are left out.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import tempfile
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from names import chosen
+from units import Journal, Line, work_off
+
+from svftool import decompose, finetune
+from svftool.choices.training import Settings
+from svftool.report.training.curve import save_curve
+from svftool.tasks.base import TaskMetric
+from svftool.training import Run, summarise
+from svftool.training.plan import run_from_plain, run_to_plain
+from svftool.training.results import FinetuneResult, differences
+
+HOME = Path(os.environ.get("SVFTOOL_MODELS") or Path.home() / ".cache" / "svftool-models")
+REFERENCE = "lora:8"
+SPECTRAL = (
+    "svf", "svf+scale", "svf+bias", "svf+norm", "entries:4x", "entries:4x:random",
+    "entries:4x:band", "core:4x", "salt:1",
+)  # fmt: skip
+OTHERS = ("norm", "bias", "rows", "lora:1", "lora:2", "lora:8", "full")
+HEAD = ("head",)
+WITHOUT_BIASES = ("svf+bias", "bias")
+
+
+@dataclass(frozen=True)
+class Set:
+    """A model on a data set.
+
+    Attributes
+    ----------
+    name, title : str
+        On the command line, and in the document.
+    checkpoint : str
+        Below DATA, or below the folder of models if it begins with ``~``.
+    data, evaluation : str
+        Below DATA; no evaluation measures with what the shots left over.
+    options : mapping
+        Arguments of `svftool.finetune`.
+    settings : Settings
+    seeds : int
+    shots : tuple of int
+        The rates are chosen with the first of them.
+    folds : tuple of int
+        Of few-shot segmentation.
+    left_out : tuple of str
+        Regimes that the model has nothing for.
+    """
+
+    name: str
+    title: str
+    checkpoint: str
+    data: str
+    evaluation: str | None
+    options: Mapping[str, Any]
+    settings: Settings = field(default_factory=Settings)
+    seeds: int = 5
+    shots: tuple[int, ...] = (10,)
+    folds: tuple[int, ...] = ()
+    left_out: tuple[str, ...] = ()
+
+    def checkpoint_in(self, data: Path) -> Path:
+        """Where the checkpoint is."""
+        inner = self.checkpoint
+        return HOME / inner[1:] if inner.startswith("~") else data / inner
+
+    def factors_in(self, work: Path) -> Path:
+        """Where its factors are; sets of one checkpoint share them."""
+        return work / f"factors-{Path(self.checkpoint).stem.strip('~')}"
+
+    @property
+    def regimes(self) -> tuple[str, ...]:
+        """Those that are compared on it."""
+        return tuple(one for one in HEAD + SPECTRAL + OTHERS if one not in self.left_out)
+
+
+_SHAKESPEARE = ("text/shakespeare_train.jsonl", "text/shakespeare_eval.jsonl")
+_LANGUAGE = {"task": "language", "sequence_length": 128}
+_MOBILENET = ("~mobilenet_v2/mobilenet_v2-b0353104.pth", "torchvision:mobilenet_v2")
+SETS = (
+    Set(
+        "stories",
+        "Shakespeare, a Llama of 260,000 parameters",
+        "checkpoints/stories260K",
+        *_SHAKESPEARE,
+        _LANGUAGE,
+        Settings(steps=60, batch_size=4),
+        left_out=HEAD + WITHOUT_BIASES,
+    ),
+    Set(
+        "smollm2",
+        "Shakespeare, SmolLM2-135M",
+        "~smollm2/SmolLM2-135M-Instruct.Q4_1.gguf",
+        *_SHAKESPEARE,
+        _LANGUAGE,
+        Settings(steps=40, batch_size=4),
+        seeds=3,
+        shots=(10, 50),
+        left_out=HEAD + WITHOUT_BIASES,
+    ),
+    Set(
+        "banking77",
+        "Customer questions (`banking77`), MiniLM",
+        "~minilm",
+        "text/banking77/train.csv",
+        "text/banking77/test.csv",
+        {"task": "text-classification"},
+        shots=(5,),
+    ),
+    Set(
+        "dtd10",
+        "Textures (`dtd10`), torchvision's MobileNetV2",
+        _MOBILENET[0],
+        "images/dtd10",
+        None,
+        {"model": _MOBILENET[1], "image_size": 160, "augment": "none"},
+    ),
+    Set(
+        "voc",
+        "Few-shot segmentation of VOC, torchvision's MobileNetV2",
+        _MOBILENET[0],
+        "images/voc20_pairs",
+        None,
+        {
+            "task": "few-shot-segmentation",
+            "model": _MOBILENET[1],
+            "image_size": 129,
+            "output_stride": 16,
+            "select_on": "last",
+            "test_shots": (5,),
+            "test_episodes": 300,
+        },
+        Settings(steps=150, batch_size=4),
+        seeds=3,
+        shots=(1,),
+        folds=(0, 1, 2, 3),
+    ),
+)
+
+
+@dataclass(frozen=True)
+class Unit:
+    """A run: one regime with one seed; the first one of a regime chooses its rates, too."""
+
+    where: str
+    regime: str
+    seed: int
+    shots: int
+    fold: int | None
+    factor: float | None = None
+
+    def __str__(self) -> str:
+        fold = "" if self.fold is None else f", fold {self.fold}"
+        return f"{self.where} {self.regime}, {self.shots} shots, seed {self.seed}{fold}"
+
+    @property
+    def key(self) -> tuple[Any, ...]:
+        """What a line of the journal is known by."""
+        return self.where, self.regime, self.seed, self.shots, self.fold
+
+
+def units_of(one: Set) -> list[Unit]:
+    """Return all runs of a set, those that choose rates first."""
+    found = [
+        Unit(one.name, regime, seed, shots, fold)
+        for shots in one.shots
+        for seed in range(one.seeds)
+        for fold in one.folds or (None,)
+        for regime in one.regimes
+    ]
+    return found
+
+
+def first_of(one: Set, regime: str) -> Unit:
+    """Return the run that chooses a regime's rates."""
+    return Unit(one.name, regime, 0, one.shots[0], one.folds[0] if one.folds else None)
+
+
+def run(asked: argparse.Namespace, unit: Unit) -> list[Line]:
+    """Train and measure; choose the rates where the unit brings no factor."""
+    one = next(each for each in SETS if each.name == unit.where)
+    one = _quick(one) if asked.quick else one
+    data, work = asked.data.resolve(), asked.work.resolve()
+    tuned = unit.factor is None
+    settings = replace(one.settings, safeguard="never", tune_lr=tuned, lr_scale=unit.factor or 1.0)
+    options = dict(one.options)
+    if unit.fold is not None:
+        options["folds"] = (unit.fold,)
+    if one.evaluation is not None:
+        options["evaluation"] = data / one.evaluation
+    with tempfile.TemporaryDirectory(dir=work) as place:
+        result = finetune(
+            one.factors_in(work),
+            data=data / one.data,
+            output=Path(place) / "runs",
+            regimes=[unit.regime],
+            seeds=[unit.seed],
+            shots=(unit.shots,) if one.folds else unit.shots,
+            settings=settings,
+            device="cpu" if one.name == "stories" else asked.device,
+            **options,
+        )
+    if result.interrupted is not None:
+        raise KeyboardInterrupt
+    factor = unit.factor
+    if tuned:
+        tuning = result.runs[0].tuning
+        factor = 1.0 if tuning is None else tuning.factor
+    facts = {"key": list(unit.key), "factor": factor, "metric": result.metric}
+    return [{**facts, "run": _slim(run_to_plain(each))} for each in result.runs]
+
+
+def _slim(run: Line) -> Line:
+    """Without the losses of every step."""
+    outcome = {**run["outcome"], "curves": {}}
+    return {**run, "outcome": outcome, "output": None}
+
+
+def go(asked: argparse.Namespace, sets: Sequence[Set], journal: Journal) -> None:
+    """Run what is missing: a regime's first run, and then its others with the same rates."""
+    done = {tuple(line["key"]): line["factor"] for line in journal.lines}
+    missing: dict[tuple[str, str], list[Unit]] = {}
+    begin = []
+    for one in sets:
+        for unit in units_of(one):
+            if unit.key not in done:
+                missing.setdefault((one.name, unit.regime), []).append(unit)
+    for one in sets:
+        for regime in one.regimes:
+            others, first = missing.get((one.name, regime), []), first_of(one, regime)
+            if first in others:
+                others.remove(first)
+                begin.append(first)
+            else:
+                factor = done[first.key]
+                begin += [replace(each, factor=factor) for each in others]
+                missing.pop((one.name, regime), None)
+
+    def then(unit: Unit, lines: Sequence[Line]) -> list[Unit]:
+        others = missing.pop((unit.where, unit.regime), []) if unit.factor is None else []
+        return [replace(each, factor=lines[0]["factor"]) for each in others] if lines else []
+
+    work_off(
+        begin,
+        partial(run, asked),
+        journal,
+        jobs=asked.jobs,
+        minutes=asked.minutes,
+        then=then,
+    )
+
+
+def tables(one: Set, lines: Sequence[Line], picture: Path | None) -> str:
+    """Write a table for every number of shots; draw them, if asked for."""
+    known = {tuple(line["key"]) for line in lines}
+    mine = [line for line in lines if line["key"][0] == one.name]
+    if not mine:
+        return f"## {one.title}\n\nnothing was run"
+    runs = [run_from_plain(line["run"]) for line in mine]
+    missing = sum(unit.key not in known for unit in units_of(one))
+    metric = TaskMetric(mine[0]["metric"], higher_is_better=mine[0]["metric"] != "perplexity")
+    factors = {line["key"][1]: line["factor"] for line in mine}
+    parts = [f"## {one.title}"]
+    if missing:
+        parts.append(f"{missing} runs are missing.")
+    for shots in dict.fromkeys(each.shots for each in runs):
+        some = [each for each in runs if each.shots == shots]
+        parts += [f"{shots} shots", _table(one, some, metric, factors)]
+    if picture is not None:
+        order = {name: place for place, name in enumerate(one.regimes)}
+        runs.sort(key=lambda each: (each.shots or 0, order[each.regime]))
+        summary = summarise(runs, metric)
+        whole = [each for each in summary if None in each.facts.values()] or summary
+        task = str(one.options.get("task", "classification"))
+        result = FinetuneResult(picture, task, metric.name, tuple(runs), tuple(whole))
+        save_curve(result, picture, kind="svg")
+    return "\n\n".join(parts)
+
+
+def _table(one: Set, runs: Sequence[Run], metric: TaskMetric, factors: Mapping[str, float]) -> str:
+    scale, sign = (100, 1) if metric.higher_is_better else (1, -1)
+    complete = _complete(one, runs)
+    summary = {each.regime: each for each in summarise(complete, metric)}  # the last: of all folds
+    head = summary["head"].trainable_parameters if "head" in summary else 0
+    first = next(iter(summary.values()))
+    name = "perplexity" if sign < 0 else f"{metric.name.replace('_', ' ')}, %"
+    rows = [
+        f"| regime | numbers | {name} | ± | above {REFERENCE} | ± | wins | rates x | seeds |",
+        "|---|---|---|---|---|---|---|---|---|",
+        f"| before | | {scale * first.before:.1f} | | | | | | |",
+    ]
+    for regime in one.regimes:
+        if regime not in summary:
+            continue
+        found = summary[regime]
+        pairs = differences(complete, metric.name, regime, REFERENCE)
+        against = ("", "", "")
+        if pairs is not None and regime != REFERENCE:
+            half = "" if pairs.half is None else f"{scale * pairs.half:.1f}"
+            wins = f"{pairs.wins(higher_is_better=sign > 0)} of {len(pairs.values)}"
+            against = (f"{sign * scale * pairs.mean:+.1f}", half, wins)
+        ends = found.ci95
+        half = "" if ends is None else f"{scale * (ends[1] - ends[0]) / 2:.1f}"
+        count = found.trainable_parameters - head
+        rows.append(
+            f"| {regime} | {count:,} | {scale * found.mean:.1f} | {half} | {' | '.join(against)} | "
+            f"{factors[regime]:.2g} | {found.seeds} |"
+        )
+    return "\n".join(rows)
+
+
+def _complete(one: Set, runs: Sequence[Run]) -> list[Run]:
+    """Leave out seeds of a regime that lack a fold."""
+    if not one.folds:
+        return list(runs)
+    count: dict[tuple[str, int], int] = {}
+    for each in runs:
+        count[each.regime, each.seed] = count.get((each.regime, each.seed), 0) + 1
+    return [each for each in runs if count[each.regime, each.seed] == len(one.folds)]
+
+
+def _quick(one: Set) -> Set:
+    """Two steps, and one run a regime."""
+    episodes = {"test_episodes": 8} if one.folds else {}
+    return replace(
+        one,
+        options={**one.options, **episodes},
+        settings=replace(one.settings, steps=2),
+        seeds=1,
+        shots=one.shots[:1],
+        folds=one.folds[:1],
+    )
+
+
+def parse_arguments() -> argparse.Namespace:
+    """Read the command line."""
+    parser = argparse.ArgumentParser(description=__doc__.split("\n", 1)[0])
+    parser.add_argument("data", type=Path)
+    parser.add_argument("work", type=Path)
+    parser.add_argument("sets", nargs="*", help=", ".join(one.name for one in SETS))
+    parser.add_argument("--regime", help="comma-separated; all by default")
+    parser.add_argument("--device", default="auto")
+    parser.add_argument("--jobs", type=int, default=1)
+    parser.add_argument("--minutes", type=float)
+    parser.add_argument("--quick", action="store_true")
+    parser.add_argument("--table", action="store_true")
+    return parser.parse_args()
+
+
+def main() -> None:
+    """Run what is missing and print the tables."""
+    asked = parse_arguments()
+    names = chosen(asked.sets, [one.name for one in SETS])
+    sets = [_quick(one) if asked.quick else one for one in SETS if one.name in names]
+    if asked.regime:
+        left = [one for one in HEAD + SPECTRAL + OTHERS if one not in asked.regime.split(",")]
+        sets = [replace(one, left_out=one.left_out + tuple(left)) for one in sets]
+    journal = Journal(asked.work / "curves.jsonl")
+    if not asked.table:
+        there = [one for one in sets if one.checkpoint_in(asked.data).exists()]
+        for one in there:
+            factors = one.factors_in(asked.work)
+            if not factors.exists():
+                decompose(one.checkpoint_in(asked.data), factors)
+        go(asked, there, journal)
+    for one in sets:
+        print(tables(one, journal.lines, asked.work / f"curve-{one.name}.svg"), end="\n\n")
+
+
+if __name__ == "__main__":
+    main()
