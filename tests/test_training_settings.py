@@ -300,7 +300,7 @@ def test_the_bits_of_a_result_depend_on_all_settings_but_the_workers() -> None:
         "lr_of": {"svf": 1.0}, "head_lr": 0.3, "tune_lr": True, "lr_scale": 2.0, "head_scale": 2.0,
         "decay": 0.1, "head_decay": 0.1, "head_first": 1, "warmup": 0.2, "clip": None,
         "precision": "bf16", "dtype": "bfloat16", "accumulate": 2, "label_smoothing": 0.1,
-        "patience": 2, "workers": 2,
+        "patience": 2, "workers": 2, "safeguard": "always",
     }  # fmt: skip
     assert set(others) == {one.name for one in fields(Settings)}
     same = [n for n, v in others.items()
