@@ -161,7 +161,7 @@ def test_a_part_of_the_way_lies_between_start_and_end(
 ) -> None:
     whole = Saved()
     compare(plan(safeguard="never", regimes=("head",)), whole)
-    monkeypatch.setattr("svftool.training.kept.choose_share", lambda trials: 0.25)
+    monkeypatch.setattr("svftool.training.kept.choose_share", lambda *_, **__: 0.25)
     part = Saved()
     runs, _ = compare(plan(regimes=("head",)), part)
     assert the(runs)[0].kept == "part"
@@ -175,7 +175,7 @@ def test_all_of_it_is_the_unguarded_run_bit_for_bit(
 ) -> None:
     free, guarded = Saved(), Saved()
     compare(plan(safeguard="never"), free)
-    monkeypatch.setattr("svftool.training.kept.choose_share", lambda trials: 1.0)
+    monkeypatch.setattr("svftool.training.kept.choose_share", lambda *_, **__: 1.0)
     compare(plan(), guarded)
     for name, value in free.tensors["svf-seed0"].items():
         assert torch.equal(value, guarded.tensors["svf-seed0"][name]), name
@@ -238,7 +238,7 @@ def test_a_run_that_was_cut_short_goes_on_from_its_trials(
 
 
 def test_a_trial_that_diverges_keeps_the_start() -> None:
-    found = decide([[], [Judged([1.0] * 3, 1)] * (len(SHARES) + 1)], 10)
+    found = decide([[], [Judged([1.0] * 3, 1)] * (len(SHARES) + 1)], 10, new_head=False)
     assert found.kept == "start"
     assert "diverged" in found.why
 
@@ -246,15 +246,18 @@ def test_a_trial_that_diverges_keeps_the_start() -> None:
 @pytest.mark.parametrize("bad", [math.inf, math.nan])
 def test_losses_that_are_not_finite_are_no_gain(bad: float) -> None:
     fold = [Judged([1.0, 1.2], 0), *[Judged([bad, 0.1], 1)] * len(SHARES)]
-    assert decide([fold, fold], 10).share == 0.0
+    for new_head in (True, False):
+        found = decide([fold, fold], 10, new_head=new_head)
+        assert found.share == 0.0
+        assert "finite" in found.why
 
 
 def test_a_loss_that_falls_while_fewer_are_right_is_no_gain() -> None:
     start, after = Judged([2.0, 2.1, 1.9], 2), Judged([1.0, 1.2, 0.9], 1)
     fold = [start, *[after] * len(SHARES)]
-    assert decide([fold, fold], 10).share == 0.0
+    assert decide([fold, fold], 10, new_head=True).share == 0.0
     same = [start, *[replace(after, right=2)] * len(SHARES)]
-    assert decide([same, same], 10).share == SHARES[0]
+    assert decide([same, same], 10, new_head=True).share == SHARES[0]
 
 
 @pytest.mark.parametrize("factor", [1.0, 100.0])
@@ -274,10 +277,23 @@ def test_the_smallest_share_as_good_as_the_best() -> None:
     def shared(*gains: float) -> list[SharedWay]:
         return [SharedWay(share, gain, 0.1) for share, gain in zip(SHARES, gains, strict=True)]
 
-    assert choose_share(shared(0.02, 0.2, 0.5, 0.58, 0.3)) == 0.5
-    assert choose_share(shared(0.02, 0.05, 0.07, 0.09, 0.02)) == 0.0
-    assert choose_share(shared(0.02, 0.05, 0.15, 0.3, 0.9)) == 1.0
-    assert choose_share(shared(-1, -1, -1, -1, -1)) == 0.0
+    assert choose_share(shared(0.02, 0.2, 0.5, 0.58, 0.3), new_head=True) == 0.5
+    assert choose_share(shared(0.02, 0.05, 0.07, 0.09, 0.02), new_head=True) == 0.0
+    assert choose_share(shared(0.02, 0.05, 0.15, 0.3, 0.9), new_head=True) == 1.0
+    assert choose_share(shared(-1, -1, -1, -1, -1), new_head=True) == 0.0
+
+
+def test_a_head_of_the_checkpoint_is_trained_unless_that_does_harm() -> None:
+    def shared(right: int, *gains: float) -> list[SharedWay]:
+        return [
+            SharedWay(share, gain, 0.1, right) for share, gain in zip(SHARES, gains, strict=True)
+        ]
+
+    # What is new to a head: half of the examples cannot show what all of them bring.
+    assert choose_share(shared(-1, 0.02, 0.0, -0.05, -0.1, -0.19), new_head=False) == 1.0
+    assert choose_share(shared(0, -1, -1, -1, -1, -1), new_head=False) == 1.0
+    assert choose_share(shared(-1, 0.02, 0.0, -0.1, -0.3, -0.5), new_head=False) == 0.5
+    assert choose_share(shared(-1, -1, -1, -1, -1, -1), new_head=False) == 0.0
 
 
 def test_ends_of_the_way_are_met_bit_for_bit() -> None:

@@ -35,6 +35,11 @@ class SharedWay:
     error: float
     right: int = 0
 
+    @property
+    def harmful(self) -> bool:
+        """Whether the loss is higher by more than two standard errors, with fewer classes right."""
+        return self.gain < -2 * self.error and self.right < 0
+
 
 @dataclass(frozen=True)
 class Safeguard:
@@ -74,19 +79,36 @@ def safeguard_from_plain(value: Mapping[str, Any]) -> Safeguard:
     return Safeguard(**{**value, "trials": trials})
 
 
-def choose_share(trials: Sequence[SharedWay]) -> float:
-    """Return the smallest share whose gain is within a standard error of the best.
+def choose_share(trials: Sequence[SharedWay], *, new_head: bool) -> float:
+    """Return the share of the way that is kept.
 
-    Shares count whose gain is above its own standard error, and that lose no example: a loss can
-    fall because the model is less sure, while it finds fewer classes.
+    A new head starts from the means of the very examples that it is trained on: they speak for it
+    already, and training has to show that it helps. Shares count whose gain is above its own
+    standard error, and that lose no example: a loss can fall because the model is less sure, while
+    it finds fewer classes. The smallest one whose gain is within a standard error of the best is
+    taken.
+
+    A head that came with the checkpoint has not seen these examples, and half of them say too
+    little of what all of them do: the largest share is taken that does no harm.
+
+    Parameters
+    ----------
+    trials : sequence of SharedWay
+        By share.
+    new_head : bool
+        Whether the head was made of the support set.
 
     Examples
     --------
-    >>> choose_share([SharedWay(0.5, 0.30, 0.1), SharedWay(1.0, 0.35, 0.1)])
+    >>> choose_share([SharedWay(0.5, 0.30, 0.1), SharedWay(1.0, 0.35, 0.1)], new_head=True)
     0.5
-    >>> choose_share([SharedWay(0.5, 0.05, 0.1), SharedWay(1.0, 0.4, 0.1, right=-1)])
+    >>> choose_share([SharedWay(0.5, 0.05, 0.1), SharedWay(1.0, -0.1, 0.1)], new_head=True)
     0.0
+    >>> choose_share([SharedWay(0.5, 0.05, 0.1), SharedWay(1.0, -0.1, 0.1)], new_head=False)
+    1.0
     """
+    if not new_head:
+        return max((one.share for one in trials if not one.harmful), default=0.0)
     fit = [one for one in trials if one.gain > one.error and one.right >= 0]
     if not fit:
         return 0.0
@@ -110,7 +132,7 @@ class Judged:
     right: int
 
 
-def decide(folds: Sequence[Sequence[Judged]], steps: int) -> Safeguard:
+def decide(folds: Sequence[Sequence[Judged]], steps: int, *, new_head: bool) -> Safeguard:
     """Decide by what training did to the examples that each fold left out.
 
     Parameters
@@ -120,6 +142,8 @@ def decide(folds: Sequence[Sequence[Judged]], steps: int) -> Safeguard:
         fold where training diverged.
     steps : int
         Steps of the trials together.
+    new_head : bool
+        See `choose_share`.
     """
     if not all(folds):
         return Safeguard(0.0, "training diverged on a half of the examples", steps)
@@ -130,24 +154,32 @@ def decide(folds: Sequence[Sequence[Judged]], steps: int) -> Safeguard:
             for fold in folds
             for before, after in zip(fold[0].losses, fold[place].losses, strict=True)
         ]
+        if not all(map(math.isfinite, gains)):
+            continue
         right = sum(fold[place].right - fold[0].right for fold in folds)
         trials.append(SharedWay(share, *_mean_and_error(gains), right))
-    share, count = choose_share(trials), sum(len(fold[0].losses) for fold in folds)
+    share, count = (
+        choose_share(trials, new_head=new_head),
+        sum(len(fold[0].losses) for fold in folds),
+    )
     return Safeguard(share, _why(trials, share, count), steps, count, tuple(trials))
 
 
 def _why(trials: Sequence[SharedWay], share: float, count: int) -> str:
+    if not trials:
+        return f"of {count} examples left out in turn some have no finite loss after it"
     kept = [one for one in trials if one.share == share]
     told = kept[0] if kept else max(trials, key=lambda one: one.gain)
     most = "" if kept else " at best"
+    change = f"{'raises' if told.gain < 0 else 'lowers'} the loss by {abs(told.gain):.3f}"
     return (
-        f"of {count} examples left out in turn it lowers the loss by {told.gain:.3f} ± "
-        f"{told.error:.3f}{most}, and finds {told.right:+d} classes"
+        f"of {count} examples left out in turn it {change} ± {told.error:.3f}{most}, and finds "
+        f"{told.right:+d} classes"
     )
 
 
 def _mean_and_error(values: Sequence[float]) -> tuple[float, float]:
-    """Mean and its standard error; a loss that is not finite is no gain."""
-    if len(values) < 2 or not all(map(math.isfinite, values)):
+    """Mean and its standard error."""
+    if len(values) < 2:
         return 0.0, 0.0
     return statistics.fmean(values), statistics.stdev(values) / math.sqrt(len(values))

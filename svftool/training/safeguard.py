@@ -3,9 +3,10 @@
 With few examples training can leave a model worse than its start. Two trainings on a half of the
 support set each are therefore held against the other half, at several shares of the way from the
 start to their end: the interpolation of Wortsman et al. 2022 (Robust fine-tuning of zero-shot
-models, arXiv 2109.01903). The smallest share that is as good as the best one, within a standard
-error, is what the run itself goes (the rule of Breiman et al. 1984, Classification and Regression
-Trees, section 3.4.3).
+models, arXiv 2109.01903). With a new head, the smallest share that is as good as the best one,
+within a standard error, is what the run itself goes (the rule of Breiman et al. 1984,
+Classification and Regression Trees, section 3.4.3). With the checkpoint's own head it is the
+largest one that does no harm, see `svftool.training.kept.choose_share`.
 """
 
 from __future__ import annotations
@@ -142,10 +143,11 @@ class Guard:
                 values = self._try(fold, start, steps, seed=seed, label=shown)
                 if values is None:
                     return None
-                noted[str(number)] = values
+                noted[str(number)], noted["new_head"] = values
                 self.group.once(lambda: self._note(record, noted))
         found = [[Judged(*one) for one in noted[str(number)]] for number in range(len(folds))]
-        return self._said(decide(found, steps * len(folds)), label)
+        decided = decide(found, steps * len(folds), new_head=noted["new_head"])
+        return self._said(decided, label)
 
     def _noted(self, record: str) -> dict[str, Any]:
         if self.journal is None:
@@ -165,8 +167,15 @@ class Guard:
         *,
         seed: int,
         label: str,
-    ) -> list[Any] | None:
-        """Train on a fold; judge what it leaves out, at the start and at every share."""
+    ) -> tuple[list[Any], bool] | None:
+        """Train on a fold; judge what it leaves out, at the start and at every share.
+
+        Returns
+        -------
+        tuple of list and bool, or None
+            Values of each `Judged`, none where training diverged, and whether the head is new; None
+            where it was interrupted.
+        """
         trainable, new_head = start(fold)
         parameters = [one for group in trainable.groups.values() for one in group]
         self.group.copy_from_first(parameters)
@@ -187,13 +196,13 @@ class Guard:
         )
         if outcome.ending == "interrupted":
             return None
+        found: list[Any] = []
         if outcome.ending == "diverged":
-            return []
-        found = []
+            return found, new_head
         for share in (0.0, *SHARES):
             way.go(share)
             found.append(self.group.once(lambda: _judged(fold, trainable.model)))
-        return found
+        return found, new_head
 
     def _shortened(self, steps: int) -> Settings:
         """As far as the run goes, in fewer steps."""
