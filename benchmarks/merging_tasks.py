@@ -285,7 +285,7 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--match", nargs="*", default=[], help="merges whose name contains one")
     parser.add_argument("--device", choices=["auto", "cpu", "cuda"], default="auto")
     parser.add_argument("--jobs", type=int, default=1, help="processes")
-    parser.add_argument("--steps", type=int, default=300, help="of each fine-tuning")
+    parser.add_argument("--steps", type=int, default=200, help="of each fine-tuning")
     parser.add_argument("--size", type=int, default=96, help="pixels of a picture")
     parser.add_argument("--images", type=int, help="pictures a class, at most; all by default")
     parser.add_argument(

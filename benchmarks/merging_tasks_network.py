@@ -146,10 +146,10 @@ def _head(place: Place, task: str) -> CosineHead:
 
 def _made_head(place: Place, part: Part) -> CosineHead:
     """Make a head of the mean directions of the base's features of each class."""
-    found = torch.cat([*_features(network(place.base, place.device), part.images)])
-    head = CosineHead(found.shape[1], part.size).to(place.device).requires_grad_(False)
-    start_head(head, found, part.labels, part.size)
-    return head
+    found = torch.cat([*_features(network(place.base, place.device), part.images)]).cpu()
+    head = CosineHead(found.shape[1], part.size).requires_grad_(False)
+    start_head(head, found, part.labels.cpu(), part.size)
+    return head.to(place.device)
 
 
 def _write_head(place: Place, task: str) -> None:
