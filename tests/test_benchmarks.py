@@ -9,6 +9,9 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
+
+from svftool.choices.merging import METHODS, parse_method
 
 SCRIPT = Path(__file__).parents[1] / "benchmarks" / "decompose.py"
 KINDS = {"values", "reconstruction", "orthogonality"}
@@ -83,3 +86,64 @@ def test_cases_go_by_the_names_of_the_documentation(
 def test_every_script_loads(script: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.syspath_prepend(str(SCRIPT.parent))
     importlib.import_module(script.stem)
+
+
+@pytest.mark.skipif(not SCRIPT.is_file(), reason="benchmarks/ is not in this checkout")
+def test_merges_of_tasks_are_held_against_the_fine_tunes_of_their_seed(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.syspath_prepend(str(SCRIPT.parent))
+    report = importlib.import_module("merging_tasks_report")
+
+    def line(seed: int, row: str, a: float, b: float, task: str = "") -> dict[str, object]:
+        return {"cell": f"full/{seed}/{row}/{task}", "kind": "full", "seed": seed, "row": row,
+                "pairs": False, "accuracy": {"a": a, "b": b}}  # fmt: skip
+
+    base = {"cell": "base/a", "row": "base", "accuracy": {"a": 0.4, "b": 0.5}}
+    tuned = [
+        *(line(0, "fine-tune", 0.8, 0.1, "a"), line(0, "fine-tune", 0.1, 0.5, "b")),
+        *(line(1, "fine-tune", 0.4, 0.1, "a"), line(1, "fine-tune", 0.1, 1.0, "b")),
+        line(2, "fine-tune", 0.4, 0.1, "a"),
+    ]
+    merged = [line(0, "ties", 0.4, 0.5), line(1, "ties", 0.4, 0.5), line(2, "ties", 0.0, 0.0)]
+    (group,) = report.grouped([base, *tuned, *merged], ["a", "b"])
+    (ties,) = group.merged
+    # Seed 2 has no fine-tune of b, so that it says nothing.
+    assert ties.normalised == pytest.approx([0.75, 0.75])
+    assert group.base.normalised == pytest.approx([0.75, 0.75])
+    assert group.own.accuracy == pytest.approx({"a": 0.6, "b": 0.75})
+    assert "| ties | 40.0 | 50.0 | 75.0 | 0.0 |" in report.table(
+        [base, *tuned, *merged], ["a", "b"]
+    )
+    report.draw([base, *tuned, *merged], ["a", "b"], tmp_path / "x.svg")
+    assert ">ties</text>" in (tmp_path / "x.svg").read_text(encoding="utf-8")
+
+
+@pytest.mark.skipif(not SCRIPT.is_file(), reason="benchmarks/ is not in this checkout")
+def test_every_method_merges_the_tasks(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.syspath_prepend(str(SCRIPT.parent))
+    script = importlib.import_module("merging_tasks")
+    known = list(script.cells(2))
+    rows = {(one.method, one.pairs) for one in known}
+    assert {name.partition(":")[0] for name, _ in rows} == set(METHODS)
+    for one in known:
+        for tasks in one.groups:
+            parse_method(one.method).check_count(len(tasks))
+    names = [one.name for one in script.matched(known, ["full/1/ties", "lora:8/0/iso-c"])]
+    assert names == ["lora:8/0/iso-c", "lora:8/0/iso-cts", "full/1/ties"]
+    with pytest.raises(SystemExit, match="2"):
+        script.matched(known, ["full/1/tie", "full/2"])
+    assert "no such case: 'full/2', expected a part of full/0/linear; " in capsys.readouterr().err
+
+
+@pytest.mark.skipif(not SCRIPT.is_file(), reason="benchmarks/ is not in this checkout")
+def test_pictures_of_tasks_are_kept_evenly_of_every_class(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(str(SCRIPT.parent))
+    images = importlib.import_module("merging_tasks_images")
+    labels = torch.arange(3).repeat_interleave(torch.tensor([5, 1, 4]))
+    part = images.Part(torch.arange(10).view(10, 1, 1, 1).to(torch.uint8), labels).at_most(2)
+    assert part.images.flatten().tolist() == [0, 2, 5, 6, 8]
+    assert part.labels.tolist() == [0, 0, 1, 2, 2]
+    assert part.size == 3
