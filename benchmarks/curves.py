@@ -27,7 +27,7 @@ from pathlib import Path
 from typing import Any
 
 from names import chosen
-from units import Journal, Line, work_off
+from units import Journal, Line, apart, work_off
 
 from svftool import decompose, finetune
 from svftool.choices.training import Settings
@@ -45,6 +45,8 @@ SPECTRAL = (
 )  # fmt: skip
 OTHERS = ("norm", "bias", "rows", "lora:1", "lora:2", "lora:8", "full")
 HEAD = ("head",)
+EARLY = ("head", "svf", "lora:8", "entries:4x", "svf+norm", "norm", "svf+scale", "full", "lora:1")
+"""Regimes that are run before the others."""
 WITHOUT_BIASES = ("svf+bias", "bias")
 
 
@@ -261,6 +263,8 @@ def go(asked: argparse.Namespace, sets: Sequence[Set], journal: Journal) -> None
                 begin += [replace(each, factor=factor) for each in others]
                 missing.pop((one.name, regime), None)
 
+    begin.sort(key=lambda unit: EARLY.index(unit.regime) if unit.regime in EARLY else len(EARLY))
+
     def then(unit: Unit, lines: Sequence[Line]) -> list[Unit]:
         others = missing.pop((unit.where, unit.regime), []) if unit.factor is None else []
         return [replace(each, factor=lines[0]["factor"]) for each in others] if lines else []
@@ -386,7 +390,7 @@ def main() -> None:
         for one in there:
             factors = one.factors_in(asked.work)
             if not factors.exists():
-                decompose(one.checkpoint_in(asked.data), factors)
+                apart(decompose, one.checkpoint_in(asked.data), factors)
         go(asked, there, journal)
     for one in sets:
         print(tables(one, journal.lines, asked.work / f"curve-{one.name}.svg"), end="\n\n")

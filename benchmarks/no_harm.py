@@ -25,7 +25,7 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
-from units import Journal, Line, work_off
+from units import Journal, Line, apart, work_off
 
 from svftool import decompose, finetune
 from svftool.choices.training import Settings
@@ -225,7 +225,7 @@ def main() -> None:
         for backbone in dict.fromkeys(cell.backbone for cell in wanted):
             factors = asked.work / f"factors-{backbone.name}"
             if not factors.exists():
-                decompose(backbone.path(asked.data), factors)
+                apart(decompose, backbone.path(asked.data), factors)
         work_off(
             missing(asked, journal.lines, wanted),
             partial(run, asked),

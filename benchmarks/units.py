@@ -85,6 +85,12 @@ def work_off(
         pool.shutdown()
 
 
+def apart(function: Callable[..., object], *arguments: object) -> None:
+    """Call a function in a process of its own: forked processes want none that has used a GPU."""
+    with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as pool:
+        pool.submit(function, *arguments).result()
+
+
 def _pool(jobs: int) -> ProcessPoolExecutor:
     """Forked processes share what is imported already."""
     return ProcessPoolExecutor(jobs, multiprocessing.get_context("fork"), initializer=_one_thread)
