@@ -373,7 +373,7 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--minutes", type=float)
     parser.add_argument("--quick", action="store_true")
     parser.add_argument("--table", action="store_true")
-    return parser.parse_args()
+    return parser.parse_intermixed_args()
 
 
 def main() -> None:
