@@ -27,15 +27,10 @@ DATA holds ``images``; the network is sought in ``$SVFTOOL_MODELS``, by default
 from __future__ import annotations
 
 import argparse
-import json
-import multiprocessing
 import os
 import statistics
 import sys
-import time
-import traceback
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from concurrent.futures import Future, ProcessPoolExecutor, as_completed
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -46,16 +41,14 @@ from merging_tasks_images import TASKS
 from merging_tasks_network import RATES, Place
 from merging_tasks_report import draw, table
 from names import chosen
+from units import Journal, Line, work_off
 
 from svftool.choices.merging import METHODS
 
 HOME = Path(os.environ.get("SVFTOOL_MODELS") or Path.home() / ".cache" / "svftool-models")
 NETWORK = Path("mobilenet_v2") / "mobilenet_v2-b0353104.pth"
 KINDS = tuple(RATES)
-Line = dict[str, Any]
 Groups = tuple[tuple[str, ...], ...]
-Call = tuple[Line, Callable[..., Line], tuple[Any, ...]]
-"""What is written beside the result, the function, and its arguments after the place."""
 
 
 @dataclass(frozen=True)
@@ -128,90 +121,66 @@ def matched(known: Sequence[Cell], texts: Sequence[str]) -> list[Cell]:
     return [one for one in known if not texts or any(text in one.name for text in texts)]
 
 
-class Journal:
-    """What was measured, by cell: a file of JSON lines that is added to.
+@dataclass(frozen=True)
+class Call:
+    """A function of `merging_tasks_network`, its arguments, and what is written beside its result.
 
-    Parameters
+    Attributes
     ----------
-    path : Path
-    setting : str
-        Lines of other settings are left aside.
+    known : dict
+        With the ``cell``.
+    function : callable
+    arguments : tuple
+        Those after the place.
     """
 
-    def __init__(self, path: Path, setting: str) -> None:
-        self._path, self._setting = path, setting
-        written = path.read_text(encoding="utf-8").splitlines() if path.exists() else []
-        found = [json.loads(line) for line in written if line.endswith("}")]
-        self.lines: dict[str, Line] = {
-            one["cell"]: one for one in found if one["setting"] == setting
-        }
+    known: Line
+    function: Callable[..., Line]
+    arguments: tuple[Any, ...]
 
-    def add(self, cell: str, facts: Mapping[str, Any]) -> None:
-        """Add what was measured of a cell."""
-        line = {"cell": cell, "setting": self._setting, **facts}
-        with self._path.open("a", encoding="utf-8") as stream:
-            stream.write(json.dumps(line) + "\n")
-        self.lines[cell] = line
+    def __str__(self) -> str:
+        return str(self.known["cell"])
 
 
+@dataclass
 class Runner:
-    """Runs functions of `merging_tasks_network` in processes, and writes down what they return.
+    """Runs calls in processes, and keeps what they return.
 
-    With one job everything runs in this process. A function that fails is reported, and the others
-    go on.
+    Attributes
+    ----------
+    place : Place
+    journal : Journal
+    jobs : int
+        Processes.
+    failed : int
+        Calls that failed so far; the others went on.
     """
 
-    def __init__(self, place: Place, journal: Journal, jobs: int) -> None:
-        self._place, self._journal, self.failed = place, journal, 0
-        self._begun = time.perf_counter()
-        self._pool: ProcessPoolExecutor | None = None
-        if jobs > 1:
-            context = multiprocessing.get_context("spawn")
-            self._pool = ProcessPoolExecutor(
-                jobs, context, initializer=work.begin, initargs=(place.threads,)
-            )
-        else:
-            work.begin(place.threads)
+    place: Place
+    journal: Journal
+    jobs: int
+    failed: int = 0
+
+    @property
+    def lines(self) -> dict[str, Line]:
+        """What was measured, by cell; lines of other settings are left aside."""
+        setting = self.place.setting
+        return {one["cell"]: one for one in self.journal.lines if one["setting"] == setting}
 
     def run(self, calls: Sequence[Call]) -> None:
         """Run calls, and add what they return to the journal."""
-        for known, future in self._futures(calls):
-            seconds = time.perf_counter() - self._begun
-            try:
-                found = future.result()
-            except Exception:  # noqa: BLE001
-                self.failed += 1
-                traceback.print_exc()
-                print(f"{seconds:6.0f} s {known['cell']} FAILED", file=sys.stderr, flush=True)
-                continue
-            self._journal.add(known["cell"], {**known, **found})
-            print(f"{seconds:6.0f} s {known['cell']}", file=sys.stderr, flush=True)
+        self.failed += work_off(
+            calls, self._do, self.journal, jobs=self.jobs, threads=self.place.threads
+        )
 
-    def _futures(self, calls: Sequence[Call]) -> Iterator[tuple[Line, Future[Line]]]:
-        if self._pool is not None:
-            futures = {
-                self._pool.submit(function, self._place, *arguments): known
-                for known, function, arguments in calls
-            }
-            yield from ((futures[one], one) for one in as_completed(futures))
-            return
-        for known, function, arguments in calls:
-            future: Future[Line] = Future()
-            try:
-                future.set_result(function(self._place, *arguments))
-            except Exception as error:  # noqa: BLE001
-                future.set_exception(error)
-            yield known, future
-
-    def close(self) -> None:
-        """End the processes."""
-        if self._pool is not None:
-            self._pool.shutdown()
+    def _do(self, call: Call) -> list[Line]:
+        found = call.function(self.place, *call.arguments)
+        return [{**call.known, "setting": self.place.setting, **found}]
 
 
-def run(place: Place, wanted: Sequence[Cell], journal: Journal, jobs: int) -> int:
-    """Run what is missing; return how much failed."""
-    tasks, done = list(TASKS), journal.lines
+def run(runner: Runner, wanted: Sequence[Cell]) -> None:
+    """Run what is missing."""
+    place, tasks, done = runner.place, list(TASKS), runner.lines
     units = dict.fromkeys((one.kind, one.seed) for one in wanted)
     untrained = [
         (*unit, task)
@@ -222,36 +191,36 @@ def run(place: Place, wanted: Sequence[Cell], journal: Journal, jobs: int) -> in
     stale = {(kind, seed) for kind, seed, _ in untrained}
     missing = [one for one in wanted if one.name not in done or (one.kind, one.seed) in stale]
     if not missing:
-        return 0
+        return
     if not place.base.exists():
         work.write_base(HOME / NETWORK, place.base)
-    runner = Runner(place, journal, jobs)
     # In every run: pictures and heads may be gone where what was measured is still there.
-    runner.run([({"cell": f"base/{one}", "row": "base"}, work.prepare, (one,)) for one in tasks])
-    rates = _rates(place, runner, journal, list(dict.fromkeys(kind for kind, _, _ in untrained)))
+    runner.run(
+        [Call({"cell": f"base/{one}", "row": "base"}, work.prepare, (one,)) for one in tasks]
+    )
+    rates = _rates(runner, list(dict.fromkeys(kind for kind, _, _ in untrained)))
     runner.run([_tuning(*one, rates[one[0]], tasks) for one in untrained])
     runner.run([_merging(one) for one in missing])
-    runner.close()
-    return runner.failed
 
 
-def _rates(
-    place: Place, runner: Runner, journal: Journal, kinds: Sequence[str]
-) -> Mapping[str, float]:
+def _rates(runner: Runner, kinds: Sequence[str]) -> Mapping[str, float]:
     """Return the rate of each kind: the one given, or the best in the mean over the tasks."""
-    given = dict(place.rates)
+    given, done = dict(runner.place.rates), runner.lines
     asked = [kind for kind in kinds if kind not in given]
     trials = [
         (kind, rate, task)
         for kind in asked
         for rate in RATES[kind]
         for task in TASKS
-        if _trial_name(kind, rate, task) not in journal.lines
+        if _trial_name(kind, rate, task) not in done
     ]
-    runner.run([({"cell": _trial_name(*one), "row": "rate"}, work.try_rate, one) for one in trials])
+    runner.run(
+        [Call({"cell": _trial_name(*one), "row": "rate"}, work.try_rate, one) for one in trials]
+    )
+    done = runner.lines
 
     def mean(kind: str, rate: float) -> float:
-        lines = [journal.lines[_trial_name(kind, rate, task)] for task in TASKS]
+        lines = [done[_trial_name(kind, rate, task)] for task in TASKS]
         return statistics.fmean(value for one in lines for value in one["accuracy"].values())
 
     return given | {kind: max(RATES[kind], key=partial(mean, kind)) for kind in asked}
@@ -259,13 +228,13 @@ def _rates(
 
 def _tuning(kind: str, seed: int, task: str, rate: float, tasks: Sequence[str]) -> Call:
     known = {"cell": _tune_name(kind, seed, task), "kind": kind, "seed": seed, "rate": rate}
-    return {**known, "row": "fine-tune"}, work.fine_tune, (kind, seed, task, rate, tasks)
+    return Call({**known, "row": "fine-tune"}, work.fine_tune, (kind, seed, task, rate, tasks))
 
 
 def _merging(cell: Cell) -> Call:
     known = {"cell": cell.name, "kind": cell.kind, "seed": cell.seed, "pairs": cell.pairs}
     arguments = (cell.kind, cell.seed, cell.method, cell.groups)
-    return {**known, "row": cell.method}, work.merge, arguments
+    return Call({**known, "row": cell.method}, work.merge, arguments)
 
 
 def _trial_name(kind: str, rate: float, task: str) -> str:
@@ -339,13 +308,15 @@ def main() -> int:
         rates=_given_rates(asked.rate),
         threads=max(1, work.processors() // asked.jobs),
     )
-    journal = Journal(results / "runs.jsonl", place.setting)
-    failed = 0 if asked.table else run(place, wanted, journal, asked.jobs)
-    text = table(list(journal.lines.values()), list(TASKS))
+    runner = Runner(place, Journal(results / "runs.jsonl"), asked.jobs)
+    if not asked.table:
+        run(runner, wanted)
+    lines = list(runner.lines.values())
+    text = table(lines, list(TASKS))
     print(text)
     (results / "merging-tasks.md").write_text(text + "\n", encoding="utf-8")
-    draw(list(journal.lines.values()), list(TASKS), results / "merging-tasks.svg")
-    return 1 if failed else 0
+    draw(lines, list(TASKS), results / "merging-tasks.svg")
+    return 1 if runner.failed else 0
 
 
 if __name__ == "__main__":

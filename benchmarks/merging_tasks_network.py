@@ -103,11 +103,6 @@ class Place:
         return self.work / self.setting.replace(" ", "-").replace(":", "-")
 
 
-def begin(threads: int) -> None:
-    """Set up a process."""
-    torch.set_num_threads(threads)
-
-
 def write_base(checkpoint: Path, path: Path) -> None:
     """Write the trunk of torchvision's checkpoint: everything but the classifier."""
     with open_checkpoint(checkpoint) as opened:

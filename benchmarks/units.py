@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import multiprocessing
+import os
 import sys
 import time
 import traceback
@@ -14,6 +15,9 @@ from typing import Any, TypeVar
 
 Line = dict[str, Any]
 Unit = TypeVar("Unit")
+
+# Asking for a GPU otherwise begins its use, after which no process can be forked that uses one.
+os.environ.setdefault("PYTORCH_NVML_BASED_CUDA_CHECK", "1")
 
 
 class Journal:
@@ -28,13 +32,16 @@ class Journal:
     def __init__(self, path: Path) -> None:
         path.parent.mkdir(parents=True, exist_ok=True)
         self.path = path
-        written = path.read_text().splitlines() if path.exists() else []
-        self.lines: list[Line] = [json.loads(line) for line in written]
+        text = path.read_text(encoding="utf-8") if path.exists() else ""
+        whole = text[: text.rfind("\n") + 1]  # the last line may have been cut
+        if whole != text:
+            path.write_text(whole, encoding="utf-8")
+        self.lines: list[Line] = [json.loads(line) for line in whole.splitlines()]
 
     def add(self, lines: Iterable[Line]) -> None:
         """Write lines at the end."""
         lines = list(lines)
-        with self.path.open("a") as stream:
+        with self.path.open("a", encoding="utf-8") as stream:
             stream.writelines(json.dumps(line) + "\n" for line in lines)
         self.lines += lines
 
@@ -45,10 +52,11 @@ def work_off(
     journal: Journal,
     *,
     jobs: int = 1,
+    threads: int = 1,
     minutes: float | None = None,
     then: Callable[[Unit, list[Line]], Sequence[Unit]] = lambda unit, lines: (),
-) -> None:
-    """Do units in order, in forked processes of one thread each; a failed one is said and left out.
+) -> int:
+    """Do units in order, in forked processes; one that fails is said, and the others go on.
 
     Parameters
     ----------
@@ -59,13 +67,21 @@ def work_off(
     journal : Journal
     jobs : int
         Processes; with 1 the units are done here, with the threads that there are.
+    threads : int
+        Of each process.
     minutes : float, optional
         After these no further unit is begun.
     then : callable
         What a finished unit makes possible; it comes first.
+
+    Returns
+    -------
+    int
+        How many failed.
     """
+    failed = 0
     waiting, end = list(units), None if minutes is None else time.monotonic() + 60 * minutes
-    pool = _pool(jobs) if jobs > 1 else None
+    pool = _pool(jobs, threads) if jobs > 1 else None
     running: dict[Future[list[Line]], Unit] = {}
     while waiting or running:
         late = end is not None and time.monotonic() > end
@@ -75,14 +91,19 @@ def work_off(
         if not running:
             break
         for future in wait(running, return_when=FIRST_COMPLETED).done:
-            unit = running.pop(future)
-            lines = _lines(future, unit)
-            journal.add(lines)
-            waiting[:0] = then(unit, lines)
+            unit, error = running.pop(future), future.exception()
             left = f"{len(waiting)} waiting, {len(running)} running"
-            print(f"{time.strftime('%H:%M:%S')} {unit}: {left}", file=sys.stderr, flush=True)
+            said = f"{time.strftime('%H:%M:%S')} {unit}{': FAILED' * (error is not None)}: {left}"
+            print(said, file=sys.stderr, flush=True)
+            if error is not None:
+                failed += 1
+                traceback.print_exception(error, file=sys.stderr)
+                continue
+            journal.add(future.result())
+            waiting[:0] = then(unit, future.result())
     if pool is not None:
         pool.shutdown()
+    return failed
 
 
 def apart(function: Callable[..., object], *arguments: object) -> None:
@@ -91,15 +112,16 @@ def apart(function: Callable[..., object], *arguments: object) -> None:
         pool.submit(function, *arguments).result()
 
 
-def _pool(jobs: int) -> ProcessPoolExecutor:
+def _pool(jobs: int, threads: int) -> ProcessPoolExecutor:
     """Forked processes share what is imported already."""
-    return ProcessPoolExecutor(jobs, multiprocessing.get_context("fork"), initializer=_one_thread)
+    context = multiprocessing.get_context("fork")
+    return ProcessPoolExecutor(jobs, context, initializer=_set_threads, initargs=(threads,))
 
 
-def _one_thread() -> None:
+def _set_threads(count: int) -> None:
     import torch
 
-    torch.set_num_threads(1)
+    torch.set_num_threads(count)
 
 
 def _begin(
@@ -113,12 +135,3 @@ def _begin(
     except Exception as error:  # noqa: BLE001 - as a process hands it on
         future.set_exception(error)
     return future
-
-
-def _lines(future: Future[list[Line]], unit: object) -> list[Line]:
-    error = future.exception()
-    if error is None:
-        return future.result()
-    print(f"{unit}: left out", file=sys.stderr)
-    traceback.print_exception(error, file=sys.stderr)
-    return []

@@ -17,6 +17,12 @@ SCRIPT = Path(__file__).parents[1] / "benchmarks" / "decompose.py"
 KINDS = {"values", "reconstruction", "orthogonality"}
 
 
+def square(number: int) -> list[dict[str, int]]:
+    if number == 2:
+        raise ValueError(number)
+    return [{"of": number, "is": number * number}]
+
+
 @pytest.mark.skipif(not SCRIPT.is_file(), reason="benchmarks/ is not in this checkout")
 def test_the_engine_holds_its_bounds(tmp_path: Path) -> None:
     measured = tmp_path / "rows.json"
@@ -86,6 +92,34 @@ def test_cases_go_by_the_names_of_the_documentation(
 def test_every_script_loads(script: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.syspath_prepend(str(SCRIPT.parent))
     importlib.import_module(script.stem)
+
+
+@pytest.mark.skipif(not SCRIPT.is_file(), reason="benchmarks/ is not in this checkout")
+@pytest.mark.parametrize("jobs", [1, 2])
+def test_pieces_are_done_once_and_a_failure_stops_no_other(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, jobs: int
+) -> None:
+    monkeypatch.syspath_prepend(str(SCRIPT.parent))
+    units = importlib.import_module("units")
+
+    journal = units.Journal(tmp_path / "new" / "lines.jsonl")
+    failed = units.work_off(
+        [1, 2, 3],
+        square,
+        journal,
+        jobs=jobs,
+        then=lambda unit, lines: [10 + unit] if unit < 10 else [],
+    )
+    assert failed == 1
+    assert {line["of"]: line["is"] for line in journal.lines} == {1: 1, 11: 121, 3: 9, 13: 169}
+    with journal.path.open("a", encoding="utf-8") as stream:
+        stream.write('{"of": 4, "i')  # a process that was killed
+    again = units.Journal(journal.path)
+    assert again.lines == journal.lines
+    again.add([{"of": 5}])
+    assert units.Journal(journal.path).lines == [*journal.lines, {"of": 5}]
+    assert units.work_off([7], square, again, minutes=0) == 0
+    assert {"of": 7, "is": 49} not in again.lines
 
 
 @pytest.mark.skipif(not SCRIPT.is_file(), reason="benchmarks/ is not in this checkout")
