@@ -18,8 +18,10 @@ DATA holds ``checkpoints``, ``images`` and ``text``. Models of packages are soug
 from __future__ import annotations
 
 import argparse
+import math
 import os
 import tempfile
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
@@ -72,6 +74,8 @@ class Set:
         Of few-shot segmentation.
     left_out : tuple of str
         Regimes that the model has nothing for.
+    further : tuple of str
+        Metrics that have a table of their own.
     """
 
     name: str
@@ -85,6 +89,7 @@ class Set:
     shots: tuple[int, ...] = (10,)
     folds: tuple[int, ...] = ()
     left_out: tuple[str, ...] = ()
+    further: tuple[str, ...] = ()
 
     def checkpoint_in(self, data: Path) -> Path:
         """Where the checkpoint is."""
@@ -161,6 +166,7 @@ SETS = (
         seeds=3,
         shots=(1,),
         folds=(0, 1, 2, 3),
+        further=("miou_5shot",),
     ),
 )
 
@@ -280,72 +286,86 @@ def go(asked: argparse.Namespace, sets: Sequence[Set], journal: Journal) -> None
 
 
 def tables(one: Set, lines: Sequence[Line], picture: Path | None) -> str:
-    """Write a table for every number of shots; draw them, if asked for."""
+    """Write a table for every number of shots and metric; draw the first metric, if asked for."""
     known = {tuple(line["key"]) for line in lines}
-    mine = [line for line in lines if line["key"][0] == one.name]
+    mine = [line for line in lines if line["key"][0] == one.name and line["key"][1] in one.regimes]
     if not mine:
-        return f"## {one.title}\n\nnothing was run"
-    runs = [run_from_plain(line["run"]) for line in mine]
+        return f"## {one.title}\n\nNothing was run."
+    runs = _complete(one, [run_from_plain(line["run"]) for line in mine])
     missing = sum(unit.key not in known for unit in units_of(one))
     metric = TaskMetric(mine[0]["metric"], higher_is_better=mine[0]["metric"] != "perplexity")
     factors = {line["key"][1]: line["factor"] for line in mine}
+    heads = [each["run"]["trainable_parameters"] for each in mine if each["key"][1] == "head"]
     parts = [f"## {one.title}"]
     if missing:
-        parts.append(f"{missing} runs are missing.")
+        parts.append(f"{missing} of {len(units_of(one))} runs are missing.")
     for shots in dict.fromkeys(each.shots for each in runs):
         some = [each for each in runs if each.shots == shots]
-        parts += [f"{shots} shots", _table(one, some, metric, factors)]
-    if picture is not None:
-        order = {name: place for place, name in enumerate(one.regimes)}
-        runs.sort(key=lambda each: (each.shots or 0, order[each.regime]))
-        summary = summarise(runs, metric)
-        whole = [each for each in summary if None in each.facts.values()] or summary
-        task = str(one.options.get("task", "classification"))
-        result = FinetuneResult(picture, task, metric.name, tuple(runs), tuple(whole))
-        save_curve(result, picture, kind="svg")
+        for name in (metric.name, *one.further):
+            parts.append(f"{shots} shots, {name}")
+            parts.append(_table(one, some, replace(metric, name=name), factors, *heads[:1]))
+    if picture is not None and runs:
+        _draw(one, runs, metric, picture)
     return "\n\n".join(parts)
 
 
-def _table(one: Set, runs: Sequence[Run], metric: TaskMetric, factors: Mapping[str, float]) -> str:
+def _draw(one: Set, runs: Sequence[Run], metric: TaskMetric, picture: Path) -> None:
+    order = {name: place for place, name in enumerate(one.regimes)}
+    runs = sorted(runs, key=lambda each: (each.shots or 0, order[each.regime]))
+    summary = summarise(runs, metric)
+    whole = [each for each in summary if None in each.facts.values()] or summary
+    task = str(one.options.get("task", "classification"))
+    result = FinetuneResult(picture, task, metric.name, tuple(runs), tuple(whole))
+    save_curve(result, picture, kind="svg")
+
+
+def _table(
+    one: Set, runs: Sequence[Run], metric: TaskMetric, factors: Mapping[str, float], head: int = 0
+) -> str:
+    """Write a row for every regime; bold is one of the singular basis that reaches the reference.
+
+    It trains at most a quarter of the reference's numbers beside the head, and its mean is in the
+    reference's interval or better.
+    """
     scale, sign = (100, 1) if metric.higher_is_better else (1, -1)
-    complete = _complete(one, runs)
-    summary = {each.regime: each for each in summarise(complete, metric)}  # the last: of all folds
-    head = summary["head"].trainable_parameters if "head" in summary else 0
-    first = next(iter(summary.values()))
-    name = "perplexity" if sign < 0 else f"{metric.name.replace('_', ' ')}, %"
+    summary = {each.regime: each for each in summarise(runs, metric)}  # the last: of all folds
+    reference, first = summary.get(REFERENCE), next(iter(summary.values()))
+    name = "perplexity" if sign < 0 else f"{metric.name.split('_')[0]}, %"
     rows = [
-        f"| regime | numbers | {name} | ± | above {REFERENCE} | ± | wins | rates x | seeds |",
-        "|---|---|---|---|---|---|---|---|---|",
-        f"| before | | {scale * first.before:.1f} | | | | | | |",
+        f"| regime | numbers | {name} | better than {REFERENCE} | wins | rates | seeds |",
+        "|---|---|---|---|---|---|---|",
+        f"| before | | {scale * first.before:.1f} | | | | |",
     ]
-    for regime in one.regimes:
-        if regime not in summary:
-            continue
-        found = summary[regime]
-        pairs = differences(complete, metric.name, regime, REFERENCE)
-        against = ("", "", "")
+    for regime in (each for each in one.regimes if each in summary):
+        found, against, wins = summary[regime], "", ""
+        pairs = differences(runs, metric.name, regime, REFERENCE)
         if pairs is not None and regime != REFERENCE:
-            half = "" if pairs.half is None else f"{scale * pairs.half:.1f}"
+            against = _with_half(sign * scale * pairs.mean, pairs.half, scale, "+")
             wins = f"{pairs.wins(higher_is_better=sign > 0)} of {len(pairs.values)}"
-            against = (f"{sign * scale * pairs.mean:+.1f}", half, wins)
         ends = found.ci95
-        half = "" if ends is None else f"{scale * (ends[1] - ends[0]) / 2:.1f}"
-        count = found.trainable_parameters - head
+        value = _with_half(scale * found.mean, ends and (ends[1] - ends[0]) / 2, scale)
+        reached = (
+            regime in SPECTRAL
+            and reference is not None
+            and 4 * (found.trainable_parameters - head) <= reference.trainable_parameters - head
+            and sign * found.mean >= min(sign * end for end in reference.ci95 or (math.inf,))
+        )
         rows.append(
-            f"| {regime} | {count:,} | {scale * found.mean:.1f} | {half} | {' | '.join(against)} | "
-            f"{factors[regime]:.2g} | {found.seeds} |"
+            f"| {f'**{regime}**' if reached else regime} | {found.trainable_parameters - head:,} | "
+            f"{value} | {against} | {wins} | {factors[regime]:.2g} | {found.seeds} |"
         )
     return "\n".join(rows)
 
 
+def _with_half(value: float, half: float | None, scale: float, sign: str = "") -> str:
+    return f"{value:{sign}.1f}" + ("" if half is None else f" ± {scale * half:.1f}")
+
+
 def _complete(one: Set, runs: Sequence[Run]) -> list[Run]:
     """Leave out seeds of a regime that lack a fold."""
-    if not one.folds:
-        return list(runs)
-    count: dict[tuple[str, int], int] = {}
-    for each in runs:
-        count[each.regime, each.seed] = count.get((each.regime, each.seed), 0) + 1
-    return [each for each in runs if count[each.regime, each.seed] == len(one.folds)]
+    count = Counter((each.regime, each.seed, each.shots) for each in runs)
+    folds = len(one.folds) or 1
+    return [each for each in runs if count[each.regime, each.seed, each.shots] == folds]
 
 
 def _quick(one: Set) -> Set:
@@ -368,6 +388,7 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("work", type=Path)
     parser.add_argument("sets", nargs="*", help=", ".join(one.name for one in SETS))
     parser.add_argument("--regime", help="comma-separated; all by default")
+    parser.add_argument("--seeds", type=int, help="at most; by default 5, or 3")
     parser.add_argument("--device", default="auto")
     parser.add_argument("--jobs", type=int, default=1)
     parser.add_argument("--minutes", type=float)
@@ -384,6 +405,8 @@ def main() -> None:
     if asked.regime:
         left = [one for one in HEAD + SPECTRAL + OTHERS if one not in asked.regime.split(",")]
         sets = [replace(one, left_out=one.left_out + tuple(left)) for one in sets]
+    if asked.seeds:
+        sets = [replace(one, seeds=min(one.seeds, asked.seeds)) for one in sets]
     journal = Journal(asked.work / "curves.jsonl")
     if not asked.table:
         there = [one for one in sets if one.checkpoint_in(asked.data).exists()]
