@@ -16,7 +16,7 @@ LARGEST = 4.0
 """Factor that no input goes beyond, against the others."""
 LEAST_STEP = 0.125
 """Step at which the search ends."""
-FOLDS = 10
+FOLDS = 5
 """Parts of the data that are left out in turn, at most."""
 _EQUAL = 1e-6
 """Share of a loss below which two losses are equal: sums are rounded in another order."""
@@ -229,7 +229,7 @@ def choose_trial(tried: Sequence[WeightTrial], parts: Parts) -> Choice:
     """Take the best weights where they hold on data that had no say, else the start.
 
     Of a few examples the best of many weights is good by chance too. So the parts are left out in
-    turn, a tenth at a time: of all weights tried those with the lowest loss on the others are
+    turn, a fifth at a time: of all weights tried those with the lowest loss on the others are
     measured on what was left out. The start stays unless the mean gain there is larger than its
     standard error. (The path of the search has seen all parts; the choice has not.)
 
