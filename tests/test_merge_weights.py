@@ -25,12 +25,15 @@ from svftool import (
     UsageError,
     WeightsFrom,
     combine,
+    decompose,
     evaluate,
     open_checkpoint,
+    open_factors,
 )
 from svftool.choices.merging import METHODS
 from svftool.cli import app
-from svftool.factors.stated import read_stated
+from svftool.factors import write_tuned
+from svftool.factors.stated import Support, read_stated
 from svftool.merging.weights import (
     Parts,
     WeightTrial,
@@ -38,6 +41,8 @@ from svftool.merging.weights import (
     lowest_of,
     search_weights,
 )
+from svftool.progress import SILENT
+from svftool.report.weights import weights_sentences
 from svftool.stages import merge_trials
 from svftool.tasks.options import TASKS
 
@@ -55,11 +60,11 @@ def bowl(*lowest: float, parts: int = 4) -> tuple[Any, list[tuple[float, ...]]]:
     return score, asked
 
 
-@pytest.mark.parametrize("lowest", [(1.0, 0.0), (0.25, 0.25), (2.0, 0.5, 0.0), (0.5,), (1.0, 1.0)])
+@pytest.mark.parametrize("lowest", [(1.0, 0.0), (0.25, 0.25), (1.5, 0.5, 0.0), (0.5,), (1.0, 1.0)])
 def test_the_search_comes_near_the_lowest_loss(lowest: tuple[float, ...]) -> None:
     score, asked = bowl(*lowest)
     parts = Parts((1.0,) * 4)
-    tried = search_weights(score, [True] * len(lowest), parts, 60)
+    tried = search_weights(score, [1.0] * len(lowest), parts, 60)
     found = lowest_of(tried, parts).factors
     assert found == pytest.approx(lowest, abs=0.13)
     assert asked[0] == (1.0,) * len(lowest)
@@ -69,15 +74,23 @@ def test_the_search_comes_near_the_lowest_loss(lowest: tuple[float, ...]) -> Non
 @pytest.mark.parametrize("trials", [2, 3, 7])
 def test_the_budget_is_kept(trials: int) -> None:
     score, asked = bowl(0.1, 0.2, 0.3)
-    search_weights(score, [True] * 3, Parts((1.0,) * 4), trials)
+    search_weights(score, [1.0] * 3, Parts((1.0,) * 4), trials)
     assert len(asked) == trials
 
 
 def test_an_input_of_weight_zero_is_not_tried() -> None:
     score, asked = bowl(0.0, 0.0)
-    search_weights(score, [True, False], Parts((1.0,) * 4), 30)
+    search_weights(score, [1.0, 0.0], Parts((1.0,) * 4), 30)
     assert all(one[0] == one[1] for one in asked)  # the common factor alone
     assert min(asked)[0] < 0.1
+
+
+@pytest.mark.parametrize(("start", "largest"), [(1.0, 1.5), (0.2, 1.5), (-0.2, -1.5), (3.0, 3.0)])
+def test_no_weight_grows_without_end(start: float, largest: float) -> None:
+    """A loss that falls for as long as the weights grow."""
+    found = search_weights(lambda f: [1.0 / sum(f)], [start, start], Parts((1.0,)), 200)
+    weights = [start * one for one in min(found, key=lambda one: one.losses[0]).factors]
+    assert weights == pytest.approx([largest] * 2)
 
 
 def test_equal_losses_leave_the_weights_nearest_to_the_start() -> None:
@@ -87,7 +100,7 @@ def test_equal_losses_leave_the_weights_nearest_to_the_start() -> None:
         for one, losses in (
             ((1.0, 1.0), (1.0, 1.0)),
             ((0.0, 1.0), (0.4, 0.6)),
-            ((0.5, 1.0), (0.5, 0.5 + 1e-9)),
+            ((0.5, 1.0), (0.5, 0.5 + 1e-4)),
         )
     ]
     assert lowest_of(tried, parts).factors == (0.5, 1.0)
@@ -402,6 +415,50 @@ def test_an_interrupted_search_goes_on_where_it_was(bench: Bench, monkeypatch) -
     assert not [one for one in bench.folder.iterdir() if "partial" in one.name]
 
 
+class Told:
+    """Keeps what the user is warned of."""
+
+    def __init__(self) -> None:
+        self.warnings: list[str] = []
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(SILENT, name)
+
+    def warn(self, message: str) -> None:
+        self.warnings.append(message)
+
+
+def test_tuned_files_are_weighed_and_examples_of_their_training_named(bench: Bench) -> None:
+    base = bench.folder / "base.safetensors"
+    factors = decompose(base, bench.folder / "factors").output
+    seen = sorted(bench.data.rglob("*.png"))[:5]
+    training = {"support": Support.of(one.read_bytes() for one in seen).to_plain()}
+    inputs = []
+    with open_factors(factors) as store:
+        for name, factor in (("more", 3.0), ("less", -1.0)):
+            inputs.append(bench.folder / f"{name}.svf.safetensors")
+            S = {"mix.weight": factor * store.read_S("mix.weight")}
+            write_tuned(
+                inputs[-1], store=store, S=S, whole={}, task="classification",
+                classes=("blue", "green", "red"), training=training if name == "more" else {},
+            )  # fmt: skip
+    told = Told()
+    result = combine(
+        factors, inputs, output=bench.folder / "out.safetensors", progress=told,
+        options=CombineOptions(weights=bench.weights(trials=8)),
+    )  # fmt: skip
+    more, less = result.weights.chosen.weights
+    assert more > less
+    assert [one for one in told.warnings if "5 of 12 examples were trained on" in one]
+    with open_checkpoint(result.output) as file:
+        stated = read_stated(file.metadata)
+    assert stated is not None
+    assert stated.classes == ("blue", "green", "red")
+    assert stated.support is not None
+    assert stated.support.examples == 5 + 12
+    assert bench.measured("out")["loss"] == pytest.approx(result.weights.chosen.loss, rel=1e-5)
+
+
 def test_weights_that_overflow_are_passed_over(bench: Bench) -> None:
     """Half as much again leaves float16; the search goes on without these weights."""
     half = {n: v.half() if v.is_floating_point() else v for n, v in bench.base.items()}
@@ -476,8 +533,11 @@ def test_document_table_and_page(bench: Bench) -> None:
     assert "start" in shown
     assert "weights chosen by 12 examples" in shown
     assert "6 weights tried; on examples left out the loss is lower" in " ".join(shown.split())
-    kept = run(*words(bench, *given[:4], "--weight-trials", 2, "--force", "-q")).stdout
-    assert "12 examples" in kept
+    none = bench.merge(["harm"], "none", method="linear")
+    assert "the base alone is best" in weights_sentences(none.weights)[1]
+    kept = weights_sentences(bench.merge(["idle"], "kept").weights)
+    assert kept[0].startswith("weights kept by 12 examples")
+    assert kept[1].endswith("weights tried, none better")
 
 
 def refused(found: Any, code: int, said: str, bench: Bench) -> None:

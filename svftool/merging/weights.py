@@ -12,14 +12,15 @@ from dataclasses import dataclass, replace
 Factors = tuple[float, ...]
 """What the start weight of each input is multiplied by."""
 
-LARGEST = 4.0
-"""Factor that no input goes beyond, against the others."""
+LARGEST = 1.5
+"""Size that no weight goes beyond, unless it was given so: the bound of LoraHub (see below)."""
 LEAST_STEP = 0.125
 """Step at which the search ends."""
 FOLDS = 5
 """Parts of the data that are left out in turn, at most."""
-_EQUAL = 1e-6
-"""Share of a loss below which two losses are equal: sums are rounded in another order."""
+_EQUAL = 1e-3
+"""Share of the start's loss below which two losses are equal: where all examples are right, the
+loss falls for as long as the weights grow, and nothing is gained."""
 
 
 @dataclass(frozen=True)
@@ -108,34 +109,48 @@ class _Point:
     def factors(self) -> Factors:
         return tuple(self.scale * one for one in self.ratios)
 
-    def moved(self, direction: int | None, step: float) -> _Point:
-        """Go along a direction: all inputs together, or one."""
+    def moved(self, direction: int | None, step: float, most: Sequence[float]) -> _Point:
+        """Go along a direction: all inputs together, or one; as far as it is allowed."""
         if direction is None:
-            return replace(self, scale=self.scale * (1.0 + step / 2.0))
+            bounds = [one / ratio for one, ratio in zip(most, self.ratios, strict=True) if ratio]
+            return replace(self, scale=min([self.scale * (1.0 + step / 2.0), *bounds]))
         ratios = list(self.ratios)
-        ratios[direction] = min(max(ratios[direction] + step, 0.0), LARGEST)
+        largest = most[direction] / self.scale
+        ratios[direction] = min(max(ratios[direction] + step, 0.0), largest)
         return replace(self, ratios=tuple(ratios))
+
+
+def largest_factors(weights: Sequence[float]) -> tuple[float, ...]:
+    """Return what each start weight may be multiplied by at most; 1 where it is 0 or large.
+
+    Examples
+    --------
+    >>> largest_factors([1.0, -0.5, 2.0, 0.0])
+    (1.5, 3.0, 1.0, 1.0)
+    """
+    return tuple(max(1.0, LARGEST / abs(one)) if one else 1.0 for one in weights)
 
 
 def search_weights(
     score: Callable[[Factors], Sequence[float]],
-    active: Sequence[bool],
+    weights: Sequence[float],
     parts: Parts,
     trials: int,
 ) -> list[WeightTrial]:
     """Try weights around the start, which comes first.
 
     A compass search: from the best so far, all inputs together are made smaller and larger, then
-    each by itself, and whatever lowers the loss is kept at once. With step h the common factor goes
-    by ``1 -+ h / 2`` and that of one input by ``-+ h``; h begins at 1, so that each input is also
-    left out, and is halved where a whole round finds nothing. Nothing is random.
+    each by itself. What lowers the loss, by more than a thousandth of the start's, is kept at once.
+    With step h the common factor goes by ``1 -+ h / 2`` and that of one input by ``-+ h``; h begins
+    at 1, so that each input is also left out, and is halved where a whole round finds nothing.
+    Nothing is random.
 
     Parameters
     ----------
     score : callable
         Gives the losses of the parts for factors of the start weights. Called once for each.
-    active : sequence of bool
-        Which inputs have a start weight that can be multiplied: not 0.
+    weights : sequence of float
+        Of the start. One that is 0 stays so, and none grows beyond `LARGEST`.
     parts : Parts
     trials : int
         Times that `score` is called, at most.
@@ -149,43 +164,42 @@ def search_weights(
     ----------
     T. G. Kolda, R. M. Lewis and V. Torczon, Optimization by direct search, SIAM Review 45 (2003).
     Mixing coefficients of experts chosen on a few examples: Q. Sun et al., Transformer-Squared,
-    arXiv 2501.06252, who search with the cross-entropy method.
+    arXiv 2501.06252, who search with the cross-entropy method; and with bounds on the weights
+    C. Huang et al., LoraHub, arXiv 2307.13269.
 
     Examples
     --------
-    >>> found = search_weights(lambda f: [abs(f[0] - 0.5) + f[1]], [True, True], Parts((1.0,)), 30)
+    >>> found = search_weights(lambda f: [abs(f[0] - 0.5) + f[1]], [1.0, 1.0], Parts((1.0,)), 30)
     >>> min(found, key=lambda one: one.losses[0]).factors
     (0.5, 0.0)
     """
-    start = _Point(1.0, tuple(1.0 for _ in active))
+    start, most = _Point(1.0, tuple(1.0 for _ in weights)), largest_factors(weights)
     tried = {start.factors: WeightTrial(start.factors, tuple(score(start.factors)))}
     best, lowest, step = start, parts.mean(tried[start.factors].losses), 1.0
+    equal = _EQUAL * abs(lowest)
     while step >= LEAST_STEP:
         moved = False
-        for nearby in _directions(active):
+        for nearby in _directions(weights):
             for sign in (-1.0, 1.0):
-                point = best.moved(nearby, sign * step)
+                point = best.moved(nearby, sign * step, most)
                 if point.factors in tried:
                     continue
                 if len(tried) >= trials:
                     return list(tried.values())
                 trial = WeightTrial(point.factors, tuple(score(point.factors)))
                 tried[point.factors] = trial
-                if _lower(found := parts.mean(trial.losses), lowest):
+                if (found := parts.mean(trial.losses)) < lowest - equal:
                     best, lowest, moved = point, found, True
                     break
         step = step if moved else step / 2.0
     return list(tried.values())
 
 
-def _directions(active: Sequence[bool]) -> Iterator[int | None]:
+def _directions(weights: Sequence[float]) -> Iterator[int | None]:
     yield None
-    if sum(active) > 1:  # of one input the two are the same
-        yield from (index for index, one in enumerate(active) if one)
-
-
-def _lower(one: float, other: float) -> bool:
-    return one < other - _EQUAL * abs(other)
+    active = [index for index, one in enumerate(weights) if one]
+    if len(active) > 1:  # of one input the two are the same
+        yield from active
 
 
 def lowest_of(
@@ -196,18 +210,19 @@ def lowest_of(
     Parameters
     ----------
     tried : sequence of WeightTrial
+        The start first.
     parts : Parts
     among : collection of int, optional
         The parts that count.
     """
     means = [parts.mean(one.losses, among) for one in tried]
-    least = min(means)
-    equal = [one for one, mean in zip(tried, means, strict=True) if not _lower(least, mean)]
+    highest = min(means) + _EQUAL * abs(parts.mean(tried[0].losses))
+    equal = [one for one, mean in zip(tried, means, strict=True) if mean <= highest]
     return min(equal, key=lambda one: one.distance)
 
 
 @dataclass(frozen=True)
-class Choice:
+class TrialChoice:
     """Which weights are taken.
 
     Attributes
@@ -225,7 +240,7 @@ class Choice:
     gain: Gain
 
 
-def choose_trial(tried: Sequence[WeightTrial], parts: Parts) -> Choice:
+def choose_trial(tried: Sequence[WeightTrial], parts: Parts) -> TrialChoice:
     """Take the best weights where they hold on data that had no say, else the start.
 
     Of a few examples the best of many weights is good by chance too. So the parts are left out in
@@ -262,4 +277,4 @@ def choose_trial(tried: Sequence[WeightTrial], parts: Parts) -> Choice:
         for index in left_out:
             held[index] = found.losses[index]
     gain = parts.gain(start.losses, held)
-    return Choice(best, best if gain.mean > gain.error else start, gain)
+    return TrialChoice(best, best if gain.mean > gain.error else start, gain)

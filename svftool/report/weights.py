@@ -72,6 +72,8 @@ def weights_sentences(choice: WeightChoice) -> list[str]:
     ]
     count = f"{len(choice.tried)} weights tried"
     on = f"on examples left out the loss is lower by {plus_minus(choice.gain)}"
+    if not any(choice.chosen.weights):
+        lines.append("every weight is 0: on these examples the base alone is best")
     if not choice.kept:
         return [*lines, f"{count}; {on}"]
     if choice.best.weights == choice.start.weights:

@@ -68,12 +68,12 @@ def choose_weights(
     ):
         scored = _Scored(live, kept, task)
         start = scored.start_metric()
-        active = [one.weight != 0.0 for one in ordered.merge.inputs]
-        tried = search_weights(scored, active, scored.parts, trials)
+        given = [one.weight for one in ordered.merge.inputs]
+        tried = search_weights(scored, given, scored.parts, trials)
         choice = choose_trial(tried, scored.parts)
         without = [
-            scored.without(choice.chosen, number) if on else None
-            for number, on in enumerate(active)
+            scored.without(choice.chosen, number) if weight else None
+            for number, weight in enumerate(given)
         ]
         same = choice.chosen is tried[0]
         metric = start if same else scored.metric(choice.chosen.factors)
