@@ -196,10 +196,10 @@ def search_weights(
 
 
 def _directions(weights: Sequence[float]) -> Iterator[int | None]:
-    yield None
     active = [index for index, one in enumerate(weights) if one]
-    if len(active) > 1:  # of one input the two are the same
-        yield from active
+    if len(active) > 1:  # one input by itself is all of them, and can be left out
+        yield None
+    yield from active
 
 
 def lowest_of(
