@@ -43,7 +43,8 @@ if TYPE_CHECKING:
     from svftool.factors import open_factors, read_tuned
     from svftool.stages.adapt import load_tuned
     from svftool.stages.audit import audit
-    from svftool.stages.combine import CombineOptions, combine
+    from svftool.stages.combine import combine
+    from svftool.stages.combine_options import CombineOptions, WeightsFrom
     from svftool.stages.convert import convert
     from svftool.stages.decompose import decompose
     from svftool.stages.evaluate import evaluate
@@ -68,6 +69,7 @@ __all__ = [
     "ResourceError",
     "SvftoolError",
     "UsageError",
+    "WeightsFrom",
     "__version__",
     "attach",
     "audit",
@@ -91,8 +93,9 @@ __all__ = [
 
 _HOMES = {
     "Attachment": "svftool.attaching",
-    "CombineOptions": "svftool.stages.combine",
+    "CombineOptions": "svftool.stages.combine_options",
     "LoraOptions": "svftool.stages.extract_lora",
+    "WeightsFrom": "svftool.stages.combine_options",
     "attach": "svftool.attaching",
     "audit": "svftool.stages.audit",
     "combine": "svftool.stages.combine",

@@ -41,6 +41,8 @@ def test_a_task_adds_its_own_options(words: tuple[str, ...]) -> None:
     assert "--fold" not in found
 
 
-@pytest.mark.parametrize("name", [name for name in NAMES if name not in ("finetune", "evaluate")])
+@pytest.mark.parametrize(
+    "name", [name for name in NAMES if name not in ("finetune", "evaluate", "merge")]
+)
 def test_other_commands_show_all(name: str) -> None:
     assert flags(text_of(name, "--help")) == flags(text_of(name, "--help-all"))

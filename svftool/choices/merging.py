@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import os
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
@@ -265,4 +265,55 @@ def check_weight(path: Path, weight: float) -> None:
     if not math.isfinite(weight):
         raise UsageError(
             f"{path}: weight {weight}, expected a finite number such as in {path.name}@0.5"
+        )
+
+
+# Weights that data choose.
+
+UNWEIGHED = ("few-shot-segmentation",)
+"""Tasks that choose no weights: their model is more than what is merged."""
+
+LEAST_TRIALS = 2
+
+
+def usual_trials(inputs: int) -> int:
+    """Return how many weights are tried by default: about two rounds of the search.
+
+    Examples
+    --------
+    >>> usual_trials(3)
+    16
+    """
+    return 4 * inputs + 4
+
+
+def check_weighing(task: str | None, trials: int | None, tasks: Iterable[str]) -> None:
+    """Refuse a task that chooses no weights, and a number of trials that tries nothing.
+
+    Parameters
+    ----------
+    task : str or None
+        None where none was named.
+    trials : int or None
+    tasks : iterable of str
+        All there are.
+
+    Raises
+    ------
+    UsageError
+    """
+    known = [one for one in tasks if one not in UNWEIGHED]
+    if task is None:
+        raise UsageError(f"--weights-from: no --task, expected one of {', '.join(known)}")
+    if task in UNWEIGHED:
+        raise UsageError(
+            f"--weights-from: --task {task} has a model that is more than what is merged, expected "
+            f"one of {', '.join(known)}. Give weights as FILE@0.5."
+        )
+    if task not in known:
+        raise UsageError(no_such("--task", task, known))
+    if trials is not None and trials < LEAST_TRIALS:
+        raise UsageError(
+            f"--weight-trials is {trials}, expected {LEAST_TRIALS} or more: the first one is of "
+            "the weights given"
         )

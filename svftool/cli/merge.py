@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -11,27 +11,33 @@ import typer
 from svftool.choices.dtypes import Dtype
 from svftool.choices.merging import (
     METHODS,
+    UNWEIGHED,
     Heads,
+    check_weighing,
     check_weight,
     described_methods,
     parse_method,
     parse_weighted,
 )
+from svftool.choices.models import read_model
 from svftool.choices.sizes import parse_size
 from svftool.cli.common import (
     Display,
     ForceOption,
     MovedBaseOption,
     OutputOption,
+    check_device,
     is_first_process,
     leave_to_first_process,
 )
 from svftool.cli.completion import one_of
 from svftool.cli.push import PushFlags, library_of
+from svftool.cli.signature import TaskFlags, options_of
 from svftool.errors import UsageError
 from svftool.files.contents import is_exact_delta
 from svftool.files.folder import (
     check_base,
+    check_data,
     check_dense_name,
     check_exists,
     check_tuned_exist,
@@ -39,8 +45,17 @@ from svftool.files.folder import (
 )
 from svftool.files.output import check_output, replace_output
 from svftool.files.pipeline import is_pipeline
+from svftool.tasks.option import TaskName
+from svftool.tasks.options import TASKS
 
 EXAMPLE = "Example: svftool merge factors birds.svf.safetensors@0.7 -o merged.safetensors --verify"
+FIRST = (
+    "output", "base", "without_base", "max_shard_size", "method", "heads", "allow_other_base",
+    "html", "resume", "verify", "allow_overflow", "dtype", "dry_run", "force", "push_to_hub",
+    "private", "create_pr", "json", "quiet", "verbose", "weights_from", "task", "weight_trials",
+    "model", "device", "trust_remote_code",
+)  # fmt: skip
+"""All but the options of tasks, which the help shows on request."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -79,7 +94,7 @@ class HowToCombine:
         typer.Option("--resume", help="Of --method: continue an interrupted run of the same."),
     ] = False
 
-    def unfit(self) -> list[str]:
+    def given(self) -> list[str]:
         """List the options that only a merge with --method has."""
         given = {
             "--heads": self.heads,
@@ -88,6 +103,140 @@ class HowToCombine:
             "--resume": self.resume,
         }
         return [flag for flag, value in given.items() if value]
+
+
+WEIGHTS = "Weights by data"
+_TASKS = ", ".join(one for one in TASKS if one not in UNWEIGHED)
+
+
+@dataclass(frozen=True, kw_only=True)
+class HowToWeigh:
+    """The examples that choose the weights of a merge, and the model that they go through."""
+
+    weights_from: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="DATA",
+            help="Of --method: choose the inputs' weights on these labelled examples, two or "
+            "more, other ones than you test on. Those given (FILE@0.5) are the start, and stay "
+            "where nothing better holds on examples left out.",
+            rich_help_panel=WEIGHTS,
+        ),
+    ] = None
+    task: Annotated[
+        TaskName | None,
+        typer.Option(
+            metavar="TASK",
+            help=f"Kind of data and loss: {_TASKS}.",
+            rich_help_panel=WEIGHTS,
+        ),
+    ] = None
+    weight_trials: Annotated[
+        int | None,
+        typer.Option(
+            metavar="N",
+            help="Weights that are tried, each a whole merge and a pass over the examples; one "
+            "more an input says what it brings.",
+            show_default="4 times the inputs, and 4",
+            rich_help_panel=WEIGHTS,
+        ),
+    ] = None
+    model: Annotated[
+        str,
+        typer.Option(
+            metavar="SPEC",
+            autocompletion=one_of("auto", "timm:", "torchvision:"),
+            help="The network, as for 'svftool evaluate': auto, timm:NAME, FILE.py:FACTORY ...",
+            rich_help_panel=WEIGHTS,
+        ),
+    ] = "auto"
+    device: Annotated[
+        str,
+        typer.Option(
+            metavar="auto|cpu|cuda[:i]",
+            autocompletion=one_of("auto", "cpu", "cuda"),
+            help="Where the network runs.",
+            rich_help_panel=WEIGHTS,
+        ),
+    ] = "auto"
+    trust_remote_code: Annotated[
+        bool,
+        typer.Option(
+            "--trust-remote-code",
+            help="Run code that lies beside the checkpoint.",
+            rich_help_panel=WEIGHTS,
+        ),
+    ] = False
+
+    def given(self) -> list[str]:
+        """List the options that are given."""
+        given = {
+            "--weights-from": self.weights_from,
+            "--task": self.task,
+            "--weight-trials": self.weight_trials,
+            "--model": self.model != "auto",
+            "--device": self.device != "auto",
+            "--trust-remote-code": self.trust_remote_code,
+        }
+        return [flag for flag, value in given.items() if value not in (None, False)]
+
+    def check(self, options: dict[str, Any]) -> dict[str, Any] | None:
+        """Return what `svftool.WeightsFrom` takes; None where data choose no weights.
+
+        Parameters
+        ----------
+        options : dict
+            The options of all tasks, None where one was not given.
+
+        Raises
+        ------
+        UsageError
+            If something is missing, or has no meaning.
+        DataError
+            If there are no such data.
+        """
+        own = sorted(
+            f"--{name.replace('_', '-')}" for name, one in options.items() if one is not None
+        )
+        if self.weights_from is None:
+            useless = [*self.given(), *(f"--{one.replace('_', '-')}" for one in own)]
+            if useless:
+                raise UsageError(
+                    f"{useless[0]}: an option of --weights-from, expected that with it. Name the "
+                    "examples, or leave the option out."
+                )
+            return None
+        check_weighing(self.task, self.weight_trials, TASKS)
+        assert self.task is not None
+        check_device(self.device)
+        read_model(self.model)
+        check_data(self.weights_from, self.task)
+        return {
+            "data": self.weights_from,
+            "task": self.task,
+            "trials": self.weight_trials,
+            "model": self.model,
+            "device": self.device,
+            "trust_remote_code": self.trust_remote_code,
+            "options": options_of(self.task, options),
+        }
+
+
+@dataclass(frozen=True, kw_only=True)
+class HowToWrite:
+    """How a merge is written."""
+
+    verify: Annotated[
+        bool, typer.Option("--verify", help="Read the result again and derive it anew.")
+    ] = False
+    allow_overflow: Annotated[
+        bool,
+        typer.Option("--allow-overflow", help="Clip what its dtype cannot hold; it is counted."),
+    ] = False
+    dtype: Annotated[
+        Dtype | None,
+        typer.Option(help="Write numbers in float32, bfloat16 or float16; as the base by default."),
+    ] = None
 
 
 def command(
@@ -115,17 +264,12 @@ def command(
         str | None, typer.Option(help="Reshard, such as 5GB; shards as the base's by default.")
     ] = None,
     how: HowToCombine,
-    verify: Annotated[
-        bool, typer.Option("--verify", help="Read the result again and derive it anew.")
-    ] = False,
-    allow_overflow: Annotated[
-        bool,
-        typer.Option("--allow-overflow", help="Clip what its dtype cannot hold; it is counted."),
-    ] = False,
-    dtype: Annotated[
-        Dtype | None,
-        typer.Option(help="Write numbers in float32, bfloat16 or float16; as the base by default."),
-    ] = None,
+    weigh: HowToWeigh,
+    task_options: Annotated[
+        dict[str, Any],
+        TaskFlags(evaluate=True, without=("shots", "evaluation"), without_tasks=UNWEIGHED),
+    ],
+    write: HowToWrite,
     dry_run: Annotated[
         bool, typer.Option("--dry-run", help="Of an exact delta: check all, write nothing.")
     ] = False,
@@ -143,31 +287,28 @@ def command(
             how,
             unfit=[flag for flag, value in senseless.items() if value],
             output=output,
-            options={
-                "base": base,
-                "max_shard_size": max_shard_size,
-                "verify": verify,
-                "allow_overflow": allow_overflow,
-                "dtype": dtype,
-            },
+            weights=weigh.check(task_options),
+            options={"base": base, "max_shard_size": max_shard_size, **asdict(write)},
             force=force,
             hub=hub,
             display=display,
         )
         return
-    if how.unfit():
+    useless = [*how.given(), *weigh.given()]
+    if useless:
         raise UsageError(
-            f"{how.unfit()[0]}: an option of a merge with --method, expected one of "
+            f"{useless[0]}: an option of a merge with --method, expected one of "
             f"{', '.join(METHODS)}. Name a method, or leave the option out."
         )
+    weigh.check(task_options)
     leave_to_first_process("merge")
     deltas = [one for one in tuned or () if is_exact_delta(Path(one))]
     if deltas:
         unfit: dict[str, object] = {
             "--base": base,
             "--without-base": without_base,
-            "--allow-overflow": allow_overflow,
-            "--dtype": dtype,
+            "--allow-overflow": write.allow_overflow,
+            "--dtype": write.dtype,
         }
         _check_delta_alone(tuned or [], [flag for flag, value in unfit.items() if value])
         _restore(
@@ -175,7 +316,7 @@ def command(
             Path(deltas[0]),
             output=output,
             max_shard_size=max_shard_size,
-            verify=verify,
+            verify=write.verify,
             dry_run=dry_run,
             force=force,
             hub=hub,
@@ -197,9 +338,7 @@ def command(
         "base": base,
         "without_base": without_base,
         "max_shard_size": max_shard_size,
-        "verify": verify,
-        "allow_overflow": allow_overflow,
-        "dtype": dtype,
+        **asdict(write),
         "force": force,
         "progress": display.progress(),
     }
@@ -263,6 +402,7 @@ def _combine(
     *,
     unfit: list[str],
     output: Path,
+    weights: dict[str, Any] | None,
     options: dict[str, Any],
     force: bool,
     hub: PushFlags,
@@ -272,16 +412,22 @@ def _combine(
     assert how.method is not None
     _check_combined(base, inputs, how, unfit, output, options["max_shard_size"])
     if is_first_process():
-        _check_outputs(base, inputs, how, output, force=force)
+        read = [] if weights is None else [weights["data"]]
+        _check_outputs([*_paths(base, inputs), *read], how, output, force=force)
     from svftool.report import combine as report
-    from svftool.stages.combine import CombineOptions, combine
+    from svftool.stages.combine import combine
+    from svftool.stages.combine_options import CombineOptions, WeightsFrom
 
     result = combine(
         base,
         inputs,
         output=output,
         options=CombineOptions(
-            method=how.method, heads=how.heads, other_base=how.allow_other_base, **options
+            method=how.method,
+            heads=how.heads,
+            other_base=how.allow_other_base,
+            weights=None if weights is None else WeightsFrom(**weights),
+            **options,
         ),
         resume=how.resume,
         force=force,
@@ -329,10 +475,7 @@ def _check_combined(
     check_dense_name(output)
 
 
-def _check_outputs(
-    base: Path, inputs: list[str], how: HowToCombine, output: Path, *, force: bool
-) -> None:
-    paths = _paths(base, inputs)
+def _check_outputs(paths: list[Path], how: HowToCombine, output: Path, *, force: bool) -> None:
     check_output(output, force=force or how.resume, inputs=paths)
     if how.html is not None:
         from svftool.report.drawing import require_jinja

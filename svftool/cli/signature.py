@@ -28,9 +28,15 @@ class TaskFlags:
     ----------
     evaluate : bool
         Only those that ``svftool evaluate`` knows, in its words.
+    without : tuple of str
+        Options that the command does not take.
+    without_tasks : tuple of str
+        Tasks whose own options it does not take.
     """
 
     evaluate: bool = False
+    without: tuple[str, ...] = ()
+    without_tasks: tuple[str, ...] = ()
 
     def parameters(self) -> Iterator[inspect.Parameter]:
         """Yield a parameter for each option; None where it is not given."""
@@ -48,8 +54,13 @@ class TaskFlags:
             yield _keyword(name, Annotated[_command_type(name, about) | None, option], None)
 
     def _options(self) -> dict[str, Option]:
-        every = [found for kind in TASKS.values() for found in options_in(kind)]
-        return {n: about for n, about in reversed(every) if about.evaluate or not self.evaluate}
+        kinds = [kind for name, kind in TASKS.items() if name not in self.without_tasks]
+        every = [found for kind in kinds for found in options_in(kind)]
+        return {
+            n: about
+            for n, about in reversed(every)
+            if (about.evaluate or not self.evaluate) and n not in self.without
+        }
 
 
 def options_of(task: str, given: Mapping[str, Any]) -> dict[str, Any]:

@@ -115,7 +115,7 @@ def write_dense(
     """
     changes: list[LayerChange] = []
     with progress.task("merging", len(mixture.infos), unit="tensors") as task:
-        tensors = _compute(mixture, list(mixture.infos), changes, task)
+        tensors = computed(mixture, list(mixture.infos), changes, task)
         if mixture.base is not None and target.suffix in PICKLE_SUFFIXES:
             save_pickled(partial, mixture.base, dict(tensors))
             if stated is not None:
@@ -132,10 +132,21 @@ def write_dense(
     return changes, _copy_side_files(mixture, partial, progress)
 
 
-def _compute(
+def computed(
     mixture: DenseValues, names: Sequence[str], changes: list[LayerChange], task: ProgressTask
 ) -> Iterator[tuple[str, Tensor]]:
-    """Compute tensors of a mixture, several at a time; they come in the order given."""
+    """Compute tensors of a mixture, several at a time; they come in the order given.
+
+    Parameters
+    ----------
+    mixture : DenseValues
+    names : sequence of str
+        Which of its tensors.
+    changes : list of LayerChange
+        What became of layers is added to it.
+    task : ProgressTask
+        Told of each tensor.
+    """
     with ThreadPool(torch.get_num_threads()) as pool:
         work = partial(mixture.tensor, pool=pool)
         with closing(pool.in_order(names, work, size=mixture.bytes_of, room=_ROOM)) as found:
@@ -299,7 +310,7 @@ def write_mixed(
     """
     changes: list[LayerChange] = []
     with progress.task("mixing", len(mixture.store.layers), unit="layers") as task:
-        for _ in _compute(mixture, list(mixture.store.layers), changes, task):
+        for _ in computed(mixture, list(mixture.store.layers), changes, task):
             pass
     tuned = mixture.mixed()
     write_tuned(

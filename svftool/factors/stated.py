@@ -48,6 +48,11 @@ class Support:
         found = digests_of(contents)
         return cls(len(found), frozenset(sorted(set(found))[:_MOST_DIGESTS]))
 
+    @property
+    def sha256(self) -> str:
+        """Hash of the digests, whatever the order of the examples."""
+        return hashlib.sha256(b"".join(sorted(self.digests))).hexdigest()
+
     def count(self, contents: Iterable[bytes]) -> int:
         """Count the examples that are among these; no more, where some stand for all."""
         return sum(digest in self.digests for digest in digests_of(contents))

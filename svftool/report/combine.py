@@ -17,6 +17,13 @@ from svftool.report.inspect.svg import cell, room, svg, text
 from svftool.report.names import Names, distinct_paths
 from svftool.report.table import NameTable
 from svftool.report.text import number, plain_table, safe
+from svftool.report.weights import (
+    BRINGS,
+    weights_cells,
+    weights_columns,
+    weights_document,
+    weights_sentences,
+)
 from svftool.stages.combine_result import CombineResult
 from svftool.stages.merge_layers import MergedLayer
 
@@ -36,6 +43,7 @@ def document(result: CombineResult) -> dict[str, Any]:
     """Return the result for scripts."""
     found = result.interference
     names = [str(one.path) for one in result.inputs]
+    chosen = {} if result.weights is None else {"weights": weights_document(result.weights)}
     return json.document(
         "merge",
         output=str(result.output),
@@ -94,6 +102,7 @@ def document(result: CombineResult) -> dict[str, Any]:
                 for one in found.layers
             ],
         },
+        **chosen,
     )
 
 
@@ -121,16 +130,29 @@ def _inputs(result: CombineResult) -> RenderableType:
     names = distinct_paths([one.path for one in result.inputs])
     table = plain_table()
     table.add_column("input", overflow="fold")
-    for title in ("weight", "changed", "weight drift"):
+    for title in input_columns(result):
         table.add_column(title, justify="right", no_wrap=True)
-    for name, one in zip(names, result.inputs, strict=True):
-        table.add_row(
-            Text(name),
-            Text(number(one.weight)),
-            Text(f"{one.changed} tensors"),
-            Text(f"{one.relative_change:.2%}"),
-        )
+    for name, cells in zip(names, input_cells(result), strict=True):
+        table.add_row(Text(name), *map(Text, cells))
     return table
+
+
+def input_columns(result: CombineResult) -> list[str]:
+    """Return the titles of what is said of each input."""
+    plain = ["weight", "changed", "weight drift"]
+    return plain if result.weights is None else [*weights_columns(), *plain]
+
+
+def input_cells(result: CombineResult) -> list[list[str]]:
+    """Return what is said of each input."""
+    plain = [
+        [number(one.weight), f"{one.changed} tensors", f"{one.relative_change:.2%}"]
+        for one in result.inputs
+    ]
+    if result.weights is None:
+        return plain
+    more = weights_cells(result.weights)
+    return [[*two, *one] for one, two in zip(plain, more, strict=True)]
 
 
 def clashing(layers: Sequence[MergedLayer]) -> list[MergedLayer]:
@@ -181,6 +203,8 @@ def _summary(result: CombineResult) -> Text:
         lines.append(f"\n{way}: {sum(reasons.values())} other tensors ({named})")
     for name, how in result.heads.items():
         lines.append(f"\nhead {safe(name)}: {_HOW.get(how, how)}")
+    for line in () if result.weights is None else weights_sentences(result.weights):
+        lines.append(f"\n{line}")
     lines.append(f"\n{result.unchanged} tensors bit-identical to the base.\n")
     if result.clipped:
         count = sum(result.clipped.values())
@@ -223,15 +247,12 @@ def page(result: CombineResult) -> str:
         version=__version__,
         title=safe(result.output.name),
         lead=safe(f"{result.method} · {len(names)} inputs · {len(result.layers)} matrices"),
+        titles=input_columns(result),
         inputs=[
-            {
-                "name": safe(name),
-                "weight": number(one.weight),
-                "changed": one.changed,
-                "drift": f"{one.relative_change:.2%}",
-            }
-            for name, one in zip(names, result.inputs, strict=True)
+            {"name": safe(name), "cells": cells}
+            for name, cells in zip(names, input_cells(result), strict=True)
         ],
+        brings=None if result.weights is None else BRINGS,
         drawings=[(label, _matrix(result, names, label)) for label in ("overlap", "cosine")]
         if found.pairs
         else [],

@@ -5,9 +5,12 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 from svftool.factors.mixture import LayerChange
+from svftool.factors.stated import Support
 from svftool.merging import Clash, PairClash
+from svftool.merging.weights import Gain
 from svftool.stages.merge_layers import MergedLayer
 
 
@@ -63,6 +66,81 @@ class Interference:
 
 
 @dataclass(frozen=True)
+class WeightScore:
+    """How good weights are on the data.
+
+    Attributes
+    ----------
+    weights : tuple of float
+        Of the inputs, in the order given.
+    loss : float
+        The task's mean loss.
+    metric : float or None
+        Its primary metric, where it was measured.
+    """
+
+    weights: tuple[float, ...]
+    loss: float
+    metric: float | None = None
+
+
+@dataclass(frozen=True)
+class WeightChoice:
+    """Weights that data chose.
+
+    Attributes
+    ----------
+    data : Path
+    task : str
+    metric : str
+        Name of the task's primary metric.
+    support : Support
+        The examples, known again by their bytes.
+    parts : int
+        In how many parts they were measured.
+    start, chosen, best : WeightScore
+        The weights given; those taken; those of the lowest loss, which are the ones taken or were
+        no better on examples that had no say.
+    gain : Gain
+        By how much the loss is lower than the start's on parts that had no say in the choice.
+    without : tuple of Gain or None
+        By how much the loss rises without each input, the others' weights as chosen; None where it
+        takes no part, or nothing would be left.
+    tried : tuple of WeightScore
+        In their order, the start first.
+    """
+
+    data: Path
+    task: str
+    metric: str
+    support: Support
+    parts: int
+    start: WeightScore
+    chosen: WeightScore
+    best: WeightScore
+    gain: Gain
+    without: tuple[Gain | None, ...]
+    tried: tuple[WeightScore, ...]
+
+    @property
+    def kept(self) -> bool:
+        """Whether the weights given were kept."""
+        return self.chosen.weights == self.start.weights
+
+    @property
+    def recipe(self) -> dict[str, Any]:
+        """What the result's metadata say of it."""
+        return {
+            "task": self.task,
+            "examples": self.support.examples,
+            "sha256": self.support.sha256,
+            "start": list(self.start.weights),
+            "trials": len(self.tried),
+            "loss": [self.start.loss, self.chosen.loss],
+        }
+
+
+@dataclass(frozen=True)
 class CombineResult:
     """What `combine` did.
 
@@ -87,6 +165,8 @@ class CombineResult:
     clipped : mapping of str to int
     dropped : mapping of str to int
         What the base holds and the output does not, with bytes.
+    weights : WeightChoice or None
+        How data chose the weights.
     """
 
     output: Path
@@ -102,3 +182,4 @@ class CombineResult:
     verified: bool | None
     clipped: Mapping[str, int]
     dropped: Mapping[str, int]
+    weights: WeightChoice | None = None

@@ -53,6 +53,8 @@ class Source:
     """The spec of the model that takes them."""
     adapter: Path | None = None
     """An adapter in any layout."""
+    said: Stated | None = None
+    """What weights will say of themselves that are not written yet."""
 
     @property
     def path(self) -> Path:
@@ -76,6 +78,8 @@ class Source:
         """What the weights say of their training: a tuned file, or what a merge handed on."""
         if self.tuned is not None:
             return Stated(self.tuned.task, self.tuned.classes, self.tuned.training)
+        if self.said is not None:
+            return self.said
         return read_stated(self.checkpoint.metadata) or Stated()
 
     def said_for(self, task: str) -> Stated:
@@ -179,7 +183,7 @@ def evaluate(
         fresh = [build()]
         facts = facts_of(source, task, fresh[0], trust_remote_code=trust_remote_code)
         tasks = make_tasks(task, Path(data), facts, options, progress=progress)
-        _check(tasks[0], source, progress)
+        check_stated(tasks[0], source, progress)
         runs: list[Evaluation] = []
         seen: int | None = None
         settings: dict[str, SourcedSetting] = {}
@@ -303,8 +307,14 @@ def known_classes(source: Source) -> tuple[str, ...] | None:
     return head_classes(source.checkpoint.config or {})
 
 
-def _check(task: Task, source: Source, progress: Progress) -> None:
-    """Hold what the data gives against what a tuned file was trained on."""
+def check_stated(task: Task, source: Source, progress: Progress) -> None:
+    """Hold what the data gives against what a tuned file was trained on.
+
+    Raises
+    ------
+    DataError
+        If its classes are others.
+    """
     stated = source.said_for(task.name)
     if source.tuned is None and stated.classes is None:
         return

@@ -103,18 +103,20 @@ def plan_tensors(
     chosen, left = select(base.source.infos, Selection(), config=base.source.config)
     views = {choice.name: choice.view for choice in chosen}
     reasons = {one.name: one.reason for one in left}
+    # What has no weight is not there: it is no part of a mean either. An arc keeps its two ends.
+    arc = spec.method.most is not None
+    present = [number for number, one in enumerate(inputs) if arc or one.weight != 0.0]
     plans = {}
     for name, info in base.source.infos.items():
-        changed = tuple(number for number, one in enumerate(inputs) if one.changes(name))
+        changed = tuple(number for number in present if inputs[number].changes(name))
         if not changed or name in without:
             continue
-        asked = tuple(number for number, one in enumerate(inputs) if one.answers(name))
+        asked = tuple(number for number in present if inputs[number].answers(name))
         plans[name] = TensorPlan(
             info,
             _way(info, spec, matrix=name in views),
             reasons.get(name, ""),
-            # An arc has two ends, also where one of them is at the base.
-            asked if spec.method.most is not None else changed,
+            asked if arc else changed,
             len(asked),
             views.get(name, "matrix"),
         )
@@ -257,10 +259,10 @@ class LayerMerge:
             jobs,
             self._stack,
             lambda job, stack, pool: self._merge(job.name, stack, pool),
-            size=_bytes,
+            size=layer_bytes,
             title="merging",
             memory=budget([Job(job.name, job.matrix[-2:]) for job in jobs])
-            + max(map(_bytes, jobs), default=0),
+            + max(map(layer_bytes, jobs), default=0),
             progress=progress,
         )
         for _, (layer, weight) in found:
@@ -305,11 +307,16 @@ class LayerMerge:
         )
         return layer, merged
 
-    def _matrix(self, plan: TensorPlan, stack: Tensor, pool: ThreadPool) -> _Look:
-        """Merge one matrix and look at how its changes clash."""
+    def _there(self, stack: Tensor) -> tuple[Tensor, list[int]]:
+        """Leave out changes that are zero; return the others, and which they are."""
         there = [i for i in range(len(stack)) if bool(stack[i].any())]
         if self.spec.method.most is None and len(there) < len(stack):
             stack = stack[there]
+        return stack, there
+
+    def _matrix(self, plan: TensorPlan, stack: Tensor, pool: ThreadPool) -> _Look:
+        """Merge one matrix and look at how its changes clash."""
+        stack, there = self._there(stack)
         if not len(stack):
             return _Look(torch.zeros(stack.shape[1:], dtype=torch.float64))
         numbers = [plan.inputs[i] for i in there]
@@ -333,6 +340,24 @@ class LayerMerge:
         relative = size / drift if drift > 0.0 else float(size > 0.0)
         lost = norm(torch.nan_to_num(merged.double() - total)) / size if size > 0.0 else 0.0
         return merged, relative, lost, rounding.clipped.get(info.name, 0)
+
+    def tensor(self, name: str) -> Tensor:
+        """Merge any tensor, without a look at how its changes clash."""
+        plan = self.plans.get(name)
+        if plan is None or plan.way != "matrix":
+            return self.other(name)
+        stack = self._stack(name)
+        matrices = stack.reshape(len(stack), -1, *plan.job.matrix[-2:])
+        with ThreadPool() as pool:
+            parts = [self._unseen(matrices[:, one], pool) for one in range(matrices.shape[1])]
+        weight = self.base.source.read(name)
+        return self._counted(plan.info, weight, torch.stack(parts))
+
+    def _unseen(self, stack: Tensor, pool: ThreadPool) -> Tensor:
+        stack, _ = self._there(stack)
+        if not len(stack):
+            return torch.zeros(stack.shape[1:], dtype=torch.float64)
+        return combine_deltas(stack, self.spec, pool).delta.double()
 
     def other(self, name: str) -> Tensor:
         """Merge a tensor that is no matrix, or round one that nobody changes."""
@@ -391,7 +416,7 @@ def _mean(clashes: Iterable[Clash | None]) -> Clash | None:
     return mean_clash(there) if there else None
 
 
-def _bytes(job: Job) -> int:
+def layer_bytes(job: Job) -> int:
     """Bound what one layer takes: its changes, what they become, and their vectors in float64."""
     *_, m, n = job.matrix
     stack = 4 * job.count * m * n
