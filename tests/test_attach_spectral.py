@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Mapping
+from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 from torch.func import functional_call
 from torch.utils.checkpoint import checkpoint
@@ -230,6 +232,47 @@ def test_a_merged_state_loads_back_where_it_tells_what_was_trained() -> None:
     model.load_state_dict(state)
     with pytest.raises(RuntimeError, match="differs from the base by more"):
         attached_to("svf+scale")[0].load_state_dict(state)
+
+
+@pytest.mark.parametrize("regime", ["svf", "svf+scale", "entries:9:random", "core:3", "salt:1"])
+def test_the_best_weights_that_a_trainer_wrote_load_back(regime: str, tmp_path: Path) -> None:
+    net = torch.nn.Sequential(torch.nn.Linear(12, 10), torch.nn.Conv2d(3, 4, 3))
+    model = net.to(memory_format=torch.channels_last)
+    attached = svftool.attach(model, MemoryStore(model, dtype=torch.float32), regime=regime)
+
+    def numbers() -> list[Tensor]:
+        return [one.detach().clone() for one in attached.parameters()]
+
+    seen = []
+    for step in range(4):
+        if step:  # the first is the start, where a remainder is zero
+            randomise(attached, seed=step)
+        state = {name: value.contiguous() for name, value in model.state_dict().items()}
+        save_file(state, tmp_path / f"{step}.safetensors")
+        seen.append((numbers(), model[0](torch.ones(12)).detach()))
+    for step in (1, 0, 3, 2):
+        model.load_state_dict(load_file(tmp_path / f"{step}.safetensors"), strict=False)
+        torch.testing.assert_close(model[0](torch.ones(12)), seen[step][1])
+        if regime in ("svf+scale", "salt:1"):  # of which a weight does not tell the numbers
+            assert all(map(torch.equal, numbers(), seen[step][0]))
+
+
+def test_what_a_weight_keeps_of_itself_is_bounded(monkeypatch) -> None:
+    model, store = layer_of()
+    attached = svftool.attach(model, store, regime="salt:1")
+    weight = attached.weights["0.weight"]
+    monkeypatch.setattr("svftool.attaching.weight._KEPT_BYTES", 0)
+    for step in range(9):
+        randomise(attached, seed=step)
+        model.state_dict()
+    held = [sum(one.nbytes for one in values) for values in weight._given.values()]
+    assert 1 <= len(held) < 9
+    assert len(held) == 1 or sum(held) <= model[0].weight.nbytes
+    # A weight that was made of something else is not taken for one of them.
+    state = {name: value.clone() for name, value in model.state_dict().items()}
+    state["0.weight"].view(-1)[1] += 1.0
+    with pytest.raises(RuntimeError, match="scales or remainder are not among"):
+        model.load_state_dict(state)
 
 
 @pytest.mark.parametrize("regime", ["svf+scale", "entries:2x:random", "salt:1"])

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import asdict
+
 import numpy as np
 import pytest
 import torch
@@ -15,6 +17,7 @@ from svftool.merging.spectral import svc
 from svftool.numerics import ThreadPool
 
 POOL = ThreadPool()
+TSV = parse_method("tsv")
 
 
 def changes(count: int = 3, m: int = 12, n: int = 20, seed: int = 0) -> torch.Tensor:
@@ -336,7 +339,65 @@ def test_tsv_makes_what_inputs_contribute_orthogonal() -> None:
     before = clash(deltas)
     after = clash(torch.stack([found.part(index) for index in range(3)]))
     assert before.overlap > 0.3
-    assert (after.overlap, after.cosine) == (pytest.approx(0, abs=1e-9), pytest.approx(0, abs=1e-9))
+    assert (after.overlap, after.cosine) == (pytest.approx(0, abs=1e-6), pytest.approx(0, abs=1e-6))
+
+
+@pytest.mark.parametrize("spec", ["tsv", "tsv:scale=-0.5", "tsv:scale=0"])
+def test_what_a_method_knows_of_its_singular_vectors_is_so(spec: str) -> None:
+    deltas = changes(3, 40, 60) + changes(1, 40, 60, seed=9)
+    found = combine_deltas(deltas, parse_method(spec), POOL)
+    if spec.endswith("=0"):
+        assert found.known is None
+        return
+    assert found.known is not None
+    for index, one in enumerate(found.known.parts):
+        torch.testing.assert_close(
+            (one.U * one.S) @ one.Vh, found.part(index).double(), rtol=1e-5, atol=1e-5
+        )
+    looked = [Inputs.of(deltas, POOL, known) for known in (None, found.known.inputs)]
+    parts = torch.stack([found.part(index) for index in range(3)]).double()
+    largest = looked[0].largest
+    afters = [
+        clash_of(Inputs.of(parts, POOL), found.delta, POOL, largest),
+        clash_of(
+            Inputs.of(parts, POOL, found.known.parts), found.delta, POOL, largest, found.known.whole
+        ),
+    ]
+    torch.testing.assert_close(looked[0].overlap, looked[1].overlap, rtol=1e-6, atol=1e-6)
+    torch.testing.assert_close(looked[0].largest, looked[1].largest)
+    assert afters[1].inflation == pytest.approx(afters[0].inflation)
+    assert afters[1].overlap == pytest.approx(afters[0].overlap, abs=1e-6)
+
+
+def test_vectors_that_inputs_share_leave_nothing_known() -> None:
+    one = changes(1, 40, 60)[0]
+    found = combine_deltas(torch.stack([one, one, changes(1, 40, 60, 1)[0]]), TSV, POOL)
+    assert found.known is None  # the sides are no singular vectors
+    few = combine_deltas(changes(3, 12, 20), TSV, POOL)
+    assert few.known is None  # four of each are fewer than the report looks at
+
+
+@pytest.mark.parametrize("spec", METHODS)
+def test_contributions_that_are_shares_of_the_changes(spec: str) -> None:
+    deltas = changes(several(spec)) + changes(1, seed=9)
+    found = combine_deltas(deltas, parse_method(f"{spec}:scale=-0.7"), POOL)
+    assert (found.share is not None) == (spec in ("linear", "model-stock"))
+    if found.share is not None:
+        inputs, parts = (
+            Inputs.of(stack, POOL)
+            for stack in (deltas, torch.stack([found.part(i) for i in range(len(deltas))]))
+        )
+        before = clash_of(inputs, deltas.sum(0), POOL, inputs.largest)
+        after = clash_of(parts, found.delta, POOL, inputs.largest)
+        assert asdict(before.times(found.share)) == pytest.approx(asdict(after), rel=1e-5)
+        assert set(asdict(before.times(0.0)).values()) == {0.0}
+
+
+def test_the_nearest_orthogonal_matrix_is_exact_on_either_side() -> None:
+    columns = changes(1, 300, 200)[0].double()
+    for one in (columns, columns.mT):
+        found = nearest_orthogonal(one, POOL).numpy()
+        assert np.abs(found - polar(one.numpy())).max() < 1e-11
 
 
 # What is given on the command line.

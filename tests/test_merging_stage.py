@@ -27,6 +27,7 @@ from svftool.errors import (
 from svftool.factors import write_tuned
 from svftool.merging import combine_deltas
 from svftool.numerics import ThreadPool
+from svftool.numerics.rounding import round_once
 from svftool.processes import Processes
 from svftool.stages import combine as combining
 from svftool.stages import merge_layers
@@ -129,6 +130,22 @@ def test_statistics_are_averaged_by_every_method_and_counters_stay(files: Files)
     torch.testing.assert_close(found["bn.running_var"], torch.full((12,), 0.1 - 0.16 / 3))
     assert int(found["bn.num_batches_tracked"]) == 7
     assert sum(result.ways["as in the base"].values()) == 1
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_changes_are_formed_and_added_exactly(tmp_path: Path, dtype: torch.dtype) -> None:
+    g = torch.Generator().manual_seed(0)
+    base = torch.randn(300, 257, generator=g).to(dtype)  # more than one part
+    tune = (base.double() * (1 + 0.01 * torch.randn(300, 257, generator=g))).to(dtype)
+    paths = [tmp_path / name for name in ("base.safetensors", "tuned.safetensors")]
+    for path, value in zip(paths, (base, tune), strict=True):
+        save_file({"q_proj.weight": value}, path)
+    for weight in (1.0, 0.5):
+        out = tmp_path / f"{weight}.safetensors"
+        combine(paths[0], [(paths[1], weight)], output=out)
+        change = (weight * (tune.double() - base.double())).float()
+        expected = round_once(base.double() + change.double(), dtype)
+        assert torch.equal(load_file(out)["q_proj.weight"], expected)
 
 
 def test_weights_multiply_the_changes(files: Files) -> None:

@@ -253,8 +253,19 @@ class LoadMerged(Places):
                 continue
             share = attached.absorb(base, state[key])
             if share > 1.0:
-                errors.append(
-                    f"{key}: differs from the base by more than its singular values; "
-                    "detach the model before loading other weights."
-                )
+                errors.append(f"{key}: {_reason(attached)}")
             state[key] = base.detach()
+
+
+def _reason(attached: AttachedWeight) -> str:
+    """Say why a weight cannot be loaded, and the way out."""
+    if all(layer.tells for layer, _ in attached.layers()):
+        return (
+            "differs from the base by more than its singular values; "
+            "detach the model before loading other weights."
+        )
+    return (
+        "differs from the base by more than its singular values, and its scales or remainder are "
+        "not among those that this model has given out. Load a tuned file with svftool.load_tuned, "
+        "or detach the model before loading other weights."
+    )

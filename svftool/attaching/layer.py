@@ -144,6 +144,12 @@ class AttachedLayer(KeepsDtype):
         """Return what changes now, differentiable in what is trained."""
         return self.extras.present(self.delta())
 
+    @property
+    def tells(self) -> bool:
+        """Whether a merged weight tells what it is made of: no scales and no remainder hide it."""
+        now = self.present()
+        return now.linear and now.B is None
+
     def moving(self) -> tuple[Tensor, ...]:
         """Return the small tensors that the weight follows."""
         theta = self.theta.detach()
@@ -269,7 +275,7 @@ class AttachedLayer(KeepsDtype):
     def explain(self, change: Tensor) -> SpectralChange:
         """Return what of a change of the weight, float64, is this layer's to make."""
         now = self.present()
-        if not now.linear or now.B is not None:
+        if not self.tells:
             return self.merging_change()
         delta, index, value = self.project(change), now.index, now.value
         if index is not None:

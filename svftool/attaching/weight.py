@@ -21,6 +21,9 @@ from svftool.attaching.layer import AttachedLayer, Region, belongs, unit_roundof
 from svftool.errors import ModelError
 from svftool.factors import SpectralChange, add_change
 
+_KEPT_BYTES = 1 << 20
+"""What a weight may keep of itself, at least: see `AttachedWeight.lend`."""
+
 Mode = Literal["auto", "factored", "composed", "residual"]
 
 
@@ -47,6 +50,7 @@ class AttachedWeight(KeepsDtype):
         self._dense: tuple[Present, Tensor] | None = None
         self._merged: tuple[Present, weakref.ref[Tensor]] | None = None
         self._lent: Lent | None = None
+        self._given: dict[bytes, tuple[Tensor, ...]] = {}
         self._base: object = None
 
     def __getstate__(self) -> dict[str, Any]:
@@ -149,8 +153,41 @@ class AttachedWeight(KeepsDtype):
             return kept
         merged = self.merged(base)
         own = self.copy_of(base) if merged.data_ptr() == base.data_ptr() else merged
-        self._lent = Lent.of(own, self._present(base))
+        present = self._present(base)
+        self._remember(own, present.values)
+        self._lent = Lent.of(own, present)
         return own
+
+    def _remember(self, weight: Tensor, values: Sequence[Tensor]) -> None:
+        """Keep what a weight that is given out was made of, where the weight does not tell.
+
+        A trainer writes weights to disk and reads the best of them later. The numbers of all of
+        them together take no more memory than the weight itself, the oldest go first.
+        """
+        if all(layer.tells for layer, _ in self.layers()):
+            return
+        key = _few(weight)
+        self._given.pop(key, None)
+        self._given[key] = tuple(value.to("cpu", copy=True) for value in values)
+        most = max(_KEPT_BYTES, weight.nbytes) // max(1, sum(one.nbytes for one in values))
+        while len(self._given) > max(1, most):
+            del self._given[next(iter(self._given))]
+
+    def _recall(self, base: Tensor, weight: Tensor) -> bool:
+        """Set what a weight was made of that was given out before; False where it was not."""
+        known, mine = self._given.get(_few(weight)), self._moving()
+        if known is None or [one.shape for one in known] != [one.shape for one in mine]:
+            return False
+        before = [one.clone() for one in mine]
+        self._set(known)
+        if torch.equal(self.merged(base), weight.to(base)):
+            return True
+        self._set(before)
+        return False
+
+    def _set(self, values: Sequence[Tensor]) -> None:
+        for mine, value in zip(self._moving(), values, strict=True):
+            mine.copy_(value)
 
     def take_back(self, base: Tensor) -> None:
         """Take over what was written to a lent weight; averages of weights work so.
@@ -215,7 +252,7 @@ class AttachedWeight(KeepsDtype):
         """Set what is trained to what a merged `weight` has, if it is one.
 
         Singular values and entries of M are found by projection. A layer that has scales or a
-        remainder takes back no other weight than its own.
+        remainder takes back no other weights than those that it gave out before.
 
         Returns
         -------
@@ -223,6 +260,8 @@ class AttachedWeight(KeepsDtype):
             What they do not explain of the difference from `base`, relative to what rounding
             explains. Above 1 the weight is no merge of these factors; nothing is set.
         """
+        if self._recall(base, weight):
+            return 0.0
         change = (weight.to(base.device, torch.float64) - base.detach().double()).contiguous()
         rounding = torch.finfo(base.dtype).eps * float(base.detach().double().norm())
         allowed = 4 * rounding + 1e-3 * float(change.norm())
@@ -302,6 +341,13 @@ def _sample(weight: Tensor) -> Tensor:
     count = min(weight.numel(), 64)
     step = max(1, weight.numel() // max(1, count))
     return weight.as_strided((count,), (step,), weight.storage_offset()).clone().view(torch.uint8)
+
+
+def _few(weight: Tensor) -> bytes:
+    """Return some numbers of a weight, whatever its layout, to know it again by."""
+    flat = weight.detach().reshape(-1)
+    few = flat[:: max(1, len(flat) // 64)].cpu().contiguous()
+    return few.view(torch.uint8).numpy().tobytes()
 
 
 def _place(base: Tensor) -> object:

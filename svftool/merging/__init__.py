@@ -12,7 +12,7 @@ from typing import Any
 from torch import Tensor
 
 from svftool.choices.merging import MergeSpec
-from svftool.merging.combined import Combined
+from svftool.merging.combined import Combined, Known, Triplets
 from svftool.merging.elementwise import (
     average,
     breadcrumbs,
@@ -39,7 +39,9 @@ __all__ = [
     "Clash",
     "Combined",
     "Inputs",
+    "Known",
     "PairClash",
+    "Triplets",
     "average",
     "breadcrumbs",
     "clash_of",
@@ -105,7 +107,12 @@ def combine_deltas(deltas: Tensor, spec: MergeSpec, pool: ThreadPool) -> Combine
 
 
 def _scaled(found: Combined, scale: float) -> Combined:
-    return Combined(found.delta * scale, partial(_part, found, scale))
+    return Combined(
+        found.delta * scale,
+        partial(_part, found, scale),
+        None if found.share is None else scale * found.share,
+        None if found.known is None or scale == 0.0 else found.known.times(scale),
+    )
 
 
 def _part(found: Combined, scale: float, index: int) -> Tensor:

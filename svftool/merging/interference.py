@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
+from svftool.merging.combined import Triplets
 from svftool.numerics import ThreadPool, svd
 from svftool.numerics.tall import cuts
 
@@ -19,7 +20,9 @@ _SMALL = 96
 """Short side up to which all singular vectors are taken."""
 
 _STEPS = 4
-_CHUNK = 1 << 18
+
+_CHUNK = 1 << 17
+"""Entries, of all inputs together, that are looked at at a time: they stay in a core's cache."""
 
 
 @dataclass(frozen=True)
@@ -48,6 +51,16 @@ class Clash:
     sign_conflicts: float
     inflation: float
     inflation_of_largest: float
+
+    def times(self, share: float) -> Clash:
+        """Return what holds of all changes times one number, and of their sum times it."""
+        if share == 0.0:
+            return Clash(0.0, 0.0, 0.0, 0.0, 0.0)
+        return replace(
+            self,
+            inflation=abs(share) * self.inflation,
+            inflation_of_largest=abs(share) * self.inflation_of_largest,
+        )
 
 
 @dataclass(frozen=True)
@@ -86,13 +99,19 @@ class Inputs:
     largest: Tensor
 
     @classmethod
-    def of(cls, deltas: Tensor, pool: ThreadPool) -> Inputs:
-        """Look at a stack of changes (T, m, n)."""
+    def of(
+        cls, deltas: Tensor, pool: ThreadPool, known: Sequence[Triplets] | None = None
+    ) -> Inputs:
+        """Look at a stack of changes (T, m, n), of which the leading triplets may be known."""
         flat = deltas.reshape(len(deltas), -1)
         inner = inner_products(flat)
         norms = inner.diagonal().sqrt().clamp_min(torch.finfo(torch.float64).tiny)
         differ, both = _signs(flat)
-        bases = [_leading(one, pool) for one in deltas]
+        bases = (
+            [_leading(one, pool) for one in deltas]
+            if known is None
+            else [_shown(one.first(LEADING)) for one in known]
+        )
         return cls(
             cosine=(inner / norms / norms[:, None]).clamp(-1.0, 1.0),
             overlap=_overlaps([U for U, _, _ in bases], [V for _, _, V in bases]),
@@ -116,7 +135,13 @@ class Inputs:
         ]
 
 
-def clash_of(inputs: Inputs, merged: Tensor, pool: ThreadPool, largest: Tensor) -> Clash:
+def clash_of(
+    inputs: Inputs,
+    merged: Tensor,
+    pool: ThreadPool,
+    largest: Tensor,
+    known: Triplets | None = None,
+) -> Clash:
     """Say how changes clash, given what they were merged to.
 
     Parameters
@@ -128,8 +153,10 @@ def clash_of(inputs: Inputs, merged: Tensor, pool: ThreadPool, largest: Tensor) 
     pool : ThreadPool
     largest : (T,) Tensor
         Largest singular values of the inputs' own changes.
+    known : Triplets, optional
+        Leading ones of `merged`.
     """
-    _, S, _ = _leading(merged, pool)
+    _, S, _ = _leading(merged, pool) if known is None else _shown(known)
     top = float(S[0]) if len(S) else 0.0
     mean, most = float(largest.mean()), float(largest.max())
     return Clash(
@@ -180,7 +207,7 @@ def inner_products(flat: Tensor) -> Tensor:
         float64, on the CPU.
     """
     total = torch.zeros(len(flat), len(flat), dtype=torch.float64)
-    for part in cuts(flat.shape[1], _CHUNK):
+    for part in cuts(flat.shape[1], max(1, _CHUNK // len(flat))):
         wide = flat[:, part].double()
         total += (wide @ wide.mT).cpu()
     return total
@@ -190,7 +217,7 @@ def _signs(flat: Tensor) -> tuple[Tensor, Tensor]:
     """Count, of every pair, the entries with different signs and those that both have."""
     count = len(flat)
     differ, both = (torch.zeros(count, count, dtype=torch.float64) for _ in range(2))
-    for part in cuts(flat.shape[1], _CHUNK):
+    for part in cuts(flat.shape[1], max(1, _CHUNK // len(flat))):
         sign = flat[:, part].sign().float()
         there = sign.abs()
         shared = there @ there.mT  # whole numbers below 2**24: exact
@@ -220,7 +247,13 @@ def _leading(matrix: Tensor, pool: ThreadPool) -> tuple[Tensor, Tensor, Tensor]:
     else:
         U, S, V = _krylov(matrix if matrix.shape[0] >= matrix.shape[1] else matrix.mT)
         U, V = (U, V) if matrix.shape[0] >= matrix.shape[1] else (V, U)
-    count = int((1e-6 * S[0] < S).sum()) if float(S[0]) > 0.0 else 0
+    return _shown(Triplets(U, S, V.mT))
+
+
+def _shown(found: Triplets) -> tuple[Tensor, Tensor, Tensor]:
+    """Leave out what is no more than rounding."""
+    U, S, V = found.U, found.S, found.Vh.mT
+    count = int((1e-6 * S[0] < S).sum()) if len(S) and float(S[0]) > 0.0 else 0
     return U[:, :count], S[:count].cpu(), V[:, :count]
 
 

@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from functools import partial
 
 import torch
 from torch import Tensor
 
+from svftool.merging.combined import Triplets
 from svftool.numerics import ThreadPool, svd
 from svftool.numerics.eigen import eigenvectors, gram
 from svftool.numerics.lapack import NotConverged
-from svftool.numerics.tall import ALL, Choose, Tall, tall
+from svftool.numerics.tall import ALL, Choose, Tall, cuts, tall
 
 _SMALL = 160
 """Short side up to which LAPACK takes no longer than the Gram matrix."""
@@ -22,22 +22,8 @@ NULL = 1e-6
 _DEPENDENT = 1e-6
 """Share of the longest direction below which columns are taken to depend on each other."""
 
-
-@dataclass(frozen=True)
-class Triplets:
-    """Leading singular values and vectors; what is no more than rounding is left out.
-
-    Attributes
-    ----------
-    U : (m, r) Tensor
-    S : (r,) Tensor
-    Vh : (r, n) Tensor
-        All float64; ``r`` may be 0.
-    """
-
-    U: Tensor
-    S: Tensor
-    Vh: Tensor
+_ROWS = 512
+"""Rows of one part of a product."""
 
 
 def directions(
@@ -119,13 +105,40 @@ def nearest_orthogonal(columns: Tensor, pool: ThreadPool) -> Tensor:
     >>> nearest_orthogonal(columns, ThreadPool()).tolist()
     [[1.0, 0.0], [0.0, 1.0], [0.0, 0.0]]
     """
+    return ranked_orthogonal(columns, pool)[0]
+
+
+def ranked_orthogonal(columns: Tensor, pool: ThreadPool) -> tuple[Tensor, int]:
+    """Return what `nearest_orthogonal` does, and its rank: of k, the columns are orthonormal.
+
+    Parameters are those of `nearest_orthogonal`.
+    """
     if 0 in columns.shape:
-        return columns
+        return columns, 0
     A = tall(columns)
     values, rows = eigenvectors(gram(A, pool), ALL, pool)
     count = int((values[0] * _DEPENDENT**2 < values).sum())
-    root = values[:count].sqrt()
     V = rows[:count]
-    scaled = A.double(slice(None)) @ (V.mT / root)
-    result = scaled @ V
-    return result.mT if A.transposed else result
+    # The inverse root is of the short side: one product with the long side, where one with V / root
+    # and one with V' would be two, and as exact.
+    inverse = (V / values[:count, None].sqrt()).mT @ V
+    result = product(A.double(slice(None)), inverse, pool)
+    return result.mT if A.transposed else result, count
+
+
+def product(left: Tensor, right: Tensor, pool: ThreadPool) -> Tensor:
+    """Multiply two matrices in parts that idle threads can take.
+
+    Parameters
+    ----------
+    left : (m, k) Tensor
+    right : (k, n) Tensor
+    pool : ThreadPool
+    """
+    result = left.new_empty(len(left), right.shape[1])
+
+    def rows(part: slice) -> None:
+        torch.mm(left[part], right, out=result[part])
+
+    pool.share([partial(rows, part) for part in cuts(len(left), _ROWS)])
+    return result

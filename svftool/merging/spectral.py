@@ -7,12 +7,21 @@ a stack a matrix of its own.
 
 from __future__ import annotations
 
+from itertools import accumulate, pairwise
+
 import torch
 from torch import Tensor
 
-from svftool.merging.combined import Combined
+from svftool.merging.combined import Combined, Known, Triplets
 from svftool.merging.elementwise import ties
-from svftool.merging.spectra import NULL, directions, nearest_orthogonal
+from svftool.merging.interference import LEADING
+from svftool.merging.spectra import (
+    NULL,
+    directions,
+    nearest_orthogonal,
+    product,
+    ranked_orthogonal,
+)
 from svftool.numerics import ThreadPool
 
 ALONE = ThreadPool()
@@ -33,16 +42,35 @@ def tsv(deltas: Tensor, *, pool: ThreadPool = ALONE) -> Combined:
     """
     share = max(1, min(deltas.shape[1:]) // len(deltas))
     found = [directions(one, pool, most=share) for one in deltas]
-    left = nearest_orthogonal(torch.cat([one.U for one in found], dim=1), pool)
-    right = nearest_orthogonal(torch.cat([one.Vh for one in found]).mT, pool)
     S = torch.cat([one.S for one in found])
-    ends = torch.tensor([0, *(len(one.S) for one in found)]).cumsum(0).tolist()
+    left, rank = ranked_orthogonal(torch.cat([one.U for one in found], dim=1), pool)
+    right, other = ranked_orthogonal(torch.cat([one.Vh for one in found]).mT, pool)
+    own = _runs([one.S for one in found])
+    wide = left * S
+    # What is shown of a contribution needs no more than single precision.
+    sides = wide.float(), right.mT.float()
+    return Combined(
+        product(wide, right.mT, pool),
+        lambda index: sides[0][:, own[index]] @ sides[1][own[index]],
+        known=_known(found, left, S, right)
+        if rank == other == len(S) and share >= LEADING
+        else None,
+    )
 
-    def part(index: int) -> Tensor:
-        own = slice(ends[index], ends[index + 1])
-        return (left[:, own] * S[own]) @ right[:, own].mT
 
-    return Combined((left * S) @ right.mT, part)
+def _known(found: list[Triplets], left: Tensor, S: Tensor, right: Tensor) -> Known:
+    """Read singular triplets off ``U_o diag(S) V_o'``, whose sides have orthonormal columns."""
+    order = S.argsort(descending=True)[:LEADING]
+    parts = [
+        Triplets(left[:, own], S[own], right[:, own].mT) for own in _runs([one.S for one in found])
+    ]
+    return Known(found, parts, Triplets(left[:, order], S[order], right[:, order].mT))
+
+
+def _runs(values: list[Tensor]) -> list[slice]:
+    """Return where the values of each input are, once they are put one after another."""
+    ends = list(accumulate((len(one) for one in values), initial=0))
+    return [slice(*pair) for pair in pairwise(ends)]
 
 
 def iso_c(deltas: Tensor, *, pool: ThreadPool = ALONE) -> Combined:
@@ -105,10 +133,10 @@ def iso_cts(deltas: Tensor, *, common: float = 0.8, pool: ThreadPool = ALONE) ->
     if not len(S):
         return _nothing(deltas)
     mean = S.mean()
-    ends = torch.tensor([shared, *(len(one.S) for one in found)]).cumsum(0).tolist()
+    own_runs = _runs([total.S, *(one.S for one in found)])[1:]
 
     def part(index: int) -> Tensor:
-        mine = slice(ends[index], ends[index + 1])
+        mine = own_runs[index]
         inner = total.U.mT @ deltas[index].double() @ total.Vh.mT
         core = (mean / total.S)[:, None] * inner
         return (

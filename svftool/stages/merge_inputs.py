@@ -28,6 +28,8 @@ from svftool.stages.changes import BothSides, Survey, survey_of
 
 _PART = 1 << 16
 
+_SINGLE = {torch.float32, torch.float16, torch.bfloat16}
+
 KINSHIP = 0.5
 """Cosine of two checkpoints below which they are taken to have different bases.
 
@@ -147,7 +149,13 @@ class MergeInput:
         result = torch.empty(weight.shape, dtype=torch.float32)
         flat, start = result.view(-1), weight.reshape(-1)
         values = (other if formed is None else formed).reshape(-1)  # type: ignore[union-attr]
+        # A difference in float32 is the one in float64, rounded: no need to form that.
+        plain = formed is None and self.weight == 1.0 and {values.dtype, start.dtype} <= _SINGLE
         for part in cuts(len(flat), _PART):
+            if plain:
+                torch.sub(values[part].float(), start[part].float(), out=flat[part])
+                if math.isfinite(float(flat[part].sum())):
+                    continue
             change = values[part].to(torch.float64, copy=True)  # it may be the file's own
             if formed is None:
                 change -= start[part].double()

@@ -7,6 +7,7 @@ they are written.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any, Literal
@@ -42,7 +43,8 @@ from svftool.merging import (
 )
 from svftool.merging.spectral import svc
 from svftool.numerics import ThreadPool
-from svftool.numerics.rounding import FLOATS
+from svftool.numerics.rounding import FLOATS, round_once
+from svftool.numerics.tall import cuts
 from svftool.numerics.threads import one_thread
 from svftool.processes import Processes
 from svftool.progress import Progress
@@ -51,6 +53,8 @@ from svftool.stages.merge_inputs import MergeBase, MergeInput
 Way = Literal["matrix", "entries", "average", "row", "keep"]
 """How a tensor is merged: as matrices by the method; entry by entry by the method; by the mean; as
 a matrix of one row; or not at all."""
+
+_PART = 1 << 16
 
 _STATISTICS = ("running_mean", "running_var")
 
@@ -322,24 +326,32 @@ class LayerMerge:
         numbers = [plan.inputs[i] for i in there]
         if len(there) < 2:
             return _Look(combine_deltas(stack, self.spec, pool).delta)
-        inputs = Inputs.of(stack, pool)
-        before = clash_of(inputs, stack.sum(dim=0), pool, inputs.largest)
         found = combine_deltas(stack, self.spec, pool)
-        after = _after(found, len(stack), inputs.largest, pool)
+        known = None if found.known is None else found.known.inputs
+        inputs = Inputs.of(stack, pool, known)
+        before = clash_of(inputs, stack.sum(dim=0), pool, inputs.largest)
+        after = (
+            _after(found, len(stack), inputs.largest, pool)
+            if found.share is None
+            else before.times(found.share)
+        )
         return _Look(found.delta, before, after, tuple(inputs.pairs(numbers)))
 
     def _rounded(
         self, info: TensorInfo, weight: Tensor, change: Tensor
     ) -> tuple[Tensor, float, float, int]:
         """Add a change, round once; return the result, two measures, and the values clipped."""
-        start, change = weight.double(), change.reshape(weight.shape).double()
-        rounding = Rounding(allow_overflow=self.allow_overflow)
-        total = start + change
-        merged = rounding.round(info, total, self.out_dtype(info), start)
-        size, drift = norm(change), norm(start)
-        relative = size / drift if drift > 0.0 else float(size > 0.0)
-        lost = norm(torch.nan_to_num(merged.double() - total)) / size if size > 0.0 else 0.0
-        return merged, relative, lost, rounding.clipped.get(info.name, 0)
+        sums = _Sums()
+        merged = _quickly(weight, change, self.out_dtype(info), sums)
+        clipped = 0
+        if merged is None:
+            sums, rounding = _Sums(), Rounding(allow_overflow=self.allow_overflow)
+            start, change = weight.double(), change.reshape(weight.shape).double()
+            total = start + change
+            merged = rounding.round(info, total, self.out_dtype(info), start)
+            sums.add(start, change, torch.nan_to_num(merged.double() - total))
+            clipped = rounding.clipped.get(info.name, 0)
+        return merged, sums.relative, sums.lost, clipped
 
     def tensor(self, name: str) -> Tensor:
         """Merge any tensor, without a look at how its changes clash."""
@@ -394,6 +406,42 @@ class LayerMerge:
             return combine_deltas(stack, self.spec, pool).delta
 
 
+@dataclass
+class _Sums:
+    """Norms of a weight, its change, and what rounding does, over parts."""
+
+    weight: float = 0.0
+    change: float = 0.0
+    error: float = 0.0
+
+    def add(self, weight: Tensor, change: Tensor, error: Tensor) -> None:
+        self.weight = math.hypot(self.weight, norm(weight))
+        self.change = math.hypot(self.change, norm(change))
+        self.error = math.hypot(self.error, norm(error))
+
+    @property
+    def relative(self) -> float:
+        return self.change / self.weight if self.weight > 0.0 else float(self.change > 0.0)
+
+    @property
+    def lost(self) -> float:
+        return self.error / self.change if self.change > 0.0 else 0.0
+
+
+def _quickly(weight: Tensor, change: Tensor, dtype: torch.dtype, sums: _Sums) -> Tensor | None:
+    """Add and round part by part, in a core's cache; None where not all sums fit the dtype."""
+    merged = torch.empty(weight.shape, dtype=dtype)
+    flat, start, by = merged.view(-1), weight.reshape(-1), change.reshape(-1)
+    for part in cuts(len(flat), _PART):
+        W, D = start[part].double(), by[part].double()
+        total = W + D
+        if not float(total.abs().max()) <= torch.finfo(dtype).max:
+            return None
+        flat[part] = round_once(total, dtype)
+        sums.add(W, D, total.sub_(flat[part]))
+    return merged
+
+
 @dataclass(frozen=True)
 class _Look:
     """One merged matrix, and how its changes clash."""
@@ -408,7 +456,9 @@ def _after(found: Combined, count: int, largest: Tensor, pool: ThreadPool) -> Cl
     parts = torch.empty(count, *found.delta.shape)
     for index in range(count):
         parts[index] = found.part(index)
-    return clash_of(Inputs.of(parts, pool), found.delta, pool, largest)
+    if (known := found.known) is None:
+        return clash_of(Inputs.of(parts, pool), found.delta, pool, largest)
+    return clash_of(Inputs.of(parts, pool, known.parts), found.delta, pool, largest, known.whole)
 
 
 def _mean(clashes: Iterable[Clash | None]) -> Clash | None:
