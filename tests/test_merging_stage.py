@@ -202,6 +202,19 @@ def test_dense_fine_tunes_adapters_and_tuned_files_are_mixed(files: Files) -> No
         files.merge(base, [tuned], "o2.safetensors")
 
 
+def test_auto_is_tsv_of_weights_and_a_scaled_sum_where_an_input_holds_changes(files: Files) -> None:
+    base, paths = files.all()
+    A, B = torch.randn(2, 24), torch.randn(16, 2)
+    lora = peft(files.folder, "lora", B, A)
+    for inputs, method in ((paths, "tsv"), ([*paths[1:], lora], "linear:scale=0.4")):
+        named, expected = files.merge(
+            base, inputs, f"named-{method[:3]}.safetensors", method=method
+        )
+        auto, found = files.merge(base, inputs, f"auto-{method[:3]}.safetensors", method="auto")
+        assert auto.method == named.method == method
+        assert all(torch.equal(found[name], value) for name, value in expected.items())
+
+
 def test_adapters_and_tuned_files_merge_as_without_a_method(files: Files) -> None:
     base, _ = files.all()
     g = torch.Generator().manual_seed(5)

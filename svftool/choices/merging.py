@@ -133,6 +133,11 @@ METHODS: Mapping[str, MergeMethod] = {
 }
 """The methods by name, in the order of the help; all take ``scale`` too."""
 
+AUTO = "auto"
+_AUTO = MergeMethod("tsv of dense weights; linear:scale=0.4 where an input holds changes alone")
+_OF_WEIGHTS, _OF_CHANGES = "tsv", "linear:scale=0.4"
+"""The best of each kind in ``docs/results.md``, where five fine-tunes of a network are merged."""
+
 
 @dataclass(frozen=True)
 class MergeSpec:
@@ -151,12 +156,31 @@ class MergeSpec:
     @property
     def method(self) -> MergeMethod:
         """What is known of the method."""
-        return METHODS[self.name]
+        return _AUTO if self.name == AUTO else METHODS[self.name]
 
     @property
     def scale(self) -> float:
         """Factor of the merged change."""
         return self.values["scale"]
+
+    def suited(self, *, dense: bool) -> MergeSpec:
+        """Return what ``auto`` stands for; any other method as it is.
+
+        Parameters
+        ----------
+        dense : bool
+            Every input holds weights; adapters and tuned files hold changes.
+
+        Examples
+        --------
+        >>> spec = parse_method("auto:scale=0.5")
+        >>> str(spec.suited(dense=True)), str(spec.suited(dense=False))
+        ('tsv:scale=0.5', 'linear:scale=0.2')
+        """
+        if self.name != AUTO:
+            return self
+        found = parse_method(_OF_WEIGHTS if dense else _OF_CHANGES)
+        return MergeSpec(found.name, {**found.values, "scale": found.scale * self.scale})
 
     def check_count(self, inputs: int) -> None:
         """Refuse a number of inputs that the method does not take.
@@ -195,9 +219,10 @@ def parse_method(text: str) -> MergeSpec:
     'tsv'
     """
     name, colon, rest = text.strip().partition(":")
-    if name not in METHODS:
-        raise UsageError(no_such("--method", name, METHODS))
-    known = {**METHODS[name].parameters, "scale": _SCALE}
+    methods = {**METHODS, AUTO: _AUTO}
+    if name not in methods:
+        raise UsageError(no_such("--method", name, methods))
+    known = {**methods[name].parameters, "scale": _SCALE}
     values = {key: one.default for key, one in known.items() if one.default is not None}
     for part in rest.split(",") if colon else ():
         key, equals, value = part.partition("=")
@@ -214,7 +239,8 @@ def parse_method(text: str) -> MergeSpec:
 
 def described_methods() -> str:
     """Return the methods with their parameters, for the help."""
-    return "; ".join(f"{name}{_parameters(one)}" for name, one in METHODS.items())
+    named = [f"{name}{_parameters(one)}" for name, one in METHODS.items()]
+    return "; ".join([*named, f"{AUTO} ({_AUTO.what})"])
 
 
 def _parameters(method: MergeMethod) -> str:

@@ -10,6 +10,7 @@ import typer
 
 from svftool.choices.dtypes import Dtype
 from svftool.choices.merging import (
+    AUTO,
     METHODS,
     UNWEIGHED,
     Heads,
@@ -66,7 +67,7 @@ class HowToCombine:
         str | None,
         typer.Option(
             metavar="NAME[:PARAMETER=VALUE,...]",
-            autocompletion=one_of(*METHODS),
+            autocompletion=one_of(*METHODS, AUTO),
             help="Make one checkpoint of fine-tunes of any kind. Names, and their parameters with "
             f"defaults: {described_methods()}; scale=1 of all.",
         ),
@@ -298,7 +299,7 @@ def command(
     if useless:
         raise UsageError(
             f"{useless[0]}: an option of a merge with --method, expected one of "
-            f"{', '.join(METHODS)}. Name a method, or leave the option out."
+            f"{', '.join([*METHODS, AUTO])}. Name a method, or leave the option out."
         )
     weigh.check(task_options)
     leave_to_first_process("merge")

@@ -37,6 +37,7 @@ from svftool.stages.merge_checkpoint import MergedCheckpoint, MergeWork
 from svftool.stages.merge_heads import plan_heads
 from svftool.stages.merge_inputs import (
     Absent,
+    MergeInput,
     absent_from,
     open_merge_base,
     open_merge_inputs,
@@ -110,6 +111,7 @@ def combine(
             processes=processes,
             progress=progress,
         )
+        spec = _suited(spec, opened, progress)
         heads = plan_heads(found, opened, options.heads)
         merge = LayerMerge(
             found,
@@ -124,6 +126,16 @@ def combine(
             how = options.weights
             processes.once(lambda: check_examples(work, how, progress))
         return _run(work, processes, force=force, resume=resume, progress=progress)
+
+
+def _suited(spec: MergeSpec, inputs: Sequence[MergeInput], progress: Progress) -> MergeSpec:
+    """Return what is meant by ``auto``, and say it."""
+    changes = [one.path.name for one in inputs if not one.dense]
+    found = spec.suited(dense=not changes)
+    if found is not spec:
+        why = f"{changes[0]} holds changes" if changes else "every input holds weights"
+        progress.note(f"--method {spec}: {found}, as {why}")
+    return found
 
 
 def _check(
