@@ -213,7 +213,7 @@ def test_a_run_that_was_cut_short_goes_on_from_its_trials(
     straight, resumed = Saved(), Saved()
     expected, _ = compare(plan(), straight)
     journal = Journal(tmp_path / "journal")
-    from svftool.training import safeguard
+    from svftool.training import fold_trials, safeguard
 
     trained, calls = safeguard.train, [0]
 
@@ -223,7 +223,8 @@ def test_a_run_that_was_cut_short_goes_on_from_its_trials(
             signal.raise_signal(signal.SIGINT)
         return trained(*arguments, **options)
 
-    monkeypatch.setattr(safeguard, "train", interrupted)
+    for module in (fold_trials, safeguard):  # of the trials, and of the run
+        monkeypatch.setattr(module, "train", interrupted)
     with pytest.raises(KeyboardInterrupt):
         compare(plan(), resumed, journal=journal)
     # The first trial is not repeated: the second, and the run.

@@ -24,9 +24,10 @@ from svftool.tasks.base import Task, TaskMetric
 from svftool.tasks.classification import Classification
 from svftool.tasks.splits import left_out, others
 from svftool.training import Journal, Run, Settings, TrainingPlan, compare
+from svftool.training.fold_trials import FOLDS
 from svftool.training.plan import run_from_plain, run_to_plain
 from svftool.training.trials import Trial, choose
-from svftool.training.tune import FACTORS, FOLDS
+from svftool.training.tune import FACTORS
 
 ACCURACY = TaskMetric("accuracy", higher_is_better=True)
 PERPLEXITY = TaskMetric("perplexity", higher_is_better=False)
@@ -106,7 +107,7 @@ def scored_by_rate(
         draw.evaluate = lambda *_, **__: {"accuracy": score(rate[0])}
         return outcome
 
-    monkeypatch.setattr("svftool.training.tune.train", trained)
+    monkeypatch.setattr("svftool.training.fold_trials.train", trained)
     return seen
 
 

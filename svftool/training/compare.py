@@ -108,6 +108,7 @@ class _Comparison:
         self._ranks = group
         self._interruption = interruption
         self._progress = progress
+        self._company = (journal, group, interruption, progress)
 
     def run_seed(self, task: Task, seed: int) -> None:
         """Train every regime on a task's draw of a seed, unless interrupted."""
@@ -277,14 +278,7 @@ class _Comparison:
         """Choose the run's learning rates, if asked to; an interruption stops it all."""
         if not self._plan.settings.tune_lr:
             return None
-        tuner = Tuner(
-            self._plan.settings.of_regime(regime),
-            task.primary,
-            self._journal,
-            self._ranks,
-            self._interruption,
-            self._progress,
-        )
+        tuner = Tuner(self._plan.settings.of_regime(regime), task.primary, *self._company)
         tuning = tuner.tune(
             draw,
             lambda fold: self._free(self._prepare(fold), fold, regime, seed),
@@ -300,14 +294,8 @@ class _Comparison:
     ) -> Safeguard | None:
         """Decide how much of the run's training is kept; an interruption stops it all."""
         settings = self._plan.settings.of_regime(regime)
-        guard = Guard(
-            settings if tuning is None else settings.scaled(tuning.factor),
-            task.primary,
-            self._journal,
-            self._ranks,
-            self._interruption,
-            self._progress,
-        )
+        settings = settings if tuning is None else settings.scaled(tuning.factor)
+        guard = Guard(settings, task.primary, *self._company)
         if not guard.watches(draw):
             return None
         found = guard.judge(

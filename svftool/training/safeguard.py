@@ -20,17 +20,11 @@ from torch import Tensor, nn
 
 from svftool.attaching import Trainable
 from svftool.choices.training import LEARNING_RATES, Settings
-from svftool.errors import kept_work
-from svftool.progress import SILENT, Progress
-from svftool.tasks.base import Draw, JudgesExamples, Subdivides, TaskMetric
-from svftool.training.group import ALONE, Group, Interruption
+from svftool.tasks.base import Draw, JudgesExamples
+from svftool.training.fold_trials import FOLDS, FoldTrials
+from svftool.training.group import ALONE
 from svftool.training.kept import SHARES, Judged, Safeguard, decide
 from svftool.training.loop import Outcome, train
-from svftool.training.workspace import Journal
-
-FOLDS = 2
-"""Parts of the support set that are left out in turn; each trial has this part of the run's steps,
-at this multiple of its rates: together they take as many steps as the run."""
 
 MOST_A_CLASS = 20
 """Examples a class up to which a support set is few."""
@@ -63,31 +57,12 @@ class Way:
 
 
 @dataclass(frozen=True)
-class Guard:
+class Guard(FoldTrials):
     """Decides for the runs of one comparison how much of their training is kept.
 
-    Attributes
-    ----------
-    settings : Settings
-        Those of the comparison.
-    metric : TaskMetric
-        The task's.
-    journal : Journal or None
-        Where what was measured is kept, so that it is not measured again.
-    group : Group
-        The processes that train together; the first one measures.
-    interruption : Interruption or None
-        Asked before each step whether to stop.
-    progress : Progress
-        Told how far each trial is, and what was decided.
+    Each trial has the run's steps divided by the number of folds, at that multiple of its rates:
+    together they take as many steps as the run.
     """
-
-    settings: Settings
-    metric: TaskMetric
-    journal: Journal | None = None
-    group: Group = ALONE
-    interruption: Interruption | None = None
-    progress: Progress = SILENT
 
     def watches(self, draw: Draw) -> bool:
         """Whether a run on this data is judged: few examples a class, with none held out already.
@@ -128,15 +103,13 @@ class Guard:
         Safeguard or None
             None where it was interrupted.
         """
-        folds = self.group.together(
-            lambda: draw.subdivide(FOLDS, seed) if isinstance(draw, Subdivides) else ()
-        )
+        folds = self.folds(draw, seed)
         if len(folds) < FOLDS:
             why = "one example a class leaves none to judge training by"
             return self._said(Safeguard(0.0, why), label)
         steps = max(1, self.settings.step_count(draw.size) // FOLDS)
         record = f"{name}-safeguard"
-        noted: dict[str, Any] = dict(self.group.once(lambda: self._noted(record)))
+        noted = self.noted(record)
         for number, fold in enumerate(folds):
             if str(number) not in noted:
                 shown = f"{label}: what training is worth, part {number + 1} of {len(folds)}"
@@ -144,20 +117,10 @@ class Guard:
                 if values is None:
                     return None
                 noted[str(number)], noted["new_head"] = values
-                self.group.once(lambda: self._note(record, noted))
+                self.note(record, noted)
         found = [[Judged(*one) for one in noted[str(number)]] for number in range(len(folds))]
         decided = decide(found, steps * len(folds), new_head=noted["new_head"])
         return self._said(decided, label)
-
-    def _noted(self, record: str) -> dict[str, Any]:
-        if self.journal is None:
-            return {}
-        with kept_work(self.journal.folder / record):
-            return self.journal.noted(record) or {}
-
-    def _note(self, record: str, values: Mapping[str, Any]) -> None:
-        if self.journal is not None:
-            self.journal.note(record, values)
 
     def _try(
         self,
@@ -182,17 +145,8 @@ class Guard:
         way = Way(parameters)
         shorter = self._shortened(steps)
         suited = suited_head_rate(shorter, trainable.groups, FOLDS * steps)
-        outcome = train(
-            trainable.model,
-            trainable.groups,
-            fold,
-            suited if new_head else shorter,
-            seed=seed,
-            metric=self.metric,
-            label=label,
-            interruption=self.interruption,
-            group=self.group,
-            progress=self.progress,
+        outcome = self.train(
+            trainable, fold, suited if new_head else shorter, seed=seed, label=label
         )
         if outcome.ending == "interrupted":
             return None
@@ -213,12 +167,11 @@ class Guard:
         return shorter.scaled(FOLDS)
 
     def _said(self, found: Safeguard, label: str) -> Safeguard:
-        if self.group.first:
-            if found.kept == "start":
-                way_out = "Train anyway with --safeguard never"
-                self.progress.note(f"{label}: the start is kept: {found.why}. {way_out}")
-            else:
-                self.progress.note(f"{label}: {found.share:.1%} of the way: {found.why}")
+        if found.kept == "start":
+            way_out = "Train anyway with --safeguard never"
+            self.say(f"{label}: the start is kept: {found.why}. {way_out}")
+        else:
+            self.say(f"{label}: {found.share:.1%} of the way: {found.why}")
         return found
 
 

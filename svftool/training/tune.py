@@ -3,18 +3,13 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
 from svftool.attaching import Trainable
-from svftool.choices.training import Settings
-from svftool.errors import kept_work
-from svftool.progress import SILENT, Progress
-from svftool.tasks.base import Draw, Subdivides, TaskMetric
-from svftool.training.group import ALONE, Group, Interruption
-from svftool.training.loop import train
+from svftool.tasks.base import Draw, TaskMetric
+from svftool.training.fold_trials import FoldTrials
 from svftool.training.trials import Trial, Tuning, choose
-from svftool.training.workspace import Journal
 
 FACTORS = (1 / 9, 1 / 3, 1.0, 3.0, 9.0)
 """What the rates of every kind of parameter are multiplied by together."""
@@ -22,36 +17,10 @@ FACTORS = (1 / 9, 1 / 3, 1.0, 3.0, 9.0)
 FURTHER = 2
 """Rates that are tried beyond an end of these, one by one, while each is the best."""
 
-FOLDS = 2
-"""Parts of the support set that are left out in turn."""
-
 
 @dataclass(frozen=True)
-class Tuner:
-    """Tries learning rates for one comparison.
-
-    Attributes
-    ----------
-    settings : Settings
-        Those of the comparison.
-    metric : TaskMetric
-        Decides.
-    journal : Journal or None
-        Where scores are kept, so that they are not measured again.
-    group : Group
-        The processes that train together; the first one measures.
-    interruption : Interruption or None
-        Asked before each step whether to stop.
-    progress : Progress
-        Told how far each trial is, and what was chosen.
-    """
-
-    settings: Settings
-    metric: TaskMetric
-    journal: Journal | None = None
-    group: Group = ALONE
-    interruption: Interruption | None = None
-    progress: Progress = SILENT
+class Tuner(FoldTrials):
+    """Tries learning rates for one comparison; the task's metric decides."""
 
     def tune(
         self,
@@ -86,13 +55,13 @@ class Tuner:
             None where it was interrupted.
         """
         steps = self.settings.step_count(draw.size)
-        folds = self.group.together(
-            lambda: draw.subdivide(FOLDS, seed) if isinstance(draw, Subdivides) else ()
-        )
+        folds = self.folds(draw, seed)
         if not folds:
             return self._default(steps, label)
         record = f"{name}-rates"
-        scores: dict[str, float | None] = dict(self.group.once(lambda: self._noted(record)))
+        scores = {
+            key: None if one is None else float(one) for key, one in self.noted(record).items()
+        }
         trials: list[Trial] = []
         waiting = list(FACTORS)
         while waiting:
@@ -105,23 +74,12 @@ class Tuner:
                     if outcome.interrupted:
                         return None
                     scores[key] = outcome.score
-                    self.group.once(lambda: self._note(record, scores))
+                    self.note(record, scores)
             found = tuple(scores[f"{number}: {factor:.3g}"] for number in range(len(folds)))
             trials.append(Trial(factor, found))
             waiting = waiting or further(trials, self.metric)
         trials.sort(key=lambda trial: trial.factor)
         return self._chosen(tuple(trials), steps, label)
-
-    def _noted(self, record: str) -> dict[str, float | None]:
-        if self.journal is None:
-            return {}
-        with kept_work(self.journal.folder / record):
-            known = self.journal.noted(record) or {}
-            return {key: None if one is None else float(one) for key, one in known.items()}
-
-    def _note(self, record: str, scores: Mapping[str, float | None]) -> None:
-        if self.journal is not None:
-            self.journal.note(record, scores)
 
     def _try(
         self,
@@ -135,19 +93,7 @@ class Tuner:
     ) -> _Tried:
         trainable = start(fold)
         settings = replace(self.settings.scaled(factor), steps=steps, epochs=None)
-        outcome = train(
-            trainable.model,
-            trainable.groups,
-            fold,
-            # Rates suit a length of training: a smaller support set must not shorten it.
-            settings if fold.held_out else replace(settings, patience=None),
-            seed=seed,
-            metric=self.metric,
-            label=label,
-            interruption=self.interruption,
-            group=self.group,
-            progress=self.progress,
-        )
+        outcome = self.train(trainable, fold, settings, seed=seed, label=label)
         if outcome.ending == "interrupted":
             return _Tried(interrupted=True)
         if outcome.ending == "diverged":
@@ -158,26 +104,22 @@ class Tuner:
 
     def _default(self, steps: int, label: str) -> Tuning:
         why = "nothing of the support set can be left out to choose by"
-        self._say(f"{label}: {why}: the default learning rates are kept")
+        self.say(f"{label}: {why}: the default learning rates are kept")
         return Tuning(1.0, self.metric.name, steps, kept=why)
 
     def _chosen(self, trials: tuple[Trial, ...], steps: int, label: str) -> Tuning:
         factor = choose(trials, self.metric)
         if factor is None:
             why = "training diverged in every trial"
-            self._say(f"{label}: {why}: the default learning rates are kept")
+            self.say(f"{label}: {why}: the default learning rates are kept")
             return Tuning(1.0, self.metric.name, steps, trials, kept=why)
         scores = {trial.factor: trial.score for trial in trials}
         default = "diverged" if scores[1.0] is None else f"{scores[1.0]:.4f}"
-        self._say(
+        self.say(
             f"{label}: learning rates x {factor:.3g}: {self.metric.name} {scores[factor]:.4f} on "
             f"what was left out of the support set, {default} with the default"
         )
         return Tuning(factor, self.metric.name, steps, trials)
-
-    def _say(self, message: str) -> None:
-        if self.group.first:
-            self.progress.note(message)
 
 
 def further(trials: Sequence[Trial], metric: TaskMetric) -> list[float]:
