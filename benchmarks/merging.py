@@ -28,7 +28,8 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from svftool.engine import Job, run_svds
-from svftool.stages.combine import CombineOptions, combine
+from svftool.stages.combine import combine
+from svftool.stages.combine_options import CombineOptions
 
 WIDTH = 768
 

@@ -283,6 +283,22 @@ def test_the_start_stays_where_nothing_is_gained(bench: Bench) -> None:
     )
 
 
+def test_a_lower_loss_with_a_worse_metric_is_not_taken(bench: Bench, monkeypatch) -> None:
+    """Measured the other way round, whatever is better by its loss is worse by its metric."""
+    real = merge_trials.TrialModel.metric
+    monkeypatch.setattr(merge_trials.TrialModel, "metric", lambda self: -self.losses()[0][0])
+    assert not bench.merge(["harm", "help"], "taken").weights.kept
+    monkeypatch.setattr(merge_trials.TrialModel, "metric", lambda self: self.losses()[0][0])
+    result = bench.merge(["harm", "help"])
+    found = result.weights
+    assert found.kept
+    assert found.worse
+    assert found.best.metric < found.start.metric == found.chosen.metric
+    assert [one.weight for one in result.inputs] == [1.0, 1.0]
+    assert "but their accuracy" in weights_sentences(found)[-1]
+    monkeypatch.setattr(merge_trials.TrialModel, "metric", real)
+
+
 def test_the_order_of_the_inputs_does_not_matter(bench: Bench) -> None:
     names = ["harm", "help@0.5", "idle"]
     more = {"method": "tsv", "weights": bench.weights(trials=6)}

@@ -79,6 +79,9 @@ def weights_sentences(choice: WeightChoice) -> list[str]:
     if choice.best.weights == choice.start.weights:
         return [*lines, f"{count}, none better"]
     best = ", ".join(map(number, choice.best.weights))
+    if choice.worse:
+        metric = f"{choice.metric.replace('_', ' ')} {number(choice.best.metric)} is worse"
+        return [*lines, f"{count}, the best {best}; {on}, but their {metric}"]
     return [*lines, f"{count}, the best {best}; {on}, which is not beyond its error"]
 
 

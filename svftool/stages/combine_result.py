@@ -99,8 +99,8 @@ class WeightChoice:
     parts : int
         In how many parts they were measured.
     start, chosen, best : WeightScore
-        The weights given; those taken; those of the lowest loss, which are the ones taken or were
-        no better on examples that had no say.
+        The weights given; those taken; those of the lowest loss, which are the ones taken, or were
+        no better on examples that had no say, or make the metric worse.
     gain : Gain
         By how much the loss is lower than the start's on parts that had no say in the choice.
     without : tuple of Gain or None
@@ -126,6 +126,11 @@ class WeightChoice:
     def kept(self) -> bool:
         """Whether the weights given were kept."""
         return self.chosen.weights == self.start.weights
+
+    @property
+    def worse(self) -> bool:
+        """Whether the weights given were kept because the best make the metric worse."""
+        return self.kept and self.gain.mean > self.gain.error
 
     @property
     def recipe(self) -> dict[str, Any]:

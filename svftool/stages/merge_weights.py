@@ -71,12 +71,14 @@ def choose_weights(
         given = [one.weight for one in ordered.merge.inputs]
         tried = search_weights(scored, given, scored.parts, trials)
         choice = choose_trial(tried, scored.parts)
+        metric = start if choice.chosen is tried[0] else scored.metric(choice.chosen.factors)
+        # A loss may fall where probabilities become milder and answers wrong.
+        worse = live.task.primary.better(start, metric)
+        chosen = tried[0] if worse else choice.chosen
         without = [
-            scored.without(choice.chosen, number) if weight else None
+            scored.without(chosen, number) if weight else None
             for number, weight in enumerate(given)
         ]
-        same = choice.chosen is tried[0]
-        metric = start if same else scored.metric(choice.chosen.factors)
     back = [order.index(number) for number in range(len(order))]
 
     def shown(trial: WeightTrial, metric: float | None = None) -> WeightScore:
@@ -92,8 +94,8 @@ def choose_weights(
         support=live.support,
         parts=len(live.parts),
         start=shown(tried[0], start),
-        chosen=shown(choice.chosen, metric),
-        best=shown(choice.best),
+        chosen=shown(chosen, start if worse else metric),
+        best=shown(choice.best, metric if choice.best is choice.chosen else None),
         gain=choice.gain,
         without=tuple(without[place] for place in back),
         tried=tuple(map(shown, tried)),
