@@ -1,16 +1,19 @@
-"""Two processes train one set of singular values: only those are reduced, nothing is broadcast."""
+"""Two processes train one set of singular values, and only those are reduced; they share a merge."""
 
 from __future__ import annotations
 
+import os
 import warnings
 from pathlib import Path
 
 import torch
 import torch.distributed as dist
+from safetensors.torch import save_file
 from torch import Tensor, multiprocessing
 from torch.nn.parallel import DistributedDataParallel
 
 import svftool
+from svftool.stages.combine_result import CombineResult
 from tests.attaching import MemoryStore
 from tests.test_attach_attachment import small_net
 
@@ -29,6 +32,27 @@ def train(model: torch.nn.Module, thetas: list[torch.nn.Parameter], batches: Ten
         optimiser.zero_grad()
 
 
+def write_fine_tunes(folder: Path) -> None:
+    """Write a base of several matrices, and three fine-tunes of it."""
+    generator = torch.Generator().manual_seed(0)
+    shapes = {f"layers.{i}.weight": (20 + i, 24) for i in range(5)} | {"norm.weight": (24,)}
+    base = {name: torch.randn(shape, generator=generator) for name, shape in shapes.items()}
+    save_file(base, folder / "base.safetensors")
+    for number in range(3):
+        tuned = {
+            name: value + 0.1 * torch.randn(value.shape, generator=generator)
+            for name, value in base.items()
+        }
+        save_file(tuned, folder / f"tuned-{number}.safetensors")
+
+
+def merge(folder: Path, name: str) -> CombineResult:
+    inputs = [(folder / f"tuned-{number}.safetensors", 0.5 + number) for number in range(3)]
+    options = svftool.CombineOptions(method="tsv", verify=True)
+    base = folder / "base.safetensors"
+    return svftool.combine(base, inputs, output=folder / name, options=options)
+
+
 def worker(rank: int, folder: str) -> None:
     warnings.simplefilter("ignore")
     torch.set_num_threads(1)
@@ -42,11 +66,14 @@ def worker(rank: int, folder: str) -> None:
         reduced = sum(p.numel() for p in model.parameters() if p.requires_grad)
         sent = {name for name, _ in model.named_buffers()}
         torch.save((reduced, sent, attached.singular_values()), f"{folder}/{rank}.pt")
+        os.environ["WORLD_SIZE"] = "2"  # as torchrun says it
+        merge(Path(folder), "shared.safetensors")
     finally:
         dist.destroy_process_group()
 
 
 def test_two_processes_are_one(tmp_path: Path) -> None:
+    write_fine_tunes(tmp_path)
     multiprocessing.spawn(worker, (str(tmp_path),), nprocs=2)
     model = small_net()
     attached = svftool.attach(model, MemoryStore(model, dtype=torch.float32))
@@ -59,3 +86,9 @@ def test_two_processes_are_one(tmp_path: Path) -> None:
         for name, values in found.items():
             torch.testing.assert_close(values, expected[name], rtol=1e-5, atol=1e-6)
             assert not torch.equal(values, attached.layers[name].S_base.detach())
+    # A merge of many that they shared has the bytes of one that a single process makes.
+    result = merge(tmp_path, "alone.safetensors")
+    assert len(result.layers) == 5
+    shared = (tmp_path / "shared.safetensors").read_bytes()
+    assert shared == (tmp_path / "alone.safetensors").read_bytes()
+    assert not [one for one in tmp_path.iterdir() if "partial" in one.name]

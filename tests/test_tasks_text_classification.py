@@ -15,11 +15,11 @@ from torch import nn
 import svftool
 from svftool.errors import DataError, ModelError, SvftoolError, UsageError
 from svftool.files.folder import check_data
+from svftool.tasks.class_names import readable
 from svftool.tasks.labelled import ClassificationCount
 from svftool.tasks.text_classification import (
     TextClassification,
     TextClassifier,
-    readable,
     stored_pooling,
     text_features,
 )

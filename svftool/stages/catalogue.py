@@ -100,6 +100,8 @@ def _classification(
             view=ImageView.from_plain(facts.trained, facts.preprocessing),
             head_classes=head_classes(facts.config),
             whole_head=facts.whole_head,
+            folder=facts.folder,
+            trust_remote_code=facts.trust_remote_code,
             **options,
         )
     ]

@@ -402,18 +402,22 @@ def _settings(
     origins: Origins,
     seed: SourcedSetting,
 ) -> dict[str, SourcedSetting]:
-    given, drawn = origins.given, task.shots is not None
+    given, drawn, described = origins.given, task.shots is not None, task.describe()
     place = given.get("tokenizer")
     tokenizer = SourcedSetting(str(place or facts.folder), "option" if place else "checkpoint")
+    # Images are classified without one, but for a head of names.
+    reads = "tokenizer" in dict(options_in(TASKS[task.name])) and (
+        task.name != "classification" or described["head_init"] == "names"
+    )
     return settings_of(
         task.name,
-        task.describe(),
+        described,
         origins,
         examples=SourcedSetting(draw.measured, "data") if isinstance(draw, Sized) else None,
         classes=classes_setting(source, task.classes, given),
         shots=SourcedSetting(task.shots, origins.of_option("shots")) if drawn else None,
         seed=seed if drawn else None,
-        tokenizer=tokenizer if "tokenizer" in dict(options_in(TASKS[task.name])) else None,
+        tokenizer=tokenizer if reads else None,
     )
 
 

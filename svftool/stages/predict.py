@@ -31,6 +31,7 @@ from svftool.stages.evaluate import (
 )
 from svftool.stages.settings import SourcedSetting, settings_of
 from svftool.tasks.class_names import class_names
+from svftool.tasks.classification import TextSide
 from svftool.tasks.inputs import TEXTS, list_pictures, list_prompts, unlike_names
 from svftool.tasks.language import Language
 from svftool.tasks.option import options_in
@@ -266,7 +267,8 @@ def _pictures(
     trained = ImageView.from_plain(facts.trained, preprocessing)
     paths = [one.path for one in pictures]
     view = choose_view(paths, preprocessing, size=chosen.image_size, trained=trained)
-    return NewPictures(pictures, chosen, view, _named(source, chosen.classes), model)
+    side = TextSide(facts.folder, facts.trust_remote_code)
+    return NewPictures(pictures, chosen, view, _named(source, chosen.classes), model, side)
 
 
 def _scenes(

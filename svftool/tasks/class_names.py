@@ -43,6 +43,18 @@ def class_names(
     return names
 
 
+def readable(name: str) -> str:
+    """Return a class's name as words.
+
+    Examples
+    --------
+    >>> readable("card_arrival"), readable("exchangeRate"), readable("sci.space")
+    ('card arrival', 'exchange Rate', 'sci space')
+    """
+    apart = re.sub(r"(?<=[a-z0-9])(?=[A-Z])", " ", name)
+    return " ".join(re.sub(r"[_\-./]+", " ", apart).split()) or name
+
+
 def natural_order(names: Sequence[str]) -> tuple[str, ...]:
     """Sort names by the numbers in them, as timm sorts folders.
 

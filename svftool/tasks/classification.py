@@ -11,14 +11,23 @@ from typing import Any, Literal, Protocol
 import torch
 from torch import Tensor, nn
 
+from svftool.errors import ModelError
 from svftool.models import DEFAULT_PREPROCESSING, Preprocessing
-from svftool.tasks.base import CHOOSE_SIZE, Part, TaskMetric, device_of, forward_errors
-from svftool.tasks.class_names import check_labels, class_names
-from svftool.tasks.heads import logits_of, pool
+from svftool.tasks.base import CHOOSE_SIZE, Part, Prepared, TaskMetric, device_of, forward_errors
+from svftool.tasks.class_names import check_labels, class_names, readable
+from svftool.tasks.heads import CosineHead, logits_of, pool
 from svftool.tasks.images import list_images, read_bytes, short_name
 from svftool.tasks.labelled import ClassifierDraw, ClassifierSetting, of_head
 from svftool.tasks.options import ClassificationOptions, StrPath
 from svftool.tasks.splits import draw_shots, nothing_left, require_query
+from svftool.tasks.tokens import load_tokenizer
+from svftool.tasks.two_sided import (
+    ImageTextClassifier,
+    has_text_side,
+    image_embeddings,
+    start_from_texts,
+    text_embeddings,
+)
 from svftool.tasks.views import ImageSet, ImageView, choose_view, with_normalisation
 
 PIXELS_PER_BATCH = 64 * 224 * 224
@@ -72,6 +81,10 @@ class Classification:
         the outputs of that part are kept.
     view : ImageView, optional
         What images went through when the weights were trained, in place of `preprocessing`.
+    folder : Path, optional
+        Where the tokenizer of a model with a text side lies.
+    trust_remote_code : bool
+        Whether code that lies beside the tokenizer may run.
     options
         Fields of `svftool.tasks.options.ClassificationOptions`.
 
@@ -93,9 +106,12 @@ class Classification:
         head_classes: Sequence[str] | None = None,
         whole_head: bool = False,
         view: ImageView | None = None,
+        folder: Path | None = None,
+        trust_remote_code: bool = False,
         **options: Any,
     ) -> None:
         self.options = chosen = ClassificationOptions(**options)
+        self.text_side = TextSide(folder, trust_remote_code)
         images = list_images(Path(data))
         queries = [] if chosen.query_data is None else list_images(chosen.query_data)
         self.shots = chosen.shots
@@ -132,6 +148,7 @@ class Classification:
             "sampling": self.options.sampling,
             "head_type": self.options.head_type,
             "head_name": self.options.head_name,
+            "head_init": self.options.head_init,
         }
 
     def draw(self, seed: int) -> ClassificationDraw:
@@ -150,12 +167,26 @@ class Classification:
                 raise nothing_left(self.shots, "images")
         support = self._examples(self._images, split.support, self._names)
         held_out = self._examples(self._images, split.held_out, self._names)
-        return ClassificationDraw(self, support, held_out, query)
+        return ClassificationDraw(self, support, held_out, query, seed=seed)
 
     def _examples(self, images: ImageSet, indices: Sequence[int], names: list[str]) -> Examples:
         order = {name: position for position, name in enumerate(self.classes)}
         labels = torch.tensor([order[names[index]] for index in indices], dtype=torch.int64)
         return Examples(images, tuple(indices), labels)
+
+
+@dataclass(frozen=True)
+class TextSide:
+    """Where the tokenizer of a model's side for texts lies, and whether its code may run."""
+
+    folder: Path | None
+    trust_remote_code: bool
+
+    def tokenizer(self, given: StrPath | None) -> Any:
+        """Load the tokenizer: the one given, or the checkpoint's."""
+        place = self.folder if given is None else given
+        trusted = self.trust_remote_code
+        return load_tokenizer(place, trust_remote_code=trusted, task="classification")
 
 
 class ImageSetting(ClassifierSetting, Protocol):
@@ -168,6 +199,10 @@ class ImageSetting(ClassifierSetting, Protocol):
     @property
     def view(self) -> ImageView:
         """The way from a file to the network."""
+
+    @property
+    def text_side(self) -> TextSide:
+        """Where the tokenizer of the model's side for texts lies."""
 
 
 class ClassificationDraw(ClassifierDraw[Examples, ImageSetting]):
@@ -182,12 +217,54 @@ class ClassificationDraw(ClassifierDraw[Examples, ImageSetting]):
             for index in examples.indices:
                 yield read_bytes(examples.images.paths[index])
 
+    def prepare(self, model: nn.Module, *, start: bool = True) -> Prepared:
+        """Keep the model's head, or make one; see `ClassifierDraw.prepare`.
+
+        Raises
+        ------
+        ModelError
+            If names are to make a head and the model has no side for texts.
+        """
+        options = self._task.options
+        if options.head_init == "names" and not has_text_side(model):
+            raise ModelError(
+                f"--head-init names: {type(model).__name__} has no text side, expected a model of "
+                "images and texts such as CLIP or SigLIP. Use --head-init means"
+            )
+        if options.head_init == "names" and options.head_name is not None:
+            raise ModelError(
+                f"--head-init names: makes a head of its own in place of {options.head_name!r}, "
+                "expected no --head-name"
+            )
+        return super().prepare(model, start=start)
+
     def _outputs(self, model: nn.Module) -> int:
         batch = self._task.view.centre(self._support.take([0, self.size - 1]))
+        batch = batch.to(device_of(model.eval()))
         height, width = self._task.view.size
         with forward_errors(f"images of {height} x {width}", CHOOSE_SIZE), torch.inference_mode():
-            outputs = pool(logits_of(model.eval()(batch.to(device_of(model)))))
-        return outputs.shape[1]
+            if self._head_of(model) is None and has_text_side(model):
+                return image_embeddings(model, batch).shape[1]
+            return pool(logits_of(model(batch))).shape[1]
+
+    def _head_of(self, model: nn.Module) -> str | None:
+        # What the two sides end in is no head: it leads to the space of both.
+        if self._task.options.head_name is None and has_text_side(model):
+            return None
+        return super()._head_of(model)
+
+    def _new_head(self, model: nn.Module, head: str | None, features: int) -> tuple[nn.Module, str]:
+        if head is not None or not has_text_side(model):
+            return super()._new_head(model, head, features)
+        layer = CosineHead if self._task.options.head_type == "cosine" else nn.Linear
+        return ImageTextClassifier(model, layer(features, len(self._task.classes))), "head"
+
+    def _start_from_names(self, model: nn.Module, head: str) -> None:
+        side, two = self._task.text_side, model.get_submodule("backbone")
+        tokenizer = side.tokenizer(self._task.options.tokenizer)
+        names = [readable(name) for name in self._task.classes]
+        texts = text_embeddings(two.eval(), names, tokenizer)
+        start_from_texts(model.get_submodule(head), two, texts)
 
     @property
     def steady(self) -> bool:

@@ -17,6 +17,7 @@ from svftool.tasks.base import Part, Prepared, device_of
 from svftool.tasks.class_names import natural_order, order_warning
 from svftool.tasks.heads import (
     MOST_JUDGED,
+    CosineHead,
     are_telling,
     head_inputs,
     head_rows,
@@ -25,6 +26,7 @@ from svftool.tasks.heads import (
     new_head,
     pool,
     require_module,
+    set_head,
     start_head,
     try_head,
 )
@@ -225,16 +227,25 @@ D = TypeVar("D", bound="ClassifierDraw[Any, Any]")
 class ClassifierDraw(Generic[E, S]):
     """Support, held-out and query examples of one seed.
 
-    The checkpoint's head is judged by the examples `judge`, by default the support set.
+    The checkpoint's head is judged by the examples `judge`, by default the support set. `seed`
+    chooses random weights of a head.
     """
 
     unit: ClassVar[str] = "examples"
     """What the examples are, for messages."""
 
     def __init__(
-        self, task: S, support: E, held_out: E, query: E, *, judge: E | None = None
+        self,
+        task: S,
+        support: E,
+        held_out: E,
+        query: E,
+        *,
+        judge: E | None = None,
+        seed: int = 0,
     ) -> None:
         self._task = task
+        self._seed = seed
         self._support = support
         self._judge = support if judge is None else judge
         self._parts = {"held_out": held_out, "query": query}
@@ -255,11 +266,12 @@ class ClassifierDraw(Generic[E, S]):
         return len(self._parts["query"])
 
     def prepare(self, model: nn.Module, *, start: bool = True) -> Prepared:
-        """Keep the model's head, or make one from the class means of its features.
+        """Keep the model's head, or make one: from the class means of its features, by default.
 
         With ``auto`` the names of the classes decide. Where the head's are not known, or say
         nothing, one of as many outputs is kept unless it is at chance on the support set. Without
-        `start` the new head is left untrained, and no head is tried.
+        `start` the new head is left untrained, and no head is tried; one of the classes' names is
+        made all the same, as it needs no example.
 
         Raises
         ------
@@ -278,7 +290,9 @@ class ClassifierDraw(Generic[E, S]):
             )
         old = None if head is None else model.get_submodule(head)
         model, head = self._new_head(model, head, outputs)
-        if start and not (choice.rows and keep_rows(model.get_submodule(head), old, choice.rows)):
+        named = task.options.head_init == "names"
+        rows = choice.rows if start else ()
+        if not (rows and keep_rows(model.get_submodule(head), old, rows)) and (start or named):
             self._start_head(model, head)
         return Prepared(
             model,
@@ -287,6 +301,7 @@ class ClassifierDraw(Generic[E, S]):
             head_rate=self._head_rate(),
             said=choice.said,
             facts={**choice.facts, "head": "new"},
+            ready=named,
         )
 
     # What a kind of data may do in its own way.
@@ -318,9 +333,32 @@ class ClassifierDraw(Generic[E, S]):
 
     def _start_head(self, model: nn.Module, head: str) -> None:
         """Give a new head its first weights."""
-        self._start_from_means(model, head)
+        start = self._task.options.head_init
+        if start == "means":
+            self._start_from_means(model, head)
+        elif start == "names":
+            self._start_from_names(model, head)
+        else:
+            self._start_at_random(model.get_submodule(head))
+
+    def _start_from_names(self, model: nn.Module, head: str) -> None:
+        """Start a head from what the model makes of the classes' names."""
+        raise NotImplementedError
+
+    def _start_at_random(self, head: nn.Module) -> None:
+        weight = head.get_parameter("weight")
+        shape = (weight.shape[0], weight[0].numel())  # of a pointwise convolution too
+        generator = torch.Generator().manual_seed(self._seed)
+        drawn = torch.randn(shape, generator=generator) * shape[1] ** -0.5
+        if isinstance(head, CosineHead):
+            with torch.no_grad():
+                head.weight.copy_(drawn)
+        else:
+            set_head(head, drawn.to(weight))
 
     def _head_rate(self) -> float:
+        if self._task.options.head_init != "means":
+            return 1.0
         single = int(torch.bincount(self._support.labels).max()) == 1
         return SINGLE_EXAMPLE_RATE if single else 1.0
 
@@ -428,6 +466,7 @@ class ClassifierDraw(Generic[E, S]):
                 held_out,
                 support.at(fold),
                 judge=self._judge,
+                seed=self._seed,
             )
             for fold in left_out(support.labels.tolist(), count, seed=seed)
         ]

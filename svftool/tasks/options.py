@@ -71,6 +71,15 @@ HEAD_TYPE = Option(
     recorded="head_type",
     evaluate=True,
 )
+HEAD_INIT = Option(
+    help="Start of a new head: the means of each class's examples; the classes' names, which needs "
+    "no example, and for images a model with a text side; or random weights.",
+    panel=CLASSIFICATION,
+    recorded="head_init",
+    evaluate=True,
+    evaluate_help="names makes a head that was not trained, out of the classes' names.",
+    evaluate_shown="as trained",
+)
 TOKENIZER = Option(
     help="Folder of the model's tokenizer.",
     shown="the checkpoint's",
@@ -189,6 +198,7 @@ class ClassifierOptions(ClassesOptions, SplitOptions):
     """Options of tasks with one class an example; see `svftool.tasks.labelled`."""
 
     head_type: Literal["linear", "cosine"] = option("linear", HEAD_TYPE)
+    head_init: Literal["means", "names", "random"] = option("means", HEAD_INIT)
     sampling: Literal["uniform", "balanced"] = option(
         "uniform",
         help="balanced shows every class equally often, however many examples it has.",
@@ -198,9 +208,14 @@ class ClassifierOptions(ClassesOptions, SplitOptions):
 
 @dataclass(frozen=True, kw_only=True)
 class ClassificationOptions(ClassifierOptions, ImageOptions):
-    """Options of `svftool.tasks.classification.Classification`."""
+    """Options of `svftool.tasks.classification.Classification`.
+
+    The tokenizer is that of a model with a text side, for a head that starts from names.
+    """
 
     task = "classification"
+
+    tokenizer: StrPath | None = option(None, TOKENIZER)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -209,16 +224,6 @@ class TextClassificationOptions(ClassifierOptions):
 
     task = "text-classification"
 
-    head_init: Literal["means", "names", "random"] = option(
-        "means",
-        help="Start of a new head: the means of each class's texts; the classes' names, which "
-        "needs no text; or random weights.",
-        panel=TEXTS,
-        recorded="head_init",
-        evaluate=True,
-        evaluate_help="names makes a head that was not trained, out of the classes' names.",
-        evaluate_shown="as trained",
-    )
     text_column: str | None = option(
         None,
         help="Column, or key, of the texts.",

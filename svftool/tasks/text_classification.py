@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import islice
 from pathlib import Path
 from types import MappingProxyType
@@ -17,14 +16,13 @@ from svftool.errors import DataError, ModelError, UsageError
 from svftool.files.header import parse_json
 from svftool.models import find_head
 from svftool.tasks.base import Part, Prepared, TaskMetric, device_of, forward_errors, to_device
-from svftool.tasks.class_names import check_labels, class_names
+from svftool.tasks.class_names import check_labels, class_names, readable
 from svftool.tasks.heads import (
     ClassifierType,
     CosineHead,
     WithHead,
     logits_of,
     pool,
-    set_head,
     start_head,
 )
 from svftool.tasks.labelled import ClassificationCount, ClassifierDraw, ClassifierSetting, of_head
@@ -282,18 +280,6 @@ def stored_pooling(folder: Path | None) -> Pooling | None:
     return "cls" if said.get("pooling_mode_cls_token") is True else "mean"
 
 
-def readable(name: str) -> str:
-    """Return a class's name as words.
-
-    Examples
-    --------
-    >>> readable("card_arrival"), readable("exchangeRate"), readable("sci.space")
-    ('card arrival', 'exchange Rate', 'sci space')
-    """
-    apart = re.sub(r"(?<=[a-z0-9])(?=[A-Z])", " ", name)
-    return " ".join(re.sub(r"[_\-./]+", " ", apart).split()) or name
-
-
 # The task.
 
 
@@ -467,25 +453,9 @@ class TextSetting(ClassifierSetting, Protocol):
 
 
 class TextDraw(ClassifierDraw[TextExamples, TextSetting]):
-    """Support, held-out and query texts of one seed; see `ClassifierDraw`.
-
-    `seed` chooses random weights of a head.
-    """
+    """Support, held-out and query texts of one seed; see `ClassifierDraw`."""
 
     unit = "texts"
-
-    def __init__(
-        self,
-        task: TextSetting,
-        support: TextExamples,
-        held_out: TextExamples,
-        query: TextExamples,
-        *,
-        judge: TextExamples | None = None,
-        seed: int = 0,
-    ) -> None:
-        super().__init__(task, support, held_out, query, judge=judge)
-        self._seed = seed
 
     def contents(self, part: Literal["support", "query"]) -> Iterator[bytes]:
         """Yield the texts' words; see `svftool.tasks.base.HasContents`."""
@@ -497,8 +467,6 @@ class TextDraw(ClassifierDraw[TextExamples, TextSetting]):
     def prepare(self, model: nn.Module, *, start: bool = True) -> Prepared:
         """Keep the model's head, or make one; see `ClassifierDraw.prepare`.
 
-        A head made of the classes' names is made without `start` too: it needs no text.
-
         Raises
         ------
         ModelError
@@ -507,16 +475,7 @@ class TextDraw(ClassifierDraw[TextExamples, TextSetting]):
         """
         said = self._check_tokens(model)
         prepared = super().prepare(model, start=start)
-        named = self._task.options.head_init == "names" and prepared.new_head
-        if named and not start and prepared.head is not None:
-            self._start_from_names(prepared.model, prepared.head)
-        return Prepared(
-            **{
-                **vars(prepared),
-                "ready": named,
-                "said": (*said, *prepared.said),
-            }
-        )
+        return replace(prepared, said=(*said, *prepared.said))
 
     def _check_tokens(self, model: nn.Module) -> list[str]:
         encoding, known = self._task.encoding, vocabulary(model)
@@ -588,15 +547,6 @@ class TextDraw(ClassifierDraw[TextExamples, TextSetting]):
         last = inputs["attention_mask"].sum(1) - 1
         return features[torch.arange(len(last), device=last.device), last]
 
-    def _start_head(self, model: nn.Module, head: str) -> None:
-        start = self._task.options.head_init
-        if start == "means":
-            self._start_from_means(model, head)
-        elif start == "names":
-            self._start_from_names(model, head)
-        else:
-            self._start_at_random(model.get_submodule(head))
-
     def _start_from_names(self, model: nn.Module, head: str) -> None:
         names = [readable(name) for name in self._task.classes]
         blocks, _ = self._task.encoding.encode(names)
@@ -612,19 +562,6 @@ class TextDraw(ClassifierDraw[TextExamples, TextSetting]):
         seen = list[Tensor]()
         features = self._features(model.eval(), head, examples.batches(device_of(model)), seen)
         start_head(model.get_submodule(head), features.clone(), torch.cat(seen), len(names))
-
-    def _start_at_random(self, head: nn.Module) -> None:
-        weight = head.get_parameter("weight")
-        generator = torch.Generator().manual_seed(self._seed)
-        drawn = torch.randn(tuple(weight.shape), generator=generator) * weight.shape[1] ** -0.5
-        if isinstance(head, CosineHead):
-            with torch.no_grad():
-                head.weight.copy_(drawn)
-        else:
-            set_head(head, drawn.to(weight))
-
-    def _head_rate(self) -> float:
-        return super()._head_rate() if self._task.options.head_init == "means" else 1.0
 
     def batch(
         self, indices: Tensor, generator: torch.Generator

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from svftool.errors import ModelError
 from svftool.models import find_head
 from svftool.tasks.base import Draw, device_of
-from svftool.tasks.classification import ClassificationDraw, Examples
+from svftool.tasks.classification import ClassificationDraw, Examples, TextSide
 from svftool.tasks.heads import logits_of, pool
 from svftool.tasks.images import image_size
 from svftool.tasks.inputs import Picture
@@ -72,6 +72,7 @@ class _Chosen:
     options: ClassificationOptions
     classes: tuple[str, ...]
     view: ImageView
+    text_side: TextSide
 
     @property
     def of_head(self) -> OfHead:
@@ -90,6 +91,8 @@ class NewPictures:
         None numbers the outputs of `model`.
     model : nn.Module
         The bare model.
+    text_side : TextSide
+        Where its tokenizer lies, if it has one.
 
     Raises
     ------
@@ -104,6 +107,7 @@ class NewPictures:
         view: ImageView,
         classes: Sequence[str] | None,
         model: nn.Module,
+        text_side: TextSide,
     ) -> None:
         self._pictures = pictures
         images = ImageSet([one.path for one in pictures], view, cache_bytes=0)
@@ -113,7 +117,7 @@ class NewPictures:
         labels = torch.zeros(len(pictures), dtype=torch.int64)
         every = Examples(images, tuple(range(len(pictures))), labels)
         none = Examples(images, (), labels[:0])
-        self._chosen = _Chosen(options, self.classes, view)
+        self._chosen = _Chosen(options, self.classes, view, text_side)
         self.draw = ClassificationDraw(self._chosen, every, none, every)
 
     def __len__(self) -> int:
