@@ -1,4 +1,4 @@
-"""Two processes train one set of singular values, and only those are reduced; they share a merge."""
+"""Two processes train one set of singular values, of which only those are reduced, and merge."""
 
 from __future__ import annotations
 
