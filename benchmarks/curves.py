@@ -9,6 +9,7 @@ what is there is not run again.
     python benchmarks/curves.py DATA WORK stories dtd10     these sets
     python benchmarks/curves.py DATA WORK --jobs 16 --device cuda --minutes 9
     python benchmarks/curves.py DATA WORK --table           only the tables, and a picture each
+    python benchmarks/curves.py DATA WORK --log             what each rate scored, and every seed
     python benchmarks/curves.py DATA WORK --quick           does it run
 
 DATA holds ``checkpoints``, ``images`` and ``text``. Models of packages are sought in
@@ -361,6 +362,41 @@ def _with_half(value: float, half: float | None, scale: float, sign: str = "") -
     return f"{value:{sign}.1f}" + ("" if half is None else f" ± {scale * half:.1f}")
 
 
+def log(one: Set, lines: Sequence[Line]) -> str:
+    """Write what each rate scored on what was left out of the support set, and every seed."""
+    mine = [line for line in lines if line["key"][0] == one.name]
+    runs = [run_from_plain(line["run"]) for line in mine]
+    if not runs:
+        return f"## {one.title}\n\nNothing was run."
+    scale, digits = (1, 1) if mine[0]["metric"] == "perplexity" else (100, 1)
+
+    def shown(value: float | None) -> str:
+        return "diverged" if value is None else f"{scale * value:.{digits}f}"
+
+    tried = {each.regime: each.tuning for each in runs if each.tuning is not None}
+    factors = sorted({trial.factor for one in tried.values() for trial in one.trials})
+    rows = ["| regime | " + " | ".join(f"x {factor:.2g}" for factor in factors) + " |"]
+    rows.append("|---" * (1 + len(factors)) + "|")
+    for regime in (name for name in one.regimes if name in tried):
+        scores = {trial.factor: shown(trial.score) for trial in tried[regime].trials}
+        chosen_one = tried[regime].factor
+        scores[chosen_one] = f"**{scores.get(chosen_one, '')}**"
+        rows.append(f"| {regime} | " + " | ".join(scores.get(each, "") for each in factors) + " |")
+    ends = [f"| regime | {mine[0]['metric']}, by seed |", "|---|---|"]
+    for shots in dict.fromkeys(each.shots for each in runs):
+        for regime in one.regimes:
+            found = [each for each in runs if (each.regime, each.shots) == (regime, shots)]
+            values = (shown(each.after[mine[0]["metric"]]) + _place(each) for each in found)
+            label = regime if len(one.shots) == 1 else f"{regime}, {shots} shots"
+            ends += [f"| {label} | {'; '.join(values)} |"] if found else []
+    return "\n".join([f"## {one.title}", "", *rows, "", *ends])
+
+
+def _place(run: Run) -> str:
+    fold = "".join(f", fold {value}" for name, value in run.facts.items() if name == "fold")
+    return f" ({run.seed}{fold})"
+
+
 def _complete(one: Set, runs: Sequence[Run]) -> list[Run]:
     """Leave out seeds of a regime that lack a fold."""
     count = Counter((each.regime, each.seed, each.shots) for each in runs)
@@ -394,6 +430,7 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--minutes", type=float)
     parser.add_argument("--quick", action="store_true")
     parser.add_argument("--table", action="store_true")
+    parser.add_argument("--log", action="store_true")
     return parser.parse_intermixed_args()
 
 
@@ -408,7 +445,7 @@ def main() -> None:
     if asked.seeds:
         sets = [replace(one, seeds=min(one.seeds, asked.seeds)) for one in sets]
     journal = Journal(asked.work / "curves.jsonl")
-    if not asked.table:
+    if not (asked.table or asked.log):
         there = [one for one in sets if one.checkpoint_in(asked.data).exists()]
         for one in there:
             factors = one.factors_in(asked.work)
@@ -416,6 +453,9 @@ def main() -> None:
                 apart(decompose, one.checkpoint_in(asked.data), factors)
         go(asked, there, journal)
     for one in sets:
+        if asked.log:
+            print(log(one, journal.lines), end="\n\n")
+            continue
         print(tables(one, journal.lines, asked.work / f"curve-{one.name}.svg"), end="\n\n")
 
 
