@@ -1,6 +1,6 @@
 """Weights of a merge by data against those given, on pictures that neither has seen.
 
-    python benchmarks/merge_weights.py [--seeds 5] [--shots 1 5]
+    python benchmarks/merge_weights.py [--seeds 5] [--shots 1 5] [--methods linear ties]
 
 A small network reads digits. Fine-tunes of it have learnt noisy ones, faint ones, and labels at
 random, which harms. What the merge is to read are noisy and faint digits. For each seed a few
@@ -25,7 +25,6 @@ from torch.nn.functional import cross_entropy, interpolate
 from svftool import CombineOptions, WeightsFrom, combine, evaluate
 from svftool.stages.demo_net import DigitsNet
 
-METHODS = ("linear", "ties", "tsv")
 NETWORK = "from svftool.stages.demo_net import DigitsNet\ndef net(): return DigitsNet(10)\n"
 INPUTS = ("noisy", "faint", "random")
 
@@ -118,6 +117,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--seeds", type=int, default=5)
     parser.add_argument("--shots", type=int, nargs="+", default=[1, 5])
+    parser.add_argument("--methods", nargs="+", default=["linear", "ties"])
     chosen = parser.parse_args()
     torch.set_num_threads(1)
     images, labels = digits()
@@ -137,7 +137,7 @@ def main() -> None:
 
         for name in ("base", *INPUTS):
             print(f"{name}: {measure(folder / f'{name}.safetensors'):.1f}", flush=True)
-        for how in METHODS:
+        for how in chosen.methods:
             for start in (1.0, 1 / 3):
                 plain, _ = run(folder, measure, None, how, start)
                 for shots in chosen.shots:

@@ -10,11 +10,14 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from language import write_model, write_texts
 from pictures import write_pictures
+from PIL import Image
 from safetensors.torch import load_file, save_file
+from test_cli_predict import PIXELS
 from typer.testing import CliRunner
 
 from svftool import (
@@ -516,6 +519,35 @@ def test_a_language_model_is_weighed_by_its_loss(tmp_path: Path) -> None:
     assert found.chosen.metric == pytest.approx(math.exp(found.chosen.loss), rel=1e-4)
     assert found.best.loss <= found.start.loss
     assert len({round(one.loss, 6) for one in found.tried}) > 2
+
+
+def test_segmentation_is_weighed_by_its_pixels(tmp_path: Path) -> None:
+    (tmp_path / "net.py").write_text(PIXELS)
+    scope: dict[str, Any] = {}
+    exec(compile(PIXELS, "net.py", "exec"), scope)
+    base = scope["pixels"]().state_dict()
+    paths = [tmp_path / f"{name}.safetensors" for name in ("base", "one", "two")]
+    for seed, path in enumerate(paths):
+        g = torch.Generator().manual_seed(seed)
+        by = 0.1 * min(seed, 1)
+        save_file({n: v + by * torch.randn(v.shape, generator=g) for n, v in base.items()}, path)
+    chance = np.random.default_rng(0)
+    for kind, top, shape in (("images", 255, (16, 16, 3)), ("masks", 2, (16, 16))):
+        (tmp_path / "data" / kind).mkdir(parents=True)
+        for index in range(4):
+            values = chance.integers(0, top, shape, dtype=np.uint8)
+            Image.fromarray(values).save(tmp_path / "data" / kind / f"{index}.png")
+    network = {"task": "segmentation", "model": f"{tmp_path}/net.py:pixels", "device": "cpu"}
+    how = WeightsFrom(data=tmp_path / "data", trials=3, **network)
+    result = combine(
+        paths[0], paths[1:], output=tmp_path / "out.safetensors",
+        options=CombineOptions(weights=how),
+    )  # fmt: skip
+    found = result.weights
+    measured = evaluate(result.output, data=tmp_path / "data", **network).runs[0].metrics
+    assert found.chosen.metric == pytest.approx(measured["miou"])
+    assert found.chosen.loss == pytest.approx(measured["loss"], rel=1e-5)
+    assert found.parts == 4
 
 
 # The command.
