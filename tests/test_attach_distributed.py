@@ -1,4 +1,4 @@
-"""Two processes train one set of singular values, and only those are reduced; they share a merge."""
+"""Two processes train one set of singular values, only those are reduced; and share a merge."""
 
 from __future__ import annotations
 
