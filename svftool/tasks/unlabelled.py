@@ -140,6 +140,7 @@ class NewPictures:
             "std": list(view.std),
             "head_type": options.head_type,
             "head_name": options.head_name,
+            "head_init": options.head_init,
         }
 
 
