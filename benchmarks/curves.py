@@ -12,6 +12,9 @@ what is there is not run again.
     python benchmarks/curves.py DATA WORK --log             what each rate scored, and every seed
     python benchmarks/curves.py DATA WORK --quick           does it run
 
+``docs/experiments/curves.jsonl`` is the journal behind the documentation's tables: a copy of it in
+WORK shows them with ``--table``, and is what further runs go on from.
+
 DATA holds ``checkpoints``, ``images`` and ``text``. Models of packages are sought in
 ``$SVFTOOL_MODELS``, by default ``~/.cache/svftool-models``; sets of absent ones are left out.
 """
@@ -245,9 +248,9 @@ def run(asked: argparse.Namespace, unit: Unit) -> list[Line]:
 
 
 def _slim(run: Line) -> Line:
-    """Without the losses of every step."""
+    """Leave out the losses of every step, and what is the same for all runs of a set."""
     outcome = {**run["outcome"], "curves": {}}
-    return {**run, "outcome": outcome, "output": None}
+    return {**run, "outcome": outcome, "output": None, "setting": {}, "support": {}}
 
 
 def go(asked: argparse.Namespace, sets: Sequence[Set], journal: Journal) -> None:
