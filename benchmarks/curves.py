@@ -197,15 +197,14 @@ class Unit:
 
 
 def units_of(one: Set) -> list[Unit]:
-    """Return all runs of a set, those that choose rates first."""
-    found = [
+    """Return all runs of a set, one seed after the other."""
+    return [
         Unit(one.name, regime, seed, shots, fold)
         for shots in one.shots
         for seed in range(one.seeds)
         for fold in one.folds or (None,)
         for regime in one.regimes
     ]
-    return found
 
 
 def first_of(one: Set, regime: str) -> Unit:

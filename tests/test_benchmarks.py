@@ -6,12 +6,18 @@ import importlib
 import json
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
 
 from svftool.choices.merging import METHODS, parse_method
+from svftool.training import Run
+from svftool.training.loop import Outcome
+from svftool.training.plan import run_to_plain
 
 SCRIPT = Path(__file__).parents[1] / "benchmarks" / "decompose.py"
 KINDS = {"values", "reconstruction", "orthogonality"}
@@ -120,6 +126,48 @@ def test_pieces_are_done_once_and_a_failure_stops_no_other(
     assert units.Journal(journal.path).lines == [*journal.lines, {"of": 5}]
     assert units.work_off([7], square, again, minutes=0) == 0
     assert {"of": 7, "is": 49} not in again.lines
+
+
+@pytest.mark.skipif(not SCRIPT.is_file(), reason="benchmarks/ is not in this checkout")
+def test_a_regime_has_the_rates_that_its_first_run_chose(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.syspath_prepend(str(SCRIPT.parent))
+    curves = importlib.import_module("curves")
+    reached = {"svf": (10, 0.78), "salt:1": (30, 0.5), "lora:8": (90, 0.8)}
+    one = replace(
+        next(each for each in curves.SETS if each.name == "dtd10"),
+        seeds=2,
+        left_out=tuple({*curves.HEAD, *curves.SPECTRAL, *curves.OTHERS} - set(reached)),
+    )
+    asked: list[Any] = []
+
+    def run(_: Any, unit: Any) -> list[dict[str, Any]]:
+        asked.append(unit)
+        numbers, accuracy = reached[unit.regime]
+        after = {"accuracy": accuracy + 0.02 * unit.seed}
+        outcome = Outcome("finished", 1, 1, 1.0, 0.5, 0.1, None)
+        done = Run(
+            unit.regime, unit.seed, unit.shots, {}, {"accuracy": 0.7}, after, numbers, outcome,
+            0.1, None, worse=False,
+        )  # fmt: skip
+        factor = unit.factor or 3.0
+        line = {"key": list(unit.key), "factor": factor, "metric": "accuracy"}
+        return [{**line, "run": run_to_plain(done)}]
+
+    monkeypatch.setattr(curves, "run", run)
+    journal = curves.Journal(tmp_path / "curves.jsonl")
+    options = SimpleNamespace(jobs=1, minutes=None)
+    curves.go(options, [one], journal)
+    assert [unit.factor for unit in asked] == [None, 3.0] * 3
+    assert [unit.seed for unit in asked] == [0, 1] * 3
+    curves.go(options, [one], curves.Journal(journal.path))
+    assert len(asked) == 6
+    table = curves.tables(one, journal.lines, tmp_path / "curve.svg")
+    # In the reference's interval with a ninth of its numbers, and far below it.
+    assert "| **svf** | 10 | 79.0 ± 12.7 | -2.0 ± 0.0 | 0 of 2 | 3 | 2 |" in table
+    assert "| salt:1 | 30 | 51.0 ± 12.7 | -30.0 ± 0.0 | 0 of 2 | 3 | 2 |" in table
+    assert ">lora:8</text>" in (tmp_path / "curve.svg").read_text(encoding="utf-8")
 
 
 @pytest.mark.skipif(not SCRIPT.is_file(), reason="benchmarks/ is not in this checkout")
