@@ -1,7 +1,8 @@
 """What training does to its start: backbones, data sets and shots, with the defaults of finetune.
 
 Every cell is one call of ``svftool.finetune`` with the default length, rates and safeguard. Each
-run is a line of WORK/runs.jsonl; what is there is not run again.
+run is a line of WORK/runs.jsonl; what is there is not run again. The documentation's are in
+``docs/experiments/no-harm.jsonl``.
 
     python benchmarks/no_harm.py DATA WORK --seeds 2             all that is missing, then the table
     python benchmarks/no_harm.py DATA WORK --match minilm        cells whose name contains this
