@@ -410,6 +410,19 @@ def test_the_page_has_the_curve_and_the_differences(tmp_path: Path) -> None:
     assert "against trained numbers" not in written(alone, tmp_path / "b" / "one.html").read_text()
 
 
+@pytest.mark.parametrize(("before", "line"), [(0.5, True), (0.1, False)])
+def test_a_start_far_from_all_regimes_is_a_number_and_no_line(before: float, line: bool) -> None:
+    runs = [
+        replace(run(name, 0, after, trainable_parameters=size), before={"accuracy": before})
+        for name, after, size in (("svf", 0.6, 1000), ("lora:8", 0.7, 9000))
+    ]
+    stream = BytesIO()
+    save_curve(comparison(runs), stream, kind="svg")
+    words = " ".join(texts(stream.getvalue().decode()))
+    assert ("dashed: before training" in words) is line
+    assert ("before training: 10" in words) is not line
+
+
 def test_names_of_close_marks_do_not_meet() -> None:
     close = [
         run(name, 0, 0.6 + 0.001 * place, trainable_parameters=1000 + place)

@@ -103,9 +103,9 @@ def _panel(
         # A hollow mark would show the bar behind it.
         fill = {"color": colour} if one in leading else {"facecolor": PAPER, "edgecolor": colour}
         axes.scatter([place], [scale * one.mean], s=38, zorder=3, linewidths=1.4, **fill)
-    starts = {round(scale * one.before, 6) for one in shown if math.isfinite(one.before)}
-    if len(starts) == 1:
-        axes.axhline(starts.pop(), color=QUIET, lw=1.0, ls=(0, (4, 2)), zorder=0)
+    start = _start(group)
+    if start is not None and not _is_far(group, start):
+        axes.axhline(scale * start, color=QUIET, lw=1.0, ls=(0, (4, 2)), zorder=0)
     _tick(axes)
     axes.grid(axis="y", color=LINE, lw=0.7)
     axes.set_axisbelow(True)
@@ -113,7 +113,7 @@ def _panel(
     unit = ", %" if result.metric in FRACTIONS else ""
     task = f" ({plain(group.title)})" if group.title else ""
     axes.set_title(f"{plain(result.metric)}{unit} against trained numbers{task}", color=INK)
-    axes.set_xlabel("\n".join(_notes(group)), size="small")
+    axes.set_xlabel("\n".join(_notes(group, scale)), size="small")
 
 
 def _tick(axes: Any) -> None:
@@ -141,13 +141,33 @@ def _count(number: float) -> str:
     return f"{number:g}"
 
 
-def _notes(group: RunGroup) -> Iterator[str]:
+def _start(group: RunGroup) -> float | None:
+    """Return the value before training, where all regimes have the same."""
+    found = {round(one.before, 8) for one in group.summaries if math.isfinite(one.before)}
+    return found.pop() if len(found) == 1 else None
+
+
+def _is_far(group: RunGroup, start: float) -> bool:
+    """Whether a line at the start would leave the regimes less than half of the height."""
+    ends = [end for one in group.summaries for end in (one.ci95 or (one.mean,))]
+    known = [one for one in ends if math.isfinite(one)]
+    if not known:
+        return False
+    low, high = min(known), max(known)
+    return max(low - start, start - high) > high - low > 0
+
+
+def _notes(group: RunGroup, scale: float) -> Iterator[str]:
     yield "trained numbers"
     several = any(one.ci95 is not None for one in group.summaries)
     spread = "bars: 95 % interval" if several else "one seed: no intervals"
     lower = all(not one.higher_is_better for one in group.summaries)
     less = "; less is better" if lower else ""
-    yield f"{spread}; filled marks, line: the front; dashed: before training{less}"
+    start = _start(group)
+    before = "" if start is None else "; dashed: before training"
+    if start is not None and _is_far(group, start):
+        before = f"; before training: {scale * start:.3g}"
+    yield f"{spread}; filled marks, line: the front{before}{less}"
 
 
 def _scale(result: FinetuneResult) -> float:
