@@ -274,6 +274,11 @@ def test_the_rate_of_a_new_head_goes_by_the_size_of_its_weights(factor: float) -
     assert given.learning_rate("head") == 0.3
 
 
+def test_a_head_of_zeros_keeps_the_default_rate() -> None:
+    groups = {"head": [nn.Parameter(torch.zeros(3, 50))]}
+    assert suited_head_rate(Settings(), groups, 100) == Settings()
+
+
 def test_the_smallest_share_as_good_as_the_best() -> None:
     def shared(*gains: float) -> list[SharedWay]:
         return [SharedWay(share, gain, 0.1) for share, gain in zip(SHARES, gains, strict=True)]

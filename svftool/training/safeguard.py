@@ -202,6 +202,8 @@ def suited_head_rate(
     if not weights or settings.optimizer != "adamw":
         return settings
     size = float(torch.cat(weights).float().square().mean().sqrt())
+    if not size > 0.0:  # a head of zeros has no size to go by, and would never be trained
+        return settings
     rate = size / (0.5 * steps)
     return replace(settings, head_scale=rate / LEARNING_RATES["head"])
 
