@@ -25,6 +25,7 @@ import argparse
 import math
 import os
 import tempfile
+import time
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -184,16 +185,30 @@ class Unit:
     seed: int
     shots: int
     fold: int | None
-    factor: float | None = None
-
-    def __str__(self) -> str:
-        fold = "" if self.fold is None else f", fold {self.fold}"
-        return f"{self.where} {self.regime}, {self.shots} shots, seed {self.seed}{fold}"
 
     @property
     def key(self) -> tuple[Any, ...]:
         """What a line of the journal is known by."""
         return self.where, self.regime, self.seed, self.shots, self.fold
+
+    @property
+    def draw(self) -> tuple[Any, ...]:
+        """What it is trained and measured on."""
+        return self.where, self.seed, self.shots, self.fold
+
+
+@dataclass(frozen=True)
+class Group:
+    """Runs of one draw and one factor of the rates: their start is measured once."""
+
+    units: tuple[Unit, ...]
+    factor: float | None = None
+
+    def __str__(self) -> str:
+        one = self.units[0]
+        fold = "" if one.fold is None else f", fold {one.fold}"
+        regimes = " ".join(each.regime for each in self.units)
+        return f"{one.where}, {one.shots} shots, seed {one.seed}{fold}: {regimes}"
 
 
 def units_of(one: Set) -> list[Unit]:
@@ -212,13 +227,14 @@ def first_of(one: Set, regime: str) -> Unit:
     return Unit(one.name, regime, 0, one.shots[0], one.folds[0] if one.folds else None)
 
 
-def run(asked: argparse.Namespace, unit: Unit) -> list[Line]:
-    """Train and measure; choose the rates where the unit brings no factor."""
+def run(asked: argparse.Namespace, group: Group) -> list[Line]:
+    """Train and measure; choose the rates where the group brings no factor."""
+    unit, tuned = group.units[0], group.factor is None
     one = next(each for each in SETS if each.name == unit.where)
     one = _quick(one) if asked.quick else one
     data, work = asked.data.resolve(), asked.work.resolve()
-    tuned = unit.factor is None
-    settings = replace(one.settings, safeguard="never", tune_lr=tuned, lr_scale=unit.factor or 1.0)
+    settings = replace(one.settings, safeguard="never", tune_lr=tuned)
+    settings = replace(settings, lr_scale=group.factor or 1.0)
     options = dict(one.options)
     if unit.fold is not None:
         options["folds"] = (unit.fold,)
@@ -229,7 +245,7 @@ def run(asked: argparse.Namespace, unit: Unit) -> list[Line]:
             one.factors_in(work),
             data=data / one.data,
             output=Path(place) / "runs",
-            regimes=[unit.regime],
+            regimes=[each.regime for each in group.units],
             seeds=[unit.seed],
             shots=(unit.shots,) if one.folds else unit.shots,
             settings=settings,
@@ -238,54 +254,51 @@ def run(asked: argparse.Namespace, unit: Unit) -> list[Line]:
         )
     if result.interrupted is not None:
         raise KeyboardInterrupt
-    factor = unit.factor
-    if tuned:
-        tuning = result.runs[0].tuning
-        factor = 1.0 if tuning is None else tuning.factor
-    facts = {"key": list(unit.key), "factor": factor, "metric": result.metric}
-    return [{**facts, "run": _slim(run_to_plain(each))} for each in result.runs]
+    facts = {"metric": result.metric}
+    return [{**facts, **_line(each, unit, group.factor)} for each in result.runs]
 
 
-def _slim(run: Line) -> Line:
+def _line(run: Run, unit: Unit, factor: float | None) -> Line:
     """Leave out the losses of every step, and what is the same for all runs of a set."""
-    outcome = {**run["outcome"], "curves": {}}
-    return {**run, "outcome": outcome, "output": None, "setting": {}, "support": {}}
+    if factor is None:
+        factor = 1.0 if run.tuning is None else run.tuning.factor
+    plain = run_to_plain(run)
+    outcome = {**plain["outcome"], "curves": {}}
+    slim = {**plain, "outcome": outcome, "output": None, "setting": {}, "support": {}}
+    return {"key": replace(unit, regime=run.regime).key, "factor": factor, "run": slim}
 
 
 def go(asked: argparse.Namespace, sets: Sequence[Set], journal: Journal) -> None:
-    """Run what is missing: a regime's first run, and then its others with the same rates."""
-    done = {tuple(line["key"]): line["factor"] for line in journal.lines}
-    missing: dict[tuple[str, str], list[Unit]] = {}
-    begin = []
+    """Run what is missing: each regime's first run, and then the others with its rates."""
+    end = None if asked.minutes is None else time.monotonic() + 60 * asked.minutes
+    for groups in (_firsts, _others):
+        work_off(
+            groups(sets, journal),
+            partial(run, asked),
+            journal,
+            jobs=asked.jobs,
+            minutes=None if end is None else (end - time.monotonic()) / 60,
+        )
+
+
+def _firsts(sets: Sequence[Set], journal: Journal) -> list[Group]:
+    """Return the runs that choose rates and are missing."""
+    known = {tuple(line["key"]) for line in journal.lines}
+    units = [first_of(one, regime) for one in sets for regime in one.regimes]
+    units.sort(key=lambda unit: EARLY.index(unit.regime) if unit.regime in EARLY else len(EARLY))
+    return [Group((unit,)) for unit in units if unit.key not in known]
+
+
+def _others(sets: Sequence[Set], journal: Journal) -> list[Group]:
+    """Return what else is missing of regimes whose rates are chosen, one seed after the other."""
+    factors = {tuple(line["key"]): line["factor"] for line in journal.lines}
+    found: dict[tuple[Any, ...], list[Unit]] = {}
     for one in sets:
         for unit in units_of(one):
-            if unit.key not in done:
-                missing.setdefault((one.name, unit.regime), []).append(unit)
-    for one in sets:
-        for regime in one.regimes:
-            others, first = missing.get((one.name, regime), []), first_of(one, regime)
-            if first in others:
-                others.remove(first)
-                begin.append(first)
-            else:
-                factor = done[first.key]
-                begin += [replace(each, factor=factor) for each in others]
-                missing.pop((one.name, regime), None)
-
-    begin.sort(key=lambda unit: EARLY.index(unit.regime) if unit.regime in EARLY else len(EARLY))
-
-    def then(unit: Unit, lines: Sequence[Line]) -> list[Unit]:
-        others = missing.pop((unit.where, unit.regime), []) if unit.factor is None else []
-        return [replace(each, factor=lines[0]["factor"]) for each in others] if lines else []
-
-    work_off(
-        begin,
-        partial(run, asked),
-        journal,
-        jobs=asked.jobs,
-        minutes=asked.minutes,
-        then=then,
-    )
+            factor = factors.get(first_of(one, unit.regime).key)
+            if unit.key not in factors and factor is not None:
+                found.setdefault((unit.draw, factor), []).append(unit)
+    return [Group(tuple(units), key[-1]) for key, units in found.items()]
 
 
 def tables(one: Set, lines: Sequence[Line], picture: Path | None) -> str:

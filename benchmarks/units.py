@@ -54,7 +54,6 @@ def work_off(
     jobs: int = 1,
     threads: int = 1,
     minutes: float | None = None,
-    then: Callable[[Unit, list[Line]], Sequence[Unit]] = lambda unit, lines: (),
 ) -> int:
     """Do units in order, in forked processes; one that fails is said, and the others go on.
 
@@ -71,8 +70,6 @@ def work_off(
         Of each process.
     minutes : float, optional
         After these no further unit is begun.
-    then : callable
-        What a finished unit makes possible; it comes first.
 
     Returns
     -------
@@ -100,7 +97,6 @@ def work_off(
                 traceback.print_exception(error, file=sys.stderr)
                 continue
             journal.add(future.result())
-            waiting[:0] = then(unit, future.result())
     if pool is not None:
         pool.shutdown()
     return failed

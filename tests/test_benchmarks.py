@@ -109,15 +109,8 @@ def test_pieces_are_done_once_and_a_failure_stops_no_other(
     units = importlib.import_module("units")
 
     journal = units.Journal(tmp_path / "new" / "lines.jsonl")
-    failed = units.work_off(
-        [1, 2, 3],
-        square,
-        journal,
-        jobs=jobs,
-        then=lambda unit, lines: [10 + unit] if unit < 10 else [],
-    )
-    assert failed == 1
-    assert {line["of"]: line["is"] for line in journal.lines} == {1: 1, 11: 121, 3: 9, 13: 169}
+    assert units.work_off([1, 2, 3], square, journal, jobs=jobs) == 1
+    assert {line["of"]: line["is"] for line in journal.lines} == {1: 1, 3: 9}
     with journal.path.open("a", encoding="utf-8") as stream:
         stream.write('{"of": 4, "i')  # a process that was killed
     again = units.Journal(journal.path)
@@ -142,8 +135,11 @@ def test_a_regime_has_the_rates_that_its_first_run_chose(
     )
     asked: list[Any] = []
 
-    def run(_: Any, unit: Any) -> list[dict[str, Any]]:
-        asked.append(unit)
+    def run(_: Any, group: Any) -> list[dict[str, Any]]:
+        asked.append(group)
+        return [line(unit, group.factor or 3.0) for unit in group.units]
+
+    def line(unit: Any, factor: float) -> dict[str, Any]:
         numbers, accuracy = reached[unit.regime]
         after = {"accuracy": accuracy + 0.02 * unit.seed}
         outcome = Outcome("finished", 1, 1, 1.0, 0.5, 0.1, None)
@@ -151,18 +147,17 @@ def test_a_regime_has_the_rates_that_its_first_run_chose(
             unit.regime, unit.seed, unit.shots, {}, {"accuracy": 0.7}, after, numbers, outcome,
             0.1, None, worse=False,
         )  # fmt: skip
-        factor = unit.factor or 3.0
-        line = {"key": list(unit.key), "factor": factor, "metric": "accuracy"}
-        return [{**line, "run": run_to_plain(done)}]
+        plain = run_to_plain(done)
+        return {"key": list(unit.key), "factor": factor, "metric": "accuracy", "run": plain}
 
     monkeypatch.setattr(curves, "run", run)
     journal = curves.Journal(tmp_path / "curves.jsonl")
     options = SimpleNamespace(jobs=1, minutes=None)
     curves.go(options, [one], journal)
-    assert [unit.factor for unit in asked] == [None, 3.0] * 3
-    assert [unit.seed for unit in asked] == [0, 1] * 3
+    assert [(len(group.units), group.factor) for group in asked] == [(1, None)] * 3 + [(3, 3.0)]
+    assert {unit.seed for unit in asked[-1].units} == {1}
     curves.go(options, [one], curves.Journal(journal.path))
-    assert len(asked) == 6
+    assert len(asked) == 4
     table = curves.tables(one, journal.lines, tmp_path / "curve.svg")
     # In the reference's interval with a ninth of its numbers, and far below it.
     assert "| **svf** | 10 | 79.0 ± 12.7 | -2.0 ± 0.0 | 0 of 2 | 3 | 2 |" in table
