@@ -1,0 +1,136 @@
+"""Tables and pictures of quality against trained numbers, from the journal of runs."""
+
+from __future__ import annotations
+
+import math
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+
+from curves_sets import REFERENCE, SPECTRAL, Set, units_of
+from units import Line
+
+from svftool.report.training.curve import save_curve
+from svftool.tasks.base import TaskMetric
+from svftool.training import Run, summarise
+from svftool.training.plan import run_from_plain
+from svftool.training.results import FinetuneResult, differences
+
+
+def tables(one: Set, lines: Sequence[Line], picture: Path | None) -> str:
+    """Write a table for every number of shots and metric; draw the first metric, if asked for."""
+    known = {tuple(line["key"]) for line in lines}
+    mine = [line for line in lines if line["key"][0] == one.name and line["key"][1] in one.regimes]
+    if not mine:
+        return f"## {one.title}\n\nNothing was run."
+    runs = _complete(one, [run_from_plain(line["run"]) for line in mine])
+    missing = sum(unit.key not in known for unit in units_of(one))
+    metric = TaskMetric(mine[0]["metric"], higher_is_better=mine[0]["metric"] != "perplexity")
+    factors = {line["key"][1]: line["factor"] for line in mine}
+    heads = [each["run"]["trainable_parameters"] for each in mine if each["key"][1] == "head"]
+    parts = [f"## {one.title}"]
+    if missing:
+        parts.append(f"{missing} of {len(units_of(one))} runs are missing.")
+    for shots in dict.fromkeys(each.shots for each in runs):
+        some = [each for each in runs if each.shots == shots]
+        for name in (metric.name, *one.further):
+            parts.append(f"{shots} shots, {name}")
+            parts.append(_table(one, some, replace(metric, name=name), factors, *heads[:1]))
+    if picture is not None and runs:
+        _draw(one, runs, metric, picture)
+    return "\n\n".join(parts)
+
+
+def _draw(one: Set, runs: Sequence[Run], metric: TaskMetric, picture: Path) -> None:
+    order = {name: place for place, name in enumerate(one.regimes)}
+    runs = sorted(runs, key=lambda each: (each.shots or 0, order[each.regime]))
+    summary = summarise(runs, metric)
+    whole = [each for each in summary if None in each.facts.values()] or summary
+    task = str(one.options.get("task", "classification"))
+    result = FinetuneResult(picture, task, metric.name, tuple(runs), tuple(whole))
+    save_curve(result, picture, kind="svg")
+
+
+def _table(
+    one: Set, runs: Sequence[Run], metric: TaskMetric, factors: Mapping[str, float], head: int = 0
+) -> str:
+    """Write a row for every regime; bold is one of the singular basis that reaches the reference.
+
+    It trains at most a quarter of the reference's numbers beside the head, and its mean is in the
+    reference's interval or better.
+    """
+    scale, sign = (100, 1) if metric.higher_is_better else (1, -1)
+    summary = {each.regime: each for each in summarise(runs, metric)}  # the last: of all folds
+    reference, first = summary.get(REFERENCE), next(iter(summary.values()))
+    name = "perplexity" if sign < 0 else f"{metric.name.split('_')[0]}, %"
+    rows = [
+        f"| regime | numbers | {name} | better than {REFERENCE} | wins | rates | seeds |",
+        "|---|---|---|---|---|---|---|",
+        f"| before | | {scale * first.before:.1f} | | | | |",
+    ]
+    for regime in (each for each in one.regimes if each in summary):
+        found, against, wins = summary[regime], "", ""
+        pairs = differences(runs, metric.name, regime, REFERENCE)
+        if pairs is not None and regime != REFERENCE:
+            against = _with_half(sign * scale * pairs.mean, pairs.half, scale, "+")
+            wins = f"{pairs.wins(higher_is_better=sign > 0)} of {len(pairs.values)}"
+        ends = found.ci95
+        value = _with_half(scale * found.mean, ends and (ends[1] - ends[0]) / 2, scale)
+        reached = (
+            regime in SPECTRAL
+            and reference is not None
+            and 4 * (found.trainable_parameters - head) <= reference.trainable_parameters - head
+            and sign * found.mean >= min(sign * end for end in reference.ci95 or (math.inf,))
+        )
+        rows.append(
+            f"| {f'**{regime}**' if reached else regime} | {found.trainable_parameters - head:,} | "
+            f"{value} | {against} | {wins} | {factors[regime]:.2g} | {found.seeds} |"
+        )
+    return "\n".join(rows)
+
+
+def _with_half(value: float, half: float | None, scale: float, sign: str = "") -> str:
+    return f"{value:{sign}.1f}" + ("" if half is None else f" ± {scale * half:.1f}")
+
+
+def log(one: Set, lines: Sequence[Line]) -> str:
+    """Write what each rate scored on what was left out of the support set, and every seed."""
+    mine = [line for line in lines if line["key"][0] == one.name]
+    runs = [run_from_plain(line["run"]) for line in mine]
+    if not runs:
+        return f"## {one.title}\n\nNothing was run."
+    scale, digits = (1, 1) if mine[0]["metric"] == "perplexity" else (100, 1)
+
+    def shown(value: float | None) -> str:
+        return "diverged" if value is None else f"{scale * value:.{digits}f}"
+
+    tried = {each.regime: each.tuning for each in runs if each.tuning is not None}
+    factors = sorted({trial.factor for one in tried.values() for trial in one.trials})
+    rows = ["| regime | " + " | ".join(f"x {factor:.2g}" for factor in factors) + " |"]
+    rows.append("|---" * (1 + len(factors)) + "|")
+    for regime in (name for name in one.regimes if name in tried):
+        scores = {trial.factor: shown(trial.score) for trial in tried[regime].trials}
+        chosen_one = tried[regime].factor
+        scores[chosen_one] = f"**{scores.get(chosen_one, '')}**"
+        rows.append(f"| {regime} | " + " | ".join(scores.get(each, "") for each in factors) + " |")
+    ends = [f"| regime | {mine[0]['metric']}, by seed |", "|---|---|"]
+    for shots in dict.fromkeys(each.shots for each in runs):
+        for regime in one.regimes:
+            found = [each for each in runs if (each.regime, each.shots) == (regime, shots)]
+            values = (shown(each.after[mine[0]["metric"]]) + _place(each) for each in found)
+            label = regime if len(one.shots) == 1 else f"{regime}, {shots} shots"
+            ends += [f"| {label} | {'; '.join(values)} |"] if found else []
+    return "\n".join([f"## {one.title}", "", *rows, "", *ends])
+
+
+def _place(run: Run) -> str:
+    fold = "".join(f", fold {value}" for name, value in run.facts.items() if name == "fold")
+    return f" ({run.seed}{fold})"
+
+
+def _complete(one: Set, runs: Sequence[Run]) -> list[Run]:
+    """Leave out seeds of a regime that lack a fold."""
+    count = Counter((each.regime, each.seed, each.shots) for each in runs)
+    folds = len(one.folds) or 1
+    return [each for each in runs if count[each.regime, each.seed, each.shots] == folds]
