@@ -252,7 +252,9 @@ def test_a_head_of_names_needs_no_text_of_a_class(work: Path, tmp_path: Path) ->
     draw = task(work, data, head_init="names", classes=classes).draw(0)
     for start in (True, False):
         prepared = draw.prepare(bert(), start=start)
-        assert prepared.ready
+        assert prepared.begin is not None
+        if not start:
+            prepared.begin()
         blocks, _ = draw._task.encoding.encode([readable(name) for name in classes])
         batch = draw._task.encoding.batch(blocks)
         with torch.inference_mode():

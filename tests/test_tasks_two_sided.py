@@ -63,7 +63,9 @@ def test_the_logits_are_those_of_images_and_names(work: Path, kind: str, head_ty
     draw = made.draw(0)
     for start in (True, False):  # no example is needed
         prepared = draw.prepare(model, start=start)
-        assert prepared.ready
+        assert prepared.begin is not None
+        if not start:
+            prepared.begin()
         assert isinstance(prepared.model, ImageTextClassifier)
         assert (prepared.head, prepared.new_head) == ("head", True)
     tokenizer = transformers.AutoTokenizer.from_pretrained(work / "words")
@@ -145,5 +147,10 @@ def test_a_head_of_names_is_measured_and_tuned_from_files(work: Path, tmp_path: 
     again = svftool.evaluate(tmp_path / "factors", tuned=tuned, **options)
     assert again.runs[0].metrics == pytest.approx(zero.runs[0].metrics, rel=1e-2)
     assert again.settings["head_init"].value == "names"
+    # The head is there: neither the names nor a tokenizer are asked for.
+    for path in base.glob("*token*"):
+        path.unlink()
+    without = svftool.evaluate(tmp_path / "factors", tuned=tuned, **options)
+    assert without.runs[0].metrics == again.runs[0].metrics
     (row, *_) = svftool.predict(tmp_path / "factors", work / "data", tuned=tuned).rows
     assert row["prediction"] in NAMES

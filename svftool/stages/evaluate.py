@@ -405,9 +405,9 @@ def _settings(
     given, drawn, described = origins.given, task.shots is not None, task.describe()
     place = given.get("tokenizer")
     tokenizer = SourcedSetting(str(place or facts.folder), "option" if place else "checkpoint")
-    # Images are classified without one, but for a head of names.
+    # Images are classified without one, but for a head that is to be made of names.
     reads = "tokenizer" in dict(options_in(TASKS[task.name])) and (
-        task.name != "classification" or described["head_init"] == "names"
+        task.name != "classification" or given.get("head_init") == "names"
     )
     return settings_of(
         task.name,
@@ -448,7 +448,10 @@ def fit(
         names = [*names, *_adapt(prepared, source.adapter, source.checkpoint)]
     inside = prepared.head is not None and any(n.startswith(f"{prepared.head}.") for n in names)
     # A host for few-shot segmentation has no classes, and a stand-in until it is trained.
-    if prepared.new_head and classes is not None and not (inside or prepared.ready):
+    if prepared.new_head and classes is not None and not inside:
+        if prepared.begin is not None:
+            prepared.begin()
+            return prepared.model.eval()
         raise ModelError(
             f"{source.paths[-1]}: no head for the data's {len(classes)} classes "
             f"({shortlist(classes, 4)}), expected one trained for them. Give the classes of "

@@ -7,7 +7,7 @@ The loop knows nothing of labels, masks or text. A new task is one module that o
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -93,8 +93,8 @@ class Prepared:
     head_rate : float
         What the default learning rate of the head is multiplied by: a head whose start is as good
         as the examples can make it had better move little.
-    ready : bool
-        The new head can be used untrained: no examples were needed to make it.
+    begin : callable or None
+        Gives the new head first weights without any example; None where that takes examples.
     beside : tuple of nn.Module
         Frozen modules that the loss uses and `model` does not hold. Where several processes
         prepare, they go on with those of the first.
@@ -109,7 +109,7 @@ class Prepared:
     new_head: bool = False
     layers: tuple[str, ...] = ()
     head_rate: float = 1.0
-    ready: bool = False
+    begin: Callable[[], None] | None = None
     beside: tuple[nn.Module, ...] = ()
     said: tuple[str, ...] = ()
     facts: Mapping[str, Any] = field(default_factory=dict)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any, ClassVar, Generic, Literal, Protocol, TypeVar
 
 import torch
@@ -270,8 +271,7 @@ class ClassifierDraw(Generic[E, S]):
 
         With ``auto`` the names of the classes decide. Where the head's are not known, or say
         nothing, one of as many outputs is kept unless it is at chance on the support set. Without
-        `start` the new head is left untrained, and no head is tried; one of the classes' names is
-        made all the same, as it needs no example.
+        `start` the new head is left without weights, and no head is tried.
 
         Raises
         ------
@@ -290,10 +290,10 @@ class ClassifierDraw(Generic[E, S]):
             )
         old = None if head is None else model.get_submodule(head)
         model, head = self._new_head(model, head, outputs)
-        named = task.options.head_init == "names"
-        rows = choice.rows if start else ()
-        if not (rows and keep_rows(model.get_submodule(head), old, rows)) and (start or named):
+        kept = start and choice.rows and keep_rows(model.get_submodule(head), old, choice.rows)
+        if start and not kept:
             self._start_head(model, head)
+        named = task.options.head_init == "names"
         return Prepared(
             model,
             head,
@@ -301,7 +301,7 @@ class ClassifierDraw(Generic[E, S]):
             head_rate=self._head_rate(),
             said=choice.said,
             facts={**choice.facts, "head": "new"},
-            ready=named,
+            begin=partial(self._start_head, model, head) if named else None,
         )
 
     # What a kind of data may do in its own way.
