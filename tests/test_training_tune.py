@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import io
+import itertools
+import math
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -90,25 +92,33 @@ def plan(tmp_path: Path, store: FactorStore) -> Callable[..., TrainingPlan]:
     return make
 
 
-def scored_by_rate(
-    monkeypatch: pytest.MonkeyPatch, score: Callable[[float], float]
+def right_by_rate(
+    monkeypatch: pytest.MonkeyPatch, right: Callable[[float], int]
 ) -> list[tuple[int, int]]:
-    """Have each trial score as a function of its head's rate tells; give (steps, size) of each."""
-    rate, seen = [0.0], []
+    """Have each trial find the class of as many pictures as `right` makes of its factor.
+
+    Gives (steps, size) of each.
+    """
+    seen = []
 
     def trained(
         model: nn.Module, groups: Any, draw: Any, settings: Settings, **options: Any
     ) -> Any:
         from svftool.training.loop import train
 
-        rate[0] = settings.learning_rate("head")
+        count = right(settings.learning_rate("head") / Settings().learning_rate("head"))
         seen.append((settings.step_count(draw.size), draw.size))
         outcome = train(model, groups, draw, settings, **options)
-        draw.evaluate = lambda *_, **__: {"accuracy": score(rate[0])}
+        draw.judged = lambda *_: (torch.zeros(6), torch.arange(6) < count)
         return outcome
 
     monkeypatch.setattr("svftool.training.fold_trials.train", trained)
     return seen
+
+
+def falling_from(best: float) -> Callable[[float], int]:
+    """All six of the pictures at one factor, two fewer for every further one."""
+    return lambda factor: max(0, 6 - 2 * abs(round(math.log(factor / best, 3))))
 
 
 @pytest.mark.parametrize("best", [FACTORS[1], FACTORS[3]])
@@ -116,7 +126,7 @@ def test_the_rate_with_the_best_score_trains_the_whole_support_set(
     plan: Callable[..., TrainingPlan], monkeypatch: pytest.MonkeyPatch, best: float
 ) -> None:
     wanted = Settings().learning_rate("head") * best
-    seen = scored_by_rate(monkeypatch, lambda rate: -abs(rate - wanted))
+    seen = right_by_rate(monkeypatch, falling_from(best))
     runs, _ = compare(plan(regimes=("head", "svf")), save)
     for run in runs:
         assert run.tuning is not None
@@ -132,9 +142,29 @@ def test_the_rate_with_the_best_score_trains_the_whole_support_set(
     assert seen == [(3, 6)] * (2 * len(FACTORS) * FOLDS)
 
 
+@pytest.mark.parametrize(("missed", "chosen"), [((0, 1), 1.0), ((1, 1), 9.0)])
+def test_a_single_example_moves_no_rate(
+    plan: Callable[..., TrainingPlan],
+    monkeypatch: pytest.MonkeyPatch,
+    missed: tuple[int, int],
+    chosen: float,
+) -> None:
+    folds = itertools.cycle(missed)
+    right_by_rate(monkeypatch, lambda factor: 6 - next(folds) * (factor < 8))
+    loud = Loud()
+    (run,) = compare(plan(regimes=("head",)), save, progress=loud)[0]
+    assert run.tuning is not None
+    assert run.tuning.factor == pytest.approx(chosen)
+    share = sum(missed) / 12  # of the pictures, that the default misses and the best rate does not
+    default = next(trial for trial in run.tuning.trials if trial.factor == 1.0)
+    assert default.error == pytest.approx(math.sqrt(share * (1 - share) / 11))
+    luck = "1.0000 with x 9: within a standard error"
+    assert any(luck in note for note in loud.notes) == (chosen == 1.0)
+
+
 @pytest.mark.parametrize(
     ("best", "beyond", "chosen"),
-    [(1 / 9, [1 / 27], 1 / 9), (27.0, [27.0, 81.0], 27.0), (1e4, [27.0, 81.0], 81.0)],
+    [(1 / 9, [1 / 27], 1 / 9), (27.0, [27.0, 81.0], 27.0), (81.0, [27.0, 81.0], 81.0)],
 )
 def test_where_an_end_is_best_the_next_rate_is_tried(
     plan: Callable[..., TrainingPlan],
@@ -143,8 +173,7 @@ def test_where_an_end_is_best_the_next_rate_is_tried(
     beyond: list[float],
     chosen: float,
 ) -> None:
-    wanted = Settings().learning_rate("head") * best
-    scored_by_rate(monkeypatch, lambda rate: -abs(rate - wanted))
+    right_by_rate(monkeypatch, falling_from(best))
     (run,) = compare(plan(regimes=("head",)), save)[0]
     assert run.tuning is not None
     assert run.tuning.factor == pytest.approx(chosen)
@@ -216,8 +245,7 @@ def test_trials_that_are_noted_are_not_repeated(
     plan: Callable[..., TrainingPlan], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     journal, whole = Journal(tmp_path / "kept"), compare(plan(), save)[0][0]
-    wanted = Settings().learning_rate("head") * FACTORS[3]
-    seen = scored_by_rate(monkeypatch, lambda rate: -abs(rate - wanted))
+    seen = right_by_rate(monkeypatch, falling_from(FACTORS[3]))
     stop = len(FACTORS) * FOLDS - 3
 
     class Cut(Journal):

@@ -166,8 +166,8 @@ class JudgesExamples(Protocol):
     def a_class(self) -> float:
         """Examples to train on, over the classes."""
 
-    def judged(self, model: nn.Module, part: Part) -> tuple[Tensor, int]:
-        """Return the cross-entropy of every example, (N,) float32, and how many are right.
+    def judged(self, model: nn.Module, part: Part) -> tuple[Tensor, Tensor]:
+        """Return the cross-entropy of every example, (N,) float32, and whether it is right, bool.
 
         Always in the same order.
         """

@@ -519,13 +519,13 @@ class ClassifierDraw(Generic[E, S]):
         """Examples to train on, over the classes; see `svftool.tasks.base.JudgesExamples`."""
         return self.size / len(self._task.classes)
 
-    def judged(self, model: nn.Module, part: Part) -> tuple[Tensor, int]:
-        """Return the cross-entropy of every example, (N,), and how many are right."""
-        losses, right = [], 0
+    def judged(self, model: nn.Module, part: Part) -> tuple[Tensor, Tensor]:
+        """Return the cross-entropy of every example, (N,), and whether its class is found."""
+        losses, right = [], []
         for logits, labels in self.logits(model, part):
             losses.append(cross_entropy(logits.float(), labels, reduction="none"))
-            right += int((logits.argmax(1) == labels).sum())
-        return torch.cat(losses), right
+            right.append(logits.argmax(1) == labels)
+        return torch.cat(losses), torch.cat(right)
 
     @torch.inference_mode()
     def found(self, batches: Iterator[tuple[Tensor, Tensor]]) -> Iterator[dict[str, Any]]:

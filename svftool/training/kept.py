@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import math
-import statistics
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
+
+from svftool.training.trials import mean_and_error
 
 SHARES = (0.125, 0.25, 0.5, 0.75, 1.0)
 """Parts of the way from the start to the end of training that are tried."""
@@ -157,7 +158,7 @@ def decide(folds: Sequence[Sequence[Judged]], steps: int, *, new_head: bool) -> 
         if not all(map(math.isfinite, gains)):
             continue
         right = sum(fold[place].right - fold[0].right for fold in folds)
-        trials.append(SharedWay(share, *_mean_and_error(gains), right))
+        trials.append(SharedWay(share, *mean_and_error(gains), right))
     share, count = (
         choose_share(trials, new_head=new_head),
         sum(len(fold[0].losses) for fold in folds),
@@ -176,10 +177,3 @@ def _why(trials: Sequence[SharedWay], share: float, count: int) -> str:
         f"of {count} examples left out in turn it {change} ± {told.error:.3f}{most}, and finds "
         f"{told.right:+d} classes"
     )
-
-
-def _mean_and_error(values: Sequence[float]) -> tuple[float, float]:
-    """Mean and its standard error."""
-    if len(values) < 2:
-        return 0.0, 0.0
-    return statistics.fmean(values), statistics.stdev(values) / math.sqrt(len(values))

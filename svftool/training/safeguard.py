@@ -179,7 +179,7 @@ def _judged(draw: Draw, model: nn.Module) -> list[Any]:
     """Plain values of a `Judged`, for the journal and the other processes."""
     assert isinstance(draw, JudgesExamples)
     losses, right = draw.judged(model.eval(), "query")
-    return [losses.tolist(), right]
+    return [losses.tolist(), int(right.sum())]
 
 
 def suited_head_rate(

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+import statistics
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
 from svftool.attaching import Trainable
-from svftool.tasks.base import Draw, TaskMetric
+from svftool.tasks.base import Draw, JudgesExamples, TaskMetric
 from svftool.training.fold_trials import FoldTrials
-from svftool.training.trials import Trial, Tuning, choose
+from svftool.training.trials import Trial, Tuning, choose, with_errors
 
 FACTORS = (1 / 9, 1 / 3, 1.0, 3.0, 9.0)
 """What the rates of every kind of parameter are multiplied by together."""
@@ -20,7 +22,7 @@ FURTHER = 2
 
 @dataclass(frozen=True)
 class Tuner(FoldTrials):
-    """Tries learning rates for one comparison; the task's metric decides."""
+    """Tries learning rates for one comparison; the task's metric decides, see `choose`."""
 
     def tune(
         self,
@@ -59,27 +61,35 @@ class Tuner(FoldTrials):
         if not folds:
             return self._default(steps, label)
         record = f"{name}-rates"
-        scores = {
-            key: None if one is None else float(one) for key, one in self.noted(record).items()
-        }
-        trials: list[Trial] = []
+        noted = {key: _Measured.of(value) for key, value in self.noted(record).items()}
+        tried: dict[float, list[_Measured]] = {}
         waiting = list(FACTORS)
         while waiting:
             factor = waiting.pop(0)
             for number, fold in enumerate(folds):
                 key = f"{number}: {factor:.3g}"
-                if key not in scores:
+                if key not in noted:
                     shown = f"{label}: rate x {factor:.3g}, fold {number + 1} of {len(folds)}"
-                    outcome = self._try(fold, start, steps, factor, seed=seed, label=shown)
-                    if outcome.interrupted:
+                    measured = self._try(fold, start, steps, factor, seed=seed, label=shown)
+                    if measured is None:
                         return None
-                    scores[key] = outcome.score
-                    self.note(record, scores)
-            found = tuple(scores[f"{number}: {factor:.3g}"] for number in range(len(folds)))
-            trials.append(Trial(factor, found))
-            waiting = waiting or further(trials, self.metric)
-        trials.sort(key=lambda trial: trial.factor)
-        return self._chosen(tuple(trials), steps, label)
+                    noted[key] = measured
+                    self.note(record, {key: one.to_plain() for key, one in noted.items()})
+            tried[factor] = [noted[f"{number}: {factor:.3g}"] for number in range(len(folds))]
+            waiting = waiting or further(self._compared(tried), self.metric)
+        return self._chosen(self._compared(tried), steps, label)
+
+    def _compared(self, tried: Mapping[float, Sequence[_Measured]]) -> tuple[Trial, ...]:
+        """Return the trials by factor, with their errors where examples are judged."""
+        trials = [
+            Trial(factor, tuple(one.score for one in found)) for factor, found in tried.items()
+        ]
+        right = {
+            factor: [each for one in found for each in one.right]
+            for factor, found in tried.items()
+            if all(one.right for one in found)
+        }
+        return with_errors(sorted(trials, key=lambda one: one.factor), right, self.metric)
 
     def _try(
         self,
@@ -90,17 +100,22 @@ class Tuner(FoldTrials):
         *,
         seed: int,
         label: str,
-    ) -> _Tried:
+    ) -> _Measured | None:
+        """Train on a fold and measure what it leaves out; None where it was interrupted."""
         trainable = start(fold)
         settings = replace(self.settings.scaled(factor), steps=steps, epochs=None)
         outcome = self.train(trainable, fold, settings, seed=seed, label=label)
         if outcome.ending == "interrupted":
-            return _Tried(interrupted=True)
+            return None
         if outcome.ending == "diverged":
-            return _Tried()
-        name = self.metric.name
-        score = self.group.measure(fold, trainable.model)[name]
-        return _Tried(score if math.isfinite(score) else None)
+            return _Measured()
+        if self.metric.name == "accuracy" and isinstance(fold, JudgesExamples):
+            right = self.group.once(
+                lambda: fold.judged(trainable.model.eval(), "query")[1].tolist()
+            )
+            return _Measured(statistics.fmean(right), right)
+        score = self.group.measure(fold, trainable.model)[self.metric.name]
+        return _Measured(score if math.isfinite(score) else None)
 
     def _default(self, steps: int, label: str) -> Tuning:
         why = "nothing of the support set can be left out to choose by"
@@ -113,12 +128,14 @@ class Tuner(FoldTrials):
             why = "training diverged in every trial"
             self.say(f"{label}: {why}: the default learning rates are kept")
             return Tuning(1.0, self.metric.name, steps, trials, kept=why)
-        scores = {trial.factor: trial.score for trial in trials}
-        default = "diverged" if scores[1.0] is None else f"{scores[1.0]:.4f}"
-        self.say(
-            f"{label}: learning rates x {factor:.3g}: {self.metric.name} {scores[factor]:.4f} on "
-            f"what was left out of the support set, {default} with the default"
-        )
+        best = choose([replace(trial, error=None) for trial in trials], self.metric)
+        scores = {trial.factor: trial.score for trial in trials if trial.score is not None}
+        default = f"{scores[1.0]:.4f}" if 1.0 in scores else "diverged"
+        found = f"learning rates x {factor:.3g}: {self.metric.name} {scores[factor]:.4f}"
+        where = f"on what was left out of the support set, {default} with the default"
+        if best is not None and best != factor:
+            where += f", {scores[best]:.4f} with x {best:.3g}: within a standard error"
+        self.say(f"{label}: {found} {where}")
         return Tuning(factor, self.metric.name, steps, trials)
 
 
@@ -140,8 +157,17 @@ def further(trials: Sequence[Trial], metric: TaskMetric) -> list[float]:
 
 
 @dataclass(frozen=True)
-class _Tried:
-    """What came of one trial; no score where it diverged."""
+class _Measured:
+    """What came of one trial on one fold; nothing where it diverged."""
 
     score: float | None = None
-    interrupted: bool = False
+    right: Sequence[bool] = ()
+    """Of each example that was left out, whether its class was found."""
+
+    def to_plain(self) -> list[Any]:
+        return [self.score, [int(one) for one in self.right]]
+
+    @classmethod
+    def of(cls, plain: Sequence[Any]) -> _Measured:
+        score, right = plain
+        return cls(score, [bool(one) for one in right])
