@@ -11,8 +11,9 @@ from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import Any, Never
 
-from svftool.errors import DataError, shortlist, system_fault
+from svftool.errors import DataError, shortlist
 from svftool.few_shot.masks import class_areas, mapped, read_label_map
+from svftool.files.texts import read_text
 from svftool.progress import SILENT, Progress
 from svftool.tasks.images import image_size
 
@@ -299,8 +300,4 @@ def _is_class_images(value: Any) -> bool:
 
 
 def _text(path: Path) -> str:
-    try:
-        return path.read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        system_fault(error, path)
-        raise DataError(f"{path}: cannot be read as a list ({type(error).__name__})") from error
+    return read_text(path, "a list")

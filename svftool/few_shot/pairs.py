@@ -15,7 +15,7 @@ from pathlib import Path
 
 import numpy as np
 
-from svftool.errors import DataError, shortlist, system_fault
+from svftool.errors import DataError, shortlist
 from svftool.few_shot.folds import (
     ClassSplit,
     in_voc_order,
@@ -24,6 +24,7 @@ from svftool.few_shot.folds import (
 from svftool.few_shot.list_files import sizes_differ
 from svftool.few_shot.masks import mapped, read_binary
 from svftool.few_shot.pool import FoldData, ImageMaskPair, ImagePool, allow
+from svftool.files.texts import read_text
 from svftool.progress import SILENT, Progress
 from svftool.tasks.images import image_size, refuse_splits
 
@@ -199,11 +200,7 @@ def _read_parts(lists: Path, names: Sequence[str]) -> dict[str, list[str]]:
 
 
 def _read_classes(path: Path, names: Sequence[str]) -> list[str]:
-    try:
-        lines = path.read_text(encoding="utf-8").splitlines()
-    except (OSError, UnicodeDecodeError) as error:
-        system_fault(error, path)
-        raise DataError(f"{path}: cannot be read ({type(error).__name__})") from error
+    lines = read_text(path, "a list of classes").splitlines()
     classes = [line.strip() for line in lines if line.strip()]
     counts = Counter(classes)
     unknown = [name for name in counts if name not in set(names)]

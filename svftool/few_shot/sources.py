@@ -6,12 +6,13 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Literal, Protocol
 
-from svftool.errors import DataError, system_fault
+from svftool.errors import DataError
 from svftool.few_shot.folds import COCO_CLASSES, VOC_CLASSES
 from svftool.few_shot.labelled import BamSource, HsnetSource, LabelledSource, ScannedSource
 from svftool.few_shot.list_files import Listed, Relocator, locate, read_pair_list
 from svftool.few_shot.pairs import PairsSource, class_folders
 from svftool.few_shot.pool import FoldData
+from svftool.files.texts import read_text
 from svftool.progress import SILENT, Progress
 
 __all__ = ["DataSource", "open_source"]
@@ -183,10 +184,4 @@ def _first(folder: Path, names: Sequence[str]) -> Path:
 
 
 def _names(path: Path) -> list[str]:
-    try:
-        return path.read_text(encoding="utf-8").split()
-    except (OSError, UnicodeDecodeError) as error:
-        system_fault(error, path)
-        raise DataError(
-            f"{path}: cannot be read ({type(error).__name__}), expected image names; give --lists"
-        ) from error
+    return read_text(path, "image names, or --lists").split()

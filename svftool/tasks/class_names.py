@@ -8,7 +8,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Protocol
 
-from svftool.errors import DataError, shortlist, system_fault
+from svftool.errors import DataError, shortlist
+from svftool.files.texts import read_text
 from svftool.tasks.images import require_encodable
 
 
@@ -84,11 +85,7 @@ def order_warning(names: Sequence[str]) -> str | None:
 
 
 def _read_classes(file: Path) -> tuple[str, ...]:
-    try:
-        lines = file.read_text(encoding="utf-8-sig").splitlines()
-    except (OSError, UnicodeDecodeError) as error:
-        system_fault(error, file)
-        raise DataError(f"{file}: {error}, expected a text file of class names") from error
+    lines = read_text(file, "a text file of class names").splitlines()
     names = tuple(line.strip() for line in lines if line.strip())
     twice = sorted({name for name in names if names.count(name) > 1})
     if twice:

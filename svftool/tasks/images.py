@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import csv
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -14,6 +13,7 @@ import numpy.typing as npt
 from torch import Tensor
 
 from svftool.errors import DataError, MissingDependencyError, shortlist, system_fault
+from svftool.files.texts import read_rows
 from svftool.tasks.saved_datasets import StoredImage, is_saved_dataset, stored_images
 
 if TYPE_CHECKING:
@@ -184,7 +184,7 @@ def require_encodable(names: Iterable[str], where: str) -> None:
 
 
 def _list_csv(file: Path) -> list[LabelledImage]:
-    rows = _rows(file)
+    rows = read_rows(file, "a CSV file of path,label")
     names = [name.strip().lower() for name in rows[0][1]] if rows else []
     path_column, label_column = 0, 1
     if "path" in names and "label" in names:
@@ -201,15 +201,6 @@ def _list_csv(file: Path) -> list[LabelledImage]:
             )
         images.append(LabelledImage(path, row[label_column].strip()))
     return images
-
-
-def _rows(file: Path) -> list[tuple[int, list[str]]]:
-    try:
-        with file.open(encoding="utf-8-sig", newline="") as stream:
-            reader = csv.reader(stream)
-            return [(reader.line_num, row) for row in reader if row]
-    except (UnicodeDecodeError, csv.Error) as error:
-        raise DataError(f"{file}: {error}, expected a CSV file of path,label in UTF-8") from error
 
 
 def short_name(path: ImagePath) -> str:

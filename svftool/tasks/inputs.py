@@ -2,18 +2,17 @@
 
 from __future__ import annotations
 
-import csv
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from svftool.errors import DataError, shortlist
+from svftool.files.texts import read_rows, read_text
 from svftool.tasks.images import SUFFIXES, is_hidden, pictures_in
 from svftool.tasks.texts import SUFFIX as JSONL
-from svftool.tasks.texts import Text, list_column, list_texts, text_of
+from svftool.tasks.texts import TABLES, Text, list_column, list_texts, text_of
 
-TABLES = (".csv", ".tsv")
 TEXTS = (JSONL, *TABLES, ".txt")
 """How files of texts are called; any other file is read as plain lines too."""
 
@@ -107,11 +106,11 @@ def _texts(place: Path, column: str | None) -> list[Text]:
         return list_column(place, column)
     if suffix == JSONL:
         return list_texts(place, prompts=True)
-    texts = list(_table(place, "\t" if suffix == ".tsv" else ",") if suffix in TABLES else [])
+    texts = list(_table(place) if suffix in TABLES else [])
     if suffix not in TABLES:
         texts = [
             Text("", line.rstrip("\r"), False, place, number)
-            for number, line in enumerate(_read(place).split("\n"), 1)
+            for number, line in enumerate(read_text(place, "texts").split("\n"), 1)
             if line.strip()
         ]
     if not texts:
@@ -119,32 +118,21 @@ def _texts(place: Path, column: str | None) -> list[Text]:
     return texts
 
 
-def _table(file: Path, delimiter: str) -> Iterator[Text]:
-    try:
-        reader = csv.DictReader(_read(file).splitlines(keepends=True), delimiter=delimiter)
-        names = [name.strip().lower() for name in reader.fieldnames or ()]
-        reader.fieldnames = names
-        if not {"text", "prompt"} & set(names):
-            raise DataError(
-                f"{file}: columns {shortlist(names)}, expected a column 'text', or 'prompt'"
-            )
-        for row in reader:
-            yield text_of(file, reader.line_num, _filled(row), prompts=True)
-    except csv.Error as error:
-        raise DataError(f"{file}: {error}, expected a CSV file of texts in UTF-8") from error
+def _table(file: Path) -> Iterator[Text]:
+    head, *rows = read_rows(file, "a table of texts") or [(0, [])]
+    names = [name.strip().lower() for name in head[1]]
+    if not {"text", "prompt"} & set(names):
+        raise DataError(
+            f"{file}: columns {shortlist(names)}, expected a column 'text', or 'prompt'"
+        )
+    for line, row in rows:
+        yield text_of(file, line, _filled(dict(zip(names, row, strict=False))), prompts=True)
 
 
 def _filled(row: dict[str, Any]) -> dict[str, Any]:
     """Return a row without the columns of other kinds of rows, which are empty in it."""
     known = {name: row[name] for name in ("text", "prompt", "completion") if row.get(name)}
     return known or row
-
-
-def _read(file: Path) -> str:
-    try:
-        return file.read_text(encoding="utf-8-sig")
-    except (OSError, UnicodeDecodeError) as error:
-        raise DataError(f"{file}: {error}, expected texts in UTF-8") from error
 
 
 def _existing(file: Path) -> Path:

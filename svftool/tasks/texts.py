@@ -2,19 +2,20 @@
 
 from __future__ import annotations
 
-import csv
 import json
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from svftool.errors import DataError, brief, shortlist, system_fault
+from svftool.errors import DataError, brief, shortlist
+from svftool.files.texts import read_rows, read_text
 from svftool.tasks.images import encodable, is_hidden, require_encodable
 from svftool.tasks.saved_datasets import is_saved_dataset, load_saved_dataset
 
 EXPECTED = "'text', 'prompt' and 'completion', or 'messages'"
 SUFFIX = ".jsonl"
+TABLES = (".csv", ".tsv")
 _SHOWN = 5
 
 
@@ -79,33 +80,20 @@ def _files(data: Path) -> Iterator[tuple[Path, Iterator[tuple[int, Any]]]]:
         files = sorted(f for f in data.rglob(f"*{SUFFIX}") if not is_hidden(f, data))
         yield from ((file, _lines(file)) for file in files)
     elif data.is_file():
-        delimiter = _DELIMITERS.get(data.suffix.lower())
-        yield data, _lines(data) if delimiter is None else _rows(data, delimiter)
+        yield data, _rows(data) if data.suffix.lower() in TABLES else _lines(data)
     else:
         raise DataError(f"{data}: not found, expected a JSONL or CSV file, or a folder of JSONL")
 
 
-_DELIMITERS = {".csv": ",", ".tsv": "\t"}
-
-
 def _lines(file: Path) -> Iterator[tuple[int, Any]]:
-    try:
-        lines = file.read_text(encoding="utf-8-sig").split("\n")
-    except (OSError, UnicodeDecodeError) as error:
-        system_fault(error, file)
-        raise DataError(f"{file}: {error}, expected JSONL in UTF-8") from error
+    lines = read_text(file, "JSONL").split("\n")
     return ((number, line) for number, line in enumerate(lines, 1) if line.strip())
 
 
-def _rows(file: Path, delimiter: str) -> Iterator[tuple[int, Any]]:
-    """List the rows of a CSV file by the names of its columns, in lower case."""
-    try:
-        with file.open(encoding="utf-8-sig", newline="") as stream:
-            reader = csv.reader(stream, delimiter=delimiter)
-            names = [name.strip().lower() for name in next(reader, [])]
-            rows = [(reader.line_num, row) for row in reader if row]
-    except (OSError, UnicodeDecodeError, csv.Error) as error:
-        raise DataError(f"{file}: {error}, expected CSV with named columns in UTF-8") from error
+def _rows(file: Path) -> Iterator[tuple[int, Any]]:
+    """List the rows of a table by the names of its columns, in lower case."""
+    head, *rows = read_rows(file, "CSV with named columns") or [(0, [])]
+    names = [name.strip().lower() for name in head[1]]
     return ((line, _cells(names, row)) for line, row in rows)
 
 

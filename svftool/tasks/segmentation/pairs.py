@@ -13,7 +13,8 @@ import numpy as np
 import numpy.typing as npt
 from torch import Tensor
 
-from svftool.errors import DataError, shortlist, system_fault
+from svftool.errors import DataError, shortlist
+from svftool.files.texts import read_text
 from svftool.tasks.images import (
     LABELS,
     SUFFIXES,
@@ -95,11 +96,7 @@ def read_classes(file: Path) -> ClassTable:
     DataError
         If it cannot be read, or says nothing clear.
     """
-    try:
-        lines = file.read_text(encoding="utf-8-sig").splitlines()
-    except (OSError, UnicodeDecodeError) as error:
-        system_fault(error, file)
-        raise DataError(f"{file}: {error}, expected a text file of class names") from error
+    lines = read_text(file, "a text file of class names").splitlines()
     rows = [
         (number, [cell.strip() for cell in line.split(",")])
         for number, line in enumerate(lines, 1)

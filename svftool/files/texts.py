@@ -1,0 +1,85 @@
+"""Text files and tables that people bring: their encodings and separators."""
+
+from __future__ import annotations
+
+import codecs
+import csv
+import io
+from pathlib import Path
+
+from svftool.errors import DataError, system_fault
+
+_UTF16 = (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)
+_LONGEST = (1 << 31) - 1
+"""Characters of a cell; the csv module takes 131,072 if it is not told."""
+
+
+def read_text(path: Path, what: str) -> str:
+    """Read a text file in UTF-8, or in UTF-16 that begins with its mark.
+
+    Parameters
+    ----------
+    path : Path
+    what : str
+        What it should be, for errors.
+
+    Raises
+    ------
+    DataError
+        If it is not there or no such text: the first line that is none is named.
+    """
+    return _decoded(path, what).replace("\r\n", "\n").replace("\r", "\n")
+
+
+def read_rows(path: Path, what: str) -> list[tuple[int, list[str]]]:
+    """Read a table of separated values: the rows that are not empty, with the number of their line.
+
+    A ``.tsv`` file is separated by tabs. Of any other one the first row decides: commas, else
+    semicolons or tabs, as spreadsheets write them.
+
+    Parameters
+    ----------
+    path : Path
+    what : str
+        What it should be, for errors.
+
+    Raises
+    ------
+    DataError
+        As `read_text`, or if a cell in quotes does not end well.
+    """
+    text = _decoded(path, what)
+    known = csv.field_size_limit(_LONGEST)
+    try:
+        delimiter = "\t" if path.suffix.lower() == ".tsv" else _delimiter(text)
+        reader = csv.reader(io.StringIO(text, newline=""), delimiter=delimiter)
+        return [(reader.line_num, row) for row in reader if row]
+    except csv.Error as error:
+        raise DataError(f"{path}: {error}, expected {what} in UTF-8") from error
+    finally:
+        csv.field_size_limit(known)
+
+
+def _delimiter(text: str) -> str:
+    for delimiter in ",;\t":
+        rows = csv.reader(io.StringIO(text, newline=""), delimiter=delimiter)
+        if len(next((row for row in rows if row), [])) > 1:
+            return delimiter
+    return ","
+
+
+def _decoded(path: Path, what: str) -> str:
+    try:
+        content = path.read_bytes()
+    except OSError as error:
+        system_fault(error, path)
+        raise DataError(f"{path}: {error}, expected {what}") from error
+    encoding = "utf-16" if content.startswith(_UTF16) else "utf-8-sig"
+    try:
+        return content.decode(encoding)
+    except UnicodeDecodeError as error:
+        line = content.count(b"\n", 0, error.start) + 1
+        raise DataError(
+            f"{path}: line {line} is not {encoding[:6].upper().rstrip('-')} (byte "
+            f"0x{content[error.start]:02x}), expected {what} in UTF-8. Save the file as UTF-8"
+        ) from error
