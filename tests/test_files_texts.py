@@ -71,7 +71,7 @@ def test_what_is_no_text_is_named_by_its_line(tmp_path: Path, content: bytes, me
 
 
 def test_what_is_not_there_or_no_file_is_said(tmp_path: Path) -> None:
-    with pytest.raises(DataError, match="absent.*expected a table"):
+    with pytest.raises(DataError, match=r"absent.*expected a table"):
         read_rows(tmp_path / "absent", "a table")
     with pytest.raises((DataError, ResourceError), match=str(tmp_path)):
         read_text(tmp_path, "a text")

@@ -17,6 +17,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from svftool.attaching import Trainable
+from svftool.errors import FactorsError
 from svftool.factors import FactorStore, open_factors
 from svftool.progress import Silent
 from svftool.report import finetune as report
@@ -268,6 +269,23 @@ def test_trials_that_are_noted_are_not_repeated(
     again, _ = compare(plan(), save, journal=journal)
     assert again == runs
     assert len(seen) == len(FACTORS) * FOLDS
+
+
+def test_trials_of_an_older_version_count_and_broken_ones_are_refused(
+    plan: Callable[..., TrainingPlan], tmp_path: Path
+) -> None:
+    journal = Journal(tmp_path / "kept")
+    name = "svf-seed0-rates"
+    scores = {f"{fold}: {factor:.3g}": 0.5 for factor in FACTORS for fold in range(FOLDS)}
+    journal.note(name, {**scores, "0: 3": 0.75, "1: 9": None})
+    (run,) = compare(plan(), save, journal=journal)[0]
+    assert run.tuning is not None
+    assert (run.tuning.factor, len(run.tuning.trials)) == (3.0, len(FACTORS))
+    assert {trial.error for trial in run.tuning.trials} == {None}
+    journal = Journal(tmp_path / "broken")
+    journal.note(name, {"0: 1": [0.5, 7]})
+    with pytest.raises(FactorsError, match=r"broken.*Start anew without --resume"):
+        compare(plan(), save, journal=journal)
 
 
 def test_a_rate_that_diverges_is_not_chosen() -> None:

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, TypeVar
 
 from svftool.attaching import Trainable
 from svftool.choices.training import Settings
@@ -14,6 +14,8 @@ from svftool.tasks.base import Draw, Subdivides, TaskMetric
 from svftool.training.group import ALONE, Group, Interruption
 from svftool.training.loop import Outcome, train
 from svftool.training.workspace import Journal
+
+_T = TypeVar("_T")
 
 FOLDS = 2
 """Parts of the support set that are left out in turn."""
@@ -54,14 +56,15 @@ class FoldTrials:
 
         return self.group.together(divided)
 
-    def noted(self, record: str) -> dict[str, Any]:
-        """Return what was noted before; in every process."""
+    def noted(self, record: str, of: Callable[[Any], _T] = lambda value: value) -> dict[str, _T]:
+        """Return what was noted before, made of plain values by `of`; in every process."""
 
-        def read() -> dict[str, Any]:
+        def read() -> dict[str, _T]:
             if self.journal is None:
                 return {}
             with kept_work(self.journal.folder / record):
-                return dict(self.journal.noted(record) or {})
+                noted = self.journal.noted(record) or {}
+                return {key: of(value) for key, value in noted.items()}
 
         return dict(self.group.once(read))
 

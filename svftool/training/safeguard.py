@@ -109,7 +109,7 @@ class Guard(FoldTrials):
             return self._said(Safeguard(0.0, why), label)
         steps = max(1, self.settings.step_count(draw.size) // FOLDS)
         record = f"{name}-safeguard"
-        noted = self.noted(record)
+        noted: dict[str, Any] = self.noted(record)
         for number, fold in enumerate(folds):
             if str(number) not in noted:
                 shown = f"{label}: what training is worth, part {number + 1} of {len(folds)}"

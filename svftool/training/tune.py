@@ -61,7 +61,7 @@ class Tuner(FoldTrials):
         if not folds:
             return self._default(steps, label)
         record = f"{name}-rates"
-        noted = {key: _Measured.of(value) for key, value in self.noted(record).items()}
+        noted = self.noted(record, _Measured.of)
         tried: dict[float, list[_Measured]] = {}
         waiting = list(FACTORS)
         while waiting:
@@ -168,6 +168,6 @@ class _Measured:
         return [self.score, [int(one) for one in self.right]]
 
     @classmethod
-    def of(cls, plain: Sequence[Any]) -> _Measured:
-        score, right = plain
-        return cls(score, [bool(one) for one in right])
+    def of(cls, plain: Any) -> _Measured:
+        score, right = plain if isinstance(plain, list) else (plain, [])  # of an older version
+        return cls(None if score is None else float(score), [bool(one) for one in right])
