@@ -74,12 +74,14 @@ def _decoded(path: Path, what: str) -> str:
     except OSError as error:
         system_fault(error, path)
         raise DataError(f"{path}: {error}, expected {what}") from error
-    encoding = "utf-16" if content.startswith(_UTF16) else "utf-8-sig"
+    name, encoding = "UTF-8", "utf-8-sig"
+    if content.startswith(_UTF16):
+        name = encoding = "UTF-16"
     try:
         return content.decode(encoding)
     except UnicodeDecodeError as error:
         line = content.count(b"\n", 0, error.start) + 1
         raise DataError(
-            f"{path}: line {line} is not {encoding[:6].upper().rstrip('-')} (byte "
-            f"0x{content[error.start]:02x}), expected {what} in UTF-8. Save the file as UTF-8"
+            f"{path}: line {line} is not {name} (byte 0x{content[error.start]:02x}), expected "
+            f"{what} in UTF-8. Save the file as UTF-8"
         ) from error
