@@ -33,7 +33,7 @@ from svftool.files import output
 from svftool.models.load import build_within, no_larger_than
 from svftool.models.pretrained import load_transformers
 from svftool.report.text import one_line
-from svftool.tasks.images import open_image
+from svftool.tasks.images import open_image, read_bytes
 from svftool.tasks.texts import list_texts
 from svftool.tasks.tokens import length_limit
 from svftool.training.workspace import RECORDS, Journal
@@ -163,12 +163,13 @@ def test_what_the_system_refuses_to_read_is_its_fault(
             raise OSError(code, "refused")
 
         monkeypatch.setattr(os, "preadv", refuse)
-        monkeypatch.setattr(Path, "read_text", refuse)
+        monkeypatch.setattr(Path, "read_bytes", refuse)
         monkeypatch.setattr("PIL.Image.open", refuse)
         for read in (
             lambda: file.read("fc.weight"),
             lambda: list_texts(tmp_path / "x.png"),
             lambda: open_image(tmp_path / "x.png"),
+            lambda: read_bytes(tmp_path / "x.png"),
         ):
             with pytest.raises(ResourceError):
                 read()

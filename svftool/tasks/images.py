@@ -503,6 +503,7 @@ def read_bytes(path: ImagePath) -> bytes:
         content = _content(path)
         return content.read_bytes() if isinstance(content, Path) else bytes(content.getvalue())
     except OSError as error:
+        system_fault(error, path)
         raise DataError(f"{path}: {error.strerror or error}, expected an image") from error
 
 
