@@ -63,8 +63,7 @@ def run(asked: argparse.Namespace, group: Group) -> list[Line]:
     one = next(each for each in SETS if each.name == unit.where)
     one = _quick(one) if asked.quick else one
     data, work = asked.data.resolve(), asked.work.resolve()
-    settings = replace(one.settings, safeguard="never", tune_lr=tuned)
-    settings = replace(settings, lr_scale=group.factor or 1.0)
+    settings = replace(one.settings, safeguard="never", tune_lr=tuned, lr_scale=group.factor or 1.0)
     options = dict(one.options)
     if unit.fold is not None:
         options["folds"] = (unit.fold,)
@@ -84,8 +83,7 @@ def run(asked: argparse.Namespace, group: Group) -> list[Line]:
         )
     if result.interrupted is not None:
         raise KeyboardInterrupt
-    facts = {"metric": result.metric}
-    return [{**facts, **_line(each, unit, group.factor)} for each in result.runs]
+    return [{"metric": result.metric, **_line(each, unit, group.factor)} for each in result.runs]
 
 
 def _line(run: Run, unit: Unit, factor: float | None) -> Line:

@@ -184,4 +184,4 @@ def _first(folder: Path, names: Sequence[str]) -> Path:
 
 
 def _names(path: Path) -> list[str]:
-    return read_text(path, "image names, or --lists").split()
+    return read_text(path, "image names (or another list with --lists)").split()

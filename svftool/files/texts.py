@@ -51,8 +51,10 @@ def read_rows(path: Path, what: str) -> list[tuple[int, list[str]]]:
     text = _decoded(path, what)
     known = csv.field_size_limit(_LONGEST)
     try:
-        delimiter = "\t" if path.suffix.lower() == ".tsv" else _delimiter(text)
-        reader = csv.reader(io.StringIO(text, newline=""), delimiter=delimiter)
+        stream = io.StringIO(text, newline="")
+        delimiter = "\t" if path.suffix.lower() == ".tsv" else _delimiter(stream)
+        stream.seek(0)
+        reader = csv.reader(stream, delimiter=delimiter)
         return [(reader.line_num, row) for row in reader if row]
     except csv.Error as error:
         raise DataError(f"{path}: {error}, expected {what} in UTF-8") from error
@@ -60,9 +62,10 @@ def read_rows(path: Path, what: str) -> list[tuple[int, list[str]]]:
         csv.field_size_limit(known)
 
 
-def _delimiter(text: str) -> str:
+def _delimiter(stream: io.StringIO) -> str:
     for delimiter in ",;\t":
-        rows = csv.reader(io.StringIO(text, newline=""), delimiter=delimiter)
+        stream.seek(0)
+        rows = csv.reader(stream, delimiter=delimiter)
         if len(next((row for row in rows if row), [])) > 1:
             return delimiter
     return ","

@@ -104,6 +104,11 @@ def choose(trials: Sequence[Trial], metric: TaskMetric) -> float | None:
     return min(near)[-1]
 
 
+def best_of(trials: Sequence[Trial], metric: TaskMetric) -> float | None:
+    """Return the factor with the best score, as `choose` does without errors."""
+    return choose([replace(trial, error=None) for trial in trials], metric)
+
+
 def with_errors(
     trials: Sequence[Trial], right: Mapping[float, Sequence[bool]], metric: TaskMetric
 ) -> tuple[Trial, ...]:
@@ -117,7 +122,7 @@ def with_errors(
     metric : TaskMetric
         Decides which trial is the best.
     """
-    best = choose([replace(trial, error=None) for trial in trials], metric)
+    best = best_of(trials, metric)
     if best is None or best not in right:
         return tuple(trials)
     return tuple(

@@ -11,7 +11,7 @@ from typing import Any
 from svftool.attaching import Trainable
 from svftool.tasks.base import Draw, JudgesExamples, TaskMetric
 from svftool.training.fold_trials import FoldTrials
-from svftool.training.trials import Trial, Tuning, choose, with_errors
+from svftool.training.trials import Trial, Tuning, best_of, choose, with_errors
 
 FACTORS = (1 / 9, 1 / 3, 1.0, 3.0, 9.0)
 """What the rates of every kind of parameter are multiplied by together."""
@@ -128,7 +128,7 @@ class Tuner(FoldTrials):
             why = "training diverged in every trial"
             self.say(f"{label}: {why}: the default learning rates are kept")
             return Tuning(1.0, self.metric.name, steps, trials, kept=why)
-        best = choose([replace(trial, error=None) for trial in trials], self.metric)
+        best = best_of(trials, self.metric)
         scores = {trial.factor: trial.score for trial in trials if trial.score is not None}
         default = f"{scores[1.0]:.4f}" if 1.0 in scores else "diverged"
         found = f"learning rates x {factor:.3g}: {self.metric.name} {scores[factor]:.4f}"
