@@ -6,6 +6,7 @@ import io
 import itertools
 import math
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,7 @@ from rich.console import Console
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
+import svftool.training.fold_trials
 from svftool.attaching import Trainable
 from svftool.errors import FactorsError
 from svftool.factors import FactorStore, open_factors
@@ -118,11 +120,11 @@ def right_by_rate(
 
 
 def falling_from(best: float) -> Callable[[float], int]:
-    """All six of the pictures at one factor, two fewer for every further one."""
-    return lambda factor: max(0, 6 - 2 * abs(round(math.log(factor / best, 3))))
+    """All six of the pictures at one factor, one fewer for every further one."""
+    return lambda factor: 6 - abs(round(math.log(factor / best, 3)))
 
 
-@pytest.mark.parametrize("best", [FACTORS[1], FACTORS[3]])
+@pytest.mark.parametrize("best", [FACTORS[0], FACTORS[-1]])
 def test_the_rate_with_the_best_score_trains_the_whole_support_set(
     plan: Callable[..., TrainingPlan], monkeypatch: pytest.MonkeyPatch, best: float
 ) -> None:
@@ -133,17 +135,18 @@ def test_the_rate_with_the_best_score_trains_the_whole_support_set(
         assert run.tuning is not None
         assert run.tuning.factor == best
         assert run.learning_rates["head"] == wanted
-        assert [trial.factor for trial in run.tuning.trials] == list(FACTORS)
+        tried = [trial.factor for trial in run.tuning.trials]
+        assert tried == pytest.approx(sorted([*FACTORS, best * best]))
         assert all(len(trial.scores) == FOLDS for trial in run.tuning.trials)
         assert run.outcome.steps == 3
     assert runs[1].learning_rates["singular_values"] == pytest.approx(
         Settings().learning_rate("singular_values") * best
     )
     # Every regime has as many trials, all as long as the run, on half of its 12 pictures.
-    assert seen == [(3, 6)] * (2 * len(FACTORS) * FOLDS)
+    assert seen == [(3, 6)] * (2 * (len(FACTORS) + 1) * FOLDS)
 
 
-@pytest.mark.parametrize(("missed", "chosen"), [((0, 1), 1.0), ((1, 1), 9.0)])
+@pytest.mark.parametrize(("missed", "chosen"), [((0, 1), 1.0), ((1, 1), 3.0)])
 def test_a_single_example_moves_no_rate(
     plan: Callable[..., TrainingPlan],
     monkeypatch: pytest.MonkeyPatch,
@@ -151,7 +154,7 @@ def test_a_single_example_moves_no_rate(
     chosen: float,
 ) -> None:
     folds = itertools.cycle(missed)
-    right_by_rate(monkeypatch, lambda factor: 6 - next(folds) * (factor < 8))
+    right_by_rate(monkeypatch, lambda factor: 6 - next(folds) * (factor < 2))
     loud = Loud()
     (run,) = compare(plan(regimes=("head",)), save, progress=loud)[0]
     assert run.tuning is not None
@@ -159,13 +162,17 @@ def test_a_single_example_moves_no_rate(
     share = sum(missed) / 12  # of the pictures, that the default misses and the best rate does not
     default = next(trial for trial in run.tuning.trials if trial.factor == 1.0)
     assert default.error == pytest.approx(math.sqrt(share * (1 - share) / 11))
-    luck = "1.0000 with x 9: within a standard error"
+    luck = "1.0000 with x 3: within a standard error"
     assert any(luck in note for note in loud.notes) == (chosen == 1.0)
 
 
 @pytest.mark.parametrize(
     ("best", "beyond", "chosen"),
-    [(1 / 9, [1 / 27], 1 / 9), (27.0, [27.0, 81.0], 27.0), (81.0, [27.0, 81.0], 81.0)],
+    [
+        (1 / 9, [1 / 9, 1 / 27], 1 / 9),
+        (27.0, [9.0, 27.0, 81.0], 27.0),
+        (243.0, [9.0, 27.0, 81.0, 243.0], 243.0),
+    ],
 )
 def test_where_an_end_is_best_the_next_rate_is_tried(
     plan: Callable[..., TrainingPlan],
@@ -180,6 +187,24 @@ def test_where_an_end_is_best_the_next_rate_is_tried(
     assert run.tuning.factor == pytest.approx(chosen)
     tried = [trial.factor for trial in run.tuning.trials]
     assert tried == pytest.approx(sorted([*FACTORS, *beyond]))
+
+
+def test_where_all_rates_diverge_smaller_ones_are_tried(
+    plan: Callable[..., TrainingPlan], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen = right_by_rate(monkeypatch, lambda factor: 6 if factor < 0.2 else 0)
+    inner = svftool.training.fold_trials.train
+
+    def trained(*given: Any, **options: Any) -> Any:
+        outcome = inner(*given, **options)
+        diverged = given[3].learning_rate("head") > Settings().learning_rate("head") / 5
+        return replace(outcome, ending="diverged") if diverged else outcome
+
+    monkeypatch.setattr("svftool.training.fold_trials.train", trained)
+    (run,) = compare(plan(regimes=("head",)), save)[0]
+    assert run.tuning is not None
+    assert run.tuning.factor == pytest.approx(1 / 9)
+    assert len(seen) == (len(FACTORS) + 2) * FOLDS
 
 
 def test_trials_do_not_touch_the_query_set(plan: Callable[..., TrainingPlan]) -> None:
@@ -246,8 +271,9 @@ def test_trials_that_are_noted_are_not_repeated(
     plan: Callable[..., TrainingPlan], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     journal, whole = Journal(tmp_path / "kept"), compare(plan(), save)[0][0]
-    seen = right_by_rate(monkeypatch, falling_from(FACTORS[3]))
-    stop = len(FACTORS) * FOLDS - 3
+    seen = right_by_rate(monkeypatch, falling_from(FACTORS[-1]))
+    count = (len(FACTORS) + 1) * FOLDS
+    stop = count - 3
 
     class Cut(Journal):
         """Loses its power after some trials."""
@@ -261,14 +287,14 @@ def test_trials_that_are_noted_are_not_repeated(
         compare(plan(), save, journal=Cut(journal.folder))
     assert len(seen) == stop
     runs, _ = compare(plan(), save, journal=journal)
-    assert len(seen) == len(FACTORS) * FOLDS
+    assert len(seen) == count
     assert runs[0].tuning is not None
-    assert runs[0].tuning.factor == FACTORS[3]
+    assert runs[0].tuning.factor == FACTORS[-1]
     assert whole.tuning is not None
-    assert [trial.factor for trial in runs[0].tuning.trials] == list(FACTORS)
+    assert [trial.factor for trial in runs[0].tuning.trials] == [*FACTORS, 9.0]
     again, _ = compare(plan(), save, journal=journal)
     assert again == runs
-    assert len(seen) == len(FACTORS) * FOLDS
+    assert len(seen) == count
 
 
 def test_trials_of_an_older_version_count_and_broken_ones_are_refused(
@@ -276,11 +302,12 @@ def test_trials_of_an_older_version_count_and_broken_ones_are_refused(
 ) -> None:
     journal = Journal(tmp_path / "kept")
     name = "svf-seed0-rates"
-    scores = {f"{fold}: {factor:.3g}": 0.5 for factor in FACTORS for fold in range(FOLDS)}
+    factors = (1 / 9, *FACTORS, 9.0)
+    scores = {f"{fold}: {factor:.3g}": 0.5 for factor in factors for fold in range(FOLDS)}
     journal.note(name, {**scores, "0: 3": 0.75, "1: 9": None})
     (run,) = compare(plan(), save, journal=journal)[0]
     assert run.tuning is not None
-    assert (run.tuning.factor, len(run.tuning.trials)) == (3.0, len(FACTORS))
+    assert (run.tuning.factor, len(run.tuning.trials)) == (3.0, len(FACTORS) + 1)
     assert {trial.error for trial in run.tuning.trials} == {None}
     journal = Journal(tmp_path / "broken")
     journal.note(name, {"0: 1": [0.5, 7]})
@@ -293,10 +320,10 @@ def test_a_rate_that_diverges_is_not_chosen() -> None:
     assert choose(trials, ACCURACY) == 3.0
     assert choose(trials, PERPLEXITY) == 1.0
     assert choose([Trial(1.0, (None,))], ACCURACY) is None
-    equal = [Trial(factor, (0.5, 0.5)) for factor in FACTORS]
+    equal = [Trial(factor, (0.5, 0.5)) for factor in (1 / 9, 1 / 3, 1.0, 3.0, 9.0)]
     assert choose(equal, ACCURACY) == 1.0
     assert choose([equal[0], *equal[3:]], ACCURACY) == 3.0
-    assert choose([equal[1], equal[3]], ACCURACY) == FACTORS[1]
+    assert choose([equal[1], equal[3]], ACCURACY) == 1 / 3
 
 
 def test_every_class_stays_in_training() -> None:

@@ -13,10 +13,10 @@ from svftool.tasks.base import Draw, JudgesExamples, TaskMetric
 from svftool.training.fold_trials import FoldTrials
 from svftool.training.trials import Trial, Tuning, best_of, choose, with_errors
 
-FACTORS = (1 / 9, 1 / 3, 1.0, 3.0, 9.0)
+FACTORS = (1 / 3, 1.0, 3.0)
 """What the rates of every kind of parameter are multiplied by together."""
 
-FURTHER = 2
+FURTHER = 4
 """Rates that are tried beyond an end of these, one by one, while each is the best."""
 
 
@@ -142,15 +142,20 @@ class Tuner(FoldTrials):
 def further(trials: Sequence[Trial], metric: TaskMetric) -> list[float]:
     """Return the factor to try next, where the best one is an end of those that were tried.
 
+    Where training diverged at all of them, it is a smaller one.
+
     Examples
     --------
     >>> scores = {0.1: 0.5, 1.0: 0.6, 9.0: 0.7}
     >>> trials = [Trial(factor, (score,)) for factor, score in scores.items()]
     >>> further(trials, TaskMetric("accuracy", higher_is_better=True))
     [27.0]
+    >>> further([Trial(factor, (None,)) for factor in (1.0, 3.0)], TaskMetric("accuracy", True))
+    [0.3333333333333333]
     """
     factors = [trial.factor for trial in trials]
-    best, ends = choose(trials, metric), (min(factors), max(factors))
+    ends = min(factors), max(factors)
+    best = choose(trials, metric) or ends[0]
     if best not in ends or len(trials) >= len(FACTORS) + FURTHER:
         return []
     return [best / 3 if best == ends[0] else best * 3]
