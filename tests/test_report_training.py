@@ -391,7 +391,8 @@ def test_the_picture_has_every_regime_over_its_size(tmp_path: Path, seeds: int) 
     markup = file.path.read_text()
     words = texts(markup)
     assert set(SIZES) <= set(words)
-    assert "trained numbers" in words
+    assert "trained numbers beside the head" in words
+    assert markup.count('id="PathCollection') == len(SIZES) - 1  # the head is a line
     note = "bars: 95 % interval" if seeds == 3 else "one seed: no intervals"
     assert any(note in word and "the front" in word for word in words)
     wrong = ReportFile(tmp_path / "curve.html", force=False, apart=(), curve=True)
