@@ -10,6 +10,7 @@ what is there is not run again.
     python benchmarks/curves.py DATA WORK --jobs 16 --device cuda --minutes 9
     python benchmarks/curves.py DATA WORK --table           only the tables, and a picture each
     python benchmarks/curves.py DATA WORK --log             what each rate scored, and every seed
+    python benchmarks/curves.py DATA WORK --docs docs       both, in the documentation's pages
     python benchmarks/curves.py DATA WORK --quick           does it run
 
 ``docs/experiments/curves.jsonl`` is the journal behind the documentation's tables: a copy of it in
@@ -30,7 +31,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from curves_report import log, tables
+from curves_report import log, tables, write
 from curves_sets import HEAD, OTHERS, SETS, SPECTRAL, Set, Unit, first_of, units_of
 from names import chosen
 from units import Journal, Line, apart, work_off
@@ -156,6 +157,7 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--quick", action="store_true")
     parser.add_argument("--table", action="store_true")
     parser.add_argument("--log", action="store_true")
+    parser.add_argument("--docs", type=Path)
     return parser.parse_intermixed_args()
 
 
@@ -170,18 +172,26 @@ def main() -> None:
     if asked.seeds:
         sets = [replace(one, seeds=min(one.seeds, asked.seeds)) for one in sets]
     journal = Journal(asked.work / "curves.jsonl")
+    if asked.docs:
+        write(sets, journal.lines, asked.docs)
+        return
     if not (asked.table or asked.log):
-        there = [one for one in sets if one.checkpoint_in(asked.data).exists()]
-        for one in there:
-            factors = one.factors_in(asked.work)
-            if not factors.exists():
-                apart(decompose, one.checkpoint_in(asked.data), factors)
-        go(asked, there, journal)
+        go(asked, _with_factors(asked, sets), journal)
     for one in sets:
         if asked.log:
             print(log(one, journal.lines), end="\n\n")
             continue
         print(tables(one, journal.lines, asked.work / f"curve-{one.name}.svg"), end="\n\n")
+
+
+def _with_factors(asked: argparse.Namespace, sets: Sequence[Set]) -> list[Set]:
+    """Decompose what is not yet, and leave out sets whose checkpoint is absent."""
+    there = [one for one in sets if one.checkpoint_in(asked.data).exists()]
+    for one in there:
+        factors = one.factors_in(asked.work)
+        if not factors.exists():
+            apart(decompose, one.checkpoint_in(asked.data), factors)
+    return there
 
 
 if __name__ == "__main__":

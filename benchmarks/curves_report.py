@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
@@ -35,11 +36,51 @@ def tables(one: Set, lines: Sequence[Line], picture: Path | None) -> str:
     for shots in dict.fromkeys(each.shots for each in runs):
         some = [each for each in runs if each.shots == shots]
         for name in (metric.name, *one.further):
-            parts.append(f"{shots} shots, {name}")
+            parts.append(_caption(one, shots, name))
             parts.append(_table(one, some, replace(metric, name=name), factors, *heads[:1]))
     if picture is not None and runs:
         _draw(one, runs, metric, picture)
     return "\n\n".join(parts)
+
+
+def _caption(one: Set, shots: int | None, metric: str) -> str:
+    """Say of how many examples a table is; in few-shot segmentation, of how many supports."""
+    if not one.folds:
+        return f"{shots} examples:"
+    return "Five supports:" if metric.endswith("_5shot") else "One support:"
+
+
+_TABLES = re.compile(
+    r"(\d+ of \d+ runs are missing\.\n\n)?"
+    r"((\d+ examples|One support|Five supports):\n\n(\|.*\n)+\n?)+"
+)
+
+
+def write(sets: Sequence[Set], lines: Sequence[Line], docs: Path) -> None:
+    """Put the tables, the pictures and the log in the places that the documentation has for them.
+
+    Parameters
+    ----------
+    sets : sequence of Set
+    lines : sequence of dict
+        The journal.
+    docs : Path
+        Has ``results.md`` and ``experiments/curves.md`` with a heading for every set.
+    """
+    pages = {docs / "results.md": "### ", docs / "experiments" / "curves.md": "## "}
+    for page, mark in pages.items():
+        text = page.read_text(encoding="utf-8")
+        for one in sets:
+            begin = text.index(f"{mark}{one.title}\n")
+            end = re.compile(rf"^#{{1,{len(mark) - 1}}} ", re.M).search(text, begin + len(mark))
+            section = text[begin : end.start() if end else len(text)]
+            if mark == "## ":
+                new = log(one, lines) + "\n\n"
+            else:
+                made = tables(one, lines, docs / f"curve-{one.name}.svg").split("\n\n", 1)[1]
+                new = _TABLES.sub(lambda _, made=made: f"{made}\n\n", section, count=1)
+            text = text.replace(section, new)
+        page.write_text(text, encoding="utf-8")
 
 
 def _draw(one: Set, runs: Sequence[Run], metric: TaskMetric, picture: Path) -> None:
@@ -91,7 +132,8 @@ def _table(
 
 
 def _with_half(value: float, half: float | None, scale: float, sign: str = "") -> str:
-    return f"{value:{sign}.1f}" + ("" if half is None else f" ± {scale * half:.1f}")
+    number = f"{value:{sign}.1f}".replace("-", "\N{MINUS SIGN}")
+    return number + ("" if half is None else f" ± {scale * half:.1f}")
 
 
 def log(one: Set, lines: Sequence[Line]) -> str:

@@ -160,9 +160,20 @@ def test_a_regime_has_the_rates_that_its_first_run_chose(
     assert len(asked) == 4
     table = curves.tables(one, journal.lines, tmp_path / "curve.svg")
     # In the reference's interval with a ninth of its numbers, and far below it.
-    assert "| **svf** | 10 | 79.0 ± 12.7 | -2.0 ± 0.0 | 0 of 2 | 3 | 2 |" in table
-    assert "| salt:1 | 30 | 51.0 ± 12.7 | -30.0 ± 0.0 | 0 of 2 | 3 | 2 |" in table
+    assert "| **svf** | 10 | 79.0 ± 12.7 | \N{MINUS SIGN}2.0 ± 0.0 | 0 of 2 | 3 | 2 |" in table
+    assert "| salt:1 | 30 | 51.0 ± 12.7 | \N{MINUS SIGN}30.0 ± 0.0 | 0 of 2 | 3 | 2 |" in table
     assert ">lora:8</text>" in (tmp_path / "curve.svg").read_text(encoding="utf-8")
+    page, logged = tmp_path / "results.md", tmp_path / "experiments" / "curves.md"
+    logged.parent.mkdir()
+    around = "{0}Before\n\ntext\n\n{0}{1}\n\n10 examples:\n\n| old |\n\n{2}{0}After\n\ntext\n"
+    page.write_text(around.format("### ", one.title, "kept\n\n"))
+    logged.write_text(around.format("## ", one.title, ""))
+    curves.write([one], journal.lines, tmp_path)
+    written = around.replace("10 examples:\n\n| old |", table.split("\n\n", 1)[1])
+    assert page.read_text() == written.format("### ", one.title, "kept\n\n")
+    assert curves.log(one, journal.lines) in logged.read_text()
+    assert "old" not in logged.read_text()
+    assert logged.read_text().endswith("\n\n## After\n\ntext\n")
 
 
 @pytest.mark.skipif(not SCRIPT.is_file(), reason="benchmarks/ is not in this checkout")
