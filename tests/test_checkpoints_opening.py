@@ -295,6 +295,10 @@ def test_tensors_that_the_index_forgot_are_kept_and_said(tmp_path: Path) -> None
     with open_checkpoint(folder) as checkpoint:
         assert list(checkpoint.infos) == ["a", "b", "c"]
         assert torch.equal(checkpoint.read("a"), ONE["a"]), "the index says where a is"
+        assert checkpoint.passed_over == {f"a in {second}": 4}
+        (warning,) = checkpoint.warnings
+        assert warning in checkpoint.notes
+        assert warning.startswith(f"{second}: 1 tensors that lie in another shard too were not")
         assert any("1 tensors of the shards are not in the index" in n for n in checkpoint.notes)
 
 

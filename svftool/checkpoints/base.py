@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from svftool.checkpoints.dtypes import byte_size
+from svftool.errors import shortlist
 from svftool.files.folder import Place, side_files
 from svftool.progress import Progress
 
@@ -144,7 +145,8 @@ class Checkpoint(Closing):
     warnings : tuple of str
         Those that say what was left out and may be missed.
     passed_over : mapping of str to int
-        Entries of pickles that hold tensors and are not read, with their bytes.
+        Entries of pickles that hold tensors and are not read, and second copies of tensors in
+        other shards, with their bytes.
     hidden : tuple of str
         Tensors of the files that are parts of others: codes, scales, tables.
     config : mapping or None
@@ -172,10 +174,19 @@ class Checkpoint(Closing):
         self.prefix = wrapper_prefix(self.infos)
         self.nesting = files[0].nesting if files else ()
         self.tied = tuple(group for file in files for group in file.tied)
-        self.notes = tuple(self._notes(place, files))
-        self.warnings = tuple(text for file in files for text in file.warnings)
+        again = {file.path.name: self._again(file) for file in files}
+        self.warnings = (
+            *(text for file in files for text in file.warnings),
+            *(_say_again(file, named) for file, named in again.items() if named),
+        )
+        self.notes = tuple(dict.fromkeys((*self._notes(place, files), *self.warnings)))
         self.passed_over: Mapping[str, int] = {
-            key: size for file in files for key, size in file.passed_over.items()
+            **{key: size for file in files for key, size in file.passed_over.items()},
+            **{
+                f"{name} in {file}": size
+                for file, named in again.items()
+                for name, size in named.items()
+            },
         }
 
     def read(self, name: str) -> Tensor:
@@ -273,6 +284,12 @@ class Checkpoint(Closing):
         self._home.update(dict.fromkeys(names, file))
         return Shard(file.path.name, tuple(names), file.metadata)
 
+    def _again(self, file: WeightFile) -> dict[str, int]:
+        """Return tensors of a file that are read from another one, with their bytes."""
+        return {
+            name: info.nbytes for name, info in file.infos.items() if self._home[name] is not file
+        }
+
     def _notes(self, place: Place, files: Sequence[WeightFile]) -> Iterator[str]:
         yield from place.notes
         for file in files:
@@ -282,6 +299,14 @@ class Checkpoint(Closing):
             yield f"{place.index_file}: {extra} tensors of the shards are not in the index; kept"
         if self.prefix:
             yield f"{self.path.name}: every tensor name starts with {self.prefix!r}; names are kept"
+
+
+def _say_again(file: str, named: Mapping[str, int]) -> str:
+    # Loaders differ: transformers takes what the last shard holds, whatever the index says.
+    return (
+        f"{file}: {len(named)} tensors that lie in another shard too were not read here "
+        f"({shortlist(named, 3)})"
+    )
 
 
 WRAPPERS = frozenset(("module", "_orig_mod", "_checkpoint_wrapped_module", "_fsdp_wrapped_module"))

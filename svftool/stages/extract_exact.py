@@ -296,7 +296,9 @@ class _Work:
 
     def _dropped(self) -> Iterator[Dropped]:
         for name, size in self.after.passed_over.items():
-            yield Dropped(name, "an entry of the pickle beside the tensors", size)
+            pickled = self.after.format == "pickle"
+            reason = "an entry of the pickle beside the tensors" if pickled else "not read"
+            yield Dropped(name, reason, size)
         for name, size in self.side_files.items():
             yield Dropped(name, "a file beside the weights, not as in the base's folder", size)
 
