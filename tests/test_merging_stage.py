@@ -290,6 +290,13 @@ def test_heads_of_different_classes_are_refused_or_put_one_below_the_other(files
     assert set(result.added) == {"classifier.weight", "classifier.bias"}
 
 
+def test_a_head_with_a_row_for_every_kind_of_segment_is_no_table_of_words(files: Files) -> None:
+    files.base["token_type_embeddings.weight"] = torch.randn(2, 24)
+    base, paths = heads(files, ["a", "b"], ["d", "e"])
+    with pytest.raises(FactorsError, match=r"h0 \(a, b\), h1 \(d, e\).*--heads concat"):
+        files.merge(base, paths, "out")
+
+
 @pytest.mark.parametrize("how", ["first", "drop"])
 def test_heads_of_the_first_or_of_none(files: Files, how: str) -> None:
     base, paths = heads(files, None, None)  # as many rows, and no names: values tell

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from svftool.auditing.directional import Token, Tokens
-from svftool.checkpoints import TensorInfo, output_heads, table_role
+from svftool.checkpoints import TensorInfo, is_vocabulary, output_heads
 
 NEAREST = 5
 """Tokens at either end of a direction."""
@@ -31,11 +31,7 @@ def unembedding_of(infos: Mapping[str, TensorInfo]) -> str | None:
         An output head of the shape of the token embedding; else the embedding, which is then tied;
         None where there is no token embedding.
     """
-    tables = [
-        info
-        for info in infos.values()
-        if len(info.shape) == 2 and table_role(info) == "token embedding"
-    ]
+    tables = [info for info in infos.values() if is_vocabulary(info)]
     if not tables:
         return None
     tokens = max(tables, key=lambda info: info.shape[0])

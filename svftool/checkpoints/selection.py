@@ -63,6 +63,11 @@ _RULES: tuple[tuple[str, re.Pattern[str]], ...] = (
     ),
 )
 
+# Tables of a few rows that are no words: kinds of segments, and tokens that a network adds itself.
+_FEW = re.compile(
+    r"(.+_)?(type|seg(ment)?)_(emb|embed|embeds|embeddings?)|.+_tokens?(?<!embed_tokens)"
+)
+
 # Matrices that networks register as buffers: computed once or collected, never trained. A name that
 # ends in ``weight`` is a parameter, whatever its module is called.
 _BUFFERS: tuple[tuple[str, re.Pattern[str]], ...] = (
@@ -152,6 +157,21 @@ def table_role(info: TensorInfo) -> str | None:
     if role is not None and not _is_layer(info, who, role):
         return role
     return _buffer_role(info.name)
+
+
+def is_vocabulary(info: TensorInfo) -> bool:
+    """Whether a tensor is the table of a vocabulary, with a row for every word or piece of one.
+
+    Examples
+    --------
+    >>> import torch
+    >>> names = "word_embeddings.weight", "token_type_embeddings.weight"
+    >>> [is_vocabulary(TensorInfo(name, torch.float32, (2, 8), "x")) for name in names]
+    [True, False]
+    """
+    if len(info.shape) != 2 or table_role(info) != _TOKENS:
+        return False
+    return _FEW.fullmatch(owner(info.name)) is None
 
 
 def _buffer_role(name: str) -> str | None:

@@ -9,8 +9,7 @@ from dataclasses import dataclass, field, replace
 import torch
 from torch import Tensor
 
-from svftool.checkpoints import TensorInfo, output_heads
-from svftool.checkpoints.selection import table_role
+from svftool.checkpoints import TensorInfo, is_vocabulary, output_heads
 from svftool.choices.merging import Heads
 from svftool.errors import FactorsError, shortlist
 from svftool.factors.config_shapes import is_output_head
@@ -124,9 +123,7 @@ def plan_heads(base: MergeBase, inputs: Sequence[MergeInput], heads: Heads | Non
         known |= {name: replace(infos[mine], name=name) for name, mine in mapping.items()}
     known |= base.source.infos
     plan = HeadPlan()
-    vocabularies = {
-        info.shape[0] for info in known.values() if table_role(info) == "token embedding"
-    }
+    vocabularies = {info.shape[0] for info in known.values() if is_vocabulary(info)}
     for weight in sorted(output_heads(known.values())):
         if is_output_head(weight) or known[weight].shape[0] in vocabularies:
             continue
