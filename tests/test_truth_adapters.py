@@ -255,6 +255,23 @@ def test_an_adapter_of_a_head_of_its_own_is_read(tmp_path: Path) -> None:
     assert set(compare(base, own).changes) == {"lm_head.weight", "q_proj.weight"}
 
 
+@pytest.mark.parametrize("adapted", ["classifier", "token_type_embeddings"])
+def test_the_head_of_a_classifier_is_not_tied(adapted: str, tmp_path: Path) -> None:
+    """Its configuration is that of the pre-training, and two classes are two kinds of segments."""
+    base, own = head_adapter(tmp_path, "lm_head", in_file=False, tied=True)
+    tensors = {
+        name: torch.randn(rows, 6)
+        for name, rows in (("word_embeddings", 12), ("token_type_embeddings", 2), ("classifier", 2))
+    }
+    save_file({f"{name}.weight": one for name, one in tensors.items()}, base / "model.safetensors")
+    pairs = {
+        f"{PREFIX}{adapted}.lora_A.weight": torch.randn(2, 6),
+        f"{PREFIX}{adapted}.lora_B.weight": torch.randn(2, 2),
+    }
+    save_file(pairs, own / "adapter_model.safetensors")
+    assert set(compare(base, own).changes) == {f"{adapted}.weight"}
+
+
 def test_an_adapter_of_attention_with_parts_inside_is_refused(tmp_path: Path) -> None:
     peft = pytest.importorskip("peft")
     model = torch.nn.Sequential(torch.nn.MultiheadAttention(8, 2))

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from functools import partial
 
@@ -16,7 +16,7 @@ from svftool.auditing.compare import Changes, Tuned
 from svftool.auditing.matching import Matching, match_names, say_shapes
 from svftool.auditing.results import Shape, Unread
 from svftool.auditing.sources import AuditSource
-from svftool.checkpoints import TensorInfo, output_heads, table_role
+from svftool.checkpoints import TensorInfo, is_vocabulary, output_heads
 from svftool.errors import CheckpointError, shortlist
 
 # Experts that a checkpoint holds one by one, under the names of the stacks they are loaded into.
@@ -185,7 +185,8 @@ def adapter_changes(base: AuditSource, lora: Adapter) -> AdapterChanges:
     shapes |= {name: stack.shape for name, stack in live.items()}
     matching = _matched(base, lora, shapes)
     found = {pair.tuned: pair.base for pair in matching.pairs}
-    _refuse_tied_heads(base, lora, found)
+    tied = _tied_heads(base)
+    _refuse_tied_heads(base, lora, found, tied)
     placed = lora.place(
         {mine: shapes[name] for mine, name in found.items()},
         None if base.config is None else base.config.get("model_type"),
@@ -199,7 +200,7 @@ def adapter_changes(base: AuditSource, lora: Adapter) -> AdapterChanges:
                 changes[piece.name] = change
             if change is not None or mine in lora.whole:
                 others[piece.name] = mine
-    _tie(base, others, changes)
+    _tie(tied, others, changes)
     misshapen = list(_misshapen(lora, others, base.infos))
     for name, _, _ in misshapen:
         del others[name]
@@ -271,34 +272,44 @@ def _change(
     return None
 
 
-def _tie(base: AuditSource, others: dict[str, str], changes: dict[str, Change]) -> None:
+def _tie(tied: Mapping[str, list[str]], others: dict[str, str], changes: dict[str, Change]) -> None:
     """Change an output head with its embedding where the model ties them; PEFT's merge does."""
+    for head, tables in tied.items():
+        table = next((name for name in tables if name in changes), None)
+        if table is not None and head not in others:
+            others[head], changes[head] = others[table], changes[table]
+
+
+def _tied_heads(base: AuditSource) -> dict[str, list[str]]:
+    """Return the output heads that are in the file and that the model ties, with their embeddings.
+
+    The configuration of a classifier says that the head is tied, too: that of the pre-training.
+    """
     if base.config is None or base.config.get("tie_word_embeddings") is not True:
-        return
-    heads = output_heads(base.infos.values())
-    for name in list(changes):
-        info = base.infos[name]
-        if table_role(info) != "token embedding":
-            continue
-        for head in heads:
-            if head not in others and base.infos[head].shape == info.shape:
-                others[head], changes[head] = others[name], changes[name]
+        return {}
+    tables: dict[Shape, list[str]] = {}
+    for name, info in base.infos.items():
+        if is_vocabulary(info):
+            tables.setdefault(info.shape, []).append(name)
+    return {
+        head: tables[base.infos[head].shape]
+        for head in sorted(output_heads(base.infos.values()))
+        if base.infos[head].shape in tables
+    }
 
 
-def _refuse_tied_heads(base: AuditSource, lora: Adapter, found: Mapping[str, str]) -> None:
+def _refuse_tied_heads(
+    base: AuditSource, lora: Adapter, found: Mapping[str, str], tied: Collection[str]
+) -> None:
     """Refuse an adapter of a head that is the embedding: PEFT's merge changes both, or one twice.
 
     A tied head is often in no file: then it has the embedding's shape and no counterpart.
     """
-    embeddings = {
-        info.shape for info in base.infos.values() if table_role(info) == "token embedding"
-    }
-    heads = set(output_heads(base.infos.values()))
-    tied = base.config is not None and base.config.get("tie_word_embeddings") is True
+    embeddings = {info.shape for info in base.infos.values() if is_vocabulary(info)}
     wrong = [
         name
         for name in lora.layers
-        if (found[name] in heads and tied if name in found else lora.sides(name) in embeddings)
+        if (found[name] in tied if name in found else lora.sides(name) in embeddings)
     ]
     if wrong:
         raise CheckpointError(
