@@ -231,6 +231,29 @@ def test_a_document_says_that_it_was_screened(pair: tuple[Path, Path], tmp_path:
 
 
 @pytest.mark.parametrize(
+    ("form", "words"),
+    [("t.svf.safetensors", []), ("lora", ["--as", "lora"]), ("t.safetensors", ["--as", "lora",
+     "--layout", "comfy"])],
+)  # fmt: skip
+def test_files_that_leave_out_what_they_do_not_change_are_screened(
+    form: str, words: list[str], pair: tuple[Path, Path], tmp_path: Path
+) -> None:
+    base, tuned = pair
+    assert run("decompose", base, "-o", tmp_path / "factors")[0] == 0
+    origin = base if words else tmp_path / "factors"
+    code, shown = run("extract", origin, tuned, "-o", tmp_path / form, *words)
+    assert code == 0, shown
+    found = CliRunner().invoke(
+        app, ["inspect", str(base), str(tmp_path / form), "--screen", "--json"]
+    )
+    assert found.exit_code == 0, found.output
+    rows = {row["name"]: row for row in json.loads(found.stdout)["comparisons"][0]["layers"]}
+    assert rows["c.weight"]["verdict"] == "untouched"
+    assert rows["c.weight"]["weight_drift"] == 0.0
+    assert rows["a.weight"]["weight_drift"] > 0.0
+
+
+@pytest.mark.parametrize(
     ("words", "code", "said"),
     [
         (["--fail-above", "weight_drift=0.05"], 10, ""),

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from svftool.auditing.directional import Leading
 from svftool.auditing.evidence import Evidence, Quantised, gather, join, noise_of
-from svftool.auditing.metrics import Measured, Metric, combine, measure, measure_energies
+from svftool.auditing.metrics import METRICS, Measured, Metric, combine, measure, measure_energies
 from svftool.auditing.pair import Array, MatrixPair
 from svftool.auditing.results import Curves
 from svftool.auditing.screen import screen
@@ -329,6 +329,9 @@ def _defect(values: Tensor | None, side: str) -> str:
     return ""
 
 
+_DRIFT = METRICS["relative_drift"]
+
+
 def compare_spectra(
     S: Tensor, S_tuned: Tensor, *, sides: tuple[int, int] | None, metrics: Sequence[Metric]
 ) -> Found:
@@ -354,7 +357,8 @@ def compare_spectra(
     rows = [divided(one, exponent).reshape(count, -1) for one in (S, S_tuned)]
     pairs = [SpectralPair(a, b, m=m, n=n) for a, b in zip(*rows, strict=True)]
     measured = combine([measure(pair, metrics) for pair in pairs], pairs)
-    drift = measured.change["relative_drift"]
+    # A screen does not measure it: of weights it would need their decomposition.
+    drift = combine([measure(pair, [_DRIFT]) for pair in pairs], pairs).change[_DRIFT.name]
     evidence = [gather(pair, None, None, relative_drift=drift) for pair in pairs]
     found = Found(measured, join(evidence, drift), _curves(pairs))
     return _multiplied(found, exponent)
