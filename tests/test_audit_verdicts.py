@@ -19,6 +19,7 @@ from svftool.auditing import (
     judge,
     judge_all,
 )
+from svftool.auditing.screen import screen
 from svftool.auditing.verdicts import VERDICTS
 from svftool.numerics.threads import ThreadPool, one_thread
 from svftool.stages.audit import audit
@@ -134,6 +135,18 @@ def test_a_rescaling_is_said_to_be_one() -> None:
     found = verdict(W, W * 0.9)
     assert found.name == "spectrum only"
     assert "plain rescaling" in found.evidence
+
+
+@pytest.mark.parametrize("size", [1e-2, 1e-3, 1e-4, 3e-5, 1e-5])
+@pytest.mark.parametrize("screened", [False, True])
+def test_a_small_change_of_singular_values_is_no_rescaling(size: float, screened: bool) -> None:
+    W = weight(60, 48, decaying=False)
+    U, S, Vh = torch.linalg.svd(W.double(), full_matrices=False)
+    factors = 1.0 + size * torch.randn(48, generator=torch.Generator().manual_seed(1)).double()
+    tuned = (U * (S * factors) @ Vh).float()
+    said = judge(screen(W, tuned)) if screened else verdict(W, tuned)
+    assert said.name == "spectrum only"
+    assert "rescaling" not in said.evidence
 
 
 @pytest.mark.parametrize(

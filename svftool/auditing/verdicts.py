@@ -72,6 +72,12 @@ RANK_SHARE = 0.5
 TAIL = 2.0
 """How many times the expected noise the rest of a low-rank change may hold."""
 
+_TRACE = 1e-3
+"""Part of a change's energy that a plain rescaling may leave unexplained."""
+
+_SCREEN_SUMS = 5e-7
+"""How far sums in float32, as a screen has them, may shift the square of a cosine."""
+
 _EXACT_TAIL = 1e-9
 _ORDER: tuple[Confidence, ...] = ("low", "medium", "high")
 
@@ -211,7 +217,7 @@ def _spectrum_only(found: Evidence) -> Verdict | None:
         evidence = f"{_percent(found.svf_share)} of the change is one of singular values"
         if noise is not None and found.svf_share < 0.99:
             evidence += f", {_percent(share)} without the rounding noise of {noise.name}"
-        if found.cosine is not None and abs(found.cosine) > 1.0 - 1e-9:
+        if _is_rescaling(found):
             evidence += "; it is a plain rescaling"
         return Verdict(SPECTRUM_ONLY, _spectral_confidence(found, noisy), evidence)
     return None
@@ -233,10 +239,23 @@ def _by_symmetry(found: Evidence) -> Verdict | None:
         f"symmetric in the base's directions: about {_percent(screened.asymmetry or 0.0)} of the "
         "change cannot be one of singular values"
     )
-    if found.cosine is not None and abs(found.cosine) > 1.0 - 1e-9:
+    if _is_rescaling(found):
         evidence += "; it is a plain rescaling"
     noisy = found.noise_share
     return Verdict(SPECTRUM_ONLY, _spectral_confidence(found, noisy), evidence)
+
+
+def _is_rescaling(found: Evidence) -> bool:
+    """Whether all of the change but a trace is the base times a number, as far as can be told.
+
+    A small change leaves the cosine near 1, whatever it is: what is not along the base counts
+    against the change, together with what the rounding of the sums may hide.
+    """
+    if found.cosine is None:
+        return False
+    apart = max(0.0, 1.0 - found.cosine**2)
+    hidden = 1e-13 if found.screened is None else _SCREEN_SUMS
+    return (apart + hidden) * found.tuned_energy <= _TRACE * found.change_energy
 
 
 def _not_told(found: Evidence) -> Verdict:
