@@ -158,6 +158,13 @@ def test_the_size_of_entries_changes_no_word(scale: float, dtype: torch.dtype) -
         assert one.name == two.name
 
 
+@pytest.mark.parametrize("factor", [1.1, -1.1])
+def test_no_cosine_is_beyond_one(factor: float) -> None:
+    sides = [normal(9, 14, seed=seed) for seed in range(20)]
+    cosines = [screen(W, W * factor).cosine for W in sides]
+    assert all(one is not None and abs(one) <= 1.0 for one in cosines)
+
+
 @pytest.mark.parametrize("bad", [float("nan"), float("inf")])
 def test_what_is_broken_is_found(bad: float) -> None:
     W, T = weight(8, 9, decaying=False), weight(8, 9, decaying=False)

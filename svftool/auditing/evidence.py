@@ -171,7 +171,8 @@ class Evidence:
     def cosine(self) -> float | None:
         """Cosine of base and tuned, None where one of them is zero."""
         product = self.base_energy * self.tuned_energy
-        return self.inner / math.sqrt(product) if product > 0.0 else None
+        # The sums of a screen are rounded each for itself.
+        return max(-1.0, min(1.0, self.inner / math.sqrt(product))) if product > 0.0 else None
 
     @property
     def noise_share(self) -> float:
