@@ -11,11 +11,13 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import save_file
+from typer.testing import CliRunner
 
 from svftool import extract
 from svftool.adapters.peft import open_lora
 from svftool.adapters.peft_config import ends_with
 from svftool.auditing import counterparts, open_source
+from svftool.cli import app
 from svftool.errors import CheckpointError
 from svftool.progress import SILENT
 
@@ -279,3 +281,24 @@ def test_an_adapter_of_attention_with_parts_inside_is_refused(tmp_path: Path) ->
     wrapped.save_pretrained(tmp_path)
     with pytest.raises(CheckpointError, match=r"nn\.MultiheadAttention"):
         open_lora(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("file", "said"),
+    [
+        ("adapter/adapter_model.safetensors", r"one file of a PEFT adapter.*Name \S*adapter\.$"),
+        ("alone.safetensors", r"a PEFT adapter without adapter_config\.json"),
+    ],
+)
+@pytest.mark.parametrize("command", ["merge", "inspect", "convert", "extract"])
+def test_a_file_of_a_peft_folder_is_not_taken_for_weights(
+    command: str, file: str, said: str, tmp_path: Path
+) -> None:
+    base, own = head_adapter(tmp_path, "lm_head", in_file=True, tied=False)
+    alone = tmp_path / "alone.safetensors"
+    alone.write_bytes((own / "adapter_model.safetensors").read_bytes())
+    words = [command] if command == "convert" else [command, str(base)]
+    output = [] if command == "inspect" else ["-o", str(tmp_path / "out.svf.safetensors")]
+    found = CliRunner().invoke(app, [*words, str(tmp_path / file), *output])
+    assert found.exit_code == 3
+    assert re.search(said, found.stderr.strip())

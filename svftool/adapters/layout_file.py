@@ -100,11 +100,12 @@ class FileLayer:
 
 
 def is_adapter_file(names: Collection[str]) -> bool:
-    """Tell whether keys are those of an adapter in a layout of one file.
+    """Tell whether keys are those of an adapter; one of PEFT's without its folder is refused.
 
     A checkpoint that holds an adapter beside its weights is none.
     """
-    if adapter_layout(names) in (None, "peft"):
+    layout = adapter_layout(names)
+    if layout is None or (layout == "peft" and any(".base_layer." in name for name in names)):
         return False
     return 2 * sum(_role(name) is not None for name in names) >= len(names)
 
@@ -598,6 +599,11 @@ def _ones_apart(one: tuple[int, ...], two: tuple[int, ...]) -> bool:
 
 def _layout(tensors: Checkpoint) -> str:
     found = adapter_layout(tensors.infos)
+    if found == "peft" and is_lora(tensors.path.parent):
+        raise CheckpointError(
+            f"{tensors.path}: one file of a PEFT adapter, expected the folder, whose "
+            f"adapter_config.json holds the alpha. Name {tensors.path.parent}."
+        )
     if found == "peft":
         raise CheckpointError(
             f"{tensors.path}: a PEFT adapter without adapter_config.json, which holds its alpha, "
