@@ -235,6 +235,16 @@ def test_texts_longer_than_the_length_are_cut(folder: Path, tmp_path: Path, mode
     assert short.draw(0).evaluate(model)["perplexity"] > 1
 
 
+def test_a_text_that_is_measured_alone_is_counted_once(
+    folder: Path, tmp_path: Path, model: Any
+) -> None:
+    data = write_texts(tmp_path / "d.jsonl", VERSES)
+    options = {"evaluation": data, "shots": None, "sequence_length": 8}
+    draw = language(folder, tmp_path, VERSES, **options).draw(0)
+    assert "12 of 12 texts are longer" in " ".join(draw.prepare(model).said)
+    assert "6 of 6 texts are longer" in " ".join(draw.prepare(model, start=False).said)
+
+
 def test_draws_depend_on_the_seed_and_do_not_overlap(folder: Path, tmp_path: Path) -> None:
     task = language(folder, tmp_path, VERSES, shots=4, hold_out=0.25)
     draw = task.draw(0)

@@ -172,6 +172,9 @@ def test_long_texts_are_cut_counted_and_said(work: Path, tmp_path: Path) -> None
     draw = made.draw(0)
     prepared = draw.prepare(bert())
     assert "2 of 14 texts are longer than 12 tokens" in " ".join(prepared.said)
+    both = task(work, tmp_path / "d.csv", shots=None, evaluation=tmp_path / "d.csv", max_length=12)
+    measured = both.draw(0).prepare(bert(), start=False)
+    assert "2 of 14 texts are longer than 12 tokens" in " ".join(measured.said)
     blocks = made._texts.blocks
     assert max(len(block.ids) for block in blocks) == 12
     assert all(block.ids[-1] == WORDS.index("[SEP]") for block in blocks)

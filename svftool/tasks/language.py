@@ -237,7 +237,9 @@ class LanguageDraw:
         for corpus in (self._support, *self._parts.values()):
             refuse_unknown(corpus.texts, corpus.blocks, self._task.tokenizer, known)
         refuse_misfit(self._task.tokenizer, known)
-        said += describe_cuts((self._support, *self._parts.values()), self._task.length)
+        # Where nothing is trained, the support set may be the query set once more, or not be read.
+        read = (self._support, *self._parts.values()) if start else (self._parts["query"],)
+        said += describe_cuts(read, self._task.length)
         block = self._support.blocks[0]
         short = Block(block.ids[:2], block.targets[:2], 0)
         batch = to_device(collate([short], self._task.padding), device_of(model))

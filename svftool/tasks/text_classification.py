@@ -473,17 +473,19 @@ class TextDraw(ClassifierDraw[TextExamples, TextSetting]):
             If the model does not take the texts, or the tokenizer has tokens that it does not
             know.
         """
-        said = self._check_tokens(model)
+        said = self._check_tokens(model, start=start)
         prepared = super().prepare(model, start=start)
         return replace(prepared, said=(*said, *prepared.said))
 
-    def _check_tokens(self, model: nn.Module) -> list[str]:
+    def _check_tokens(self, model: nn.Module, *, start: bool) -> list[str]:
         encoding, known = self._task.encoding, vocabulary(model)
         encoding.padding, said = padding_within(encoding.padding, known)
         parts = (self._support, *self._parts.values())
         for part in parts:
             refuse_unknown(part.texts.texts, part.blocks, encoding.tokenizer, known)
         refuse_misfit(encoding.tokenizer, known)
+        # Where nothing is trained, the support set may be the query set once more, or not be read.
+        parts = parts if start else (self._parts["query"],)
         blocks = [block for part in parts for block in part.blocks]
         if (unknown := encoding.unknown(blocks)) > _MUCH_UNKNOWN:
             said.append(
