@@ -8,11 +8,11 @@ from typing import Any
 
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 import svftool
-from svftool.attaching import map_names
+from svftool.attaching import apply_regime, map_names
 from svftool.checkpoints import open_checkpoint
 from svftool.models import build_model
 from tests.attaching import MemoryStore, randomise
@@ -160,6 +160,54 @@ def test_transformers_models_go_round(kind: str, include: tuple[str, ...], tmp_p
     assert not any(report.values())
     with torch.no_grad():
         torch.testing.assert_close(again.eval()(**inputs).logits, tuned, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("kind", ["mixtral", "llama"])
+def test_what_is_trained_whole_is_written_as_the_file_holds_it(kind: str, tmp_path: Path) -> None:
+    # Mixtral's experts are packed on loading; Llama's head is tied, and here the file has it twice.
+    torch.manual_seed(0)
+    made, inputs = TRANSFORMERS[kind]()
+    made.save_pretrained(tmp_path / "base")
+    file = tmp_path / "base" / "model.safetensors"
+    if kind == "llama":
+        tensors = load_file(file)
+        tensors["lm_head.weight"] = tensors["model.embed_tokens.weight"].clone()
+        save_file(tensors, file, metadata={"format": "pt"})
+    svftool.decompose(tmp_path / "base", tmp_path / "factors")
+
+    def attached() -> nn.Module:
+        with open_checkpoint(tmp_path / "base") as checkpoint:
+            model = build_model("auto", checkpoint=checkpoint)
+        svftool.attach(model, tmp_path / "factors", exclude=["*experts*"])
+        return model
+
+    def logits(model: nn.Module) -> Tensor:
+        with torch.no_grad():
+            return model(**inputs).logits
+
+    with open_checkpoint(tmp_path / "base") as checkpoint:
+        plain = build_model("auto", checkpoint=checkpoint)
+    with svftool.open_factors(tmp_path / "factors") as store:
+        assert apply_regime(plain, "full", store).whole_tensors().keys() == load_file(file).keys()
+    model = attached()
+    original = logits(model)
+    svftool.save_tuned(model, tmp_path / "base.svf.safetensors")
+    for name, parameter in model.named_parameters():
+        if "experts" in name or "embed_tokens" in name:
+            parameter.data += 0.1 * torch.randn_like(parameter)
+            parameter.requires_grad_(True)
+    svftool.save_tuned(model, tmp_path / "x.svf.safetensors")
+    svftool.merge(
+        tmp_path / "factors", [tmp_path / "x.svf.safetensors"], output=tmp_path / "merged"
+    )
+    assert load_file(tmp_path / "merged" / "model.safetensors").keys() == load_file(file).keys()
+    again = type(made).from_pretrained(tmp_path / "merged").eval()
+    torch.testing.assert_close(logits(again), logits(model), rtol=1e-4, atol=1e-5)
+    other = attached()
+    svftool.load_tuned(other, tmp_path / "x.svf.safetensors")
+    torch.testing.assert_close(logits(other), logits(model), rtol=1e-5, atol=1e-6)
+    svftool.load_tuned(other, tmp_path / "base.svf.safetensors")
+    torch.testing.assert_close(logits(other), original, rtol=1e-5, atol=1e-6)
 
 
 def test_packed_experts_get_autograds_gradients(tmp_path: Path) -> None:

@@ -179,15 +179,18 @@ class Attachment:
         These are the parameters that require a gradient, and buffers (running statistics) that no
         longer are what they were when the model was attached to.
         """
-        found = {}
-        for name, parameter in self.model.named_parameters():
-            if parameter.requires_grad and is_own(name) and name not in self.weights:
-                found[self.names.file_name(name)] = parameter.detach()
-        for name, buffer in self.model.named_buffers():
-            before = self._buffers.get(name)
-            if before is not None and not same(before, buffer):
-                found[self.names.file_name(name)] = buffer.detach()
-        return found
+        attached = {self.model.get_parameter(live) for live in self.weights}
+        parameters = (
+            (name, one)
+            for name, one in self.model.named_parameters(remove_duplicate=False)
+            if one.requires_grad and is_own(name) and one not in attached
+        )
+        buffers = (
+            (name, one)
+            for name, one in self.model.named_buffers()
+            if name in self._buffers and not same(self._buffers[name], one)
+        )
+        return self.names.in_file((*parameters, *buffers))
 
 
 def same(a: Tensor, b: Tensor) -> bool:
@@ -395,11 +398,12 @@ def _plan_whole(attachment: Attachment, tuned: TunedFile, store: FactorStore) ->
         if before is not None:
             wanted[name] = before.clone()
     wanted |= tuned.whole
-    planned, homeless = {}, []
+    planned: dict[str, Tensor] = {}
+    homeless = []
     for name, value in wanted.items():
         live = [n for n in attachment.names.live_names(name) if _find(attachment.model, n)]
         if live:
-            planned[live[0]] = value
+            planned[live[0]] = _whole_live(attachment, name, live[0], value, planned)
         else:
             homeless.append(name)
     if homeless:
@@ -409,6 +413,32 @@ def _plan_whole(attachment: Attachment, tuned: TunedFile, store: FactorStore) ->
         )
     _check_fits(attachment.model, planned, tuned.path)
     return planned
+
+
+def _whole_live(
+    attachment: Attachment, name: str, live: str, value: Tensor, planned: Mapping[str, Tensor]
+) -> Tensor:
+    """Return a tensor of the file as the live one is to be: with the rest of it, if it is packed.
+
+    Raises
+    ------
+    FactorsError
+        If the file's tensor does not fit its place.
+    """
+    placement, found = attachment.names.placements.get(name), _find(attachment.model, live)
+    if placement is None or placement.region.whole or found is None:
+        return value
+    packed = planned.get(live)
+    if packed is None:
+        packed = found[2].detach().clone(memory_format=torch.contiguous_format)
+    part = placement.region.of(packed)
+    if part.shape != value.shape:
+        raise FactorsError(
+            f"{name} has shape {tuple(value.shape)}, expected {tuple(part.shape)} as the model has "
+            "it. Give the model that the file was trained with."
+        )
+    part.copy_(value)
+    return packed
 
 
 _ROWS = ("out_features", "out_channels", "num_embeddings")
@@ -451,7 +481,8 @@ def _assign(attachment: Attachment, live: str, value: Tensor) -> None:
     if found is None:
         return
     owner, attribute, present = found
-    attachment.replaced.setdefault(attachment.names.file_name(live), present.detach().clone())
+    for name, before in attachment.names.in_file([(live, present)]).items():
+        attachment.replaced.setdefault(name, before.clone())
     if present.shape == value.shape:
         present.copy_(value)
         return

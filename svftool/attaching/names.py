@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
-from torch import nn
+from torch import Tensor, nn
 
 from svftool.attaching.layer import WHOLE, Region, is_own
 from svftool.attaching.transformers_names import transformers_regions
@@ -52,6 +52,33 @@ class NameMap:
             if placement.live == live and placement.region.whole:
                 return name
         return self.file_prefix + live.removeprefix(self.live_prefix)
+
+    def in_file(self, tensors: Iterable[tuple[str, Tensor]]) -> dict[str, Tensor]:
+        """Return live tensors as the file holds them, detached.
+
+        A packed tensor comes in the file's pieces, a tied one under every name that the file has
+        for it, and one that the file does not have under the name that it would have there.
+
+        Parameters
+        ----------
+        tensors : iterable of (str, Tensor)
+            With their live names; a tied one under each of its names.
+        """
+        pairs = list(tensors)
+        found: dict[str, Tensor] = {}
+        placed: set[int] = set()
+        by_live: dict[str, list[tuple[str, Region]]] = {}
+        for name, placement in self.placements.items():
+            by_live.setdefault(placement.live, []).append((name, placement.region))
+        for live, value in pairs:
+            for name, region in by_live.get(live, ()):
+                found[name] = region.of(value.detach()).contiguous()
+                placed.add(id(value))
+        for live, value in pairs:
+            if id(value) not in placed:
+                found[self.file_name(live)] = value.detach()
+                placed.add(id(value))
+        return found
 
     def places(self, names: Iterable[str]) -> bool:
         """Whether every one of the file's names has a place."""

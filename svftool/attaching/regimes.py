@@ -158,11 +158,8 @@ class Trainable:
             return self.attachment.whole_tensors()
         if self.regime.lora is not None:
             return {}
-        return {
-            self.names.file_name(name): parameter.detach()
-            for name, parameter in self.model.named_parameters()
-            if parameter.requires_grad
-        }
+        named = self.model.named_parameters(remove_duplicate=False)
+        return self.names.in_file((name, one) for name, one in named if one.requires_grad)
 
 
 def apply_regime(
