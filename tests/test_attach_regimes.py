@@ -123,6 +123,20 @@ def test_globs_limit_svf_and_lora() -> None:
         apply_regime(model, "lora:2", MemoryStore(model), head="fc", exclude=["conv.*"])
 
 
+def test_what_peft_refuses_is_one_line() -> None:
+    transformers = pytest.importorskip("transformers")
+    config = transformers.MambaConfig(
+        vocab_size=9, hidden_size=8, state_size=2, num_hidden_layers=1
+    )
+    model = transformers.MambaForCausalLM(config)
+    store = MemoryStore(model, ["backbone.layers.0.mixer.out_proj.weight"])
+    with pytest.raises(
+        ModelError, match=r"LoRA: PEFT refuses a layer \(.*Mamba.*--exclude"
+    ) as caught:
+        apply_regime(model, "lora:1", store)
+    assert "\n" not in str(caught.value)
+
+
 def test_options_reach_attach() -> None:
     model = network()
     trainable = apply_regime(

@@ -16,7 +16,7 @@ from svftool.attaching.layer import is_own
 from svftool.attaching.lifecycle import attach, choose_layers, matrices_of
 from svftool.attaching.names import NameMap, map_names
 from svftool.choices.regimes import Regime, lora_rank, parse_regime, say_size
-from svftool.errors import MissingDependencyError, ModelError
+from svftool.errors import MissingDependencyError, ModelError, brief
 from svftool.factors import FactorStore
 
 # PEFT's LoRA on the layers that were decomposed, as the baseline to compare with.
@@ -59,7 +59,7 @@ def add_lora(
     MissingDependencyError
         If PEFT is not installed.
     ModelError
-        If no layer is of a kind that PEFT adapts.
+        If no layer is of a kind that PEFT adapts, or it refuses one of them in this model.
     """
     try:
         import peft
@@ -83,7 +83,13 @@ def add_lora(
     with warnings.catch_warnings():
         # PEFT asks transformers' models about gradient checkpointing by a name of the past.
         warnings.simplefilter("ignore", FutureWarning)
-        wrapped: nn.Module = peft.get_peft_model(model, config)
+        try:
+            wrapped: nn.Module = peft.get_peft_model(model, config)
+        except ValueError as error:  # such as a module of Mamba, whose kernels read the weight
+            raise ModelError(
+                f"LoRA: PEFT refuses a layer ({brief(str(error), 200)}). Leave it out with "
+                "--exclude, or choose another regime."
+            ) from error
     _dilate_adapters(wrapped)
     trained = {n: p for n, p in wrapped.named_parameters() if p.requires_grad}
     adapters = [p for n, p in trained.items() if ".lora_" in n]
