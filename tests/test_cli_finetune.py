@@ -268,6 +268,8 @@ def test_an_existing_output_is_left_alone(finetune: Callable[..., Any], work: Pa
     [
         (["--regime", "everything"], 2, "regime 'everything', expected one of head"),
         (["--regime", "svf,svf"], 2, "svf: expected each once"),
+        (["--regime", "svf+bias,bias+svf"], 2, "bias+svf, svf+bias: expected each once"),
+        (["--regime", "entries:4x:gradient,entries:4.0x"], 2, "expected each once"),
         (["--regime", "svf,head"], 2, "2 runs are written to a folder"),
         (["--steps", 2, "--epochs", 2], 2, "--steps and --epochs"),
         (["--shots", 9], 6, "class 'blue' has 8 images, expected at least 9"),

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -413,7 +413,10 @@ class _Models:
 
 def _parse_regimes(names: Sequence[str]) -> list[Regime]:
     regimes = [parse_regime(name) for name in names]
-    twice = sorted({regime.name for regime in regimes if regimes.count(regime) > 1})
+    # Two spellings of one regime, such as svf+bias and bias+svf, differ by the name alone.
+    trained = [replace(regime, name="") for regime in regimes]
+    pairs = zip(regimes, trained, strict=True)
+    twice = sorted({regime.name for regime, one in pairs if trained.count(one) > 1})
     if twice or not regimes:
         raise UsageError(f"regime {', '.join(twice) or 'missing'}: expected each once")
     return regimes
