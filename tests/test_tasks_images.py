@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 import struct
 from pathlib import Path
 
@@ -59,7 +60,8 @@ def test_a_csv_file_lists_paths_beside_it(tmp_path: Path, text: str) -> None:
         ("red/00.png,red\nred/09.png,red\n", r"list.csv: line 2: 'red/09.png' is no file"),
         ("red/00.png,red\nred/00.png\n", r"list.csv: line 2: 'red/00.png', expected path,label"),
         ("red/00.png, \n", r"list.csv: line 1: .*expected path,label"),
-        ("", r"list.csv: no images"),
+        ("", r"list.csv: no images, expected rows of path,label"),
+        ("path,label\n", r"list.csv: no images, expected rows of path,label"),
     ],
 )
 def test_a_csv_row_that_names_nothing_is_said(tmp_path: Path, text: str, message: str) -> None:
@@ -80,6 +82,10 @@ def test_nothing_to_list_is_said(tmp_path: Path) -> None:
         list_images(tmp_path / "nowhere")
     with pytest.raises(DataError, match="no images"):
         list_images(tmp_path)
+    data = write_pictures(tmp_path / "data", count=2)
+    with pytest.raises(DataError, match="red: 2 images outside of class folders, expected a"):
+        list_images(data / "red")
+    shutil.rmtree(data)
     (tmp_path / "cat").mkdir()
     with pytest.raises(DataError, match="cat: no images"):
         list_images(tmp_path)

@@ -69,9 +69,18 @@ def list_images(data: Path) -> list[LabelledImage]:
     else:
         raise DataError(f"{data}: not found, expected a folder of class folders or a CSV file")
     if not images:
-        raise DataError(f"{data}: no images, expected a folder for each class with images in it")
+        raise DataError(f"{data}: {_what_is_wrong(data)}")
     require_encodable({image.label for image in images}, str(data))
     return images
+
+
+def _what_is_wrong(data: Path) -> str:
+    """Say what data without a labelled image has, and what was expected."""
+    if data.is_file():
+        return "no images, expected rows of path,label"
+    loose = 0 if is_saved_dataset(data) else len(pictures_in(data, data))
+    found = f"{loose} images outside of class folders" if loose else "no images"
+    return f"{found}, expected a folder for each class with images in it"
 
 
 _SPLITS = frozenset(
