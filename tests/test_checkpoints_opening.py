@@ -17,8 +17,9 @@ from safetensors.torch import load_file, save_file
 
 from svftool.checkpoints import open_checkpoint, side_files, wrapper_prefix
 from svftool.errors import CheckpointError, MissingDependencyError, ResourceError
-from svftool.files.folder import is_plain_name, looks_like_hub_id
 from svftool.files.hub import wanted_files
+from svftool.files.hub_ids import looks_like_hub_id
+from svftool.files.names import is_plain_name
 
 Tiny = Callable[..., Path]
 ONE = {"a": torch.ones(2, 3)}

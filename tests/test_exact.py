@@ -16,7 +16,7 @@ from svftool.checkpoints import open_checkpoint
 from svftool.checkpoints.exact_file import ExactFile
 from svftool.cli import app
 from svftool.errors import CheckpointError, ResourceError, UsageError
-from svftool.files.folder import EXACT_KEY
+from svftool.files.names import EXACT_KEY
 from svftool.numerics.words import BLOCK, as_words, pack, unpack
 from svftool.progress import Silent
 from svftool.report import exact as report

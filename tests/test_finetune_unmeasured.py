@@ -15,7 +15,7 @@ from safetensors.torch import save_file
 from torch import nn
 
 from svftool import DataError, UsageError
-from svftool.files.folder import check_data
+from svftool.files.given import check_data
 from svftool.report.finetune import document, view
 from svftool.report.json import to_json
 from svftool.stages.decompose import decompose

@@ -14,7 +14,7 @@ from torch import nn
 
 import svftool
 from svftool.errors import DataError, ModelError, SvftoolError, UsageError
-from svftool.files.folder import check_data
+from svftool.files.given import check_data
 from svftool.tasks.class_names import readable
 from svftool.tasks.labelled import ClassificationCount
 from svftool.tasks.text_classification import (

@@ -14,7 +14,7 @@ from safetensors.torch import save_file
 import svftool
 from svftool.checkpoints import side_files
 from svftool.factors.config_shapes import follow_shapes
-from svftool.files.folder import _MOST
+from svftool.files.side_files import _MOST
 from svftool.progress import Silent
 
 

@@ -26,16 +26,9 @@ from svftool.attaching.weight import AttachedWeight, Mode, runs_without_base
 from svftool.checkpoints import matches, write_errors
 from svftool.choices.regimes import Regime, check_sizes, parse_regime
 from svftool.choices.singular_values import Parametrisation, check_parametrisation, parse_band
-from svftool.errors import (
-    FactorsError,
-    ModelError,
-    ResourceError,
-    UsageError,
-    no_such,
-    shortlist,
-)
+from svftool.errors import FactorsError, ModelError, ResourceError, UsageError, no_such, shortlist
 from svftool.factors import FactorStore, open_factors
-from svftool.files.folder import real
+from svftool.files.names import real
 
 # Frozen weights wait in a file instead of in memory: nothing reads them while factors do the work.
 

@@ -28,15 +28,11 @@ from svftool.checkpoints.views import View, from_matrix, matrix_shape, to_matrix
 from svftool.checkpoints.writer import CheckpointWriter, SafetensorsWriter
 from svftool.choices.sizes import parse_size
 from svftool.errors import write_errors
-from svftool.files.folder import (
-    PICKLE_SUFFIXES,
-    WEIGHT_SUFFIXES,
-    SideFiles,
-    class_labels,
-    side_files,
-)
+from svftool.files.folder import class_labels
 from svftool.files.header import parse_json
+from svftool.files.names import PICKLE_SUFFIXES, WEIGHT_SUFFIXES
 from svftool.files.output import PARTIAL, replace_output
+from svftool.files.side_files import SideFiles, side_files
 
 __all__ = [
     "PARTIAL",

@@ -15,7 +15,8 @@ from torch import Tensor
 
 from svftool.checkpoints.dtypes import byte_size
 from svftool.errors import shortlist
-from svftool.files.folder import Place, side_files
+from svftool.files.folder import Place
+from svftool.files.side_files import side_files
 from svftool.progress import Progress
 
 # Things that are open and must be closed.

@@ -23,8 +23,8 @@ from svftool.checkpoints.dtypes import byte_size, dtype_name, dtype_named
 from svftool.checkpoints.fingerprint import tensor_digest
 from svftool.checkpoints.safetensors_file import SafetensorsFile
 from svftool.errors import CheckpointError, MissingDependencyError, ResourceError, brief, shortlist
-from svftool.files.folder import EXACT_KEY, is_plain_name
 from svftool.files.header import parse_json
+from svftool.files.names import EXACT_KEY, is_plain_name
 from svftool.machine import available_memory
 
 try:

@@ -14,21 +14,13 @@ from svftool.checkpoints.quantised import QuantisedCheckpoint, understood
 from svftool.checkpoints.quantised.gguf_file import GGUFFile
 from svftool.checkpoints.safetensors_file import SafetensorsFile
 from svftool.errors import CheckpointError, ResourceError, system_fault
-from svftool.files.folder import (
-    EXACT_KEY,
-    FACTORS_FILE,
-    PICKLE_SUFFIXES,
-    STEMS,
-    Place,
-    check_exists,
-    check_shards,
-    find_weights,
-    is_on_hub,
-    read_config,
-)
+from svftool.files.folder import STEMS, Place, check_shards, find_weights, read_config
 from svftool.files.gguf import MAGIC as GGUF_MAGIC
+from svftool.files.given import check_exists
 from svftool.files.header import announces_header, describe_start
 from svftool.files.hub import fetch, named_in_cache
+from svftool.files.hub_ids import is_on_hub
+from svftool.files.names import EXACT_KEY, FACTORS_FILE, PICKLE_SUFFIXES
 
 _SHARD = re.compile(r".+-(\d{5})-of-(\d{5})\.\w+")
 

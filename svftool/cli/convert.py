@@ -11,7 +11,7 @@ from svftool.choices.adapters import Layout, parse_adapter_rank
 from svftool.choices.dtypes import Dtype
 from svftool.cli.common import Display, ForceOption, OutputOption, leave_to_first_process
 from svftool.cli.completion import one_of
-from svftool.files.folder import check_exists
+from svftool.files.given import check_exists
 from svftool.files.output import check_output
 
 EXAMPLE = "Example: svftool convert style.safetensors -o small.safetensors --rank 16"

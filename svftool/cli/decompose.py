@@ -22,7 +22,7 @@ from svftool.cli.common import (
 )
 from svftool.cli.completion import one_of
 from svftool.cli.push import PushFlags
-from svftool.files.folder import check_exists
+from svftool.files.given import check_exists
 from svftool.files.output import check_output
 from svftool.files.pipeline import is_pipeline, located, read_pipeline
 

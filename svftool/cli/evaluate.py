@@ -17,7 +17,7 @@ from svftool.cli.common import (
     check_device,
 )
 from svftool.cli.signature import TaskFlags, options_of
-from svftool.files.folder import check_data, check_exists, check_tuned_exist
+from svftool.files.given import check_data, check_exists, check_tuned_exist
 
 EXAMPLE = (
     "Example: svftool evaluate factors --tuned birds.svf.safetensors --data test "

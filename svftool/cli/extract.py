@@ -26,7 +26,8 @@ from svftool.cli.common import (
 from svftool.cli.completion import one_of
 from svftool.cli.push import PushFlags
 from svftool.errors import UsageError
-from svftool.files.folder import TUNED_SUFFIX, check_exists
+from svftool.files.given import check_exists
+from svftool.files.names import TUNED_SUFFIX
 from svftool.files.output import check_output
 from svftool.files.pipeline import is_pipeline, located
 from svftool.progress import Progress

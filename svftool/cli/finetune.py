@@ -11,12 +11,7 @@ import typer
 from svftool.choices.models import read_model
 from svftool.choices.regimes import parse_regime
 from svftool.choices.singular_values import parse_band
-from svftool.choices.training import (
-    Settings,
-    check_comparison,
-    check_safeguard,
-    parse_rates,
-)
+from svftool.choices.training import Settings, check_comparison, check_safeguard, parse_rates
 from svftool.cli import config as config_file
 from svftool.cli.common import (
     DeviceOption,
@@ -32,7 +27,7 @@ from svftool.cli.common import (
 from svftool.cli.completion import REGIMES, list_of, one_of
 from svftool.cli.push import PushFlags
 from svftool.cli.signature import TaskFlags, options_of
-from svftool.files.folder import check_data, check_factors
+from svftool.files.given import check_data, check_factors
 from svftool.files.output import check_output
 from svftool.tasks.options import TASKS
 

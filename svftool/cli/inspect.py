@@ -21,7 +21,7 @@ from svftool.cli.common import (
     is_first_process,
 )
 from svftool.errors import GateError, UsageError, shortlist
-from svftool.files.folder import check_exists
+from svftool.files.given import check_exists
 from svftool.files.output import check_output
 from svftool.files.pipeline import counterpart_folders, is_pipeline, located, read_pipeline
 from svftool.files.toml import POLICY, read_toml

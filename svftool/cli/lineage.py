@@ -9,7 +9,7 @@ import typer
 
 from svftool.cli.common import Display
 from svftool.errors import UsageError
-from svftool.files.folder import check_exists
+from svftool.files.given import check_exists
 from svftool.files.output import check_output, replace_output
 
 EXAMPLE = "Example: svftool lineage base.safetensors one.safetensors other.safetensors"

@@ -36,14 +36,8 @@ from svftool.cli.push import PushFlags, library_of
 from svftool.cli.signature import TaskFlags, options_of
 from svftool.errors import UsageError
 from svftool.files.contents import is_exact_delta
-from svftool.files.folder import (
-    check_base,
-    check_data,
-    check_dense_name,
-    check_exists,
-    check_tuned_exist,
-    is_tuned_name,
-)
+from svftool.files.given import check_base, check_data, check_exists, check_tuned_exist
+from svftool.files.names import check_dense_name, is_tuned_name
 from svftool.files.output import check_output, replace_output
 from svftool.files.pipeline import is_pipeline
 from svftool.tasks.option import TaskName

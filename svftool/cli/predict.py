@@ -16,12 +16,8 @@ from svftool.cli.common import (
     check_device,
     leave_to_first_process,
 )
-from svftool.files.folder import (
-    check_data,
-    check_exists,
-    check_predictions_name,
-    check_tuned_exist,
-)
+from svftool.files.given import check_data, check_exists, check_tuned_exist
+from svftool.files.names import check_predictions_name
 from svftool.files.output import check_output
 from svftool.tasks.option import TaskName
 

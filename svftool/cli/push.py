@@ -13,7 +13,9 @@ from rich.console import RenderableType
 
 from svftool.cli import common
 from svftool.errors import SvftoolError, UsageError
-from svftool.files.folder import FACTORS_FILE, hub_place, is_on_hub, read_config, read_object
+from svftool.files.folder import read_config, read_object
+from svftool.files.hub_ids import hub_place, is_on_hub
+from svftool.files.names import FACTORS_FILE
 from svftool.files.pipeline import is_pipeline
 
 if TYPE_CHECKING:

@@ -32,7 +32,8 @@ from svftool.factors import CONFIG_FILE, FactorStore, TunedFile, write_tuned
 from svftool.factors.config_shapes import follow_classes, follow_shapes, is_output_head
 from svftool.factors.mixture import LayerChange, Mixture
 from svftool.factors.stated import MERGED_KEY, Stated
-from svftool.files.folder import named, read_config
+from svftool.files.folder import read_config
+from svftool.files.side_files import named
 from svftool.numerics import ThreadPool
 from svftool.progress import Progress, ProgressTask
 

@@ -11,8 +11,9 @@ from typing import Any
 from svftool.checkpoints import Selection, dtype_named
 from svftool.checkpoints.views import View, matrix_shape
 from svftool.errors import FactorsError, system_fault
-from svftool.files.folder import FACTORS_FILE, check_factors
+from svftool.files.given import check_factors
 from svftool.files.header import json_text
+from svftool.files.names import FACTORS_FILE
 
 SCHEMA_VERSION = 1
 CONFIG_FILE = FACTORS_FILE

@@ -22,7 +22,7 @@ from svftool.checkpoints import (
 from svftool.checkpoints.base import Closing
 from svftool.errors import CheckpointError, FactorsError, shortlist
 from svftool.factors.schema import CONFIG_FILE, FactorConfig, LayerRecord, read_config
-from svftool.files.folder import real
+from svftool.files.names import real
 from svftool.progress import SILENT, Progress
 
 STEM = "svf"

@@ -29,8 +29,8 @@ from svftool.checkpoints import (
 from svftool.errors import CheckpointError, FactorsError, brief, shortlist
 from svftool.factors.spectral import PARTS, SpectralChange
 from svftool.factors.store import FactorStore
-from svftool.files.folder import TUNED_KEY
 from svftool.files.hub import named_in_cache
+from svftool.files.names import TUNED_KEY
 
 # A seeded probe of each layer's singular vectors, small enough to travel in a tuned file.
 

@@ -10,10 +10,11 @@ from pathlib import Path
 from typing import Any
 
 from svftool.errors import CheckpointError, shortlist
-from svftool.files.folder import EXACT_KEY, Place, check_shards, find_weights, read_config
+from svftool.files.folder import Place, check_shards, find_weights, read_config
 from svftool.files.gguf import MAGIC as GGUF_MAGIC
 from svftool.files.gguf import gguf_parts, read_gguf_header
 from svftool.files.header import DTYPES, announces_header, read_header
+from svftool.files.names import EXACT_KEY
 
 
 @dataclass(frozen=True)

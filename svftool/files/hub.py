@@ -13,7 +13,9 @@ from svftool.errors import (
     UsageError,
     shortlist,
 )
-from svftool.files.folder import HubPlace, hub_place, real, weight_candidates
+from svftool.files.folder import weight_candidates
+from svftool.files.hub_ids import HubPlace, hub_place
+from svftool.files.names import real
 
 PIPELINE_FILE = "model_index.json"
 _SIDE_FILES = (

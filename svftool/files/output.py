@@ -16,7 +16,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from svftool.errors import ResourceError, UsageError, write_errors
-from svftool.files.folder import WEIGHT_SUFFIXES, real
+from svftool.files.names import WEIGHT_SUFFIXES, real
 
 logger = logging.getLogger(__name__)
 

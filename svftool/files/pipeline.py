@@ -9,15 +9,11 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from svftool.errors import CheckpointError, shortlist
-from svftool.files.folder import (
-    FACTORS_FILE,
-    SideFiles,
-    is_on_hub,
-    read_object,
-    side_files,
-    weight_candidates,
-)
+from svftool.files.folder import read_object, weight_candidates
 from svftool.files.hub import PIPELINE_FILE, fetch
+from svftool.files.hub_ids import is_on_hub
+from svftool.files.names import FACTORS_FILE
+from svftool.files.side_files import SideFiles, side_files
 
 INDEX = PIPELINE_FILE
 _NAME = re.compile(r"\w[\w.-]*")

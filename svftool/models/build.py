@@ -17,7 +17,7 @@ from torch import nn
 from svftool.checkpoints import Checkpoint
 from svftool.choices.models import FORMS, read_model
 from svftool.errors import MissingDependencyError, ModelError
-from svftool.files.folder import real
+from svftool.files.names import real
 from svftool.models.load import MisfitError, build_within, load_weights
 from svftool.models.pretrained import load_transformers
 from svftool.models.propose import proposals

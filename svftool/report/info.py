@@ -10,7 +10,7 @@ from rich.console import Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
-from svftool.files.folder import EXACT_KEY, TUNED_KEY
+from svftool.files.names import EXACT_KEY, TUNED_KEY
 from svftool.report import json
 from svftool.report.names import Names
 from svftool.report.table import NameTable

@@ -11,7 +11,8 @@ from torch import nn
 
 from svftool.checkpoints import Checkpoint, class_labels
 from svftool.errors import UsageError, no_such
-from svftool.files.folder import TOKENIZERS, check_data
+from svftool.files.given import check_data
+from svftool.files.side_files import TOKENIZERS
 from svftool.models import DEFAULT_PREPROCESSING, Preprocessing, find_preprocessing
 from svftool.progress import SILENT, Progress
 from svftool.tasks.base import Task

@@ -20,19 +20,15 @@ from svftool.choices.merging import (
 from svftool.errors import UsageError, no_such
 from svftool.factors.dense import verify_dense, write_dense
 from svftool.factors.mixture import LayerChange
-from svftool.files.folder import check_data, check_dense_name
+from svftool.files.given import check_data
+from svftool.files.names import check_dense_name
 from svftool.files.output import discard_folder, kept_folder
 from svftool.machine import pick_device
 from svftool.merging import Clash, mean_clash, mean_pairs
 from svftool.processes import Processes, joined_processes
 from svftool.progress import SILENT, Progress
 from svftool.stages.combine_options import CombineOptions
-from svftool.stages.combine_result import (
-    CombinedInput,
-    CombineResult,
-    Interference,
-    WeightChoice,
-)
+from svftool.stages.combine_result import CombinedInput, CombineResult, Interference, WeightChoice
 from svftool.stages.merge_checkpoint import MergedCheckpoint, MergeWork
 from svftool.stages.merge_heads import plan_heads
 from svftool.stages.merge_inputs import (

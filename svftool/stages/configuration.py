@@ -11,7 +11,7 @@ from typing import Any, get_args, get_type_hints
 from svftool.checkpoints import WEIGHT_SUFFIXES, replace_output, write_errors
 from svftool.choices.training import UNMEASURED
 from svftool.errors import UsageError
-from svftool.files.folder import TUNED_SUFFIX
+from svftool.files.names import TUNED_SUFFIX
 from svftool.files.toml import to_toml
 from svftool.tasks.option import TaskOptions, flag_of, options_in
 from svftool.tasks.options import TASKS

@@ -15,46 +15,22 @@ from torch import Tensor
 
 from svftool.adapters.assembly import LayersOnDisk, Source, write_adapter
 from svftool.adapters.layout_file import is_adapter, open_adapter
-from svftool.adapters.low_rank import (
-    LowRank,
-    Truncated,
-    resized,
-    stored,
-    truncate,
-)
-from svftool.adapters.writers import (
-    Entries,
-)
-from svftool.checkpoints import (
-    dtype_name,
-    open_checkpoint,
-    replace_output,
-)
+from svftool.adapters.low_rank import LowRank, Truncated, resized, stored, truncate
+from svftool.adapters.writers import Entries
+from svftool.checkpoints import dtype_name, open_checkpoint, replace_output
 from svftool.choices.adapters import AdapterRank, parse_adapter_rank
 from svftool.choices.dtypes import check_dtype
 from svftool.engine import Job, job_bytes, run_layers
 from svftool.errors import CheckpointError, NumericalError, UsageError, shortlist
-from svftool.factors import (
-    check_tuned,
-    is_tuned,
-    open_factors,
-    read_tuned,
-    write_tuned,
-)
+from svftool.factors import check_tuned, is_tuned, open_factors, read_tuned, write_tuned
 from svftool.factors.shifts import is_shifts, tuned_values
-from svftool.files.folder import WEIGHT_SUFFIXES, is_tuned_name
+from svftool.files.names import WEIGHT_SUFFIXES, is_tuned_name
 from svftool.files.output import scratch_folder
 from svftool.numerics import ThreadPool
 from svftool.progress import SILENT, Progress
-from svftool.stages.conversion import (
-    ConvertOptions,
-    Layer,
-    Work,
-    factors_of,
-    of_adapter,
-    of_tuned,
-    refuse_unused,
-)
+from svftool.stages.conversion import ConvertOptions, Layer, Work
+from svftool.stages.conversion_of_adapters import of_adapter, refuse_unused
+from svftool.stages.conversion_of_tuned import factors_of, of_tuned
 from svftool.stages.extract import extract
 from svftool.stages.extract_lora import LeftOut
 from svftool.version import __version__

@@ -27,8 +27,8 @@ from svftool.checkpoints import (
 )
 from svftool.checkpoints.exact_file import ExactEntry, ExactFacts, in_order, words_of
 from svftool.errors import CheckpointError, UsageError
-from svftool.files.folder import named
 from svftool.files.output import scratch_folder
+from svftool.files.side_files import named
 from svftool.numerics.words import Way, best_way, pack
 from svftool.progress import SILENT, Progress
 from svftool.stages.extract import Dropped

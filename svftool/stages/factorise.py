@@ -47,8 +47,9 @@ from svftool.factors import (
     finish_factors,
     plan_factor_shards,
 )
-from svftool.files.folder import named, real
 from svftool.files.hub import lasting_path
+from svftool.files.names import real
+from svftool.files.side_files import named
 from svftool.numerics import Method, Svd, reconstruct
 from svftool.processes import Processes
 from svftool.progress import Progress

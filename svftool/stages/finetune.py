@@ -19,17 +19,13 @@ from svftool.choices.regimes import check_sizes
 from svftool.choices.training import check_comparison, check_safeguard
 from svftool.errors import UsageError
 from svftool.factors import FactorStore, open_factors
-from svftool.files.folder import TUNED_SUFFIX, named
+from svftool.files.names import TUNED_SUFFIX
 from svftool.files.output import overlap
+from svftool.files.side_files import named
 from svftool.models import build_model, keep_vectors
 from svftool.progress import SILENT, Progress
 from svftool.stages.catalogue import ModelFacts, make_tasks
-from svftool.stages.configuration import (
-    Configuration,
-    check_beside,
-    write_beside,
-    write_into,
-)
+from svftool.stages.configuration import Configuration, check_beside, write_beside, write_into
 from svftool.training import (
     Group,
     Settings,
@@ -40,12 +36,7 @@ from svftool.training import (
     summarise,
 )
 from svftool.training.memory import SAID_FROM, MemoryNeed, available, gigabytes, memory_need
-from svftool.training.results import (
-    RESULTS_FILE,
-    FinetuneResult,
-    common_setting,
-    write_results,
-)
+from svftool.training.results import RESULTS_FILE, FinetuneResult, common_setting, write_results
 from svftool.training.run_output import RunWriter, is_run_itself
 from svftool.training.threads import threads_are_chosen
 from svftool.training.workspace import Workspace, describe_files, open_workspace

@@ -15,15 +15,10 @@ from svftool.adapters.layouts import adapter_kind, adapter_layout
 from svftool.adapters.peft_config import CONFIG_FILE as ADAPTER_FILE
 from svftool.errors import CheckpointError, SvftoolError, shortlist
 from svftool.files.contents import Contents, TensorEntry, read_contents, storage_of, tied_names
-from svftool.files.folder import (
-    EXACT_KEY,
-    FACTORS_FILE,
-    TUNED_KEY,
-    check_exists,
-    is_on_hub,
-    read_object,
-    real,
-)
+from svftool.files.folder import read_object
+from svftool.files.given import check_exists
+from svftool.files.hub_ids import is_on_hub
+from svftool.files.names import EXACT_KEY, FACTORS_FILE, TUNED_KEY, real
 from svftool.progress import SILENT, Progress
 
 _CHUNK = 1 << 22

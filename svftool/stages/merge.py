@@ -36,7 +36,8 @@ from svftool.factors import (
 from svftool.factors.dense import identical, verify_dense, write_dense, write_mixed
 from svftool.factors.mixture import Expert, LayerChange, Mixture
 from svftool.factors.stated import Stated, stated_by
-from svftool.files.folder import check_dense_name, is_tuned_name, named
+from svftool.files.names import check_dense_name, is_tuned_name
+from svftool.files.side_files import named
 from svftool.progress import SILENT, Progress
 from svftool.stages.adapt import base_of, fit_adapter
 

@@ -19,7 +19,7 @@ from svftool.checkpoints import Checkpoint, class_labels, open_checkpoint
 from svftool.errors import CheckpointError, FactorsError, ModelError, shortlist
 from svftool.factors import FactorStore, TunedFile, check_tuned, is_factors, open_factors, rebuild
 from svftool.factors.stated import read_stated
-from svftool.files.folder import named
+from svftool.files.side_files import named
 from svftool.numerics.tall import cuts
 from svftool.processes import Processes
 from svftool.progress import Progress

@@ -14,8 +14,9 @@ from svftool.checkpoints import replace_output, write_errors
 from svftool.engine import parse_rank
 from svftool.errors import FactorsError, UnchangedError, UsageError, shortlist
 from svftool.factors import open_factors, read_tuned
-from svftool.files.folder import FACTORS_FILE, TUNED_SUFFIX, WEIGHT_SUFFIXES, named
+from svftool.files.names import FACTORS_FILE, TUNED_SUFFIX, WEIGHT_SUFFIXES
 from svftool.files.pipeline import Pipeline, counterpart_folders, read_pipeline
+from svftool.files.side_files import named
 from svftool.processes import ALONE, Processes, joined_processes
 from svftool.progress import SILENT, Progress
 from svftool.stages.decompose import DecomposeOptions, DecomposeResult, decompose, plan

@@ -15,7 +15,7 @@ from torch import nn
 
 from svftool.checkpoints import replace_output
 from svftool.errors import DataError, UsageError, shortlist
-from svftool.files.folder import check_predictions_name
+from svftool.files.names import check_predictions_name
 from svftool.machine import explain_out_of_memory, pick_device
 from svftool.models import Preprocessing, build_model
 from svftool.progress import SILENT, Progress

@@ -29,7 +29,9 @@ from svftool.checkpoints import (
 from svftool.checkpoints.exact_file import ExactEntry, ExactFile, in_order
 from svftool.checkpoints.pickle_writer import rivals
 from svftool.errors import CheckpointError, NumericalError, ResourceError, UsageError, shortlist
-from svftool.files.folder import STEMS, WEIGHT_SUFFIXES, check_dense_name, named
+from svftool.files.folder import STEMS
+from svftool.files.names import WEIGHT_SUFFIXES, check_dense_name
+from svftool.files.side_files import named
 from svftool.machine import available_memory
 from svftool.progress import SILENT, Progress
 

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from svftool.errors import DataError, MissingDependencyError, shortlist
-from svftool.files.folder import TEXT_COLUMNS, TextsFound, are_labelled
+from svftool.files.text_data import TEXT_COLUMNS, TextsFound, are_labelled
 
 _ONE, _SEVERAL = "state.json", "dataset_dict.json"
 

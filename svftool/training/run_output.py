@@ -15,7 +15,7 @@ from svftool.factors import FactorStore, TunedFile, write_tuned
 from svftool.factors.dense import write_dense
 from svftool.factors.mixture import Expert, Mixture
 from svftool.factors.stated import Stated
-from svftool.files.folder import TUNED_SUFFIX, check_dense_name
+from svftool.files.names import TUNED_SUFFIX, check_dense_name
 from svftool.files.output import remove
 from svftool.progress import SILENT
 from svftool.tasks.base import Task
