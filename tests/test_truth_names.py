@@ -211,7 +211,7 @@ def test_many_experts_under_another_prefix_take_linear_work(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """Counted, not timed: names are cut at each dot a fixed number of times."""
-    from svftool.auditing import matching
+    from svftool.auditing.renaming import NameParts
 
     counts: list[int] = []
 
@@ -229,13 +229,13 @@ def test_many_experts_under_another_prefix_take_linear_work(
         assert len(found.pairs) == len(base)
         return counts[-1]
 
-    plain = matching._Name.prefix
+    plain = NameParts.prefix
 
     def counted(self: Any, end: int, *, literal: bool) -> str:
         counts[-1] += 1
         return plain(self, end, literal=literal)
 
-    monkeypatch.setattr(matching._Name, "prefix", counted)
+    monkeypatch.setattr(NameParts, "prefix", counted)
     few, many = count(4), count(16)
     assert many <= 4.5 * few
     assert many <= 10 * 16 * 16 * 3

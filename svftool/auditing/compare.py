@@ -11,7 +11,14 @@ import torch
 from torch import Tensor
 
 from svftool.auditing.directional import Leading
-from svftool.auditing.evidence import Evidence, Quantised, gather, join, noise_of
+from svftool.auditing.evidence import (
+    Evidence,
+    Quantised,
+    gather,
+    join,
+    noise_of,
+    with_screen,
+)
 from svftool.auditing.metrics import METRICS, Measured, Metric, combine, measure, measure_energies
 from svftool.auditing.pair import Array, MatrixPair
 from svftool.auditing.results import Curves
@@ -203,7 +210,7 @@ class BaseMatrix:
             pair = (pair or self._pair(weight)).with_tuned(other, change)
             sides = [one for one in (self._quantised, tuned.quantised) if one is not None]
             codes = [] if exponent else [one.of(index) for one in sides]
-            parts.append(self._part(pair, weight, other, codes))
+            parts.append(self._part(pair, weight, Tuned(other, change), codes))
         found = _multiplied(_joined(parts), exponent)
         return found if not exponent else _told_apart(found, self._weights, tuned)
 
@@ -214,21 +221,25 @@ class BaseMatrix:
         self,
         pair: MatrixPair,
         base: Tensor | None = None,
-        tuned: Tensor | None = None,
+        tuned: Tuned | None = None,
         quantised: Sequence[Quantised] = (),
     ) -> _Part:
         measured = measure(pair, self._metrics)
         curves = _curves([pair])
-        if not pair.paired:
+        if base is None or tuned is None:
             return _Part(measured, curves, pair.base_energy, 0.0)
         evidence = gather(
             pair,
-            base if tuned is not None else None,
-            tuned,
+            None if tuned.weight is None else base,
+            tuned.weight,
             relative_drift=measured.change["relative_drift"],
             values=self._vectors,
             quantised=quantised,
         )
+        if not self._vectors:
+            # Singular values alone do not tell what kind of change it was; a screen does.
+            screened = screen(base, tuned.weight, tuned.whole_change, quantised=tuple(quantised))
+            evidence = with_screen(evidence, screened)
         return _Part(measured, curves, pair.base_energy, pair.change_energy, evidence)
 
     def _unusable(self, broken: str) -> Found:

@@ -297,6 +297,22 @@ def with_rank(found: Evidence, pair: AnyPair) -> Evidence:
     return replace(found, rank=kept, tail=float(values[kept:] @ values[kept:]))
 
 
+def with_screen(found: Evidence, other: Evidence) -> Evidence:
+    """Add what a screen of the same matrices tells of their directions and of the change's rank.
+
+    What was measured stays. The spectra are known, so that nothing may be rotated unnoticed.
+    """
+    if other.screened is None or found.identical:
+        return found
+    return replace(
+        found,
+        rank=other.rank,
+        tail=other.tail,
+        participation=other.participation,
+        screened=replace(other.screened, may_be_rotated=False),
+    )
+
+
 def may_be_rearranged(found: Evidence) -> bool:
     """Tell whether entries changed much and the spectrum stayed where it was.
 

@@ -25,7 +25,7 @@ _READS = 1024
 
 
 @dataclass
-class Values:
+class Likenesses:
     """Reads a bounded number of small matrices, each pair of them once."""
 
     infos: Mapping[str, TensorInfo]

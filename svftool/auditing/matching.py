@@ -14,7 +14,7 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
-from svftool.auditing.likeness import FAR, NEAR, SAME, Likeness, Values
+from svftool.auditing.likeness import FAR, NEAR, SAME, Likeness, Likenesses
 from svftool.auditing.renaming import Renaming, RenamingSearch, doubtful_pairs, named_parts
 from svftool.auditing.renumbering import Numbers, renumbered
 from svftool.checkpoints import TensorInfo, plain_name
@@ -123,7 +123,7 @@ def _match(
     found = {name: name for name in base if name in tuned}
     wrapped = _unwrapped(base, tuned, found)
     found |= wrapped
-    search = RenamingSearch(named_parts(base), named_parts(tuned), Values(base, likeness))
+    search = RenamingSearch(named_parts(base), named_parts(tuned), Likenesses(base, likeness))
     doubtful = doubtful_pairs(found, base, tuned, search.values)
     taken = {found[name] for name in found if name not in doubtful}
     left = [name for name in base if name not in found or name in doubtful]
@@ -183,7 +183,7 @@ def _by_own_names(
     moved: Sequence[str],
 ) -> Matching:
     """Return a matching by the tensors' own names, with last parts that values decide."""
-    values = Values(base, likeness)
+    values = Likenesses(base, likeness)
     pairs = {mine[pair.base]: theirs[pair.tuned] for pair in matching.pairs}
     misshapen = tuple(NamePair(mine[one.base], theirs[one.tuned]) for one in matching.misshapen)
     changed = {a: b for a, b in pairs.items() if _last(a) != _last(b)}
@@ -240,7 +240,7 @@ def _last_parts(
     right: Sequence[str],
     base: Mapping[str, TensorInfo],
     tuned: Mapping[str, TensorInfo],
-    values: Values,
+    values: Likenesses,
 ) -> dict[str, str]:
     """Match tensors of one module and shape whose last parts differ; names propose, values decide.
 
@@ -268,7 +268,7 @@ _FEW = 8
 
 
 def _decided(
-    firsts: Sequence[str], seconds: Sequence[str], proposed: Mapping[str, str], values: Values
+    firsts: Sequence[str], seconds: Sequence[str], proposed: Mapping[str, str], values: Likenesses
 ) -> dict[str, str]:
     known = {(a, b): one[0] for a in firsts for b in seconds if (one := values.of([(a, b)]))}
     taken: dict[str, str] = {}

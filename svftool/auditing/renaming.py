@@ -7,7 +7,7 @@ from collections import Counter, defaultdict
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
-from svftool.auditing.likeness import FAR, NEAR, SAME, Values
+from svftool.auditing.likeness import FAR, NEAR, SAME, Likenesses
 from svftool.checkpoints import TensorInfo, plain_name
 
 PREFIXES = (
@@ -86,7 +86,7 @@ def doubtful_pairs(
     found: Mapping[str, str],
     base: Mapping[str, TensorInfo],
     tuned: Mapping[str, TensorInfo],
-    values: Values,
+    values: Likenesses,
 ) -> dict[str, str]:
     """Return pairs of equal names that may be wrong: other shapes, or values far from each other.
 
@@ -120,7 +120,7 @@ class RenamingSearch:
     """Finds the renamings that match what equal names have left."""
 
     def __init__(
-        self, base: Mapping[str, NameParts], tuned: Mapping[str, NameParts], values: Values
+        self, base: Mapping[str, NameParts], tuned: Mapping[str, NameParts], values: Likenesses
     ) -> None:
         self.base, self.tuned, self.values = base, tuned, values
         self.renamings: list[Renaming] = []

@@ -100,7 +100,10 @@ class Scope:
     """How deep an inspection looks."""
 
     fast: Annotated[
-        bool, typer.Option("--fast", help="Singular values only: no shares, no intruders.")
+        bool,
+        typer.Option(
+            "--fast", help="Singular values only: no shares, no intruders; verdicts as of --screen."
+        ),
     ] = False
     screen: Annotated[
         bool,
