@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 
 from svftool.errors import DataError
+from svftool.files.text_data import TextsFound, texts_in
 from svftool.files.texts import read_rows, read_text
 from svftool.tasks.images import list_images
 from svftool.tasks.inputs import list_prompts
@@ -83,7 +84,9 @@ def test_every_reader_of_tables_takes_them(tmp_path: Path, encoding: str) -> Non
     file.write_bytes("text;label\nwhere is it;a\n".encode(encoding))
     assert [text.body for text in list_texts(file)] == ["where is it"]
     assert [text.body for text in list_prompts([file])] == ["where is it"]
+    assert texts_in(file) == TextsFound("a CSV of texts (column text)", labelled=True)
     (tmp_path / "x.png").write_bytes(b"")
     listed = tmp_path / "images.csv"
     listed.write_bytes("path;label\nx.png;a\n".encode(encoding))
     assert [(image.path.name, image.label) for image in list_images(listed)] == [("x.png", "a")]
+    assert texts_in(listed) is None

@@ -8,14 +8,13 @@ from pathlib import Path
 
 from svftool.errors import shortlist
 from svftool.files.header import parse_json
+from svftool.files.texts import first_row
 
 TEXT_TASKS = ("language", "text-classification")
 """Tasks on texts."""
 
 TEXT_COLUMNS = ("text", "prompt", "completion")
 """What an example of ``--task language`` may consist of."""
-
-_LONGEST_HEADER = 1 << 16
 
 
 @dataclass(frozen=True)
@@ -69,12 +68,10 @@ def texts_in(path: Path) -> TextsFound | None:
     kind = path.suffix.lower()
     if kind not in (".jsonl", ".csv", ".tsv"):
         return None
-    with path.open("rb") as stream:
-        first = stream.readline(_LONGEST_HEADER).decode("utf-8-sig", "replace")
+    first, cells = first_row(path)
     if kind == ".jsonl":
         return TextsFound("JSONL of texts", are_labelled(_keys(first)))
-    cells = first.split("\t" if kind == ".tsv" else ",")
-    columns = [column.strip(' "\r\n').lower() for column in cells]
+    columns = [cell.strip().lower() for cell in cells]
     named = [column for column in columns if column in TEXT_COLUMNS]
     # A header of path,label is one of images, whatever else stands beside it.
     images = "path" in columns and "label" in columns

@@ -62,6 +62,26 @@ def read_rows(path: Path, what: str) -> list[tuple[int, list[str]]]:
         csv.field_size_limit(known)
 
 
+def first_row(path: Path, most: int = 1 << 16) -> tuple[str, list[str]]:
+    """Read the first line of a text file, and its cells as `read_rows` separates them.
+
+    What is no text is read as far as it can be: this is for telling what a file holds.
+
+    Parameters
+    ----------
+    path : Path
+    most : int
+        Bytes to read.
+    """
+    with path.open("rb") as stream:
+        content = stream.read(most)
+    encoding = "utf-16" if content.startswith(_UTF16) else "utf-8-sig"
+    line = next(iter(content.decode(encoding, "replace").splitlines()), "")
+    held = io.StringIO(line)
+    delimiter = "\t" if path.suffix.lower() == ".tsv" else _delimiter(held)
+    return line, next(iter(csv.reader([line], delimiter=delimiter)), [])
+
+
 def _delimiter(stream: io.StringIO) -> str:
     for delimiter in ",;\t":
         stream.seek(0)
