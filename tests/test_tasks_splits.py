@@ -6,8 +6,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from svftool.errors import DataError
-from svftool.tasks.splits import draw_shots
+from svftool.errors import DataError, UsageError
+from svftool.tasks.splits import draw_shots, require_held_out
 
 LABELS = ["cat"] * 12 + ["dog"] * 9 + ["owl"] * 7
 
@@ -46,6 +46,15 @@ def test_classes_of_one_size_are_drawn_apart() -> None:
 def test_a_held_out_share_is_taken_from_every_class() -> None:
     split = draw_shots(LABELS, shots=5, hold_out=0.4, seed=0)
     assert [LABELS[i] for i in split.held_out] == ["cat"] * 2 + ["dog"] * 2 + ["owl"] * 2
+
+
+def test_a_share_that_holds_nothing_out_is_refused() -> None:
+    split = draw_shots(LABELS, shots=1, hold_out=0.3)
+    with pytest.raises(UsageError, match=r"--hold-out 0.3 holds out none of the texts .*3 in all"):
+        require_held_out(split, 0.3, "texts")
+    require_held_out(split, 0.0, "texts")
+    uneven = draw_shots(["cat", "dog", "dog"], shots=None, hold_out=0.3)
+    require_held_out(uneven, 0.3, "texts")
 
 
 def test_a_class_that_is_too_small_is_named() -> None:

@@ -140,6 +140,7 @@ def test_texts_with_classes_are_pointed_to_the_task(tmp_path: Path, name: str) -
         ([["red", "x"], ["lost", "x"]], {}, DataError, r"1 class, expected two or more \(x\)"),
         (colours(), {"shots": 9}, DataError, r"has 4 texts, expected at least 9"),
         (colours(), {"shots": 4}, DataError, r"every one of the texts"),
+        (colours(), {"hold_out": 0.2}, UsageError, r"--hold-out 0.2 holds out none of the texts"),
         (colours(), {"shots": None}, UsageError, r"all texts would be trained on"),
         (colours(), {"max_length": 2}, UsageError, r"--max-length is 2, expected at least 3"),
         (colours(), {"pooling": "max"}, UsageError, r"--pooling 'max', expected mean, cls"),
@@ -293,6 +294,16 @@ def test_the_head_of_a_classifier_is_kept_or_replaced(work: Path) -> None:
     assert prepared.model.get_parameter("classifier.weight").shape == (3, 16)
     with pytest.raises(ModelError, match=r"has 5 outputs, the data 3 classes"):
         task(work, head="keep").draw(0).prepare(bert("BertForSequenceClassification", num_labels=5))
+
+
+def test_pooling_is_said_to_do_nothing_for_a_classifier(work: Path) -> None:
+    draw = task(work, pooling="cls").draw(0)
+    said = "--pooling does nothing here"
+    classifier = bert("BertForSequenceClassification", num_labels=5)
+    assert any(said in one for one in draw.prepare(classifier).said)
+    assert not any(said in one for one in draw.prepare(bert()).said)
+    # What is evaluated brings the pooling that was recorded, asked for or not.
+    assert not any(said in one for one in draw.prepare(classifier, start=False).said)
 
 
 def test_rows_come_in_order_whatever_the_batches(

@@ -19,7 +19,7 @@ from svftool.tasks.heads import CosineHead, logits_of, pool
 from svftool.tasks.images import list_images, read_bytes, short_name
 from svftool.tasks.labelled import ClassifierDraw, ClassifierSetting, of_head
 from svftool.tasks.options import ClassificationOptions, StrPath
-from svftool.tasks.splits import draw_shots, nothing_left, require_query
+from svftool.tasks.splits import draw_shots, nothing_left, require_held_out, require_query
 from svftool.tasks.tokens import load_tokenizer
 from svftool.tasks.two_sided import (
     ImageTextClassifier,
@@ -121,13 +121,16 @@ class Classification:
         check_labels(images, self.classes, data)
         check_labels(queries, self.classes, chosen.query_data or data)
         require_query(chosen.shots, chosen.evaluation, "images")
-        draw_shots([image.label for image in images], shots=chosen.shots)
+        labels, hold_out = [image.label for image in images], chosen.hold_out
+        require_held_out(
+            draw_shots(labels, shots=chosen.shots, hold_out=hold_out), hold_out, "images"
+        )
         preprocessing = with_normalisation(
             preprocessing, chosen.mean, chosen.std, augment=chosen.augment
         )
         every = [image.path for image in (*images, *queries)]
         self.view = choose_view(every, preprocessing, size=chosen.image_size, trained=view)
-        self._names = [image.label for image in images]
+        self._names = labels
         self._images = ImageSet([image.path for image in images], self.view)
         self._queries = self._examples(
             ImageSet([image.path for image in queries], self.view),

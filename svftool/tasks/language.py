@@ -22,7 +22,14 @@ from svftool.tasks.base import Part, Prepared, TaskMetric, device_of, forward_er
 from svftool.tasks.chat import encode_chat
 from svftool.tasks.heads import logits_of, require_module
 from svftool.tasks.options import LanguageOptions, StrPath
-from svftool.tasks.splits import draw_examples, left_out, nothing_left, others, require_query
+from svftool.tasks.splits import (
+    draw_examples,
+    left_out,
+    nothing_left,
+    others,
+    require_held_out,
+    require_query,
+)
 from svftool.tasks.texts import Text, list_texts
 from svftool.tasks.tokens import (
     LONGEST_DEFAULT,
@@ -117,7 +124,9 @@ class Language:
         queries = [] if chosen.query_data is None else list_texts(chosen.query_data)
         if given is None:
             require_query(chosen.shots, chosen.evaluation, "texts")
-        draw_examples(len(texts), unit="texts", shots=chosen.shots)
+        count, hold_out = len(texts), chosen.hold_out
+        split = draw_examples(count, unit="texts", shots=chosen.shots, hold_out=hold_out)
+        require_held_out(split, hold_out, "texts")
         self.tokenizer = load_tokenizer(chosen.tokenizer, trust_remote_code=trust_remote_code)
         self.shots = chosen.shots
         self.length = _length(chosen.sequence_length, length_limit(config, self.tokenizer))

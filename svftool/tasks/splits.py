@@ -215,6 +215,22 @@ def require_query(shots: int | None, evaluation: object, unit: str) -> None:
         )
 
 
+def require_held_out(split: Split, hold_out: float, unit: str) -> None:
+    """Refuse a share to hold out that is less than one example of any class.
+
+    Raises
+    ------
+    UsageError
+        Says how many there are.
+    """
+    if hold_out and not split.held_out:
+        raise UsageError(
+            f"--hold-out {hold_out:g} holds out none of the {unit} that are trained on "
+            f"({len(split.support)} in all), expected one or more of a class. Raise it or --shots, "
+            "or leave it out"
+        )
+
+
 def nothing_left(shots: int | None, unit: str) -> DataError:
     """Error for shots that leave nothing over."""
     return DataError(

@@ -27,7 +27,7 @@ from svftool.tasks.heads import (
 )
 from svftool.tasks.labelled import ClassificationCount, ClassifierDraw, ClassifierSetting, of_head
 from svftool.tasks.options import StrPath, TextClassificationOptions
-from svftool.tasks.splits import draw_shots, nothing_left, require_query
+from svftool.tasks.splits import draw_shots, nothing_left, require_held_out, require_query
 from svftool.tasks.texts import LabelledText, list_labelled
 from svftool.tasks.tokens import (
     Block,
@@ -336,10 +336,12 @@ class TextClassification:
         check_labels(texts, self.classes, data)
         check_labels(queries, self.classes, chosen.query_data or data)
         require_query(chosen.shots, chosen.evaluation, "texts")
-        draw_shots([text.label for text in texts], shots=chosen.shots, unit="texts")
+        labels, hold_out = [text.label for text in texts], chosen.hold_out
+        split = draw_shots(labels, shots=chosen.shots, hold_out=hold_out, unit="texts")
+        require_held_out(split, hold_out, "texts")
         self.encoding = encoding_of(chosen, config, folder, trust_remote_code=trust_remote_code)
         self.pooling = pooling_of(chosen, folder)
-        self._names = [text.label for text in texts]
+        self._names = labels
         self._texts = Encoded.of(texts, [text.text for text in texts], self.encoding)
         encoded = Encoded.of(queries, [text.text for text in queries], self.encoding)
         self._queries = self._examples(
@@ -475,6 +477,8 @@ class TextDraw(ClassifierDraw[TextExamples, TextSetting]):
         """
         said = self._check_tokens(model, start=start)
         prepared = super().prepare(model, start=start)
+        if start and self._task.options.pooling is not None:
+            said += _without_pooling(prepared.model)
         return replace(prepared, said=(*said, *prepared.said))
 
     def _check_tokens(self, model: nn.Module, *, start: bool) -> list[str]:
@@ -592,6 +596,13 @@ class TextDraw(ClassifierDraw[TextExamples, TextSetting]):
         for index, row in zip(examples.indices, found, strict=True):
             text = examples.texts.texts[index]
             yield {"file": text.file.name, "line": text.line, **row}
+
+
+def _without_pooling(model: nn.Module) -> list[str]:
+    """Say that a classifier pools in its own way, whatever was asked for."""
+    if isinstance(model, TextClassifier):
+        return []
+    return ["--pooling does nothing here: the model is a classifier, and pools in a way of its own"]
 
 
 def _tell_padding(model: nn.Module, padding: int) -> None:

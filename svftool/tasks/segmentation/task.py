@@ -32,7 +32,7 @@ from svftool.tasks.segmentation.pairs import (
     survey,
 )
 from svftool.tasks.segmentation.views import choose_dense_view
-from svftool.tasks.splits import draw_examples, nothing_left, require_query
+from svftool.tasks.splits import draw_examples, nothing_left, require_held_out, require_query
 from svftool.tasks.views import Decoded, with_normalisation
 
 
@@ -78,7 +78,9 @@ class Segmentation:
         require_query(chosen.shots, chosen.evaluation, "images")
         pairs = self._list(data)
         queries = [] if chosen.query_data is None else self._list(chosen.query_data)
-        draw_examples(len(pairs), unit="images", shots=chosen.shots)
+        count, hold_out = len(pairs), chosen.hold_out
+        split = draw_examples(count, unit="images", shots=chosen.shots, hold_out=hold_out)
+        require_held_out(split, hold_out, "images")
         self.shots = chosen.shots
         self._table = _class_table(Path(data), chosen.classes)
         self.classes = self._check(pairs, queries, config)
