@@ -18,6 +18,8 @@ from torch import Tensor, nn
 
 from svftool.attaching import apply_regime
 from svftool.checkpoints import TensorInfo, open_checkpoint
+from svftool.choices.acting import acting, check_acting
+from svftool.choices.regimes import parse_regime
 from svftool.choices.training import check_comparison, parse_rates
 from svftool.errors import DataError, UsageError
 from svftool.factors import FactorStore, open_factors, read_tuned
@@ -243,6 +245,39 @@ def test_what_has_nothing_to_act_on_is_refused(given: dict[str, Any], message: s
                      options={"hold_out": 0.2})  # fmt: skip
     with pytest.raises(UsageError, match=message):
         check_comparison(chosen.pop("settings"), chosen.pop("regimes"), **chosen)
+
+
+@pytest.mark.parametrize(
+    ("regime", "option", "value"),
+    [
+        ("rows", "train_rank", "top:3"),
+        ("core:8", "train_rank", "top:3"),
+        ("entries:8:band", "train_rank", 3),
+        ("rows", "nonnegative", True),
+        ("rows", "parametrisation", "shift"),
+        ("lora:2", "parametrisation", "shift"),
+        ("bias", "nonnegative", True),
+        ("norm", "include", ["*"]),
+        ("full", "exclude", ["nope*"]),
+    ],
+)
+def test_an_option_that_acts_on_no_regime_is_refused(
+    regime: str, option: str, value: object
+) -> None:
+    head, one = parse_regime("head"), parse_regime(regime)
+    with pytest.raises(UsageError, match=f"has no meaning for --regime head, {regime}, only for"):
+        check_acting([head, one], {option: value})
+    check_acting([head, one, parse_regime("svf")], {option: value})
+    assert acting(one, {option: value}) == {}
+
+
+def test_an_option_acts_on_its_regimes_and_the_usual_value_on_none() -> None:
+    layers = {"include": ["*"], "exclude": ["*"]}
+    assert acting(parse_regime("lora:2"), layers) == layers
+    assert acting(parse_regime("salt:1+bias"), {"train_rank": 2}) == {"train_rank": 2}
+    assert acting(parse_regime("core:2"), {"nonnegative": True}) == {"nonnegative": True}
+    usual = {"include": (), "parametrisation": "scale", "nonnegative": False, "train_rank": None}
+    check_acting([parse_regime("full")], usual)
 
 
 @pytest.mark.parametrize(

@@ -24,6 +24,7 @@ from svftool.attaching.matching import match_by_value
 from svftool.attaching.names import NameMap, map_names, own_names
 from svftool.attaching.weight import AttachedWeight, Mode, runs_without_base
 from svftool.checkpoints import matches, write_errors
+from svftool.choices.acting import check_acting
 from svftool.choices.regimes import Regime, check_sizes, parse_regime
 from svftool.choices.singular_values import Parametrisation, check_parametrisation, parse_band
 from svftool.errors import FactorsError, ModelError, ResourceError, UsageError, no_such, shortlist
@@ -222,8 +223,8 @@ def attach(
     ModelError
         If the model is attached to already, or the globs leave no layer.
     UsageError
-        If an option has no such value, the regime asks for more numbers than any layer has, or
-        entries are chosen by gradient and none is given.
+        If an option has no such value or acts on nothing that the regime trains, the regime asks
+        for more numbers than any layer has, or entries are chosen by gradient and none is given.
     """
     check_parametrisation(parametrisation)
     if mode not in get_args(Mode):
@@ -235,6 +236,14 @@ def attach(
             f"regime {given.name!r} is not of the singular basis alone, expected one such as "
             "'svf+scale'. Set other parameters free yourself, or use apply_regime."
         )
+    check_acting(
+        [given],
+        {
+            "parametrisation": parametrisation,
+            "train_rank": train_rank,
+            "nonnegative": nonnegative,
+        },
+    )
     if spectral.entries is not None and spectral.choice == "gradient":
         _check_gradients(given, gradients or {})
     options = BuildOptions(

@@ -8,6 +8,7 @@ from typing import Annotated, Any, Literal
 
 import typer
 
+from svftool.choices.acting import check_acting
 from svftool.choices.models import read_model
 from svftool.choices.regimes import parse_regime
 from svftool.choices.singular_values import parse_band
@@ -272,6 +273,12 @@ class SvfFlags:
         ),
     ] = False
 
+    def attaching(self) -> dict[str, Any]:
+        """Return them as the library takes them."""
+        given = asdict(self)
+        include, exclude = given.pop("train_layers"), given.pop("exclude")
+        return {"include": include or (), "exclude": exclude or (), **given}
+
 
 @dataclass(frozen=True, kw_only=True)
 class LogFlags:
@@ -381,9 +388,9 @@ def command(
     settings = training.settings()
     check_safeguard(settings.safeguard, task)
     regimes = repeats.regime.split(",")
-    for regime in regimes:
-        parse_regime(regime)
+    parsed = [parse_regime(regime) for regime in regimes]
     parse_band(svf.train_rank)
+    check_acting(parsed, svf.attaching())
     read_model(network.model)
     chosen = options_of(task, options)
     TASKS[task](**chosen)  # refuses values that do not go together
@@ -415,11 +422,7 @@ def command(
         regimes=regimes,
         seeds=range(repeats.seed, repeats.seed + repeats.seeds),
         settings=settings,
-        include=svf.train_layers or (),
-        exclude=svf.exclude or (),
-        parametrisation=svf.parametrisation,
-        train_rank=svf.train_rank,
-        nonnegative=svf.nonnegative,
+        **svf.attaching(),
         device=device,
         log_with=logs.log_with.split(",") if logs.log_with else (),
         log_dir=logs.log_dir,

@@ -15,6 +15,7 @@ from torch import nn
 from svftool.attaching import Parametrisation, Regime, parse_regime
 from svftool.attaching.lifecycle import choose_layers, matrices_of
 from svftool.checkpoints import Checkpoint
+from svftool.choices.acting import acting, check_acting
 from svftool.choices.regimes import check_sizes
 from svftool.choices.training import check_comparison, check_safeguard
 from svftool.errors import UsageError
@@ -74,6 +75,20 @@ class RunOptions:
     log_dir: str | os.PathLike[str] | None = None
     save_every: int | None = None
     against: str | None = None
+
+    @property
+    def attaching(self) -> dict[str, Any]:
+        """What says how singular values are trained, as `svftool.attach` takes it."""
+        return {
+            "parametrisation": self.parametrisation,
+            "train_rank": self.train_rank,
+            "nonnegative": self.nonnegative,
+        }
+
+    @property
+    def limits(self) -> dict[str, Any]:
+        """What acts on some regimes alone, by the names that `check_acting` knows."""
+        return {"include": self.include, "exclude": self.exclude, **self.attaching}
 
     @classmethod
     def take(cls, options: dict[str, Any]) -> RunOptions:
@@ -164,7 +179,7 @@ def finetune(
     settings = Settings() if settings is None else settings
     check_safeguard(settings.safeguard, task)
     of_run = RunOptions.take(options)
-    chosen = _parse_regimes(regimes)
+    chosen = _parse_regimes(regimes, of_run)
     check_comparison(settings, regimes, against=of_run.against, task=task, options=options)
     numbers = list(range(seeds)) if isinstance(seeds, int) else list(seeds)
     target = Path(output)
@@ -217,11 +232,7 @@ def finetune(
             device=place,
             include=of_run.include,
             exclude=of_run.exclude,
-            attaching={
-                "parametrisation": of_run.parametrisation,
-                "train_rank": of_run.train_rank,
-                "nonnegative": of_run.nonnegative,
-            },
+            attaching=of_run.attaching,
             trackers=trackers,
         )
         request = _request(plan, group, task=task, model=model, data=Path(data), options=options)
@@ -277,9 +288,11 @@ def _say_memory(
     free = available(device)
     if free is not None and need.total > free:
         smaller = "" if settings.dtype == "bfloat16" else "use --dtype bfloat16, "
+        named = acting(parse_regime(need.regime), {"include": ()})
+        fewer = "train fewer layers (--train-layers)" if named else "train another regime"
         progress.warn(
-            f"{need.sentence()}; {gigabytes(free)} are free on {device}: {smaller}train fewer "
-            "layers (--train-layers), or choose another --device"
+            f"{need.sentence()}; {gigabytes(free)} are free on {device}: {smaller}{fewer}, or "
+            "choose another --device"
         )
     elif need.total >= SAID_FROM or settings.dtype == "bfloat16":
         progress.note(need.sentence())
@@ -402,7 +415,8 @@ class _Models:
         return keep_vectors(model, self._checkpoint)
 
 
-def _parse_regimes(names: Sequence[str]) -> list[Regime]:
+def _parse_regimes(names: Sequence[str], options: RunOptions) -> list[Regime]:
+    """Read the regimes, each once, among them some that every option acts on."""
     regimes = [parse_regime(name) for name in names]
     # Two spellings of one regime, such as svf+bias and bias+svf, differ by the name alone.
     trained = [replace(regime, name="") for regime in regimes]
@@ -410,4 +424,5 @@ def _parse_regimes(names: Sequence[str]) -> list[Regime]:
     twice = sorted({regime.name for regime, one in pairs if trained.count(one) > 1})
     if twice or not regimes:
         raise UsageError(f"regime {', '.join(twice) or 'missing'}: expected each once")
+    check_acting(regimes, options.limits)
     return regimes

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from svftool.attaching import Trainable, apply_regime, parse_regime, weight_gradients
+from svftool.choices.acting import acting
 from svftool.factors.stated import Support
 from svftool.machine import explain_out_of_memory, peak_memory, reset_peak_memory
 from svftool.progress import SILENT, Progress
@@ -339,6 +340,7 @@ class _Comparison:
         self, prepared: Prepared, regime: str, seed: int, slopes: Mapping[str, Tensor]
     ) -> Trainable:
         plan = self._plan
+        options = acting(parse_regime(regime), plan.attaching)
         with repeatable(plan.device):
             # LoRA draws its start from the global generator.
             torch.manual_seed(derived_seed(seed, "start"))
@@ -351,7 +353,7 @@ class _Comparison:
                 exclude=plan.exclude,
                 seed=seed,
                 gradients=slopes,
-                **plan.attaching,
+                **options,
             )
             for parameter in chain(*trainable.groups.values()):
                 if parameter.dtype.itemsize < 4:
