@@ -392,6 +392,7 @@ def test_another_shape_is_an_error() -> None:
         ({"mode": "fast"}, UsageError, "mode 'fast', expected one of auto"),
         ({"train_rank": "most"}, UsageError, "train rank 'most'"),
         ({"train_rank": "5-5"}, UsageError, "selects no singular value"),
+        ({"train_rank": "500-600"}, UsageError, "train rank '500-600': no layer has these"),
         ({"train_rank": "top:3", "regime": "rows"}, UsageError, "--train-rank has no meaning"),
         ({"include": ["nothing*"]}, ModelError, "none of 3 decomposed layers is left"),
     ],

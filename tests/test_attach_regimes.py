@@ -145,6 +145,24 @@ def test_options_reach_attach() -> None:
     assert {p.shape for p in trainable.groups["singular_values"]} == {(2,)}
 
 
+def test_layers_without_the_singular_values_of_a_band_stay_as_they_are() -> None:
+    model, x = network(), torch.randn(2, 3, 6, 6)
+    store = MemoryStore(model)
+    ranks = sorted({one.rank for one in store.layers.values()})
+    expected = model(x)
+    trainable = apply_regime(model, "svf", store, train_rank=f"{ranks[-2]}-{ranks[-1]}")
+    having = [one for one in store.layers.values() if one.rank > ranks[-2]]
+    assert trainable.trainable_parameters == len(having) * (ranks[-1] - ranks[-2])
+    without = len(store.layers) - len(having)
+    assert f"{without} of {len(store.layers)} layers" in trainable.said
+    torch.testing.assert_close(trainable.model(x), expected, rtol=1e-4, atol=1e-5)
+    trainable.model(x).sum().backward()
+    assert all(p.grad is not None for p in trainable.groups["singular_values"])
+    layers = trainable.attachment.layers
+    assert all(torch.equal(values, layers[name].S_base)
+               for name, values in trainable.singular_values().items())  # fmt: skip
+
+
 def test_adapters_are_saved_as_a_peft_folder(tmp_path: Path) -> None:
     model = network()
     trainable = apply_regime(model, "lora:2", MemoryStore(model), head="fc")

@@ -92,11 +92,11 @@ class AttachedLayer(KeepsDtype):
         self.offset = _frozen(torch.zeros_like(S))
         self._beside = False
         self._given: tuple[tuple[Tensor, ...], SpectralChange] | None = None
-        self._values = values
         start = S[..., self.band]
+        self._values = values and start.shape[-1] > 0
         self.theta = nn.Parameter(
             start.clone() if parametrisation == "absolute" else torch.zeros_like(start),
-            requires_grad=values,
+            requires_grad=self._values,
         )
         self.extras = Extras() if extras is None else extras
 

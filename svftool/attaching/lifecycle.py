@@ -26,7 +26,12 @@ from svftool.attaching.weight import AttachedWeight, Mode, runs_without_base
 from svftool.checkpoints import matches, write_errors
 from svftool.choices.acting import check_acting
 from svftool.choices.regimes import Regime, check_sizes, parse_regime
-from svftool.choices.singular_values import Parametrisation, check_parametrisation, parse_band
+from svftool.choices.singular_values import (
+    Parametrisation,
+    check_band,
+    check_parametrisation,
+    parse_band,
+)
 from svftool.errors import FactorsError, ModelError, ResourceError, UsageError, no_such, shortlist
 from svftool.factors import FactorStore, open_factors
 from svftool.files.names import real
@@ -195,7 +200,8 @@ def attach(
     mode : {"auto", "factored", "composed", "residual"}
         How layers run, see `svftool.attaching.weight`; all give the same gradients.
     train_rank : str or int, optional
-        Train only a band of singular values, such as ``"top:64"``.
+        Train only a band of singular values, such as ``"top:64"``. Layers that have none of them
+        keep those of the base.
     nonnegative : bool
         Keep singular values from going below zero.
     offload_base : bool
@@ -223,8 +229,9 @@ def attach(
     ModelError
         If the model is attached to already, or the globs leave no layer.
     UsageError
-        If an option has no such value or acts on nothing that the regime trains, the regime asks
-        for more numbers than any layer has, or entries are chosen by gradient and none is given.
+        If an option has no such value or acts on nothing that the regime trains, the regime or
+        `train_rank` asks for more numbers than any layer has, or entries are chosen by gradient and
+        none is given.
     """
     check_parametrisation(parametrisation)
     if mode not in get_args(Mode):
@@ -254,6 +261,7 @@ def attach(
     try:
         chosen = choose_layers(opened, include, exclude, skip)
         check_sizes(given, matrices_of(opened, chosen))
+        check_band(train_rank, [opened.layers[name].rank for name in chosen])
         attachment = _attach(model, opened, chosen, options, gradients or {})
     finally:
         if opened is not factors:

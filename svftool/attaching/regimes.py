@@ -16,6 +16,7 @@ from svftool.attaching.layer import is_own
 from svftool.attaching.lifecycle import attach, choose_layers, matrices_of
 from svftool.attaching.names import NameMap, map_names
 from svftool.choices.regimes import Regime, lora_rank, parse_regime, say_size
+from svftool.choices.singular_values import say_band
 from svftool.errors import MissingDependencyError, ModelError, brief
 from svftool.factors import FactorStore
 
@@ -130,7 +131,7 @@ class Trainable:
     attachment : Attachment or None
         What is trained in the singular basis, where the regime does that.
     said : str
-        What a size came to, where that is not what was asked for.
+        What a size or a band came to, where that is not what was asked for.
     """
 
     model: nn.Module
@@ -219,6 +220,8 @@ def apply_regime(
         layers = choose_layers(factors, include, exclude, inside)
     said = say_size(chosen, matrices_of(factors, layers))
     if chosen.spectral is not None:
+        ranks = [factors.layers[name].rank for name in layers]
+        said = "; ".join(filter(None, [said, say_band(options.get("train_rank"), ranks)]))
         options = {"offload_base": True, **options}
         alone = replace(chosen, parts=chosen.parts - {"bias", "norm"})
         attachment = attach(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal, get_args
 
@@ -28,15 +29,19 @@ class Band:
     stop: int | None = None
 
     def of(self, k: int) -> slice:
-        """Return the slice for a layer of rank `k`; never empty for ``k > 0``.
+        """Return the slice for a layer of rank `k`; empty where `reaches` says that it has none.
 
         Examples
         --------
-        >>> Band(stop=64).of(10)
-        slice(0, 10, 1)
+        >>> Band(stop=64).of(10), Band(8, 64).of(4)
+        (slice(0, 10, 1), slice(4, 4, 1))
         """
         start, stop, _ = slice(self.start, self.stop).indices(k)
-        return slice(min(start, k - 1), max(stop, min(start, k - 1) + 1), 1)
+        return slice(start, max(start, stop), 1)
+
+    def reaches(self, k: int) -> bool:
+        """Whether a layer of rank `k` has any of these singular values."""
+        return len(range(k)[self.start : self.stop]) > 0
 
 
 def parse_band(rule: str | int | None) -> Band:
@@ -75,6 +80,47 @@ def parse_band(rule: str | int | None) -> Band:
     if empty:
         raise UsageError(f"train rank {rule!r} selects no singular value, expected at least one.")
     return band
+
+
+def check_band(rule: str | int | None, ranks: Sequence[int]) -> None:
+    """Refuse a rule of singular values that no layer has.
+
+    Parameters
+    ----------
+    rule : str, int or None
+        See `parse_band`.
+    ranks : sequence of int
+        Of the layers.
+
+    Raises
+    ------
+    UsageError
+        If none of the layers has one of them.
+    """
+    band = parse_band(rule)
+    if ranks and not any(map(band.reaches, ranks)):
+        raise UsageError(
+            f"train rank {rule!r}: no layer has these singular values, expected indices below "
+            f"{max(ranks)}, the largest rank. Give smaller ones."
+        )
+
+
+def say_band(rule: str | int | None, ranks: Sequence[int]) -> str:
+    """Say how many layers have none of the singular values of a rule; empty where all have some.
+
+    Examples
+    --------
+    >>> say_band("8-64", [4, 64])
+    'train rank 8-64: 1 of 2 layers has no singular values there, and keeps those of the base'
+    """
+    without = [k for k in ranks if not parse_band(rule).reaches(k)]
+    if not without:
+        return ""
+    have, keep = ("has", "keeps") if len(without) == 1 else ("have", "keep")
+    return (
+        f"train rank {rule}: {len(without)} of {len(ranks)} layers {have} no singular values "
+        f"there, and {keep} those of the base"
+    )
 
 
 def check_parametrisation(name: str) -> None:

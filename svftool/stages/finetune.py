@@ -17,6 +17,7 @@ from svftool.attaching.lifecycle import choose_layers, matrices_of
 from svftool.checkpoints import Checkpoint
 from svftool.choices.acting import acting, check_acting
 from svftool.choices.regimes import check_sizes
+from svftool.choices.singular_values import check_band
 from svftool.choices.training import check_comparison, check_safeguard
 from svftool.errors import UsageError
 from svftool.factors import FactorStore, open_factors
@@ -302,6 +303,7 @@ def _check_sizes(regimes: Sequence[Regime], store: FactorStore, options: RunOpti
     """Refuse regimes that are larger than the layers before anything is read or trained."""
     if any(one.spectral is not None for one in regimes):
         matrices = matrices_of(store, choose_layers(store, options.include, options.exclude))
+        check_band(options.train_rank, [k for *_, k in matrices])
         for regime in regimes:
             check_sizes(regime, matrices)
 
