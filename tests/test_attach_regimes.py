@@ -108,8 +108,11 @@ def test_without_a_head_the_last_layer_gets_singular_values() -> None:
     trainable = apply_regime(model, "svf", MemoryStore(model))
     assert set(trainable.groups) == {"singular_values"}
     assert "fc.weight" in trainable.singular_values()
-    with pytest.raises(ModelError, match="'head' trains nothing"):
+    with pytest.raises(ModelError, match=r"'head' trains nothing: no head is named.*--head-name"):
         apply_regime(network(), "head", MemoryStore(network()))
+    plain = nn.Sequential(nn.Linear(3, 2, bias=False))
+    with pytest.raises(ModelError, match=r"no bias parameters and no norm par.*no head is named"):
+        apply_regime(plain, "norm+bias", MemoryStore(plain))
 
 
 def test_globs_limit_svf_and_lora() -> None:

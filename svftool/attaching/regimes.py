@@ -235,10 +235,21 @@ def apply_regime(
     live.requires_grad_(False)
     groups = {name: group for name, group in groups.items() if group}
     if not groups:
-        raise ModelError(f"regime {chosen.name!r} trains nothing: the model has no head.")
+        raise _trains_nothing(chosen, head)
     for parameter in chain(*groups.values()):
         parameter.requires_grad_(True)
     return Trainable(live, chosen, groups, names, attachment, said)
+
+
+def _trains_nothing(regime: Regime, head: str | None) -> ModelError:
+    """Say what the model lacks of what a regime names."""
+    parts = [f"{part} parameters" for part in sorted(regime.parts)]
+    lacks = f"the model has no {' and no '.join(parts)}, and " if parts else ""
+    found = "no head is named" if head is None else f"its head {head!r} has no parameters"
+    return ModelError(
+        f"regime {regime.name!r} trains nothing: {lacks}{found}. Name a head with --head-name, or "
+        "choose another regime."
+    )
 
 
 def weight_gradients(
