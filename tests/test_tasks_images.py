@@ -12,9 +12,10 @@ import torch
 from pictures import write_pictures
 from PIL import Image
 
-from svftool.errors import DataError, UsageError
+from svftool.errors import DataError, UsageError, shortlist
 from svftool.models import Preprocessing
-from svftool.tasks.images import image_size, list_images, open_image, to_tensor
+from svftool.tasks.images import image_size, left_out, list_images, open_image, to_tensor
+from svftool.tasks.two_classes import images_of_two_classes
 from svftool.tasks.views import ImageSet, choose_view
 
 PLAIN = Preprocessing(mean=(0.0, 0.0, 0.0), std=(1.0, 1.0, 1.0))
@@ -89,6 +90,34 @@ def test_nothing_to_list_is_said(tmp_path: Path) -> None:
     (tmp_path / "cat").mkdir()
     with pytest.raises(DataError, match="cat: no images"):
         list_images(tmp_path)
+
+
+def test_images_that_are_left_out_are_counted_and_named(tmp_path: Path) -> None:
+    data = write_pictures(tmp_path / "data", count=1)
+    (data / "red" / "notes.txt").write_text("no image")
+    (data / "red" / ".hidden.heic").write_text("a thumbnail")
+    assert left_out(data) == left_out(data / "list.csv") == []
+    for name in ("loose.png", "red/a.JFIF", "blue/deep/b.heic", "c.avif"):
+        (data / name).parent.mkdir(exist_ok=True)
+        (data / name).write_bytes(b"")
+    (said,) = left_out(data)
+    assert f"{data}: images left out: 2 beside the class folders (c.avif, loose.png)" in said
+    odd = shortlist([Path("blue/deep/b.heic"), Path("red/a.JFIF")])
+    assert f"2 of kinds that are not read (.heic, .jfif: {odd})" in said
+
+
+def test_an_image_of_two_classes_is_said(tmp_path: Path) -> None:
+    data = write_pictures(tmp_path / "data", count=2)
+    assert images_of_two_classes(list_images(data)) == []
+    shutil.copy(data / "red" / "00.png", data / "red" / "02.png")  # twice under one class
+    assert images_of_two_classes(list_images(data)) == []
+    shutil.copy(data / "red" / "00.png", data / "blue" / "copy.png")
+    (said,) = images_of_two_classes(list_images(data))
+    assert "two classes or more: 1, such as" in said
+    assert f"{data / 'blue' / 'copy.png'} (blue) and {data / 'red' / '00.png'} (red)" in said
+    (data / "list.csv").write_text("red/00.png,red\nred/01.png,red\nred/01.png,blue\n")
+    (said,) = images_of_two_classes(list_images(data / "list.csv"))
+    assert "more: 1, such as" in said
 
 
 @pytest.mark.parametrize("content", [b"", b"not an image", None])

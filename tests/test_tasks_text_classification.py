@@ -15,6 +15,8 @@ from torch import nn
 import svftool
 from svftool.errors import DataError, ModelError, SvftoolError, UsageError
 from svftool.files.given import check_data
+from svftool.progress import Silent
+from svftool.stages.catalogue import ModelFacts, make_tasks
 from svftool.tasks.class_names import readable
 from svftool.tasks.labelled import ClassificationCount
 from svftool.tasks.text_classification import (
@@ -34,6 +36,14 @@ def work(tmp_path_factory: pytest.TempPathFactory) -> Path:
     write_words(folder / "model")
     write_table(folder / "data.csv", colours())
     return folder
+
+
+class Told(Silent):
+    def __init__(self) -> None:
+        self.warnings: list[str] = []
+
+    def warn(self, message: str) -> None:
+        self.warnings.append(message)
 
 
 def task(work: Path, data: Path | None = None, **options: Any) -> TextClassification:
@@ -153,6 +163,18 @@ def test_what_cannot_be_trained_on(
     with pytest.raises(error, match=said) as caught:
         task(work, write_table(tmp_path / "d.csv", rows), **options).draw(0)
     assert "\n" not in str(caught.value)
+
+
+def test_a_text_of_two_classes_is_said(work: Path, tmp_path: Path) -> None:
+    assert task(work).said == ()
+    rows = [*colours(), ["where is it", "fee"], ["where is it", "card"], ["where is it", "fee"]]
+    data = write_table(tmp_path / "d.csv", rows)
+    last = len(rows) + 1
+    (said,) = task(work, data, shots=1).said
+    assert f"more: 1, such as {data}: line {last - 2} (fee) and {data}: line {last - 1}" in said
+    progress, facts = Told(), ModelFacts(folder=work / "model")
+    make_tasks("text-classification", data, facts, {"shots": 1}, progress=progress)
+    assert progress.warnings == [said]
 
 
 def test_a_class_of_the_evaluation_alone_is_refused(work: Path, tmp_path: Path) -> None:

@@ -89,23 +89,24 @@ def head_classes(config: Mapping[str, Any]) -> tuple[str, ...] | None:
 
 
 def _classification(
-    data: Path, facts: ModelFacts, _progress: Progress, **options: Any
+    data: Path, facts: ModelFacts, progress: Progress, **options: Any
 ) -> Sequence[Task]:
     from svftool.tasks.classification import Classification
     from svftool.tasks.views import ImageView
 
-    return [
-        Classification(
-            data,
-            preprocessing=facts.preprocessing,
-            view=ImageView.from_plain(facts.trained, facts.preprocessing),
-            head_classes=head_classes(facts.config),
-            whole_head=facts.whole_head,
-            folder=facts.folder,
-            trust_remote_code=facts.trust_remote_code,
-            **options,
-        )
-    ]
+    task = Classification(
+        data,
+        preprocessing=facts.preprocessing,
+        view=ImageView.from_plain(facts.trained, facts.preprocessing),
+        head_classes=head_classes(facts.config),
+        whole_head=facts.whole_head,
+        folder=facts.folder,
+        trust_remote_code=facts.trust_remote_code,
+        **options,
+    )
+    for message in task.said:
+        progress.warn(message)
+    return [task]
 
 
 def _few_shot(data: Path, facts: ModelFacts, progress: Progress, **options: Any) -> Sequence[Task]:
@@ -128,21 +129,22 @@ def _language(data: Path, facts: ModelFacts, _progress: Progress, **options: Any
 
 
 def _text_classification(
-    data: Path, facts: ModelFacts, _progress: Progress, **options: Any
+    data: Path, facts: ModelFacts, progress: Progress, **options: Any
 ) -> Sequence[Task]:
     from svftool.tasks.text_classification import TextClassification
 
-    return [
-        TextClassification(
-            data,
-            config=facts.config,
-            folder=facts.folder,
-            trust_remote_code=facts.trust_remote_code,
-            head_classes=head_classes(facts.config),
-            whole_head=facts.whole_head,
-            **options,
-        )
-    ]
+    task = TextClassification(
+        data,
+        config=facts.config,
+        folder=facts.folder,
+        trust_remote_code=facts.trust_remote_code,
+        head_classes=head_classes(facts.config),
+        whole_head=facts.whole_head,
+        **options,
+    )
+    for message in task.said:
+        progress.warn(message)
+    return [task]
 
 
 def _segmentation(

@@ -16,11 +16,12 @@ from svftool.models import DEFAULT_PREPROCESSING, Preprocessing
 from svftool.tasks.base import CHOOSE_SIZE, Part, Prepared, TaskMetric, device_of, forward_errors
 from svftool.tasks.class_names import check_labels, class_names, readable
 from svftool.tasks.heads import CosineHead, logits_of, pool
-from svftool.tasks.images import list_images, read_bytes, short_name
+from svftool.tasks.images import LabelledImage, left_out, list_images, read_bytes, short_name
 from svftool.tasks.labelled import ClassifierDraw, ClassifierSetting, of_head
 from svftool.tasks.options import ClassificationOptions, StrPath
 from svftool.tasks.splits import draw_shots, nothing_left, require_held_out, require_query
 from svftool.tasks.tokens import load_tokenizer
+from svftool.tasks.two_classes import images_of_two_classes
 from svftool.tasks.two_sided import (
     ImageTextClassifier,
     has_text_side,
@@ -114,6 +115,7 @@ class Classification:
         self.text_side = TextSide(folder, trust_remote_code)
         images = list_images(Path(data))
         queries = [] if chosen.query_data is None else list_images(chosen.query_data)
+        self.said = self._remarks(images, queries, data)
         self.shots = chosen.shots
         names = class_names(images, chosen.classes)
         self.of_head = of_head(names, head_classes, chosen, whole=whole_head)
@@ -137,6 +139,15 @@ class Classification:
             range(len(queries)),
             [image.label for image in queries],
         )
+
+    def _remarks(
+        self, images: list[LabelledImage], queries: list[LabelledImage], data: StrPath
+    ) -> tuple[str, ...]:
+        said = [*left_out(Path(data)), *images_of_two_classes(images)]
+        query = self.options.query_data
+        if query is not None and query != Path(data):
+            said += [*left_out(query), *images_of_two_classes(queries)]
+        return tuple(said)
 
     def describe(self) -> dict[str, Any]:
         """Shots, image size, normalisation and augmentation."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -72,6 +72,45 @@ def list_images(data: Path) -> list[LabelledImage]:
         raise DataError(f"{data}: {_what_is_wrong(data)}")
     require_encodable({image.label for image in images}, str(data))
     return images
+
+
+_NOT_READ = frozenset(
+    {
+        ".avif", ".heic", ".heif", ".jfif", ".jif", ".jpe", ".jp2", ".jxl", ".pjp", ".pjpeg",
+        ".svg", ".tga",
+    }
+)  # fmt: skip
+"""Suffixes of images that are not listed."""
+
+
+def left_out(data: Path) -> list[str]:
+    """Say which images of a folder `list_images` leaves out, in a sentence; nothing where none.
+
+    Those that lie beside the class folders, and those in them whose suffix is not known.
+    """
+    if not data.is_dir() or is_saved_dataset(data):
+        return []
+    known = (SUFFIXES - {ARRAY_SUFFIX}) | _NOT_READ
+    beside = sorted(one.name for one in data.iterdir() if _is_picture(one, data, known))
+    unknown = (one for one in data.rglob("*") if _is_picture(one, data, _NOT_READ))
+    odd = sorted(one for one in unknown if one.parent != data)
+    kinds = sorted({file.suffix.lower() for file in odd})
+    parts = []
+    if beside:
+        parts.append(f"{len(beside)} beside the class folders ({shortlist(beside, 3)})")
+    if odd:
+        names = shortlist([file.relative_to(data) for file in odd], 3)
+        parts.append(f"{len(odd)} of kinds that are not read ({', '.join(kinds)}: {names})")
+    if not parts:
+        return []
+    return [
+        f"{data}: images left out: {' and '.join(parts)}. Move them into a class folder, or save "
+        "them as PNG or JPEG"
+    ]
+
+
+def _is_picture(file: Path, root: Path, suffixes: Collection[str]) -> bool:
+    return file.suffix.lower() in suffixes and not is_hidden(file, root) and file.is_file()
 
 
 def _what_is_wrong(data: Path) -> str:

@@ -41,6 +41,7 @@ from svftool.tasks.tokens import (
     refuse_unknown,
     vocabulary,
 )
+from svftool.tasks.two_classes import texts_of_two_classes
 
 Pooling = Literal["mean", "cls"]
 
@@ -329,6 +330,7 @@ class TextClassification:
         self.options = chosen = TextClassificationOptions(**options)
         texts = _listed(Path(data), chosen)
         queries = [] if chosen.query_data is None else _listed(chosen.query_data, chosen)
+        self.said = (*texts_of_two_classes(texts), *texts_of_two_classes(queries))
         self.shots = chosen.shots
         names = class_names(texts, chosen.classes)
         self.of_head = of_head(names, head_classes, chosen, whole=whole_head)
