@@ -144,6 +144,23 @@ def shortlist(items: Iterable[object], limit: int = 10) -> str:
     return head if len(texts) <= limit else f"{head} and {len(texts) - limit} more"
 
 
+def counted(count: int, things: str) -> str:
+    """Write a number of things, of one in the singular.
+
+    Examples
+    --------
+    >>> counted(1, "images"), counted(0, "classes"), counted(1, "classes")
+    ('1 image', '0 classes', '1 class')
+    """
+    one = things.removesuffix("es" if things.endswith("sses") else "s")
+    return f"{count} {one if count == 1 else things}"
+
+
+def are(count: int) -> str:
+    """Return the verb that goes with a number of things."""
+    return "is" if count == 1 else "are"
+
+
 def brief(value: object, limit: int = 60) -> str:
     """Return a value out of somebody's file as an error line can hold it.
 

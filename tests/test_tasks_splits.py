@@ -7,7 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from svftool.errors import DataError, UsageError
-from svftool.tasks.splits import draw_shots, require_held_out
+from svftool.tasks.splits import draw_examples, draw_shots, nothing_left, require_held_out
 
 LABELS = ["cat"] * 12 + ["dog"] * 9 + ["owl"] * 7
 
@@ -46,6 +46,14 @@ def test_classes_of_one_size_are_drawn_apart() -> None:
 def test_a_held_out_share_is_taken_from_every_class() -> None:
     split = draw_shots(LABELS, shots=5, hold_out=0.4, seed=0)
     assert [LABELS[i] for i in split.held_out] == ["cat"] * 2 + ["dog"] * 2 + ["owl"] * 2
+
+
+def test_one_of_a_thing_is_in_the_singular() -> None:
+    with pytest.raises(DataError, match=r"class 'a' has 1 image, expected at least 2 for 2 shots"):
+        draw_shots(["a", "b", "b"], shots=2)
+    with pytest.raises(DataError, match=r"^0 texts, expected at least 1 for 1 shot\. Lower"):
+        draw_examples(0, unit="texts", shots=1)
+    assert "1 shot takes every one of the images" in str(nothing_left(1, "images"))
 
 
 def test_a_share_that_holds_nothing_out_is_refused() -> None:

@@ -147,7 +147,12 @@ def test_texts_with_classes_are_pointed_to_the_task(tmp_path: Path, name: str) -
 @pytest.mark.parametrize(
     ("rows", "options", "error", "said"),
     [
-        ([["red", "x"], ["lost", "x"]], {}, DataError, r"1 class, expected two or more \(x\)"),
+        (
+            [["red", "x"], ["lost", "x"]],
+            {},
+            DataError,
+            r"d\.csv: 1 class, expected two or more \(x\)",
+        ),
         (colours(), {"shots": 9}, DataError, r"has 4 texts, expected at least 9"),
         (colours(), {"shots": 4}, DataError, r"every one of the texts"),
         (colours(), {"hold_out": 0.2}, UsageError, r"--hold-out 0.2 holds out none of the texts"),

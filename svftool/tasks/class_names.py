@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Protocol
 
-from svftool.errors import DataError, shortlist
+from svftool.errors import DataError, counted, shortlist
 from svftool.files.texts import read_text
 from svftool.tasks.images import require_encodable
 
@@ -22,16 +22,26 @@ class Labelled(Protocol):
 
 
 def class_names(
-    examples: Sequence[Labelled], given: str | os.PathLike[str] | Sequence[str] | None
+    examples: Sequence[Labelled],
+    given: str | os.PathLike[str] | Sequence[str] | None,
+    data: object = "the data",
 ) -> tuple[str, ...]:
     """Return the classes in the order of the head's outputs: given, those of a file, or sorted.
+
+    Parameters
+    ----------
+    examples : sequence of Labelled
+    given : path-like, sequence of str or None
+        A file of names, or the names.
+    data : object
+        Where the examples are from, for errors.
 
     Raises
     ------
     DataError
         If the file is not readable, repeats a name, or there are fewer than two classes.
     """
-    where = "the data"
+    where = str(data)
     if given is None:
         names = tuple(sorted({one.label for one in examples}))
     elif isinstance(given, (str, os.PathLike)):
@@ -40,7 +50,8 @@ def class_names(
         names = tuple(given)
     require_encodable(names, where)
     if len(names) < 2:
-        raise DataError(f"{where}: {len(names)} class, expected two or more ({shortlist(names)})")
+        found = f"{counted(len(names), 'classes')}, expected two or more ({shortlist(names)})"
+        raise DataError(f"{where}: {found}")
     return names
 
 

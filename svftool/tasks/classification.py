@@ -117,7 +117,7 @@ class Classification:
         queries = [] if chosen.query_data is None else list_images(chosen.query_data)
         self.said = self._remarks(images, queries, data)
         self.shots = chosen.shots
-        names = class_names(images, chosen.classes)
+        names = class_names(images, chosen.classes, data)
         self.of_head = of_head(names, head_classes, chosen, whole=whole_head)
         self.classes = self.of_head.classes
         check_labels(images, self.classes, data)

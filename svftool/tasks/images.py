@@ -12,7 +12,7 @@ import numpy as np
 import numpy.typing as npt
 from torch import Tensor
 
-from svftool.errors import DataError, MissingDependencyError, shortlist, system_fault
+from svftool.errors import DataError, MissingDependencyError, counted, shortlist, system_fault
 from svftool.files.texts import read_rows
 from svftool.tasks.saved_datasets import StoredImage, is_saved_dataset, stored_images
 
@@ -118,7 +118,7 @@ def _what_is_wrong(data: Path) -> str:
     if data.is_file():
         return "no images, expected rows of path,label"
     loose = 0 if is_saved_dataset(data) else len(pictures_in(data, data))
-    found = f"{loose} images outside of class folders" if loose else "no images"
+    found = f"{counted(loose, 'images')} outside of class folders" if loose else "no images"
     return f"{found}, expected a folder for each class with images in it"
 
 

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
-from svftool.errors import DataError, ModelError, UsageError
+from svftool.errors import DataError, ModelError, UsageError, are, counted
 from svftool.progress import SILENT, Progress
 from svftool.tasks.base import Part, Prepared, TaskMetric, device_of, forward_errors, to_device
 from svftool.tasks.chat import encode_chat
@@ -187,8 +187,8 @@ class Language:
                 found = [Block(torch.tensor(ids[-1:]), torch.zeros(1, dtype=torch.bool), position)]
             if not found:
                 raise DataError(
-                    f"{text.file}: line {text.line}: {len(ids)} token, expected two or more, so "
-                    "that one is predicted from another. Remove the line"
+                    f"{text.file}: line {text.line}: {counted(len(ids), 'tokens')}, expected two "
+                    "or more, so that one is predicted from another. Remove the line"
                 )
             blocks += found
         return Corpus(texts, blocks, frozenset(shortened), frozenset(untold))
@@ -256,8 +256,9 @@ class LanguageDraw:
             logits = self._logits(model.eval(), batch)
         if logits.ndim != 3:
             raise ModelError(
-                f"the model returns {tuple(logits.shape)} for 1 text of {len(short.ids)} tokens, "
-                "expected logits for each token. Name a causal language model with --model"
+                f"the model returns {tuple(logits.shape)} for 1 text of "
+                f"{counted(len(short.ids), 'tokens')}, expected logits for each token. Name a "
+                "causal language model with --model"
             )
         if self._task.options.gradient_checkpointing:
             _enable_checkpointing(model)
@@ -402,22 +403,23 @@ def describe_cuts(parts: Sequence[Corpus], length: int) -> list[str]:
     said = []
     if cuts:
         said.append(
-            f"{cuts} of {total} texts are longer than the {length} tokens that the model sees at "
-            "once: cut in blocks; see --sequence-length"
+            f"{cuts} of {counted(total, 'texts')} {are(cuts)} longer than the {length} tokens "
+            "that the model sees at once: cut in blocks; see --sequence-length"
         )
     if short:
         said.append(
-            f"{short} of {total} prompts are too long for {length} tokens: they lose their "
-            "beginning"
+            f"{short} of {counted(total, 'prompts')} {are(short)} too long for {length} tokens: "
+            f"{'it loses its' if short == 1 else 'they lose their'} beginning"
         )
     if untold:
         said.append(
-            f"the chat template does not tell the assistant's turns in {untold} of {chats} "
-            "conversations: all of their tokens are learned"
+            f"the chat template does not tell the assistant's turns in {untold} of "
+            f"{counted(chats, 'conversations')}: all of their tokens are learned"
         )
     elif chats:
         said.append(
-            f"{chats} conversations by the tokenizer's chat template: the assistant's turns alone "
+            f"{counted(chats, 'conversations')} by the tokenizer's chat template: the "
+            "assistant's turns alone "
             f"are learned, {learned:,} of {tokens:,} tokens"
         )
     return said

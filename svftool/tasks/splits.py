@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from svftool.errors import DataError, UsageError
+from svftool.errors import DataError, UsageError, counted
 
 
 @dataclass(frozen=True)
@@ -75,8 +75,8 @@ def draw_shots(
     for label, members in sorted(by_label.items()):
         if shots is not None and len(members) < shots:
             raise DataError(
-                f"class {label!r} has {len(members)} {unit}, expected at least {shots} "
-                f"for {shots} shots. Lower --shots or add {unit}."
+                f"class {label!r} has {counted(len(members), unit)}, expected at least "
+                f"{shots} for {counted(shots, 'shots')}. Lower --shots or add {unit}."
             )
         parts.append(_split(members, shots, hold_out, f"{seed}:{label}"))
     return _joined(parts)
@@ -109,7 +109,7 @@ def draw_examples(
     """
     if shots is not None and count < shots:
         raise DataError(
-            f"{count} {unit}, expected at least {shots} for {shots} shots. "
+            f"{counted(count, unit)}, expected at least {shots} for {counted(shots, 'shots')}. "
             f"Lower --shots or add {unit}."
         )
     return _joined([_split(list(range(count)), shots, hold_out, f"{seed}:{unit}")])
@@ -233,8 +233,10 @@ def require_held_out(split: Split, hold_out: float, unit: str) -> None:
 
 def nothing_left(shots: int | None, unit: str) -> DataError:
     """Error for shots that leave nothing over."""
+    take, leave = ("takes", "leaves") if shots == 1 else ("take", "leave")
     return DataError(
-        f"{shots} shots take every one of the {unit} and leave none to measure with. "
+        f"{counted(shots or 0, 'shots')} {take} every one of the {unit} and {leave} none to "
+        "measure with. "
         "Lower --shots, or give --eval PATH, or --eval none to measure nothing"
     )
 

@@ -12,7 +12,7 @@ from typing import Any, Literal, Protocol
 import torch
 from torch import Tensor, nn
 
-from svftool.errors import DataError, ModelError, UsageError
+from svftool.errors import DataError, ModelError, UsageError, are, counted
 from svftool.files.header import parse_json
 from svftool.models import find_head
 from svftool.tasks.base import Part, Prepared, TaskMetric, device_of, forward_errors, to_device
@@ -332,7 +332,7 @@ class TextClassification:
         queries = [] if chosen.query_data is None else _listed(chosen.query_data, chosen)
         self.said = (*texts_of_two_classes(texts), *texts_of_two_classes(queries))
         self.shots = chosen.shots
-        names = class_names(texts, chosen.classes)
+        names = class_names(texts, chosen.classes, data)
         self.of_head = of_head(names, head_classes, chosen, whole=whole_head)
         self.classes = self.of_head.classes
         check_labels(texts, self.classes, data)
@@ -501,8 +501,8 @@ class TextDraw(ClassifierDraw[TextExamples, TextSetting]):
         cut = sum(part.cut for part in parts)
         if cut:
             said.append(
-                f"{cut} of {sum(map(len, parts))} texts are longer than {encoding.length} tokens "
-                "and are cut to them; see --max-length"
+                f"{cut} of {counted(sum(map(len, parts)), 'texts')} {are(cut)} longer than "
+                f"{counted(encoding.length, 'tokens')} and {are(cut)} cut to them; see --max-length"
             )
         _tell_padding(model, encoding.padding)
         return said
@@ -512,7 +512,7 @@ class TextDraw(ClassifierDraw[TextExamples, TextSetting]):
         longest = max((block for part in parts for block in part.blocks), key=lambda b: len(b.ids))
         short = self._support.blocks[0]
         batch = to_device(self._task.encoding.batch([longest, short]), device_of(model))
-        what = f"texts of {len(longest.ids)} tokens"
+        what = f"texts of {counted(len(longest.ids), 'tokens')}"
         with forward_errors(what, ". Shorten them with --max-length"), torch.inference_mode():
             if self._head_of(model.eval()) is None:
                 outputs = text_features(model, **batch, pooling=self._task.pooling)

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from svftool.errors import DataError, brief, shortlist
+from svftool.errors import DataError, brief, counted, shortlist
 from svftool.files.texts import read_rows, read_text
 from svftool.tasks.images import encodable, is_hidden, require_encodable
 from svftool.tasks.saved_datasets import is_saved_dataset, load_saved_dataset
@@ -106,7 +106,8 @@ class _Row(dict[str, str]):
 def _cells(names: Sequence[str], row: Sequence[str]) -> Mapping[str, str] | _Fault:
     if any(cell.strip() for cell in row[len(names) :]):
         return _Fault(
-            f"{len(row)} cells for {len(names)} columns (a text with commas stands in quotes)"
+            f"{counted(len(row), 'cells')} for "
+            f"{counted(len(names), 'columns')} (a text with commas stands in quotes)"
         )
     cells = _Row(zip(names, row, strict=False))
     cells.names = names

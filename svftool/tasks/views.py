@@ -12,7 +12,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from svftool.errors import UsageError
+from svftool.errors import UsageError, counted
 from svftool.models import Preprocessing, normalise
 from svftool.tasks.bands import load_picture
 from svftool.tasks.images import ImagePath, image_size
@@ -197,8 +197,8 @@ def with_normalisation(
     for flag, given in (("--mean", mean), ("--std", std)):
         if given is not None and len(given) != channels:
             raise UsageError(
-                f"{flag} has {len(given)} numbers, expected {channels}: the model takes "
-                f"{channels} channels"
+                f"{flag} has {counted(len(given), 'numbers')}, expected {channels}: the model "
+                f"takes {counted(channels, 'channels')}"
             )
     if augment == "strong" and channels not in (1, 3):
         raise UsageError(

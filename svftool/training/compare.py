@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from svftool.attaching import Trainable, apply_regime, parse_regime, weight_gradients
 from svftool.choices.acting import acting
+from svftool.errors import are, counted
 from svftool.factors.stated import Support
 from svftool.machine import explain_out_of_memory, peak_memory, reset_peak_memory
 from svftool.progress import SILENT, Progress
@@ -160,12 +161,13 @@ class _Comparison:
         support = Support.of(draw.contents("support"))
         seen = support.count(draw.contents("query"))
         if seen:
-            of = f" of {draw.measured}" if isinstance(draw, Sized) else ""
+            among = draw.measured if isinstance(draw, Sized) else None
+            found = counted(seen, "examples")
+            found = found if among is None else f"{seen} of {counted(among, 'examples')}"
             where = "".join(f", {name} {number}" for name, number in task.facts.items())
             self._progress.warn(
-                f"seed {seed}{where}: {seen}{of} examples that measure the result are also trained "
-                "on, byte for byte; what is measured on them is no result. Remove them from one "
-                "side"
+                f"seed {seed}{where}: {found} that measure the result {are(seen)} also trained on, "
+                "byte for byte; what is measured on them is no result. Remove them from one side"
             )
         return support.to_plain()
 
@@ -389,7 +391,7 @@ class _Comparison:
         if outcome.steps == 0:
             return True
         self._progress.note(
-            f"interrupted after {outcome.steps} steps: measuring and saving what was "
+            f"interrupted after {counted(outcome.steps, 'steps')}: measuring and saving what was "
             "trained; interrupt again to give it up"
         )
         return False
@@ -403,8 +405,8 @@ class _Comparison:
     def _warn(self, run: Run, label: str, metric: TaskMetric) -> None:
         if run.outcome.ending == "diverged":
             self._progress.warn(
-                f"{label}: the loss diverged after {run.outcome.steps} steps; the weights of step "
-                f"{run.outcome.kept} are kept. Lower --lr"
+                f"{label}: the loss diverged after {counted(run.outcome.steps, 'steps')}; the "
+                f"weights of step {run.outcome.kept} are kept. Lower --lr"
             )
         if run.worse:
             self._progress.warn(

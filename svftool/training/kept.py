@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
+from svftool.errors import counted
 from svftool.training.trials import mean_and_error
 
 SHARES = (0.125, 0.25, 0.5, 0.75, 1.0)
@@ -168,12 +169,12 @@ def decide(folds: Sequence[Sequence[Judged]], steps: int, *, new_head: bool) -> 
 
 def _why(trials: Sequence[SharedWay], share: float, count: int) -> str:
     if not trials:
-        return f"of {count} examples left out in turn some have no finite loss after it"
+        return f"of {counted(count, 'examples')} left out in turn some have no finite loss after it"
     kept = [one for one in trials if one.share == share]
     told = kept[0] if kept else max(trials, key=lambda one: one.gain)
     most = "" if kept else " at best"
     change = f"{'raises' if told.gain < 0 else 'lowers'} the loss by {abs(told.gain):.3f}"
     return (
-        f"of {count} examples left out in turn it {change} ± {told.error:.3f}{most}, and finds "
-        f"{told.right:+d} classes"
+        f"of {counted(count, 'examples')} left out in turn it {change} ± {told.error:.3f}{most}, "
+        f"and finds {told.right:+d} {'class' if abs(told.right) == 1 else 'classes'}"
     )

@@ -13,7 +13,7 @@ import numpy as np
 import numpy.typing as npt
 from torch import Tensor
 
-from svftool.errors import DataError, shortlist
+from svftool.errors import DataError, counted, shortlist
 from svftool.files.texts import read_text
 from svftool.tasks.images import (
     LABELS,
@@ -137,7 +137,7 @@ def _check(file: Path, names: Sequence[str], colours: Mapping[Colour, int | None
     if twice:
         raise DataError(f"{file}: {shortlist(twice)} twice, expected each class once")
     if len(names) < 2:
-        raise DataError(f"{file}: {len(names)} class, expected two or more")
+        raise DataError(f"{file}: {counted(len(names), 'classes')}, expected two or more")
     if colours and len([n for n in colours.values() if n is not None]) != len(names):
         raise DataError(f"{file}: colours missing or given twice, expected one for each class")
 
@@ -289,9 +289,10 @@ def survey(pairs: Sequence[ImagePair], read: Callable[[Path], Labels]) -> npt.ND
         seen = list(pool.map(look, pairs))
     faults = [fault for _, fault in seen if fault is not None]
     if faults:
+        have, maps = ("has", "its map") if len(faults) == 1 else ("have", "their maps")
         raise DataError(
-            f"{pairs[0].image.parent}: {len(faults)} images have another size than their maps: "
-            f"{shortlist(faults, _SHOWN)}. Expected the same"
+            f"{pairs[0].image.parent}: {counted(len(faults), 'images')} {have} another size than "
+            f"{maps}: {shortlist(faults, _SHOWN)}. Expected the same"
         )
     return np.stack([counts for counts, _ in seen])
 
@@ -322,7 +323,8 @@ def check_labels(
     empty = [pair.name for pair, row in zip(pairs, labelled, strict=True) if not row.any()]
     if empty:
         raise DataError(
-            f"{pairs[0].mask.parent}: {len(empty)} maps hold nothing but the ignored label "
+            f"{pairs[0].mask.parent}: {counted(len(empty), 'maps')} "
+            f"{'holds' if len(empty) == 1 else 'hold'} nothing but the ignored label "
             f"{ignore}: {shortlist(empty, _SHOWN)}. Remove them with their images"
         )
 
