@@ -62,6 +62,7 @@ def test_a_csv_file_lists_paths_beside_it(tmp_path: Path, text: str) -> None:
         ("red/00.png,red\nred/00.png\n", r"list.csv: line 2: 'red/00.png', expected path,label"),
         ("red/00.png, \n", r"list.csv: line 1: .*expected path,label"),
         ("", r"list.csv: no images, expected rows of path,label"),
+        ("path,label,label\nred/00.png,red,blue\n", r"two columns or more are named 'label'"),
         ("path,label\n", r"list.csv: no images, expected rows of path,label"),
     ],
 )

@@ -5,9 +5,10 @@ from __future__ import annotations
 import codecs
 import csv
 import io
+from collections.abc import Sequence
 from pathlib import Path
 
-from svftool.errors import DataError, system_fault
+from svftool.errors import DataError, brief, shortlist, system_fault
 
 _UTF16 = (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)
 _LONGEST = (1 << 31) - 1
@@ -80,6 +81,22 @@ def first_row(path: Path, most: int = 1 << 16) -> tuple[str, list[str]]:
     held = io.StringIO(line)
     delimiter = "\t" if path.suffix.lower() == ".tsv" else _delimiter(held)
     return line, next(iter(csv.reader([line], delimiter=delimiter)), [])
+
+
+def check_columns(path: Path, names: Sequence[str]) -> None:
+    """Refuse a table in which two columns have one name: either could be meant.
+
+    Raises
+    ------
+    DataError
+        Names them.
+    """
+    twice = sorted({name for name in names if name and names.count(name) > 1})
+    if twice:
+        raise DataError(
+            f"{path}: two columns or more are named {shortlist(map(brief, twice))}, expected each "
+            "name once. Rename or remove one"
+        )
 
 
 def _delimiter(stream: io.StringIO) -> str:

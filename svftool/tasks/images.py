@@ -13,7 +13,7 @@ import numpy.typing as npt
 from torch import Tensor
 
 from svftool.errors import DataError, MissingDependencyError, counted, shortlist, system_fault
-from svftool.files.texts import read_rows
+from svftool.files.texts import check_columns, read_rows
 from svftool.tasks.saved_datasets import StoredImage, is_saved_dataset, stored_images
 
 if TYPE_CHECKING:
@@ -236,6 +236,7 @@ def _list_csv(file: Path) -> list[LabelledImage]:
     names = [name.strip().lower() for name in rows[0][1]] if rows else []
     path_column, label_column = 0, 1
     if "path" in names and "label" in names:
+        check_columns(file, names)
         path_column, label_column = names.index("path"), names.index("label")
         rows = rows[1:]
     images = []

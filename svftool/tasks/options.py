@@ -262,6 +262,19 @@ class TextClassificationOptions(ClassifierOptions):
     )
     tokenizer: StrPath | None = option(None, TOKENIZER)
 
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        texts, labels = self.text_column, self.label_column
+        if texts is not None and labels is not None and _plain(texts) == _plain(labels):
+            raise UsageError(
+                f"--text-column and --label-column both name {labels!r}, expected two columns"
+            )
+
+
+def _plain(column: str) -> str:
+    """Return the name of a column as columns are compared."""
+    return column.strip().lower()
+
 
 @dataclass(frozen=True, kw_only=True)
 class SegmentationOptions(ClassesOptions, ImageOptions, SplitOptions):

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from svftool.errors import DataError, brief, counted, shortlist
-from svftool.files.texts import read_rows, read_text
+from svftool.files.texts import check_columns, read_rows, read_text
 from svftool.tasks.images import encodable, is_hidden, require_encodable
 from svftool.tasks.saved_datasets import is_saved_dataset, load_saved_dataset
 
@@ -94,6 +94,7 @@ def _rows(file: Path) -> Iterator[tuple[int, Any]]:
     """List the rows of a table by the names of its columns, in lower case."""
     head, *rows = read_rows(file, "CSV with named columns") or [(0, [])]
     names = [name.strip().lower() for name in head[1]]
+    check_columns(file, names)
     return ((line, _cells(names, row)) for line, row in rows)
 
 
