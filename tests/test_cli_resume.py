@@ -163,18 +163,28 @@ def test_what_is_finished_is_not_trained_again(cut: Path) -> None:
     assert [one["seed"] for one in document["runs"]] == [0, 1]
 
 
-def test_other_options_are_refused(cut: Path) -> None:
+def test_other_options_are_refused(cut: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def build(*_: object, **__: object) -> None:
+        raise AssertionError("a model was built")
+
+    monkeypatch.setattr("svftool.stages.finetune.build_model", build)
     for options, message in (
-        (["--lr", 0.5], "lr was None, now 0.5"),
-        (["--regime", "svf,head"], "regimes has changed"),
-        (["--batch-size", 2], "batch_size was 16, now 2"),
-        (["--augment", "none"], "options: augment is new"),
+        (["--lr", 0.5], "--lr was not given, now 0.5"),
+        (["--regime", "svf,head"], "--regime was svf, now svf,head"),
+        (["--lr", "svf=0.5"], "--lr was not given, now svf=0.5"),
+        (["--model", "elsewhere.py:Net"], "--model was"),
+        (["--clip-grad", 0], "--clip-grad was 1.0, now 0"),
+        (["--train-layers", "conv*"], "--train-layers was not given, now conv*"),
+        (["--seeds", 3], "--seeds: the seeds were 0,1, now 0,1,2"),
+        (["--batch-size", 2], "--batch-size was 16, now 2"),
+        (["--augment", "none"], "--augment was not given, now none"),
     ):
         result = run(*arguments(cut, "cut", "--seeds", 2, "--resume", *options))
         assert result.exit_code == 2
         assert message in result.stderr
         assert "leave --resume out" in result.stderr
-    # What was refused has left everything as it was.
+    monkeypatch.undo()
+    # Nothing was built for it, and what was refused has left everything as it was.
     assert run(*arguments(cut, "cut", "--seeds", 2, "--resume")).exit_code == 0
 
 
@@ -186,7 +196,7 @@ def test_another_number_of_threads_is_refused(cut: Path) -> None:
     finally:
         torch.set_num_threads(before)
     assert result.exit_code == 2
-    assert f"threads was {before}, now {before + 1}" in result.stderr
+    assert f"the number of threads was {before}, now {before + 1}" in result.stderr
 
 
 def test_other_data_code_or_base_is_refused(cut: Path) -> None:
@@ -196,7 +206,7 @@ def test_other_data_code_or_base_is_refused(cut: Path) -> None:
     shutil.copy2(picture, kept)
     shutil.copy(cut / "data" / "blue" / "00.png", picture)
     changed = run(*again)
-    assert (changed.exit_code, "data: red/00.png has changed" in changed.stderr) == (2, True)
+    assert (changed.exit_code, "--data: red/00.png has changed" in changed.stderr) == (2, True)
     shutil.copy2(kept, picture)
     other = {name: value + 1 for name, value in load_file(cut / "base.safetensors").items()}
     (cut / "elsewhere").mkdir()
@@ -206,7 +216,7 @@ def test_other_data_code_or_base_is_refused(cut: Path) -> None:
     )
     again[1] = str(cut / "other")
     changed = run(*again)
-    assert (changed.exit_code, "base has changed" in changed.stderr) == (2, True)
+    assert (changed.exit_code, "the base has changed" in changed.stderr) == (2, True)
 
 
 def test_without_resume_everything_begins_anew(cut: Path) -> None:

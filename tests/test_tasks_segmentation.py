@@ -200,7 +200,9 @@ def test_pairs_that_do_not_fit_are_said(scenes: Path, tmp_path: Path) -> None:
 
 def test_sizes_that_differ_are_said(scenes: Path) -> None:
     rewrite(scenes, lambda labels: labels[:, 1:], "02.png")
-    with pytest.raises(DataError, match=r"1 image has another size than its map: 02 \(12 x 16, its map 12 x 15\)"):
+    with pytest.raises(
+        DataError, match=r"1 image has another size than its map: 02 \(12 x 16, its map 12 x 15\)"
+    ):
         Segmentation(scenes, shots=2)
 
 

@@ -220,6 +220,7 @@ def test_rates_that_cannot_be_are_refused(text: str, message: str) -> None:
         ),
         ({"against": "svf", "regimes": ["svf"]}, "--against: a single regime"),
         ({"against": "svf", "options": {"evaluation": Path("none")}}, "--eval none measures noth"),
+        ({"settings": Settings(steps=2, head_first=5)}, "--head-first is 5, expected fewer than"),
         ({"settings": Settings(patience=2)}, "--patience: no examples are held out"),
         (
             {

@@ -359,6 +359,9 @@ def check_comparison(
     """
     few_shot = task == "few-shot-segmentation"  # it holds examples out by itself, see --select-on
     check_named("--lr", settings.lr_of, regimes)
+    alone, steps = settings.head_first, settings.steps
+    if steps is not None and alone >= steps and any(name.strip() != "head" for name in regimes):
+        raise UsageError(f"--head-first is {alone}, expected fewer than the {steps} of --steps")
     if settings.label_smoothing and few_shot:
         raise UsageError(f"--label-smoothing has no meaning for --task {task}. Leave it out")
     if settings.patience is not None:

@@ -193,10 +193,15 @@ def finetune(
         checkpoint = group.together(
             lambda: stack.enter_context(store.open_base(base, progress=progress))
         )
+        request = _request(
+            store, group, place, of_run, settings, [one.name for one in chosen], numbers,
+            task=task, model=model, data=Path(data), options=options,
+        )  # fmt: skip
         work = _claim(
             stack,
             group,
             target,
+            request,
             force=force,
             resume=resume,
             inputs=[store.path, checkpoint.path, Path(data)],
@@ -236,7 +241,6 @@ def finetune(
             attaching=of_run.attaching,
             trackers=trackers,
         )
-        request = _request(plan, group, task=task, model=model, data=Path(data), options=options)
         group.once(lambda: work.begin(request, resume=resume))
         dropped = checkpoint.dropped() if any(one.full for one in chosen) else {}
         if dropped and group.first:
@@ -329,11 +333,25 @@ def _trackers(
     return trackers
 
 
-def _claim(stack: ExitStack, group: Group, target: Path, **options: Any) -> Workspace:
-    """Claim the output in the first process; the others know where it is, and leave it alone."""
+def _claim(
+    stack: ExitStack,
+    group: Group,
+    target: Path,
+    request: Mapping[str, Any],
+    *,
+    resume: bool,
+    **options: Any,
+) -> Workspace:
+    """Claim the output in the first process; the others know where it is, and leave it alone.
+
+    What cannot be gone on with is refused here, before anything is loaded.
+    """
 
     def claim() -> None:
-        claimed.append(stack.enter_context(open_workspace(target, **options)))
+        work = stack.enter_context(open_workspace(target, resume=resume, **options))
+        claimed.append(work)
+        if resume:
+            work.check(request)
 
     claimed: list[Workspace] = []
     group.once(claim)
@@ -341,8 +359,13 @@ def _claim(stack: ExitStack, group: Group, target: Path, **options: Any) -> Work
 
 
 def _request(
-    plan: TrainingPlan,
+    store: FactorStore,
     group: Group,
+    device: torch.device,
+    run: RunOptions,
+    settings: Settings,
+    regimes: Sequence[str],
+    seeds: Sequence[int],
     *,
     task: str,
     model: str,
@@ -352,22 +375,22 @@ def _request(
     """Say what is asked for, as far as the bits of the result depend on it."""
     code = Path(model.rpartition(":")[0])
     return {
-        "base": plan.store.base_fingerprint,
-        "factors": plan.store.fingerprint,
+        "base": store.base_fingerprint,
+        "factors": store.fingerprint,
         "model": [model, describe_files(code)] if code.suffix == ".py" else model,
         "task": task,
         "data": describe_files(data),
         "options": {name: _plain_option(value) for name, value in options.items()},
-        "regimes": list(plan.regimes),
-        "seeds": list(plan.seeds),
-        "include": list(plan.include),
-        "exclude": list(plan.exclude),
-        **plan.attaching,
-        **plan.settings.for_bits(),
-        "device": plan.device.type,
+        "regimes": list(regimes),
+        "seeds": list(seeds),
+        "include": list(run.include),
+        "exclude": list(run.exclude),
+        **run.attaching,
+        **settings.for_bits(),
+        "device": device.type,
         "processes": group.count,
         # Sums over threads are rounded in another order where there are more or fewer of them.
-        "threads": _threads() if plan.device.type == "cpu" else None,
+        "threads": _threads() if device.type == "cpu" else None,
     }
 
 

@@ -21,6 +21,7 @@ from svftool.checkpoints import PARTIAL, parse_json, replace_output, write_error
 from svftool.errors import UsageError, kept_work, shortlist
 from svftool.files.output import remove
 from svftool.training.plan import Run, run_from_plain, run_to_plain
+from svftool.training.request import differences
 from svftool.training.state import StateFile, write_safely
 
 SUFFIX = f"{PARTIAL}.runs"
@@ -79,19 +80,33 @@ class Workspace:
         path = self.folder / _REQUEST
         plain = json.loads(json.dumps(request))
         if resume and path.exists():
-            with kept_work(path):
-                changed = list(_differences(dict(parse_json(path.read_bytes())), plain))
-            if changed:
-                raise UsageError(
-                    f"{self.target}: --resume would go on with another comparison: "
-                    f"{shortlist(changed, 4)}. Give what was given before, or leave --resume out "
-                    "to begin anew."
-                )
+            self.check(request)
             return
         remove(self.folder)
         with write_errors(self.folder):
             self.folder.mkdir(parents=True)
             write_safely(json.dumps(plain), path)
+
+    def check(self, request: Mapping[str, Any]) -> None:
+        """Refuse to go on where another request was interrupted.
+
+        Raises
+        ------
+        UsageError
+            Says what differs.
+        """
+        path = self.folder / _REQUEST
+        if not path.exists():
+            return
+        plain = json.loads(json.dumps(request))
+        with kept_work(path):
+            changed = list(differences(dict(parse_json(path.read_bytes())), plain))
+        if changed:
+            raise UsageError(
+                f"{self.target}: --resume would go on with another comparison: "
+                f"{shortlist(changed, 4)}. Give what was given before, or leave --resume out to "
+                "begin anew."
+            )
 
     def publish(self, partial: Path) -> None:
         """Put a copy of the outputs at `partial`."""
@@ -198,21 +213,6 @@ def _link(source: str | Path, target: str | Path) -> None:
         os.link(source, target)
     except OSError:
         shutil.copy2(source, target)
-
-
-def _differences(before: Any, now: Any, name: str = "") -> Iterator[str]:
-    """Name what two plain values do not share, by the path to it."""
-    if isinstance(before, dict) and isinstance(now, dict):
-        for key in dict.fromkeys([*before, *now]):
-            inner = f"{name}: {key}" if name else key
-            if key not in before or key not in now:
-                yield f"{inner} is {'gone' if key in before else 'new'}"
-            else:
-                yield from _differences(before[key], now[key], inner)
-    elif before != now:
-        # Times and fingerprints say nothing to a reader.
-        plain = not isinstance(now, list) and len(str(now)) < 40
-        yield f"{name} was {before}, now {now}" if plain else f"{name} has changed"
 
 
 # What is kept of a comparison while it goes on, so that another process can continue it.
