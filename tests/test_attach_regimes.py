@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+import warnings
 from pathlib import Path
 
 import pytest
@@ -10,6 +11,7 @@ import torch
 from torch import nn
 
 from svftool.attaching import apply_regime, parse_regime
+from svftool.attaching.peft_warnings import peft_warnings
 from svftool.errors import MissingDependencyError, ModelError, UsageError
 from tests.attaching import MemoryStore
 
@@ -138,6 +140,24 @@ def test_what_peft_refuses_is_one_line() -> None:
     ) as caught:
         apply_regime(model, "lora:1", store)
     assert "\n" not in str(caught.value)
+
+
+def test_what_peft_warns_of_is_said_in_plain_words(tmp_path: Path) -> None:
+    transformers = pytest.importorskip("transformers")
+    config = transformers.GPT2Config(
+        vocab_size=9, n_embd=8, n_layer=1, n_head=2, n_positions=8, bos_token_id=1, eos_token_id=1
+    )
+    for include, message in (["*attn*"], ""), ([], "'svftool merge' takes no such adapter"):
+        model = transformers.GPT2LMHeadModel(config)
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")
+            trainable = apply_regime(model, "lora:1", MemoryStore(model), include=include)
+        assert message in trainable.said
+        assert bool(message) == bool(trainable.said)
+    with peft_warnings() as said:
+        warnings.warn("Ephemeral  GPU\noffloading", stacklevel=1)
+        warnings.warn("fan_in_fan_out is set to False but", stacklevel=1)
+    assert said == ["PEFT: 'Ephemeral GPU offloading'"]
 
 
 def test_options_reach_attach() -> None:

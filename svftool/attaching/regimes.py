@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from itertools import chain
@@ -15,6 +14,7 @@ from svftool.attaching.attachment import Attachment
 from svftool.attaching.layer import is_own
 from svftool.attaching.lifecycle import attach, choose_layers, matrices_of
 from svftool.attaching.names import NameMap, map_names
+from svftool.attaching.peft_warnings import peft_warnings
 from svftool.choices.regimes import Regime, lora_rank, parse_regime, say_size
 from svftool.choices.singular_values import say_band
 from svftool.errors import MissingDependencyError, ModelError, brief
@@ -30,7 +30,7 @@ def add_lora(
     *,
     rank: int,
     head: str | None,
-) -> tuple[nn.Module, list[nn.Parameter], list[nn.Parameter]]:
+) -> tuple[nn.Module, list[nn.Parameter], list[nn.Parameter], list[str]]:
     """Wrap a model in PEFT's LoRA with PEFT's defaults, scaled by 1 at any rank.
 
     Parameters
@@ -54,6 +54,8 @@ def add_lora(
         The adapters'.
     list of Parameter
         The head's.
+    list of str
+        What PEFT warns of, a sentence each.
 
     Raises
     ------
@@ -81,9 +83,7 @@ def add_lora(
         target_modules=paths,
         modules_to_save=None if head is None else [head],
     )
-    with warnings.catch_warnings():
-        # PEFT asks transformers' models about gradient checkpointing by a name of the past.
-        warnings.simplefilter("ignore", FutureWarning)
+    with peft_warnings() as said:
         try:
             wrapped: nn.Module = peft.get_peft_model(model, config)
         except ValueError as error:  # such as a module of Mamba, whose kernels read the weight
@@ -95,7 +95,7 @@ def add_lora(
     trained = {n: p for n, p in wrapped.named_parameters() if p.requires_grad}
     adapters = [p for n, p in trained.items() if ".lora_" in n]
     rest = [p for n, p in trained.items() if ".lora_" not in n]
-    return wrapped, adapters, rest
+    return wrapped, adapters, rest, said
 
 
 def _dilate_adapters(wrapped: nn.Module) -> None:
@@ -131,7 +131,8 @@ class Trainable:
     attachment : Attachment or None
         What is trained in the singular basis, where the regime does that.
     said : str
-        What a size or a band came to, where that is not what was asked for.
+        What a size or a band came to, where that is not what was asked for, and what PEFT warns
+        of.
     """
 
     model: nn.Module
@@ -230,7 +231,9 @@ def apply_regime(
         groups |= attachment.groups()
     elif chosen.lora is not None:
         rank = lora_rank(chosen.lora, matrices_of(factors, layers))
-        live, groups["lora"], groups["head"] = add_lora(model, names, layers, rank=rank, head=head)
+        live, *found, warned = add_lora(model, names, layers, rank=rank, head=head)
+        groups["lora"], groups["head"] = found
+        said = "; ".join(filter(None, [said, *warned]))
     _add_plain_groups(model, chosen, groups)
     live.requires_grad_(False)
     groups = {name: group for name, group in groups.items() if group}

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from svftool.attaching import Regime, Trainable
+from svftool.attaching.peft_warnings import peft_warnings
 from svftool.checkpoints import WEIGHT_SUFFIXES, Checkpoint, write_errors
 from svftool.choices.training import Settings
 from svftool.errors import UsageError
@@ -20,6 +22,8 @@ from svftool.files.output import remove
 from svftool.progress import SILENT
 from svftool.tasks.base import Task
 from svftool.training.plan import Run, file_stem
+
+logger = logging.getLogger(__name__)
 
 
 def is_run_itself(target: Path, regimes: Sequence[Regime], runs: int) -> bool:
@@ -90,8 +94,10 @@ class RunWriter:
         # An interrupted process may have written this run, or a part of it.
         remove(where)
         if trainable.regime.lora is not None:
-            with write_errors(where):
+            with write_errors(where), peft_warnings() as said:
                 trainable.model.save_pretrained(where)  # type: ignore[operator]
+            for message in said:
+                logger.warning("%s: %s", target, message)
         elif trainable.regime.full:
             self._write_dense(run, trainable, task, where, target)
         else:
