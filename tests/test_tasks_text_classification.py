@@ -230,8 +230,16 @@ def test_a_tokenizer_that_does_not_fit(work: Path, tmp_path: Path) -> None:
     small = write_words(tmp_path / "small", WORDS[:5])
     said = task(work, tokenizer=small).draw(0).prepare(bert()).said
     assert any("unknown to the tokenizer" in one for one in said)
-    with pytest.raises(ModelError, match="--tokenizer"):
+    with pytest.raises(ModelError, match=r"no tokenizer, expected tokenizer.json, .*--tokenizer"):
         task(work, tokenizer=tmp_path)
+    with pytest.raises(ModelError, match=r"nowhere: no such file or folder, .*--tokenizer"):
+        task(work, tokenizer=tmp_path / "nowhere")
+    (tmp_path / "tokenizer.json").write_text("{}")
+    with pytest.raises(
+        ModelError, match=r"no tokenizer \(\w+: .+\), expected .*--tokenizer"
+    ) as found:
+        task(work, tokenizer=tmp_path)
+    assert "\n" not in str(found.value)
 
 
 # Features and heads.

@@ -12,12 +12,14 @@ import torch
 from torch import Tensor, nn
 
 from svftool.errors import MissingDependencyError, ModelError, brief, system_fault
+from svftool.files.side_files import TOKENIZERS
 from svftool.tasks.chat import encode_chat
 from svftool.tasks.texts import Text
 
 LONGEST_DEFAULT = 1024
 _LIMITS = ("max_position_embeddings", "n_positions", "n_ctx", "max_seq_len")
 _NO_LIMIT = 10**9
+_LONGEST_REASON = 200
 
 
 @dataclass(frozen=True)
@@ -85,15 +87,24 @@ def load_tokenizer(
         )
     except Exception as error:
         system_fault(error, place)
-        text = (str(error).splitlines() or [""])[0]
-        raise ModelError(
-            f"{place}: no tokenizer ({type(error).__name__}: {text}), expected tokenizer.json "
-            f"beside the weights. {hint}"
-        ) from error
+        raise ModelError(f"{place}: {_no_tokenizer(path, error)}. {hint}") from error
     # Without files of its own a class of transformers may come up with an empty vocabulary.
     if len(tokenizer) <= len(tokenizer.all_special_ids):
         raise ModelError(f"{place}: the tokenizer is empty, expected tokenizer.json. {hint}")
     return tokenizer
+
+
+def _no_tokenizer(place: Path, error: Exception) -> str:
+    """Say why there is no tokenizer at a place: no file of one, or what transformers made of it."""
+    if not place.exists():
+        return "no such file or folder, expected a tokenizer"
+    if place.is_dir() and not any((place / name).is_file() for name in TOKENIZERS):
+        return f"no tokenizer, expected {', '.join(TOKENIZERS[:2])} or another file of one there"
+    reason = " ".join(str(error).split())[:_LONGEST_REASON]
+    return (
+        f"no tokenizer ({type(error).__name__}: {reason}), expected tokenizer.json beside the "
+        "weights"
+    )
 
 
 def length_limit(config: Mapping[str, Any], tokenizer: Any) -> int | None:
