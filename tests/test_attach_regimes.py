@@ -12,6 +12,7 @@ from torch import nn
 
 from svftool.attaching import apply_regime, parse_regime
 from svftool.attaching.peft_warnings import peft_warnings
+from svftool.choices.regimes import check_sizes
 from svftool.errors import MissingDependencyError, ModelError, UsageError
 from tests.attaching import MemoryStore
 
@@ -158,6 +159,17 @@ def test_what_peft_warns_of_is_said_in_plain_words(tmp_path: Path) -> None:
         warnings.warn("Ephemeral  GPU\noffloading", stacklevel=1)
         warnings.warn("fan_in_fan_out is set to False but", stacklevel=1)
     assert said == ["PEFT: 'Ephemeral GPU offloading'"]
+
+
+def test_a_rank_that_no_layer_has_is_refused() -> None:
+    matrices = [(1, 64, 32, 32), (1, 8, 8, 8)]
+    check_sizes(parse_regime("lora:32"), matrices)  # the smaller layer takes more than it needs
+    for name in ("lora:33", "lora:5000", "lora:9000x"):
+        with pytest.raises(UsageError, match=r"the largest, 64 x 32, has 32, expected no more"):
+            check_sizes(parse_regime(name), matrices)
+    model = network()
+    with pytest.raises(UsageError, match="regime lora:49: rank 49, more than any layer has"):
+        apply_regime(model, "lora:49", MemoryStore(model))
 
 
 def test_options_reach_attach() -> None:

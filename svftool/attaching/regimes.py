@@ -15,7 +15,7 @@ from svftool.attaching.layer import is_own
 from svftool.attaching.lifecycle import attach, choose_layers, matrices_of
 from svftool.attaching.names import NameMap, map_names
 from svftool.attaching.peft_warnings import peft_warnings
-from svftool.choices.regimes import Regime, lora_rank, parse_regime, say_size
+from svftool.choices.regimes import Regime, check_sizes, lora_rank, parse_regime, say_size
 from svftool.choices.singular_values import say_band
 from svftool.errors import MissingDependencyError, ModelError, brief
 from svftool.factors import FactorStore
@@ -205,7 +205,7 @@ def apply_regime(
     Raises
     ------
     UsageError
-        If there is no such regime.
+        If there is no such regime, or it asks for more numbers than any layer has.
     ModelError
         If the regime would train nothing.
     MissingDependencyError
@@ -230,6 +230,7 @@ def apply_regime(
         )
         groups |= attachment.groups()
     elif chosen.lora is not None:
+        check_sizes(chosen, matrices_of(factors, layers))
         rank = lora_rank(chosen.lora, matrices_of(factors, layers))
         live, *found, warned = add_lora(model, names, layers, rank=rank, head=head)
         groups["lora"], groups["head"] = found

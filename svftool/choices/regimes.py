@@ -269,8 +269,12 @@ def check_sizes(regime: Regime, matrices: Matrices) -> None:
     UsageError
         If no layer has as many.
     """
+    if not matrices:
+        return
     one = regime.spectral
-    if one is None or not matrices or not all(one.exceeds(m, n, k) for _, m, n, k in matrices):
+    if regime.lora is not None:
+        _check_rank(regime, regime.lora, matrices)
+    if one is None or not all(one.exceeds(m, n, k) for _, m, n, k in matrices):
         return
     _, m, n, k = max(matrices, key=lambda found: (found[3], found[1] * found[2]))
     most = one.of(m, n, k)
@@ -281,6 +285,16 @@ def check_sizes(regime: Regime, matrices: Matrices) -> None:
         f"regime {regime.name}: more numbers than any layer has; the largest, {m} x {n} of rank "
         f"{k}, takes {found}, expected no more. Give a smaller size."
     )
+
+
+def _check_rank(regime: Regime, size: Size, matrices: Matrices) -> None:
+    _, m, n, _ = max(matrices, key=lambda found: (min(found[1:3]), found[1] * found[2]))
+    rank = lora_rank(size, matrices)
+    if rank > min(m, n):
+        raise UsageError(
+            f"regime {regime.name}: rank {rank:,}, more than any layer has; the largest, {m} x "
+            f"{n}, has {min(m, n)}, expected no more. Give a smaller size."
+        )
 
 
 def lora_rank(size: Size, matrices: Matrices) -> int:

@@ -305,7 +305,7 @@ def _say_memory(
 
 def _check_sizes(regimes: Sequence[Regime], store: FactorStore, options: RunOptions) -> None:
     """Refuse regimes that are larger than the layers before anything is read or trained."""
-    if any(one.spectral is not None for one in regimes):
+    if any(one.spectral is not None or one.lora is not None for one in regimes):
         matrices = matrices_of(store, choose_layers(store, options.include, options.exclude))
         check_band(options.train_rank, [k for *_, k in matrices])
         for regime in regimes:
