@@ -195,6 +195,15 @@ def test_more_numbers_than_any_layer_has_are_refused(regime: str) -> None:
         svftool.attach(model, store, regime=regime)
 
 
+def test_where_nothing_of_a_remainder_fits_no_smaller_one_is_asked_for() -> None:
+    model, store = layer_of(5, 1)
+    with pytest.raises(UsageError, match=r"remainder of rank 0.*Choose another regime"):
+        svftool.attach(model, store, regime="salt:1+scale")
+    model, store = layer_of(12, 8)
+    with pytest.raises(UsageError, match="Give a smaller size"):
+        svftool.attach(model, store, regime="salt:5+scale")
+
+
 @pytest.mark.parametrize("regime", ["head", "lora:8", "svf+bias", "full"])
 def test_attaching_takes_regimes_of_the_singular_basis_alone(regime: str) -> None:
     model, store = layer_of()

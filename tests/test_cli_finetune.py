@@ -133,6 +133,17 @@ def test_json_holds_the_promised_keys(finetune: Callable[..., Any]) -> None:
     assert low <= document["summary"][1]["mean"] <= high
 
 
+def test_a_regime_may_be_spelt_another_way(finetune: Callable[..., Any]) -> None:
+    options = ["--steps", 2, "--regime", "svf+bias,head", "--seeds", 2, "--json"]
+    result = finetune("runs", *options, "--against", "bias+svf", "--lr", "bias+svf=0.5")
+    assert result.exit_code == 0, result.stderr
+    document = json.loads(result.stdout)
+    assert document["against"]["reference"] == "svf+bias"
+    assert [one["regime"] for one in document["against"]["differences"]] == ["head"]
+    rates = [run["learning_rates"] for run in document["runs"] if run["regime"] == "svf+bias"]
+    assert all(rate["singular_values"] == 0.5 for rate in rates)
+
+
 def test_one_seed_has_no_interval(finetune: Callable[..., Any]) -> None:
     document = json.loads(finetune("t.svf.safetensors", "--steps", 2, "--json").stdout)
     assert document["summary"][0]["ci95"] is None

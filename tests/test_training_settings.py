@@ -20,7 +20,7 @@ from svftool.attaching import apply_regime
 from svftool.checkpoints import TensorInfo, open_checkpoint
 from svftool.choices.acting import acting, check_acting
 from svftool.choices.regimes import parse_regime
-from svftool.choices.training import check_comparison, parse_rates
+from svftool.choices.training import check_comparison, parse_rates, spelt_among
 from svftool.errors import DataError, UsageError
 from svftool.factors import FactorStore, open_factors, read_tuned
 from svftool.models.load import keep_vectors
@@ -201,6 +201,7 @@ def test_rates_are_read(text: str, found: tuple[float | None, dict[str, float]])
         ("svf=nan", "expected a number"),
         ("1,2", "two rates without a regime"),
         ("svf=1,svf=2", "svf twice"),
+        ("svf+bias=1,bias+svf=2", "bias.svf twice"),
         ("svff=1", "regime 'svff', expected one of"),
         ("head=1", "Use --head-lr"),
     ],
@@ -246,6 +247,14 @@ def test_what_has_nothing_to_act_on_is_refused(given: dict[str, Any], message: s
                      options={"hold_out": 0.2})  # fmt: skip
     with pytest.raises(UsageError, match=message):
         check_comparison(chosen.pop("settings"), chosen.pop("regimes"), **chosen)
+
+
+def test_a_regime_is_known_by_what_it_trains() -> None:
+    settings = Settings(lr_of=parse_rates("bias+svf=1e-3,entries:4.0x=0.1")[1])
+    regimes = ["head", "svf+bias", "entries:4x:gradient"]
+    check_comparison(settings, regimes, against="bias+svf", task="classification", options={})
+    assert [settings.of_regime(name).lr for name in regimes] == [None, 1e-3, 0.1]
+    assert spelt_among("bias+svf", map(parse_regime, regimes)) == "svf+bias"
 
 
 @pytest.mark.parametrize(

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal, get_args
 
 from svftool.errors import UsageError, no_such
@@ -180,6 +180,16 @@ class Regime:
     full: bool = False
     spectral: Spectral | None = None
 
+    def same(self, other: Regime) -> bool:
+        """Whether both train the same, however they are spelt.
+
+        Examples
+        --------
+        >>> parse_regime("svf+bias").same(parse_regime("bias+svf"))
+        True
+        """
+        return replace(self, name="") == replace(other, name="")
+
 
 def parse_regime(text: str) -> Regime:
     """Read the name of a regime.
@@ -278,12 +288,15 @@ def check_sizes(regime: Regime, matrices: Matrices) -> None:
         return
     _, m, n, k = max(matrices, key=lambda found: (found[3], found[1] * found[2]))
     most = one.of(m, n, k)
+    way_out = "Give a smaller size"
+    if one.remainder is not None and not most.remainder:
+        way_out = "Choose another regime"
     found = f"a remainder of rank {most.remainder}"
     if one.remainder is None:
         found = f"a core of side {most.side}" if one.core else f"{most.entries:,} entries"
     raise UsageError(
         f"regime {regime.name}: more numbers than any layer has; the largest, {m} x {n} of rank "
-        f"{k}, takes {found}, expected no more. Give a smaller size."
+        f"{k}, takes {found}, expected no more. {way_out}."
     )
 
 

@@ -10,7 +10,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
-from svftool.choices.regimes import parse_regime
+from svftool.choices.regimes import Regime, parse_regime
 from svftool.errors import UsageError, brief, shortlist
 
 Precision = Literal["fp32", "bf16", "fp16"]
@@ -170,7 +170,11 @@ class Settings:
 
     def of_regime(self, name: str) -> Settings:
         """Return the settings of one regime: its own rate is the rate."""
-        return replace(self, lr=self.lr_of.get(name, self.lr), lr_of={})
+        asked = parse_regime(name) if self.lr_of else None
+        found = [
+            rate for one, rate in self.lr_of.items() if asked and parse_regime(one).same(asked)
+        ]
+        return replace(self, lr=found[0] if found else self.lr, lr_of={})
 
     def for_bits(self) -> dict[str, Any]:
         """Return what the bits of a result depend on, as plain values."""
@@ -276,8 +280,9 @@ def parse_rates(text: str | None) -> tuple[float | None, dict[str, float]]:
         if not equals:
             common.append(rate)
             continue
-        regime = parse_regime(name).name
-        if regime in single:
+        asked = parse_regime(name)
+        regime = asked.name
+        if any(parse_regime(one).same(asked) for one in single):
             raise UsageError(f"--lr {brief(text)}: {regime} twice, expected each regime once")
         if regime == "head":
             raise UsageError("--lr head: the head has a rate of its own. Use --head-lr")
@@ -317,13 +322,25 @@ def check_named(option: str, names: Iterable[str], regimes: Iterable[str]) -> No
     UsageError
         If one is not among the others.
     """
-    asked = [parse_regime(name).name for name in regimes]
-    missing = [name for name in names if name not in asked]
+    asked = [parse_regime(name) for name in regimes]
+    missing = [name for name in names if spelt_among(name, asked) is None]
     if missing:
         raise UsageError(
             f"{option} {shortlist(missing)}: not among the regimes that are trained, "
-            f"{shortlist(asked)}. Add it to --regime"
+            f"{shortlist([one.name for one in asked])}. Add it to --regime"
         )
+
+
+def spelt_among(name: str, regimes: Iterable[Regime]) -> str | None:
+    """Return the name by which a regime stands among others; None where it is not among them.
+
+    Examples
+    --------
+    >>> spelt_among("bias+svf", [parse_regime("head"), parse_regime("svf+bias")])
+    'svf+bias'
+    """
+    asked = parse_regime(name)
+    return next((one.name for one in regimes if one.same(asked)), None)
 
 
 UNMEASURED = "none"

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +18,7 @@ from svftool.checkpoints import Checkpoint
 from svftool.choices.acting import acting, check_acting
 from svftool.choices.regimes import check_sizes
 from svftool.choices.singular_values import check_band
-from svftool.choices.training import check_comparison, check_safeguard
+from svftool.choices.training import check_comparison, check_safeguard, spelt_among
 from svftool.errors import UsageError
 from svftool.factors import FactorStore, open_factors
 from svftool.files.names import TUNED_SUFFIX
@@ -275,7 +275,7 @@ def finetune(
             interrupted=signum,
             setting=common_setting([run.setting for run in runs]),
             dropped=dropped,
-            against=of_run.against,
+            against=None if of_run.against is None else spelt_among(of_run.against, chosen),
         )
         work.finished = signum is None
         if group.first and work.outputs.is_dir():
@@ -444,9 +444,7 @@ def _parse_regimes(names: Sequence[str], options: RunOptions) -> list[Regime]:
     """Read the regimes, each once, among them some that every option acts on."""
     regimes = [parse_regime(name) for name in names]
     # Two spellings of one regime, such as svf+bias and bias+svf, differ by the name alone.
-    trained = [replace(regime, name="") for regime in regimes]
-    pairs = zip(regimes, trained, strict=True)
-    twice = sorted({regime.name for regime, one in pairs if trained.count(one) > 1})
+    twice = sorted({one.name for one in regimes if sum(map(one.same, regimes)) > 1})
     if twice or not regimes:
         raise UsageError(f"regime {', '.join(twice) or 'missing'}: expected each once")
     check_acting(regimes, options.limits)
