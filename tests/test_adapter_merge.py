@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -36,6 +37,7 @@ from svftool.errors import (
     UsageError,
 )
 from svftool.factors import open_factors, write_tuned
+from svftool.progress import SILENT
 from svftool.report import merge as report
 from svftool.stages.decompose import decompose
 from svftool.stages.merge import merge
@@ -152,6 +154,95 @@ def test_equal_to_what_peft_merges(tmp_path: Path, settings: dict[str, object]) 
     assert found.keys() == expected.keys()
     for name, value in expected.items():
         torch.testing.assert_close(found[name], value, rtol=1e-5, atol=1e-6)
+
+
+# Embeddings that are the output head too.
+
+IDS = torch.arange(12)[None]
+
+
+class Said:
+    """Keeps what a stage tells."""
+
+    def __init__(self) -> None:
+        self.notes: list[str] = []
+        self.warnings: list[str] = []
+        self.note, self.warn = self.notes.append, self.warnings.append
+        self.task = SILENT.task
+
+
+def tied(folder: Path, **settings: Any) -> tuple[Path, Path, Any, Any]:
+    """Write a tied model and PEFT's adapter of it; return them with what PEFT's model gives."""
+    peft = pytest.importorskip("peft")
+    transformers = pytest.importorskip("transformers")
+    torch.manual_seed(0)
+    config = transformers.LlamaConfig(
+        vocab_size=20, hidden_size=8, intermediate_size=8, num_hidden_layers=1,
+        num_attention_heads=2, num_key_value_heads=2, tie_word_embeddings=True,
+    )  # fmt: skip
+    transformers.LlamaForCausalLM(config).save_pretrained(folder / "base")
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        live = peft.get_peft_model(llama(folder / "base"), peft.LoraConfig(r=2, **settings))
+        for name, parameter in live.named_parameters():
+            if "lora_" in name or "modules_to_save" in name:
+                nn.init.normal_(parameter, std=0.3)
+        live.save_pretrained(folder / "adapter")
+        unmerged = live(IDS).logits.detach()
+        merged = live.merge_and_unload()(IDS).logits.detach()
+    return folder / "base", folder / "adapter", unmerged, merged
+
+
+def llama(path: Path) -> Any:
+    return pytest.importorskip("transformers").LlamaForCausalLM.from_pretrained(path).eval()
+
+
+def test_a_head_keeps_its_values_where_the_table_that_it_was_tied_to_is_replaced(
+    tmp_path: Path,
+) -> None:
+    base, own, unmerged, merged = tied(
+        tmp_path, target_modules=["q_proj"], modules_to_save=["embed_tokens"]
+    )
+    torch.testing.assert_close(unmerged, merged)
+    said = Said()
+    result = merge(base, [own], output=tmp_path / "out", verify=True, progress=said)
+    assert result.added == ("lm_head.weight",)
+    assert "lm_head.weight, which was tied to it, is not" in said.notes[0]
+    assert (
+        json.loads((tmp_path / "out" / "config.json").read_text())["tie_word_embeddings"] is False
+    )
+    torch.testing.assert_close(llama(tmp_path / "out")(IDS).logits, merged)
+    live = llama(base)
+    svftool.load_tuned(live, own)
+    torch.testing.assert_close(live(IDS).logits, merged)
+    for words in (["inspect", str(base), str(own)], ["extract", str(base), str(own), "-o"]):
+        words += [] if words[0] == "inspect" else [str(tmp_path / "x"), "--as", "lora"]
+        assert "Merge the adapter with 'svftool merge" in CliRunner().invoke(app, words).stderr
+
+
+def test_an_adapter_of_a_table_that_is_the_head_too_warns(tmp_path: Path) -> None:
+    base, own, unmerged, merged = tied(tmp_path, target_modules=["q_proj", "embed_tokens"])
+    assert not torch.allclose(unmerged, merged, atol=1e-3)
+    said = Said()
+    merge(base, [own], output=tmp_path / "out", progress=said)
+    assert [one for one in said.warnings if "is the output head too" in one] == said.warnings
+    assert len(said.warnings) == 1
+    torch.testing.assert_close(llama(tmp_path / "out")(IDS).logits, merged, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    "facts",
+    [{"architectures": ["LlamaForSequenceClassification"]}, {"tie_word_embeddings": False}],
+)
+def test_a_table_that_is_no_head_is_replaced_without_a_word(
+    tmp_path: Path, facts: dict[str, Any]
+) -> None:
+    base, own, _, _ = tied(tmp_path, target_modules=["q_proj"], modules_to_save=["embed_tokens"])
+    config = json.loads((base / "config.json").read_text())
+    (base / "config.json").write_text(json.dumps({**config, **facts}))
+    said = Said()
+    assert merge(base, [own], output=tmp_path / "out", progress=said).added == ()
+    assert said.notes == said.warnings == []
 
 
 # What does not go together.

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Collection, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from functools import partial
 
@@ -16,7 +16,8 @@ from svftool.auditing.compare import Changes, Tuned
 from svftool.auditing.matching import Matching, match_names, say_shapes
 from svftool.auditing.results import Shape, Unread
 from svftool.auditing.sources import AuditSource
-from svftool.checkpoints import TensorInfo, is_vocabulary, output_heads
+from svftool.auditing.tying import Tying, refuse_tied_heads, tied_heads, tying_of
+from svftool.checkpoints import TensorInfo
 from svftool.errors import CheckpointError, shortlist
 
 # Experts that a checkpoint holds one by one, under the names of the stacks they are loaded into.
@@ -146,6 +147,8 @@ class AdapterChanges:
         How names were matched.
     adapter : Adapter
         The adapter, whose names are those of the base where they had to be resolved.
+    tying : Tying
+        What becomes of a head that is tied to an embedding.
     """
 
     others: Mapping[str, str]
@@ -156,6 +159,7 @@ class AdapterChanges:
     total: int
     notes: tuple[str, ...]
     adapter: Adapter
+    tying: Tying
 
 
 def adapter_changes(base: AuditSource, lora: Adapter) -> AdapterChanges:
@@ -185,8 +189,8 @@ def adapter_changes(base: AuditSource, lora: Adapter) -> AdapterChanges:
     shapes |= {name: stack.shape for name, stack in live.items()}
     matching = _matched(base, lora, shapes)
     found = {pair.tuned: pair.base for pair in matching.pairs}
-    tied = _tied_heads(base)
-    _refuse_tied_heads(base, lora, found, tied)
+    tied = tied_heads(base)
+    refuse_tied_heads(base, lora, found, tied)
     placed = lora.place(
         {mine: shapes[name] for mine, name in found.items()},
         None if base.config is None else base.config.get("model_type"),
@@ -223,6 +227,7 @@ def adapter_changes(base: AuditSource, lora: Adapter) -> AdapterChanges:
         total=_count(lora),
         notes=matching.notes,
         adapter=lora,
+        tying=tying_of(base, lora, found),
     )
 
 
@@ -278,45 +283,6 @@ def _tie(tied: Mapping[str, list[str]], others: dict[str, str], changes: dict[st
         table = next((name for name in tables if name in changes), None)
         if table is not None and head not in others:
             others[head], changes[head] = others[table], changes[table]
-
-
-def _tied_heads(base: AuditSource) -> dict[str, list[str]]:
-    """Return the output heads that are in the file and that the model ties, with their embeddings.
-
-    The configuration of a classifier says that the head is tied, too: that of the pre-training.
-    """
-    if base.config is None or base.config.get("tie_word_embeddings") is not True:
-        return {}
-    tables: dict[Shape, list[str]] = {}
-    for name, info in base.infos.items():
-        if is_vocabulary(info):
-            tables.setdefault(info.shape, []).append(name)
-    return {
-        head: tables[base.infos[head].shape]
-        for head in sorted(output_heads(base.infos.values()))
-        if base.infos[head].shape in tables
-    }
-
-
-def _refuse_tied_heads(
-    base: AuditSource, lora: Adapter, found: Mapping[str, str], tied: Collection[str]
-) -> None:
-    """Refuse an adapter of a head that is the embedding: PEFT's merge changes both, or one twice.
-
-    A tied head is often in no file: then it has the embedding's shape and no counterpart.
-    """
-    embeddings = {info.shape for info in base.infos.values() if is_vocabulary(info)}
-    wrong = [
-        name
-        for name in lora.layers
-        if (found[name] in tied if name in found else lora.sides(name) in embeddings)
-    ]
-    if wrong:
-        raise CheckpointError(
-            f"{lora.path}: {wrong[0]!r}: an adapter of an output head that is tied to the "
-            "embedding, which its merge changes too, expected a head of its own. Merge the "
-            "adapter with PEFT and inspect the merged checkpoint."
-        )
 
 
 def _token_rows(lora: Adapter, name: str, base: Tensor) -> Tuned:

@@ -16,6 +16,7 @@ from svftool.auditing.matching import Matching, NamePair, match_names, say_shape
 from svftool.auditing.results import Shape, Unread
 from svftool.auditing.sources import AuditSource
 from svftool.auditing.spectral_changes import spectral_changes
+from svftool.auditing.tying import say_untied
 from svftool.auditing.ways import is_number
 from svftool.checkpoints import TensorInfo
 from svftool.errors import CheckpointError, FactorsError, shortlist
@@ -49,6 +50,8 @@ class Counterparts:
         Tensors of the fine-tune.
     notes : tuple of str
         How names were matched.
+    warnings : tuple of str
+        What the fine-tune does and its tensors do not say.
     changes : mapping of str to callable
         What forms the change of a tensor from the base's, by name in the base; other tensors are
         read.
@@ -62,6 +65,7 @@ class Counterparts:
     misshapen: Mapping[str, str] = field(default_factory=dict)
     total: int = 0
     notes: tuple[str, ...] = ()
+    warnings: tuple[str, ...] = ()
     changes: Mapping[str, Change] = field(default_factory=dict)
 
     def holds(self, name: str) -> bool:
@@ -112,6 +116,8 @@ def counterparts(base: AuditSource, other: AuditSource, progress: Progress) -> C
     found = _of_dense(base, other) if other.lora is None else _of_lora(base, other, other.lora)
     for note in found.notes:
         progress.note(note)
+    for warning in found.warnings:
+        progress.warn(warning)
     return found
 
 
@@ -249,5 +255,6 @@ def _of_lora(base: AuditSource, other: AuditSource, lora: Adapter) -> Counterpar
         misshapen=found.misshapen,
         total=found.total,
         notes=found.notes,
+        warnings=(*found.tying.warnings, *say_untied(lora, found.tying)),
         changes=found.changes,
     )

@@ -136,6 +136,20 @@ def _follow_labels(config: dict[str, Any], before: int, after: int) -> tuple[dic
     return follow_classes(config, [f"LABEL_{number}" for number in range(after)]), True
 
 
+def untie(config: dict[str, Any]) -> dict[str, Any]:
+    """Make ``config.json`` say that the output head is not the embedding.
+
+    Examples
+    --------
+    >>> untie({"text_config": {"tie_word_embeddings": True}})
+    {'text_config': {'tie_word_embeddings': False}, 'tie_word_embeddings': False}
+    """
+    inner = config.get("text_config")
+    if isinstance(inner, dict) and "tie_word_embeddings" in inner:
+        config = {**config, "text_config": {**inner, "tie_word_embeddings": False}}
+    return {**config, "tie_word_embeddings": False}
+
+
 def follow_classes(config: dict[str, Any], classes: Sequence[str]) -> dict[str, Any]:
     """Make ``config.json`` name the classes of a new head, as transformers and timm read it.
 

@@ -29,7 +29,7 @@ from svftool.checkpoints import (
 )
 from svftool.errors import NumericalError, shortlist
 from svftool.factors import CONFIG_FILE, FactorStore, TunedFile, write_tuned
-from svftool.factors.config_shapes import follow_classes, follow_shapes, is_output_head
+from svftool.factors.config_shapes import follow_classes, follow_shapes, is_output_head, untie
 from svftool.factors.mixture import LayerChange, Mixture
 from svftool.factors.stated import MERGED_KEY, Stated
 from svftool.files.folder import read_config
@@ -71,6 +71,10 @@ class DenseValues(Protocol):
     @property
     def reshaped(self) -> Mapping[str, tuple[tuple[int, ...], tuple[int, ...]]]:
         """Shapes in the base and in the result, where they differ."""
+
+    @property
+    def untied(self) -> bool:
+        """Whether the output head, which was the embedding, no longer is."""
 
     def bytes_of(self, name: str) -> int:
         """Bound the bytes that computing a tensor takes."""
@@ -235,8 +239,9 @@ def _update(path: Path, mixture: DenseValues, progress: Progress) -> None:
     if mixture.classes is not None:
         config = follow_classes(config, mixture.classes)
     config, unexplained = follow_shapes(config, mixture.reshaped)
-    if any(is_output_head(name) for name in mixture.added) and "architecture" not in config:
-        config = {**config, "tie_word_embeddings": False}
+    own_head = mixture.untied or any(is_output_head(name) for name in mixture.added)
+    if own_head and "architecture" not in config:
+        config = untie(config)
     if unexplained:
         progress.warn(
             f"config.json: says nothing that fits the new shapes of {shortlist(unexplained, 4)}; "

@@ -50,6 +50,8 @@ class Expert:
     weight : float
     changes : mapping of str to callable
         Of an adapter: what forms the change of each tensor that it changes.
+    untied : bool
+        Of an adapter: whether an output head that was tied to the embedding no longer is.
 
     Raises
     ------
@@ -60,6 +62,7 @@ class Expert:
     tuned: TunedFile
     weight: float = 1.0
     changes: Mapping[str, ChangeOf] = field(default_factory=dict)
+    untied: bool = False
 
     def __post_init__(self) -> None:
         check_weight(self.tuned.path, self.weight)
@@ -193,6 +196,11 @@ class Mixture:
         """Class names of the head, where exactly one is new."""
         known = {one.tuned.classes for one in self.experts if one.tuned.classes and one.tuned.whole}
         return known.pop() if len(known) == 1 else None
+
+    @property
+    def untied(self) -> bool:
+        """Whether the output head is no longer the embedding."""
+        return any(one.untied for one in self.experts)
 
     @property
     def reshaped(self) -> dict[str, tuple[tuple[int, ...], tuple[int, ...]]]:

@@ -6,7 +6,7 @@ Every use takes the same thing from an adapter: what it changes in a base, a ten
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -32,7 +32,7 @@ from svftool.errors import (
 from svftool.factors import FactorStore, TunedFile
 from svftool.factors.mixture import Expert
 from svftool.numerics.rounding import beyond, round_once
-from svftool.progress import Progress
+from svftool.progress import SILENT, Progress
 
 _BEFORE = "_svf_before_adapter"
 """Where a live model keeps what an adapter replaced."""
@@ -49,26 +49,31 @@ class Fitted:
     expert : Expert
     dropped : mapping of str to int
         What of the adapter has no place in the base, with its bytes.
+    warnings : tuple of str
+        What the user must know of a head that is tied to the embedding.
+    notes : tuple of str
     """
 
     expert: Expert
     dropped: Mapping[str, int] = field(default_factory=dict)
+    warnings: tuple[str, ...] = ()
+    notes: tuple[str, ...] = ()
 
 
 class _Stored(Mapping[str, Tensor]):
-    """Tensors that an adapter stores whole, read when they are asked for."""
+    """Tensors that a merge stores whole, read when they are asked for."""
 
-    def __init__(self, adapter: Adapter, keys: Mapping[str, str]) -> None:
-        self._adapter, self._keys = adapter, keys
+    def __init__(self, reads: Mapping[str, Callable[[], Tensor]]) -> None:
+        self._reads = reads
 
     def __getitem__(self, name: str) -> Tensor:
-        return self._adapter.read(self._keys[name])
+        return self._reads[name]()
 
     def __iter__(self) -> Iterator[str]:
-        return iter(self._keys)
+        return iter(self._reads)
 
     def __len__(self) -> int:
-        return len(self._keys)
+        return len(self._reads)
 
 
 def base_of(source: Checkpoint | FactorStore) -> AuditSource:
@@ -135,16 +140,27 @@ def fit_adapter(base: AuditSource, adapter: Adapter, weight: float = 1.0) -> Fit
         # A head that the base does not have comes along.
         stored[mine] = bound.whole[mine]
         del gone[mine]
+    reads = {name: partial(bound.read, key) for name, key in stored.items()}
+    untied = found.tying.untied
+    reads |= {
+        head: partial(base.read, table) for head, table in untied.items() if head not in base.infos
+    }
     tuned = TunedFile(
         path=adapter.path,
         S={},
         S_base={},
-        whole=_Stored(bound, stored),
+        whole=_Stored(reads),
         base_fingerprint="",
         factors_fingerprint="",
         probes={},
     )
-    return Fitted(Expert(tuned, weight, changes), gone)
+    notes = tuple(
+        f"{adapter.path}: {table} is replaced, and {head}, which was tied to it, is not: it keeps "
+        "the old values, as in PEFT, and config.json must say that it is not tied"
+        for head, table in untied.items()
+    )
+    expert = Expert(tuned, weight, changes, untied=bool(untied))
+    return Fitted(expert, gone, found.tying.warnings, notes)
 
 
 def _formed(change: Change, weight: Tensor) -> Tensor:
@@ -203,6 +219,7 @@ def load_adapters(
     model: nn.Module,
     parts: list[tuple[Path, float]],
     config: Mapping[str, Any] | None = None,
+    progress: Progress = SILENT,
 ) -> TunedFile:
     """Put adapters on a plain live model; see `load_tuned`.
 
@@ -212,6 +229,8 @@ def load_adapters(
     parts : list of (Path, float)
     config : mapping, optional
         ``config.json`` of the base; the model's own by default.
+    progress : Progress
+        Told what differs from the adapter that PEFT runs unmerged.
     """
     if attaching.find_attachment(model) is not None:
         raise ModelError(
@@ -232,12 +251,16 @@ def load_adapters(
                     f"{path}: {shortlist(fitted.dropped, 3)} have no place in the model, expected "
                     "all of the adapter to have one. Name the model that it was trained on."
                 )
+            for warning in fitted.warnings:
+                progress.warn(warning)
             experts.append(fitted.expert)
         new = _merged(base, experts)
     finally:
         for one in opened:
             one.close()
-    _put(model, state, before, new)
+    whole = {name for one in experts for name in one.tuned.whole}
+    _untie(model, state, whole, new)
+    _put(model, model.state_dict(keep_vars=True), before, new)
     first = experts[0].tuned
     facts = {"adapters": [path.name for path, _ in parts], "changed": sorted(new)}
     return TunedFile(first.path, {}, {}, {}, "", "", {}, training=facts)
@@ -252,6 +275,8 @@ def _live(
     if config is None:
         own: Any = getattr(model, "config", None)
         config = own.to_dict() if hasattr(own, "to_dict") else None
+    # The class that wrote the file may have a head that this one has not.
+    config = config and {**config, "architectures": [type(model).__name__]}
     return _seen(Path("the model"), infos, lambda name: state[name].detach().cpu(), config)
 
 
@@ -288,6 +313,21 @@ def _shape(name: str, base: AuditSource, experts: list[Expert]) -> tuple[int, ..
         if name in one.tuned.whole:
             return tuple(one.tuned.whole[name].shape)
     return base.infos[name].shape
+
+
+def _untie(
+    model: nn.Module, state: Mapping[str, Tensor], whole: set[str], new: Collection[str]
+) -> None:
+    """Give a parameter of its own to what is tied to a tensor that is replaced, and is not itself.
+
+    PEFT replaces a module, and what was tied to it keeps the old values.
+    """
+    replaced = {id(state[name]) for name in whole & set(new)}
+    for name, value in state.items():
+        if id(value) in replaced and name not in new and isinstance(value, nn.Parameter):
+            path, _, leaf = name.rpartition(".")
+            own = nn.Parameter(value.detach().clone(), requires_grad=value.requires_grad)
+            setattr(model.get_submodule(path), leaf, own)
 
 
 @torch.no_grad()

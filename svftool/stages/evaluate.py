@@ -445,7 +445,7 @@ def fit(
     else:
         names = [] if source.tuned is None else _tune(prepared, source.tuned, source.store)
     if source.adapter is not None:
-        names = [*names, *_adapt(prepared, source.adapter, source.checkpoint)]
+        names = [*names, *_adapt(prepared, source.adapter, source.checkpoint, progress)]
     inside = prepared.head is not None and any(n.startswith(f"{prepared.head}.") for n in names)
     # A host for few-shot segmentation has no classes, and a stand-in until it is trained.
     if prepared.new_head and classes is not None and not inside:
@@ -541,9 +541,11 @@ def _require_whole_head(
         )
 
 
-def _adapt(prepared: Prepared, adapter: Path, checkpoint: Checkpoint) -> list[str]:
+def _adapt(
+    prepared: Prepared, adapter: Path, checkpoint: Checkpoint, progress: Progress
+) -> list[str]:
     """Put an adapter on a model; return the live names of what it changed."""
-    loaded = load_adapters(prepared.model, [(adapter, 1.0)], checkpoint.config)
+    loaded = load_adapters(prepared.model, [(adapter, 1.0)], checkpoint.config, progress)
     return list(loaded.training["changed"])
 
 

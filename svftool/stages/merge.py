@@ -256,6 +256,10 @@ def _experts(
         fitted = fit_adapter(base_of(base), adapter, weight)
         if fitted.dropped:
             progress.warn(f"{path}: left out, as the base has no place: {named(fitted.dropped)}")
+        for note in fitted.notes:
+            progress.note(note)
+        for warning in fitted.warnings:
+            progress.warn(warning)
         homeless |= fitted.dropped
         experts.append(fitted.expert)
     return experts, homeless

@@ -131,6 +131,9 @@ class MergedCheckpoint:
         }
         self._clipped = {one.name: one.clipped for one in self._layers.values() if one.clipped}
 
+    untied = False
+    """Tensors of the base alone are merged by a method; those who open the inputs warn."""
+
     @property
     def base(self) -> Checkpoint:
         """What is merged into."""
