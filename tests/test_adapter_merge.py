@@ -230,6 +230,26 @@ def test_an_adapter_of_a_table_that_is_the_head_too_warns(tmp_path: Path) -> Non
     torch.testing.assert_close(llama(tmp_path / "out")(IDS).logits, merged, rtol=1e-4, atol=1e-5)
 
 
+def test_a_copy_of_the_table_as_the_head_of_a_tied_model_is_not_said_to_be_left_out(
+    tmp_path: Path,
+) -> None:
+    base, own, _, merged = tied(
+        tmp_path,
+        target_modules=["q_proj"],
+        modules_to_save=["embed_tokens"],
+        ensure_weight_tying=True,
+    )
+    said = Said()
+    result = merge(base, [own], output=tmp_path / "out", progress=said)
+    assert (result.added, result.dropped, said.warnings) == ((), {}, [])
+    torch.testing.assert_close(llama(tmp_path / "out")(IDS).logits, merged)
+    file = own / "adapter_model.safetensors"
+    head = "base_model.model.lm_head.weight"
+    save(file, {**load_file(file), head: load_file(file)[head] + 1})
+    assert head in merge(base, [own], output=tmp_path / "other", progress=said).dropped
+    assert len(said.warnings) == 1
+
+
 @pytest.mark.parametrize(
     "facts",
     [{"architectures": ["LlamaForSequenceClassification"]}, {"tie_word_embeddings": False}],

@@ -16,7 +16,7 @@ from svftool.auditing.compare import Changes, Tuned
 from svftool.auditing.matching import Matching, match_names, say_shapes
 from svftool.auditing.results import Shape, Unread
 from svftool.auditing.sources import AuditSource
-from svftool.auditing.tying import Tying, refuse_tied_heads, tied_heads, tying_of
+from svftool.auditing.tying import Tying, is_tied_copy, refuse_tied_heads, tied_heads, tying_of
 from svftool.checkpoints import TensorInfo
 from svftool.errors import CheckpointError, shortlist
 
@@ -321,7 +321,7 @@ def _unread(name: str, shapes: tuple[Shape, Shape]) -> Unread:
 def _strangers(lora: Adapter, found: Mapping[str, str]) -> Iterator[str]:
     """Yield what the base does not have."""
     for name in dict.fromkeys((*lora.layers, *lora.biases, *lora.rows, *lora.whole)):
-        if name not in found:
+        if name not in found and not is_tied_copy(lora, name, found):
             yield name
     for module in lora.wrapped:
         if not any(name in found for name in module.parameters):

@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass, field
 
+import torch
+
 from svftool.adapters.adapter import Adapter
 from svftool.auditing.results import Shape
 from svftool.auditing.sources import AuditSource
@@ -130,6 +132,21 @@ def say_untied(lora: Adapter, tying: Tying) -> Iterator[str]:
             "the old values in PEFT, but here follows the new ones wherever both stay tied. Merge "
             "the adapter with 'svftool merge BASE ADAPTER', which unties them"
         )
+
+
+def is_tied_copy(lora: Adapter, name: str, found: Mapping[str, str]) -> bool:
+    """Whether the adapter stores a head that is, bit for bit, the embedding that it stores too."""
+    if name not in lora.whole or not is_output_head(name):
+        return False
+    own = lora.info(lora.whole[name])
+    twins = (
+        info.name
+        for mine in found
+        if mine in lora.whole
+        and (info := lora.info(lora.whole[mine])).shape == own.shape
+        and info.dtype == own.dtype
+    )
+    return any(torch.equal(lora.read(twin), lora.read(own.name)) for twin in twins)
 
 
 def _head_of(base: AuditSource, table: str) -> str | None:
