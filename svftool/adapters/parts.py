@@ -43,20 +43,23 @@ class BaseModel:
         What the user called it.
     parts : mapping of str to (str, str)
         Part of a pipeline and the name within it, of tensors where they are known.
+    renamed : mapping of str to str
+        What the live model calls tensors, where that is something else.
     """
 
     infos: Mapping[str, TensorInfo]
     config: Mapping[str, Any] = field(default_factory=dict)
     path: str = ""
     parts: Mapping[str, tuple[str, str]] = field(default_factory=dict)
+    renamed: Mapping[str, str] = field(default_factory=dict)
 
     @cached_property
     def _wrapper(self) -> str:
         return wrapper_prefix(self.infos)
 
     def live(self, name: str) -> str:
-        """Return a name without what wrappers put before all of them."""
-        return name.removeprefix(self._wrapper)
+        """Return the name on the live model, without what wrappers put before all names."""
+        return self.renamed.get(name) or name.removeprefix(self._wrapper)
 
     def part(self, name: str) -> tuple[str, str]:
         """Split a name into the part of a pipeline and the module or tensor within it."""

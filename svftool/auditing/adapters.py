@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from svftool.adapters.adapter import Adapter
+from svftool.adapters.live_names import live_names
 from svftool.adapters.peft_parameters import AdaptedParameter
 from svftool.auditing.compare import Changes, Tuned
 from svftool.auditing.matching import Matching, match_names, say_shapes
@@ -187,7 +188,18 @@ def adapter_changes(base: AuditSource, lora: Adapter) -> AdapterChanges:
     live = stacks(base.infos)
     shapes = {name: info.shape for name, info in base.infos.items()}
     shapes |= {name: stack.shape for name, stack in live.items()}
-    matching = _matched(base, lora, shapes)
+    matching = _matched(lora, shapes)
+    if any(name in lora.layers or name in lora.rows for name in matching.tuned_only):
+        # PEFT saves the names of the live model, which transformers may have renamed on loading.
+        renamed = live_names(base.infos, base.config).names
+        live |= {
+            now: Stack(base.infos[name].shape, (Piece(name),))
+            for name, now in renamed.items()
+            if now not in shapes
+        }
+        shapes |= {now: live[now].shape for now in renamed.values()}
+        matching = _matched(lora, shapes) if renamed else matching
+    _check_matched(base, lora, matching)
     found = {pair.tuned: pair.base for pair in matching.pairs}
     tied = tied_heads(base)
     refuse_tied_heads(base, lora, found, tied)
@@ -231,10 +243,19 @@ def adapter_changes(base: AuditSource, lora: Adapter) -> AdapterChanges:
     )
 
 
-def _matched(base: AuditSource, lora: Adapter, names: Mapping[str, object]) -> Matching:
+def _matched(lora: Adapter, names: Mapping[str, object]) -> Matching:
+    return match_names(_shapeless(names), _shapeless(dict.fromkeys(_wanted(lora))))
+
+
+def _wanted(lora: Adapter) -> Iterator[str]:
+    yield from (*lora.layers, *lora.biases, *lora.rows, *lora.whole)
+    for module in lora.wrapped:
+        yield from module.parameters
+
+
+def _check_matched(base: AuditSource, lora: Adapter, matching: Matching) -> None:
+    """Refuse names that fit in two ways, and an adapter of which nothing is in the base."""
     parameters = [name for module in lora.wrapped for name in module.parameters]
-    wanted = dict.fromkeys((*lora.layers, *lora.biases, *lora.rows, *lora.whole, *parameters))
-    matching = match_names(_shapeless(names), _shapeless(wanted))
     adapted = {*lora.layers, *lora.rows, *parameters}
     if matching.ties:
         raise CheckpointError(
@@ -247,7 +268,6 @@ def _matched(base: AuditSource, lora: Adapter, names: Mapping[str, object]) -> M
             f"({shortlist(sorted(adapted), 2)}), expected the adapter's base"
             + (f" {lora.base!r}." if lora.base else ".")
         )
-    return matching
 
 
 def _shapeless(names: Mapping[str, object]) -> dict[str, TensorInfo]:

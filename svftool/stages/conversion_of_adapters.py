@@ -26,6 +26,8 @@ from svftool.checkpoints.dtypes import dtype_named
 from svftool.choices.adapters import AdapterRank
 from svftool.choices.dtypes import DTYPES
 from svftool.errors import CheckpointError, UsageError, shortlist
+from svftool.progress import Progress
+from svftool.stages.adapter_names import names_for
 from svftool.stages.conversion import ConvertOptions, Layer, Work, plain_ranks, sides_of
 from svftool.stages.extract_lora import LeftOut
 
@@ -36,7 +38,11 @@ _NEEDS_BASE = "Give the model that the adapter belongs to with --base."
 
 
 def of_adapter(
-    adapter: Adapter, options: ConvertOptions, rank: AdapterRank | None, stack: ExitStack
+    adapter: Adapter,
+    options: ConvertOptions,
+    rank: AdapterRank | None,
+    stack: ExitStack,
+    progress: Progress,
 ) -> Work:
     """Say what another adapter holds of one; a base stays open until a stack ends.
 
@@ -54,7 +60,7 @@ def of_adapter(
         return _in_place(adapter, options, rank)
     if options.base is not None:
         base = stack.enter_context(open_source(options.base))
-        return _over_base(adapter, base, layout, options, rank)
+        return _over_base(adapter, base, layout, options, rank, progress)
     if dora:
         raise UsageError(
             f"{adapter.path}: {len(dora)} DoRA layers ({shortlist(dora, 2)}), whose change depends "
@@ -295,11 +301,13 @@ def _over_base(
     layout: str,
     options: ConvertOptions,
     rank: AdapterRank | None,
+    progress: Progress,
 ) -> Work:
     """Write another layout by the names of a base."""
     side = _seen_from(base, adapter)
     bound, others = side.found.adapter, side.others
-    model = BaseModel(base.infos, base.config or {}, str(options.base))
+    renamed = names_for(layout, base.infos, base.config, base.path, others, progress)
+    model = BaseModel(base.infos, base.config or {}, str(options.base), renamed=renamed)
     writer = layout_writer(layout)(model, list(others))
     dropped = [
         LeftOut(one.name, one.reason, bound.bytes_of(one.name)) for one in side.found.tuned_only

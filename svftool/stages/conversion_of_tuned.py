@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator
+from dataclasses import replace
 
 import torch
 from torch import Tensor
@@ -23,6 +24,8 @@ from svftool.factors import (
     is_factors,
     open_factors,
 )
+from svftool.progress import Progress
+from svftool.stages.adapter_names import names_for
 from svftool.stages.conversion import ConvertOptions, Layer, Work, plain_ranks, sides_of
 from svftool.stages.extract_lora import LeftOut
 
@@ -45,7 +48,11 @@ def factors_of(source: str | os.PathLike[str], options: ConvertOptions) -> Facto
 
 
 def of_tuned(
-    tuned: TunedFile, store: FactorStore, options: ConvertOptions, rank: AdapterRank | None
+    tuned: TunedFile,
+    store: FactorStore,
+    options: ConvertOptions,
+    rank: AdapterRank | None,
+    progress: Progress,
 ) -> Work:
     """Say what an adapter of a tuned file holds.
 
@@ -56,8 +63,9 @@ def of_tuned(
     """
     layout = options.layout or "peft"
     model = _model_of(tuned, store)
-    changed = [name for name in tuned.S if tuned.change(name).moves()]
-    writer = layout_writer(layout)(model, [*changed, *tuned.whole])
+    changed = [name for name in tuned.S if tuned.change(name).moves()] + list(tuned.whole)
+    renamed = names_for(layout, model.infos, None, store.path, changed, progress)
+    writer = layout_writer(layout)(replace(model, renamed=renamed), changed)
     dtype = dtype_named(options.dtype or "float32")
     dropped = {name: reason for name in writer.fates if (reason := _why_not(tuned, writer, name))}
     kept = {

@@ -153,7 +153,7 @@ def convert(
     if is_tuned(source):
         with factors_of(source, options) as store:
             tuned = check_tuned(read_tuned(source), store)
-            work = of_tuned(tuned, store, options, rule)
+            work = of_tuned(tuned, store, options, rule, progress)
             return _finish(
                 work, source, target, rule, options, dry_run=dry_run, force=force, progress=progress
             )
@@ -162,7 +162,7 @@ def convert(
         for note in adapter.notes:
             progress.note(note)
         refuse_unused(adapter)
-        work = of_adapter(adapter, options, rule, stack)
+        work = of_adapter(adapter, options, rule, stack, progress)
         return _finish(
             work, source, target, rule, options, dry_run=dry_run, force=force, progress=progress
         )

@@ -38,6 +38,7 @@ from svftool.files.output import discard_folder, kept_folder
 from svftool.machine import pick_device
 from svftool.processes import Processes, joined_processes
 from svftool.progress import SILENT, Progress
+from svftool.stages.adapter_names import names_for
 from svftool.stages.changes import BothSides, Survey, drop_tied, refuse_another_base, survey_of
 from svftool.stages.truncation import AdapterSpool, Truncation
 from svftool.training.workspace import describe_files
@@ -225,7 +226,10 @@ def extract_lora(
                 f"{' among the tensors asked for' if wanted < set(before.infos) else ''}, expected "
                 "a fine-tune of it. Name another one."
             )
-        model = BaseModel(before.infos, before.config or {}, str(base))
+        renamed = names_for(
+            options.layout, before.infos, before.config, before.path, changed, progress
+        )
+        model = BaseModel(before.infos, before.config or {}, str(base), renamed=renamed)
         work = _Work(
             pair,
             survey,
