@@ -174,6 +174,36 @@ def test_compressed(scales: tuple[int, ...], zeros: bool, bits: int, tmp_path: P
         assert torch.equal(found.read("a.weight"), W * spread)
 
 
+@pytest.mark.parametrize("kind", ["gptq", "awq", "compressed"])
+def test_the_last_group_is_smaller_where_the_stated_size_does_not_divide_the_inputs(
+    kind: str, tmp_path: Path
+) -> None:
+    """Forty inputs in groups of 32 have two scales, as groups of 20 would have."""
+    q, zero, scale = codes(4, 40, 32), codes(4, 2, 32, seed=1), normal(2, 32).half()
+    config: dict[str, Any] = {"quant_method": kind, "bits": 4, "group_size": 32}
+    if kind == "gptq":
+        packed = {"qweight": words(q.mT, 4).mT, "qzeros": words((zero - 1) & 15, 4)}
+    elif kind == "awq":
+        order = [0, 2, 4, 6, 1, 3, 5, 7]
+        turned = [one.unflatten(-1, (-1, 8))[..., order].flatten(-2) for one in (q, zero)]
+        packed = dict(zip(("qweight", "qzeros"), (words(one, 4) for one in turned), strict=True))
+    else:
+        weights = {"num_bits": 4, "group_size": 32, "strategy": "group"}
+        config = {"quant_method": kind, "config_groups": {"group_0": {"weights": weights}}}
+        packed = {
+            "weight_packed": words(q.mT, 4),
+            "weight_zero_point": words(zero, 4).mT,
+            "weight_shape": torch.tensor([32, 40]),
+        }
+    packed["weight_scale" if kind == "compressed" else "scales"] = (
+        scale.mT if kind == "compressed" else scale
+    )
+    group = torch.arange(40) // 32
+    expected = ((q - zero[group]) * scale.float()[group]).mT
+    with opened(tmp_path, {f"a.{name}": one for name, one in packed.items()}, config) as found:
+        assert torch.equal(found.read("a.weight"), expected)
+
+
 @pytest.mark.parametrize("bits", [4, 8])
 @pytest.mark.parametrize("symmetric", [True, False])
 def test_as_compressed_tensors_unpacks(bits: int, symmetric: bool, tmp_path: Path) -> None:

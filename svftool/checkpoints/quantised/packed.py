@@ -12,6 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -22,6 +23,28 @@ from svftool.checkpoints.quantised.coded import SCALES, Coded, Numbers, StoredPa
 _BITS = (2, 4, 8)
 _AWQ_ORDER = (0, 4, 1, 5, 2, 6, 3, 7)
 """Where in a word the code of each output lies."""
+
+
+def _stated_sizes(config: Mapping[str, Any]) -> list[int]:
+    """List the sizes of groups that a configuration states, at its top or for some layers."""
+    groups = config.get("config_groups")
+    places = [config, *(groups.values() if isinstance(groups, Mapping) else ())]
+    found = []
+    for place in places:
+        weights = place.get("weights", place) if isinstance(place, Mapping) else {}
+        size = weights.get("group_size") if isinstance(weights, Mapping) else None
+        if type(size) is int and size > 0:
+            found.append(size)
+    return found
+
+
+def _group_size(config: Mapping[str, Any], inputs: int, groups: int) -> int:
+    """Return how many inputs share a scale; 0 where it is not certain.
+
+    The last group is smaller where the size that is stated does not divide the inputs.
+    """
+    fitting = {one for one in _stated_sizes(config) if -(-inputs // one) == groups}
+    return fitting.pop() if len(fitting) == 1 else _whole(inputs, groups)
 
 
 def gptq(source: StoredParts) -> Iterator[Coded]:
@@ -39,12 +62,13 @@ def gptq(source: StoredParts) -> Iterator[Coded]:
         order = source.infos.get(f"{name}.g_idx")
         if order is not None and (order.shape != (rows,) or order.dtype != torch.int32):
             continue
-        if source.config.get("bits", bits) != bits or (order is None and rows % groups):
+        size = _group_size(source.config, rows, groups)
+        if source.config.get("bits", bits) != bits or (order is None and not size):
             continue
         parts = {"codes": info.name, "zero": zeros.name, "scale": scales.name}
         if order is not None:
             parts["order"] = order.name
-        decode = partial(_decode_gptq, bits=bits, shift=0 if second else 1)
+        decode = partial(_decode_gptq, bits=bits, shift=0 if second else 1, size=size)
         yield Coded(f"{name}.weight", (out, rows), f"GPTQ, {bits} bits", parts, decode)
 
 
@@ -65,14 +89,13 @@ def _whole(part: int, whole: int) -> int:
     return part // whole if whole and part % whole == 0 else 0
 
 
-def _decode_gptq(parts: Mapping[str, Tensor], *, bits: int, shift: int) -> Numbers:
+def _decode_gptq(parts: Mapping[str, Tensor], *, bits: int, shift: int, size: int) -> Numbers:
     codes = unpacked(parts["codes"].mT, bits)
     zero = ((unpacked(parts["zero"], bits) + shift) & (2**bits - 1)).mT.float()
     scale = parts["scale"].mT.float()
     order = parts.get("order")
     if order is None:
-        count = codes.shape[1] // scale.shape[1]
-        order = torch.arange(scale.shape[1]).repeat_interleave(count)
+        order = torch.arange(codes.shape[1]) // size
     zero, scale = (one[:, order.long()] for one in (zero, scale))
     return Numbers((codes.float() - zero).mul_(scale), scale.abs())
 
@@ -87,19 +110,21 @@ def awq(source: StoredParts) -> Iterator[Coded]:
     for name, info, zeros, scales in _quantised_linears(source):
         groups, out = scales.shape
         rows = info.shape[0]
-        if 8 * info.shape[1] != out or rows % groups or zeros.shape != (groups, info.shape[1]):
+        size = _group_size(config, rows, groups)
+        if 8 * info.shape[1] != out or not size or zeros.shape != (groups, info.shape[1]):
             continue
         if f"{name}.g_idx" in source.infos:
             continue
         parts = {"codes": info.name, "zero": zeros.name, "scale": scales.name}
-        yield Coded(f"{name}.weight", (out, rows), "AWQ, 4 bits", parts, _decode_awq)
+        decode = partial(_decode_awq, size=size)
+        yield Coded(f"{name}.weight", (out, rows), "AWQ, 4 bits", parts, decode)
 
 
-def _decode_awq(parts: Mapping[str, Tensor]) -> Numbers:
+def _decode_awq(parts: Mapping[str, Tensor], *, size: int) -> Numbers:
     codes, zero = (_in_order(unpacked(parts[key], 4)).mT for key in ("codes", "zero"))
     scale = parts["scale"].mT.float()
-    count = codes.shape[1] // scale.shape[1]
-    zero, scale = (one.repeat_interleave(count, dim=1) for one in (zero.float(), scale))
+    group = torch.arange(codes.shape[1]) // size
+    zero, scale = (one[:, group] for one in (zero.float(), scale))
     return Numbers((codes.float() - zero).mul_(scale), scale.abs())
 
 
@@ -120,12 +145,13 @@ def compressed(source: StoredParts) -> Iterator[Coded]:
         shape = (int(one) for one in source.read(stated.name))
         out, columns = shape
         bits = _bits(info.shape[1], columns)
-        if info.shape[0] != out or bits is None or not _grouped(scale.shape, out, columns):
+        size = _size_of_scales(source.config, scale.shape, out, columns)
+        if info.shape[0] != out or bits is None or not size:
             continue
         parts = {"codes": info.name, "scale": scale.name, "shape": stated.name}
         if not _take_more(source, name, parts, (out, columns), scale.shape, bits):
             continue
-        decode = partial(_decode_compressed, bits=bits, shape=(out, columns))
+        decode = partial(_decode_compressed, bits=bits, shape=(out, columns), size=size)
         storage = f"compressed-tensors, {bits} bits"
         yield Coded(f"{name}.weight", (out, columns), storage, parts, decode)
 
@@ -136,10 +162,14 @@ def _bits(words: int, columns: int) -> int | None:
     return found[0] if len(found) == 1 else None
 
 
-def _grouped(scale: tuple[int, ...], out: int, columns: int) -> bool:
+def _size_of_scales(
+    config: Mapping[str, Any], scale: tuple[int, ...], out: int, columns: int
+) -> int:
+    """Return how many inputs share a scale; 0 where scales of this shape do not fit."""
     if scale in ((), (1,)):
-        return True
-    return len(scale) == 2 and scale[0] == out and scale[1] > 0 and columns % scale[1] == 0
+        return columns
+    fits = len(scale) == 2 and scale[0] == out and scale[1] > 0
+    return _group_size(config, columns, scale[1]) if fits else 0
 
 
 def _take_more(
@@ -165,7 +195,7 @@ def _take_more(
 
 
 def _decode_compressed(
-    parts: Mapping[str, Tensor], *, bits: int, shape: tuple[int, int]
+    parts: Mapping[str, Tensor], *, bits: int, shape: tuple[int, int], size: int
 ) -> Numbers:
     out, columns = shape
     codes = unpacked(parts["codes"], bits)[:, :columns].float().sub_(2 ** (bits - 1))
@@ -177,8 +207,7 @@ def _decode_compressed(
         zero = unpacked(parts["zero"].mT, bits)[:, :out].mT.float().sub_(2 ** (bits - 1))
     order = parts.get("order")
     if order is None or bool((order < 0).any()):
-        groups = scale.shape[1]
-        order = torch.arange(groups).repeat_interleave(columns // groups)
+        order = torch.arange(columns) // size
     scale = scale[:, order.long()]
     if zero is not None:
         codes -= zero[:, order.long()]
