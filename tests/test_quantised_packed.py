@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +12,7 @@ from test_quantised import normal, opened
 from torch import Tensor
 
 from svftool.checkpoints import Checkpoint
+from svftool.errors import CheckpointError
 
 
 def codes(bits: int, *shape: int, seed: int = 0) -> Tensor:
@@ -70,6 +72,31 @@ def test_nf4_by_its_formula(tmp_path: Path) -> None:
     with opened(tmp_path, tensors) as found:
         expected = table[q] * tensors["a.weight.absmax"].unsqueeze(1)
         assert torch.equal(found.read("a.weight"), expected)
+
+
+@pytest.mark.parametrize("offset", [None, [1.0], 10**400, "x"], ids=lambda one: type(one).__name__)
+def test_a_state_that_states_no_number_ends_in_one_line(offset: Any, tmp_path: Path) -> None:
+    """A block may be larger than the tensor; what is stated is read as JSON and may be anything."""
+    facts = {
+        "shape": [4, 8], "blocksize": 10**12, "nested_blocksize": 10**12, "nested_offset": offset,
+    }  # fmt: skip
+    tensors = {
+        "a.weight": torch.arange(16, dtype=torch.uint8).reshape(-1, 1),
+        "a.weight.absmax": torch.zeros(1, dtype=torch.uint8),
+        "a.weight.quant_map": torch.linspace(-1, 1, 16),
+        "a.weight.nested_absmax": torch.ones(1),
+        "a.weight.nested_quant_map": torch.linspace(-1, 1, 256),
+    }
+    state = "a.weight.quant_state.bitsandbytes__nf4"
+    for folder, stated in (("bad", facts), ("good", {**facts, "nested_offset": 0.5})):
+        (tmp_path / folder).mkdir()
+        raw = torch.tensor(list(json.dumps(stated).encode()), dtype=torch.uint8)
+        with opened(tmp_path / folder, {**tensors, state: raw}) as found:
+            if folder == "good":
+                assert found.read("a.weight").shape == (4, 8)
+            else:
+                with pytest.raises(CheckpointError, match="expected bitsandbytes nf4 with double"):
+                    found.read("a.weight")
 
 
 def test_bitsandbytes_int8(tmp_path: Path) -> None:

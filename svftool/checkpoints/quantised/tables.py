@@ -89,11 +89,12 @@ def _fits(source: StoredParts, parts: Mapping[str, str], facts: Mapping[str, Any
 def _decode_4bit(parts: Mapping[str, Tensor], *, facts: Mapping[str, Any]) -> Numbers:
     shape, block = facts["shape"], facts["blocksize"]
     count = math.prod(shape)
+    block = min(block, count)
     packed = parts["codes"].flatten()
     codes = torch.stack((packed >> 4, packed & 15), dim=-1).flatten()[:count].int()
     absmax = parts["absmax"].flatten()
     if "nested_absmax" in parts:
-        inner = facts["nested_blocksize"]
+        inner = min(facts["nested_blocksize"], len(absmax))
         scales = parts["nested_absmax"].repeat_interleave(inner)[: len(absmax)]
         offset = torch.tensor(float(facts["nested_offset"]))
         absmax = parts["nested_table"][absmax.int()] * scales + offset

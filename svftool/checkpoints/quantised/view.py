@@ -121,7 +121,7 @@ class QuantisedCheckpoint(Checkpoint):
         read = super().read
         try:
             found = one.decode({role: read(part) for role, part in one.parts.items()})
-        except (ValueError, IndexError, KeyError, RuntimeError) as error:
+        except (ValueError, LookupError, TypeError, ArithmeticError, RuntimeError) as error:
             raise self._broken(one, str(error).splitlines()[0][:150]) from error
         if found.values.shape != one.shape:
             shape = tuple(found.values.shape)
