@@ -154,6 +154,18 @@ def test_gptq(order: str | None, bits: int, version: str | None, tmp_path: Path)
         assert torch.equal(found.read("a.weight"), W)
 
 
+@pytest.mark.parametrize("group", [-1, 2])
+def test_a_group_that_gptq_does_not_have_is_refused(group: int, tmp_path: Path) -> None:
+    tensors = {
+        "a.qweight": words(codes(4, 16, 8).mT, 4).mT,
+        "a.qzeros": words(codes(4, 2, 8), 4),
+        "a.scales": normal(2, 8).half(),
+        "a.g_idx": torch.tensor([0, 1] * 7 + [0, group]).int(),
+    }
+    with opened(tmp_path, tensors) as found, pytest.raises(CheckpointError, match="expected GPTQ"):
+        found.read("a.weight")
+
+
 def test_awq(tmp_path: Path) -> None:
     rows, out, groups = 32, 24, 2
     q, zero = codes(4, rows, out), codes(4, groups, out, seed=1)

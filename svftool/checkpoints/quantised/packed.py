@@ -96,6 +96,8 @@ def _decode_gptq(parts: Mapping[str, Tensor], *, bits: int, shift: int, size: in
     order = parts.get("order")
     if order is None:
         order = torch.arange(codes.shape[1]) // size
+    if bool((order < 0).any()):
+        raise IndexError(f"group {int(order.min())} among {scale.shape[1]}")
     zero, scale = (one[:, order.long()] for one in (zero, scale))
     return Numbers((codes.float() - zero).mul_(scale), scale.abs())
 
