@@ -17,7 +17,7 @@ from svftool.checkpoints import open_checkpoint
 from svftool.errors import ModelError
 from svftool.models import build_model, is_read_whole
 from svftool.stages.catalogue import head_classes
-from svftool.stages.evaluate import _load_rest, _renamed
+from svftool.stages.loading import _load_rest, _renamed
 from svftool.tasks.base import Prepared
 
 transformers = pytest.importorskip("transformers")

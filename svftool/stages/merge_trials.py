@@ -23,14 +23,8 @@ from svftool.models import build_model
 from svftool.progress import SILENT, Progress
 from svftool.stages.catalogue import ModelFacts, make_tasks
 from svftool.stages.combine_options import WeightsFrom
-from svftool.stages.evaluate import (
-    Source,
-    check_stated,
-    facts_of,
-    filled_options,
-    fit,
-    open_source,
-)
+from svftool.stages.loading import fit
+from svftool.stages.measured import Source, check_stated, facts_of, filled_options, open_source
 from svftool.stages.merge_checkpoint import MergedCheckpoint, MergeWork
 from svftool.stages.merge_layers import plan_tensors
 from svftool.tasks.base import Counts, Draw, HasContents, Task, to_device

@@ -20,11 +20,11 @@ from svftool.machine import explain_out_of_memory, pick_device
 from svftool.models import Preprocessing, build_model
 from svftool.progress import SILENT, Progress
 from svftool.stages.catalogue import ModelFacts
-from svftool.stages.evaluate import (
+from svftool.stages.loading import fit
+from svftool.stages.measured import (
     Source,
     classes_setting,
     facts_of,
-    fit,
     known_classes,
     open_source,
     origins_of,
