@@ -23,16 +23,15 @@ from svftool.stages.evaluate_result import EvaluateResult, Evaluation
 from svftool.stages.loading import fit
 from svftool.stages.measured import (
     Source,
-    _count_seen,
-    _seed,
-    _seed_source,
-    _warn_of_seen,
     check_stated,
     classes_setting,
+    count_seen,
     facts_of,
     filled_options,
     open_source,
     origins_of,
+    seed_setting,
+    warn_of_seen,
 )
 from svftool.stages.settings import Origins, SourcedSetting, settings_of
 from svftool.tasks.base import Draw, Predicts, Sized, Task
@@ -114,7 +113,7 @@ def evaluate(
         source = open_source(stack, Path(checkpoint), tuned, base, progress, model=model)
         given = dict(options)
         options = filled_options(task, Path(data), source, options)
-        seeded = SourcedSetting(_seed(source) if seed is None else seed, _seed_source(source, seed))
+        seeded = seed_setting(source, seed)
         seed = int(seeded.value)
         output = Output.claim(
             stack, predictions, task, force=force, inputs=[*source.paths, Path(data)]
@@ -136,11 +135,11 @@ def evaluate(
         seen: int | None = None
         settings: dict[str, SourcedSetting] = {}
         for one in tasks:
-            _warn_of_seen(one, source, progress)
+            warn_of_seen(one, source, progress)
             begun = time.perf_counter()
             with explain_out_of_memory(None):
                 draw = one.draw(seed)
-                seen = _count_seen(source, task, draw, progress, before=seen)
+                seen = count_seen(source, task, draw, progress, before=seen)
                 if not runs:
                     origins = origins_of(source, task, facts, given)
                     settings = _settings(one, draw, source, facts, origins, seeded)

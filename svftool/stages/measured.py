@@ -155,15 +155,12 @@ _JUDGED = ("classification", "text-classification")
 """Tasks that hold the head's own names of the classes against the data's."""
 
 
-def _seed(source: Source) -> int:
-    """Find the seed of the fine-tune, which chose what it was measured on."""
-    return int(source.stated.training.get("seed", 0))
-
-
-def _seed_source(source: Source, given: int | None) -> str:
+def seed_setting(source: Source, given: int | None) -> SourcedSetting:
+    """Return the seed, by default that of the fine-tune, which chose what it was measured on."""
     if given is not None:
-        return "option"
-    return source.kind if "seed" in source.stated.training else "default"
+        return SourcedSetting(given, "option")
+    stated = source.stated.training
+    return SourcedSetting(stated.get("seed", 0), source.kind if "seed" in stated else "default")
 
 
 def known_classes(source: Source) -> tuple[str, ...] | None:
@@ -199,7 +196,7 @@ def check_stated(task: Task, source: Source, progress: Progress) -> None:
             )
 
 
-def _warn_of_seen(task: Task, source: Source, progress: Progress) -> None:
+def warn_of_seen(task: Task, source: Source, progress: Progress) -> None:
     """Say where classes that are measured as novel ones were trained on."""
     then = source.said_for(task.name).data
     known = then.get("base_classes") or ()
@@ -212,7 +209,7 @@ def _warn_of_seen(task: Task, source: Source, progress: Progress) -> None:
         )
 
 
-def _count_seen(
+def count_seen(
     source: Source, task: str, draw: Draw, progress: Progress, *, before: int | None
 ) -> int | None:
     """Count the examples that the weights were trained on; say where there are some."""
