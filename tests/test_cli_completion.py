@@ -15,6 +15,7 @@ from svftool.choices import regimes
 from svftool.choices.dtypes import DTYPES
 from svftool.choices.metrics import check_metric
 from svftool.cli import NAMES, app, completion
+from svftool.cli.values import taken_by
 from svftool.numerics import decompose
 from svftool.report.annotations import KINDS
 from svftool.report.schemas import described
@@ -86,10 +87,12 @@ def test_values(line: str, values: list[str]) -> None:
 
 @pytest.mark.parametrize("task", TASKS)
 def test_every_option_of_few_values_completes(task: str) -> None:
-    for one in COMMANDS["finetune"].params:
-        choices = getattr(one.type, "choices", ())
-        if choices:
-            assert proposed(f"svftool finetune f --task {task} {one.opts[-1]} ") == list(choices)
+    command = COMMANDS["finetune"]
+    taken = taken_by(command.callback)
+    several = {one.opts[-1]: found for one in command.params if (found := taken[one.name].choices)}
+    assert "--task" in several
+    for flag, choices in several.items():
+        assert proposed(f"svftool finetune f --task {task} {flag} ") == list(choices)
 
 
 def test_what_is_proposed_is_taken() -> None:
