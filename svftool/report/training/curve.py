@@ -352,7 +352,7 @@ class _Covered:
         crossed = any(step.meets(name) for step in offer.leader for name in self.names)
         return (
             8.0 * offer.box.meets_any(self.names)
-            + 4.0 * offer.box.meets_any(self.drawn)
+            + 3.0 * sum(map(offer.box.meets, self.drawn))
             + 4.0 * crossed
             + 2.0 * offer.box.meets_any(self.leaders)
             + 0.5 * offer.far
