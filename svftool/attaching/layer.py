@@ -201,10 +201,6 @@ class AttachedLayer(KeepsDtype):
         found = self.present().parts()
         return {name: one if name == "index" else one.float() for name, one in found.items()}
 
-    def set_delta(self, delta: Tensor) -> None:
-        """Set ``S - S_base`` and take everything else back to the base."""
-        self.set_change(SpectralChange(delta))
-
     @torch.no_grad()
     def set_change(self, change: SpectralChange) -> None:
         """Set what changes; what cannot be trained here is kept beside it, untrained."""
