@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import gc
 import os
+import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
+from importlib import import_module
 from typing import TypeVar
 
 import torch.distributed as dist
@@ -143,8 +146,30 @@ def joined_processes() -> Iterator[Processes]:
     if dist.is_initialized():  # by a caller that shares more than this
         yield Processes(dist.get_rank(), count)
         return
+    before_joining()
     dist.init_process_group("gloo", timeout=PATIENCE)
     try:
         yield Processes(dist.get_rank(), count)
     finally:
-        dist.destroy_process_group()
+        leave_processes()
+
+
+def before_joining() -> None:
+    """Import the module of torch whose defaults hold for ever the group that there is by then.
+
+    ``DistributedDataParallel`` imports it, and would do so after the group is made.
+    """
+    import_module("torch.distributed.nn")
+
+
+def leave_processes() -> None:
+    """End the group of processes together with the threads that sent its messages.
+
+    Those threads end with the last reference to the group. A model that
+    ``DistributedDataParallel`` wraps holds one, in a cycle. A thread that outlives the group and
+    frees a tensor while the interpreter ends aborts the process. After an error the frames of its
+    traceback hold the model, and nothing is to be collected.
+    """
+    if sys.exc_info()[0] is None:
+        gc.collect()
+    dist.destroy_process_group()

@@ -13,6 +13,7 @@ from torch import Tensor, multiprocessing
 from torch.nn.parallel import DistributedDataParallel
 
 import svftool
+from svftool.processes import before_joining, leave_processes
 from svftool.stages.combine_result import CombineResult
 from tests.attaching import MemoryStore
 from tests.test_attach_attachment import small_net
@@ -53,23 +54,36 @@ def merge(folder: Path, name: str) -> CombineResult:
     return svftool.combine(base, inputs, output=folder / name, options=options)
 
 
+def gloo_threads() -> list[str]:
+    """Return the names of threads that send messages; none where the system does not tell."""
+    names = [one.read_text().strip() for one in Path("/proc/self/task").glob("*/comm")]
+    return [name for name in names if "gloo" in name]
+
+
+def work(rank: int, folder: str) -> None:
+    """Train a share of every batch, and merge."""
+    model = small_net()
+    attached = svftool.attach(model, MemoryStore(model, dtype=torch.float32))
+    thetas = list(attached.parameters())
+    train(DistributedDataParallel(model), thetas, images()[:, rank::2])
+    reduced = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    sent = {name for name, _ in model.named_buffers()}
+    torch.save((reduced, sent, attached.singular_values()), f"{folder}/{rank}.pt")
+    os.environ["WORLD_SIZE"] = "2"  # as torchrun says it
+    merge(Path(folder), "shared.safetensors")
+
+
 def worker(rank: int, folder: str) -> None:
     warnings.simplefilter("ignore")
     torch.set_num_threads(1)
+    before_joining()
     dist.init_process_group("gloo", f"file://{folder}/meeting", rank=rank, world_size=2)
     try:
-        model = small_net()
-        attached = svftool.attach(model, MemoryStore(model, dtype=torch.float32))
-        thetas = list(attached.parameters())
-        parallel = DistributedDataParallel(model)
-        train(parallel, thetas, images()[:, rank::2])
-        reduced = sum(p.numel() for p in model.parameters() if p.requires_grad)
-        sent = {name for name, _ in model.named_buffers()}
-        torch.save((reduced, sent, attached.singular_values()), f"{folder}/{rank}.pt")
-        os.environ["WORLD_SIZE"] = "2"  # as torchrun says it
-        merge(Path(folder), "shared.safetensors")
+        work(rank, folder)
+        assert gloo_threads() or not Path("/proc/self/task").exists()
     finally:
-        dist.destroy_process_group()
+        leave_processes()
+    assert not gloo_threads()
 
 
 def test_two_processes_are_one(tmp_path: Path) -> None:

@@ -22,12 +22,19 @@ from svftool.cli import app
 pytest.importorskip("accelerate")
 pytestmark = pytest.mark.skipif(os.name == "nt", reason="gloo through torchrun, and signals")
 
-# Each process says who it is, so that a test can kill one of them.
+# Each process says who it is, so that a test can kill one of them, and what threads outlive work.
 MODEL = """
-import os, time
+import atexit, os, time
 from pathlib import Path
 import torch
 from torch import nn
+
+def write_threads():
+    names = [one.read_text() for one in Path("/proc/self/task").glob("*/comm")]
+    Path(os.environ["THREADS"], os.environ["RANK"]).write_text("".join(names))
+
+if "THREADS" in os.environ:
+    atexit.register(write_threads)
 
 class Net(nn.Module):
     def __init__(self):
@@ -128,10 +135,12 @@ def test_a_killed_process_ends_all_with_one_line(killed: subprocess.CompletedPro
 
 
 @pytest.mark.usefixtures("killed")
-def test_two_processes_give_the_tuned_files_of_one(work: Path, alone: Path) -> None:
-    process = torchrun(arguments(work, "cut", "--save-every", 4, "--resume"))
+def test_two_processes_give_the_tuned_files_of_one(work: Path, alone: Path, tmp_path: Path) -> None:
+    process = torchrun(arguments(work, "cut", "--save-every", 4, "--resume"), THREADS=tmp_path)
     stdout, stderr = process.communicate(timeout=180)
     assert process.returncode == 0, stderr
+    # A thread that frees a tensor while the interpreter ends would abort the process.
+    assert ["gloo" in (tmp_path / rank).read_text() for rank in "01"] == [False, False]
     assert [row["steps"] for row in json.loads(stdout)["runs"]] == [STEPS] * 3
     expected, found = tensors(alone), tensors(work / "cut")
     assert (

@@ -22,7 +22,7 @@ from torch import Tensor, nn
 
 from svftool.errors import MissingDependencyError
 from svftool.machine import pick_device
-from svftool.processes import PATIENCE, Processes
+from svftool.processes import PATIENCE, Processes, before_joining, leave_processes
 from svftool.progress import SILENT, Progress
 from svftool.tasks.base import Draw, MeasuresTogether, Part
 
@@ -142,11 +142,12 @@ def joined_group(device: str) -> Iterator[tuple[Group, torch.device]]:
         raise MissingDependencyError(
             "accelerate", extra="train", purpose="training in several processes"
         ) from None
+    before_joining()
     state = PartialState(cpu=chosen.type == "cpu", timeout=PATIENCE)
     try:
         yield Group(state.process_index, state.num_processes), state.device
     finally:
-        state.destroy_process_group()
+        leave_processes()
 
 
 # Ctrl-C and SIGTERM during training: finish the step, keep what was trained, stop.
