@@ -168,20 +168,24 @@ def test_fss_1000_is_split_by_its_lists(tmp_path: Path):
     with pytest.raises(DataError, match="fold 1 does not exist, expected 0"):
         source.fold(1)
     (lists / "val.txt").write_text("unicorn\n")
-    with pytest.raises(DataError, match=r"val\.txt: names 1 classes without a folder: unicorn"):
+    with pytest.raises(DataError, match=r"val\.txt: names 1 class without a folder: unicorn"):
         open_source(root, lists=lists)
 
 
 @pytest.mark.parametrize(
     ("part", "text", "message"),
     [
-        ("test", "b\na\n", r"lists: 1 classes are in more .*: a \(trn\.txt, test\.txt\)$"),
+        (
+            "test",
+            "b\na\n",
+            r"lists: classes in more .*: 1, .*: a \(trn\.txt, test\.txt\)$",
+        ),
         (
             "val",
             "b\na\n",
-            r"lists: 2 classes .*: a \(trn\.txt, val\.txt\), b \(val\.txt, test\.txt\)$",
+            r"lists: classes .*: 2, .*: a \(trn\.txt, val\.txt\), b \(val\.txt, test\.txt\)$",
         ),
-        ("trn", "a\nc\na\n", r"trn\.txt: names 1 classes more than once, .*: a$"),
+        ("trn", "a\nc\na\n", r"trn\.txt: names 1 class more than once, .*: a$"),
         ("trn", "\n", r"trn\.txt: names no classes, expected one a line$"),
         ("test", "", r"test\.txt: names no classes"),
     ],
@@ -202,7 +206,7 @@ def test_images_without_masks_are_counted(tmp_path: Path):
     root = write_pairs(tmp_path, {"a": 6, "b": 1, "c": 1, "d": 1})
     for index in range(5):
         (root / "a" / f"{index}.png").unlink()
-    with pytest.raises(DataError, match=r"^5 of 9 images have no mask.*0\.jpg.* and 2 more$"):
+    with pytest.raises(DataError, match=r"^images without a mask: 5 of 9.*0\.jpg.* and 2 more$"):
         open_source(root)
 
 
@@ -218,6 +222,6 @@ def test_a_class_with_too_few_pairs_is_named(tmp_path: Path):
     data = open_source(root).fold(1)
     require_shots(data, "test", 1)
     with pytest.raises(
-        DataError, match=r"^1 classes of the test data of fold 1 .*6 images.* b \(2\)"
+        DataError, match=r"^classes of the test data of fold 1 .*6 images: 1, .* b \(2\)"
     ):
         require_shots(data, "test", 5)

@@ -257,9 +257,9 @@ def test_tasks_go_through_shots_and_folds(shapes: Path):
     ("options", "message"),
     [
         ({"folds": [4]}, "fold 4 does not exist, expected 0 to 3"),
-        ({"shots": [8]}, r"3 classes of the training data of fold 0 have fewer than 9 images"),
+        ({"shots": [8]}, r"classes of the training data of fold 0 with fewer than 9 images: 3"),
         ({"shots": [4]}, r"fold 0 holds out 9 images of 3 base classes, 3 of a class at most"),
-        ({"test_shots": [8]}, r"1 classes of the test data .*: blue \(8\)"),
+        ({"test_shots": [8]}, r"classes of the test data .* images: 1, .*: blue \(8\)"),
     ],
 )
 def test_data_that_cannot_make_episodes_is_refused(

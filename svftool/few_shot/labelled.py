@@ -166,9 +166,9 @@ def _refuse_overlap(train: Sequence[ImageMaskPair], test: Sequence[ImageMaskPair
     both = sorted(tested & {pair.image for pair in train})
     if both:
         raise DataError(
-            f"{len(both)} of {len(tested)} images that are tested or held out are in the training "
-            f"lists too, expected none: {shortlist(both, limit=3)}. Take them out of the training "
-            "lists"
+            "images that are tested or held out, and in the training lists too: "
+            f"{len(both)} of {len(tested)}, expected none: {shortlist(both, limit=3)}. Take them "
+            "out of the training lists"
         )
 
 
@@ -282,9 +282,9 @@ def _supports(path: Path, names: Sequence[Named], images: str) -> dict[Named, tu
     unlisted = [image for image, mask in supports if (image, mask) not in known]
     if unlisted:
         raise DataError(
-            f"{path}: {len(unlisted)} images are not in {images}, expected each of them there "
-            f"with the same mask: {shortlist(unlisted, limit=3)}. Use the two lists that were "
-            "made together"
+            f"{path}: images that are not in {images}: {len(unlisted)}, expected each of them "
+            f"there with the same mask: {shortlist(unlisted, limit=3)}. Use the two lists that "
+            "were made together"
         )
     return supports
 
@@ -304,7 +304,7 @@ def _require_classes(
     ]
     if lacking:
         raise DataError(
-            f"{path}: {len(lacking)} images are listed for a class that their masks do not hold, "
+            f"{path}: images listed for a class that their masks do not hold: {len(lacking)}, "
             f"expected some of its pixels: {shortlist(lacking, limit=3)}. Use the masks that the "
             "list was made for, or leave these images out of it"
         )

@@ -145,7 +145,7 @@ def scan(
 def sizes_differ(images: Sequence[Path]) -> DataError:
     """Make the error of images whose masks have another size."""
     return DataError(
-        f"{len(images)} images and their masks differ in size, expected the same: "
+        f"images whose masks have another size: {len(images)}, expected the same size: "
         f"{shortlist(images, limit=3)}"
     )
 

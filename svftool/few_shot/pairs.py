@@ -15,7 +15,7 @@ from pathlib import Path
 
 import numpy as np
 
-from svftool.errors import DataError, shortlist
+from svftool.errors import DataError, counted, shortlist
 from svftool.few_shot.folds import (
     ClassSplit,
     in_voc_order,
@@ -176,7 +176,7 @@ def _require_masks(folders: Mapping[str, Sequence[Path]]) -> None:
     missing = [image for image in images if not image.with_suffix(".png").is_file()]
     if missing:
         raise DataError(
-            f"{len(missing)} of {len(images)} images have no mask, expected a .png of the same "
+            f"images without a mask: {len(missing)} of {len(images)}, expected a .png of the same "
             f"name beside each: {shortlist(missing, limit=3)}"
         )
 
@@ -193,8 +193,8 @@ def _read_parts(lists: Path, names: Sequence[str]) -> dict[str, list[str]]:
     shared = [f"{name} ({', '.join(files)})" for name, files in found.items() if len(files) > 1]
     if shared:
         raise DataError(
-            f"{lists}: {len(shared)} classes are in more than one list, expected each in one, so "
-            f"that none is trained and tested on: {shortlist(shared, limit=3)}"
+            f"{lists}: classes in more than one list: {len(shared)}, expected each in one, so that "
+            f"none is trained and tested on: {shortlist(shared, limit=3)}"
         )
     return parts
 
@@ -206,13 +206,14 @@ def _read_classes(path: Path, names: Sequence[str]) -> list[str]:
     unknown = [name for name in counts if name not in set(names)]
     if unknown:
         raise DataError(
-            f"{path}: names {len(unknown)} classes without a folder: {shortlist(unknown, limit=3)}"
+            f"{path}: names {counted(len(unknown), 'classes')} without a folder: "
+            f"{shortlist(unknown, limit=3)}"
         )
     twice = [name for name, count in counts.items() if count > 1]
     if twice:
         raise DataError(
-            f"{path}: names {len(twice)} classes more than once, expected each on one line: "
-            f"{shortlist(twice, limit=3)}"
+            f"{path}: names {counted(len(twice), 'classes')} more than once, expected each "
+            f"on one line: {shortlist(twice, limit=3)}"
         )
     return classes
 

@@ -10,7 +10,7 @@ from typing import Literal
 
 import numpy as np
 
-from svftool.errors import DataError, shortlist
+from svftool.errors import DataError, counted, shortlist
 from svftool.few_shot.folds import ClassSplit
 
 MINIMUM_AREA = 2 * 32 * 32
@@ -177,8 +177,8 @@ def require_shots(data: FoldData, part: Literal["training", "test"], shots: int)
     listed = (f"{data.split.name(label)} ({n}{more.get(label, '')})" for label, n in small.items())
     keep = ", --keep-novel" if part == "training" and data.removed else ""
     raise DataError(
-        f"{len(small)} classes of the {part} data of fold {data.split.fold} have fewer than "
-        f"{shots + 1} images, expected {shots} for support and 1 to query: "
+        f"classes of the {part} data of fold {data.split.fold} with fewer than {shots + 1} "
+        f"images: {len(small)}, expected {shots} for support and 1 to query: "
         f"{shortlist(listed, limit=5)}. Use fewer --shots{keep} or add images."
     )
 
@@ -202,10 +202,10 @@ def require_held_out(data: FoldData, shots: int) -> None:
     most = max(pool.pictures.values(), default=0)
     if most < shots + 1:
         raise DataError(
-            f"fold {data.split.fold} holds out {len(pool.pairs)} images of {len(pool.classes)} "
-            f"base classes, {most} of a class at most, expected {shots + 1} ({shots} for support "
-            "and 1 to query) to choose weights by. Use --select-on last, fewer --shots or more "
-            "images."
+            f"fold {data.split.fold} holds out {counted(len(pool.pairs), 'images')} of "
+            f"{counted(len(pool.classes), 'base classes')}, {most} of a class at most, "
+            f"expected {shots + 1} ({shots} for support and 1 to query) to choose weights by. Use "
+            "--select-on last, fewer --shots or more images."
         )
 
 
