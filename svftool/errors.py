@@ -144,6 +144,9 @@ def shortlist(items: Iterable[object], limit: int = 10) -> str:
     return head if len(texts) <= limit else f"{head} and {len(texts) - limit} more"
 
 
+_SINGULAR = {"matrices": "matrix"}
+
+
 def counted(count: int, things: str) -> str:
     """Write a number of things, of one in the singular.
 
@@ -152,7 +155,7 @@ def counted(count: int, things: str) -> str:
     >>> counted(1, "images"), counted(0, "classes"), counted(1, "classes")
     ('1 image', '0 classes', '1 class')
     """
-    one = things.removesuffix("es" if things.endswith("sses") else "s")
+    one = _SINGULAR.get(things) or things.removesuffix("es" if things.endswith("sses") else "s")
     return f"{count} {one if count == 1 else things}"
 
 

@@ -9,7 +9,7 @@ from typing import Any
 from rich.console import Group, RenderableType
 from rich.text import Text
 
-from svftool.errors import shortlist
+from svftool.errors import counted, shortlist
 from svftool.merging import Clash
 from svftool.report import json
 from svftool.report.drawing import require_jinja
@@ -246,7 +246,10 @@ def page(result: CombineResult) -> str:
         style=style.read_text("utf-8"),
         version=__version__,
         title=safe(result.output.name),
-        lead=safe(f"{result.method} · {len(names)} inputs · {len(result.layers)} matrices"),
+        lead=safe(
+            f"{result.method} · {counted(len(names), 'inputs')} · "
+            f"{counted(len(result.layers), 'matrices')}"
+        ),
         titles=input_columns(result),
         inputs=[
             {"name": safe(name), "cells": cells}

@@ -8,7 +8,7 @@ from typing import Any
 from rich.console import Group, RenderableType
 from rich.text import Text
 
-from svftool.errors import shortlist
+from svftool.errors import counted, shortlist
 from svftool.report import json
 from svftool.report.names import Names
 from svftool.report.table import NameTable
@@ -57,7 +57,7 @@ def _totals(result: ConvertResult) -> Text:
     span = (
         f", rank {ranks[0]} to {ranks[-1]}" if len(ranks) > 1 else f", rank {ranks[0]}" * len(ranks)
     )
-    what = f"{result.source} to {result.layout}: {len(result.layers)} layers{span}"
+    what = f"{result.source} to {result.layout}: {counted(len(result.layers), 'layers')}{span}"
     text = Text()
     if result.dry_run:
         text.append(f"{what}, about {result.bytes:,} bytes in {result.dtype}; nothing written\n")

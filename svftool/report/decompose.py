@@ -8,6 +8,7 @@ from typing import Any
 from rich.console import Group, RenderableType
 from rich.text import Text
 
+from svftool.errors import counted
 from svftool.factors import LayerRecord
 from svftool.report import json
 from svftool.report.names import Names
@@ -82,7 +83,7 @@ def _row(one: LayerRecord) -> tuple[Cell, ...]:
 def _summary(result: DecomposeResult) -> Text:
     methods = Counter(one.method for one in result.config.layers.values())
     used = ", ".join(f"{count} by {method}" for method, count in methods.most_common())
-    text = Text(f"{len(result.config.layers)} layers decomposed")
+    text = Text(f"{counted(len(result.config.layers), 'layers')} decomposed")
     text.append(f" ({used})" if used else "")
     text.append(f" in {seconds(result.seconds)}, peak memory {size(result.peak_memory_bytes)}.\n")
     text.append("factors: ").append(safe(str(result.output)), "bold")
@@ -126,7 +127,7 @@ def plan_view(plan: DecompositionPlan) -> RenderableType:
         parts.append(Text(f"and {len(layers) - MOST_ROWS} more layers, all smaller", "dim"))
     if plan.left_whole:
         parts += ["", by_reason(plan.left_whole)]
-    total = Text(f"{len(layers)} layers, {size(plan.output_bytes)} to write, ")
+    total = Text(f"{counted(len(layers), 'layers')}, {size(plan.output_bytes)} to write, ")
     total.append(f"peak memory about {size(plan.peak_memory_bytes)}. Nothing was written.")
     return Group(*parts, "", total)
 

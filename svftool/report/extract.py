@@ -9,7 +9,7 @@ from rich.console import Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
-from svftool.errors import shortlist
+from svftool.errors import counted, shortlist
 from svftool.report import json
 from svftool.report.names import Names
 from svftool.report.table import NameTable
@@ -126,13 +126,13 @@ def _lora_totals(result: LoraResult) -> Text:
     text = Text()
     if result.dry_run:
         most = "at most " if ranks else ""
-        text.append(f"{len(result.layers)} layers, {most}rank {span}, ")
+        text.append(f"{counted(len(result.layers), 'layers')}, {most}rank {span}, ")
         text.append(f"about {result.bytes:,} bytes in {result.dtype}; nothing written\n")
     else:
         text.append(f"{share(result.error)} of the change (as a norm) is lost", "bold")
         if result.layers and share(result.layer_error) != share(result.error):
             text.append(f", {share(result.layer_error)} of that of the layers")
-        text.append(f": {len(result.layers)} layers, rank {span}, {result.dtype}, ")
+        text.append(f": {counted(len(result.layers), 'layers')}, rank {span}, {result.dtype}, ")
         text.append(f"{result.bytes:,} bytes\n")
     measured = [one for one in result.dropped if one.share is not None]
     lost = sum(one.share or 0.0 for one in measured)

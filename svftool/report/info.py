@@ -10,6 +10,7 @@ from rich.console import Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
+from svftool.errors import counted
 from svftool.files.names import EXACT_KEY, TUNED_KEY
 from svftool.report import json
 from svftool.report.names import Names
@@ -80,9 +81,9 @@ def view(found: Info, *, all_rows: bool = False) -> RenderableType:
 def _headline(found: Info) -> Text:
     contents = found.contents
     total = sum(one.nbytes for one in contents.tensors)
-    files = f"{len(contents.files)} files" if len(contents.files) != 1 else "1 file"
+    files = counted(len(contents.files), "files")
     text = Text.assemble((safe(found.path), "bold"), ": ", (found.kind, "bold"))
-    text.append(f" ({contents.format}, {files}), {len(contents.tensors)} tensors, ")
+    text.append(f" ({contents.format}, {files}), {counted(len(contents.tensors), 'tensors')}, ")
     text.append(f"{found.parameters:,} parameters, {size(total)}")
     return text
 
@@ -108,7 +109,7 @@ def _lines(found: Info) -> Iterator[tuple[str, str]]:
         yield from _fact(key, value)
     if contents.config:
         known = {key: contents.config[key] for key in _CONFIG if key in contents.config}
-        yield "config", _brief(known) if known else f"{len(contents.config)} settings"
+        yield "config", _brief(known) if known else counted(len(contents.config), "settings")
     stated = {
         key: value for key, value in contents.metadata.items() if key not in (TUNED_KEY, EXACT_KEY)
     }

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from typing import Any
 
+from svftool.errors import counted
 from svftool.merging.weights import Gain
 from svftool.report.text import number, safe
 from svftool.stages.combine_result import WeightChoice, WeightScore
@@ -70,7 +71,7 @@ def weights_sentences(choice: WeightChoice) -> list[str]:
         f"{_arrow('loss', choice.start.loss, choice.chosen.loss, choice)}, "
         f"{_arrow(choice.metric, choice.start.metric, choice.chosen.metric, choice)}"
     ]
-    count = f"{len(choice.tried)} weights tried"
+    count = f"{counted(len(choice.tried), 'weights')} tried"
     on = f"on examples left out the loss is lower by {plus_minus(choice.gain)}"
     if not any(choice.chosen.weights):
         lines.append("every weight is 0: on these examples the base alone is best")

@@ -23,6 +23,7 @@ from svftool.auditing import (
     metric_name,
 )
 from svftool.auditing.verdicts import CHANGED, UNTOUCHED
+from svftool.errors import counted
 from svftool.report.inspect.directions import directions
 from svftool.report.inspect.gates import gates
 from svftool.report.inspect.headline import headline
@@ -161,7 +162,7 @@ def _listed_rows(
     yield table
     left = []
     if blocks:
-        left.append(f"{len(rows)} matrices in {count} blocks")
+        left.append(f"{counted(len(rows), 'matrices')} in {counted(count, 'blocks')}")
     if count > most:
         left.append(f"and {count - most} more {'blocks' if blocks else 'matrices'}")
     if untouched:

@@ -9,6 +9,7 @@ from rich.table import Table
 from rich.text import Text
 
 from svftool.auditing import Comparison, Unread
+from svftool.errors import counted
 from svftool.report.text import plain_table, safe, shape
 
 MOST_LINES = 20
@@ -67,7 +68,7 @@ def unmatched(one: Comparison, *, every: bool = False) -> Iterator[RenderableTyp
 def _add_blocks(table: Table, lines: Sequence[tuple[str, Unread]]) -> None:
     for (sign, block), items in _gathered(lines).items():
         name = items[0].name if len(items) == 1 else f"{block}.*"
-        count = f"{len(items)} tensors" if len(items) > 1 else "1 tensor"
+        count = counted(len(items), "tensors")
         sides = (count if sign != other else "" for other in ("+", "-"))
         colour = _COLOURS[sign]
         table.add_row(Text(sign, colour), Text(safe(name), colour), *sides, Text())
