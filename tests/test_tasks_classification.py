@@ -356,6 +356,14 @@ def test_large_sets_are_measured_in_batches(tmp_path: Path) -> None:
     assert seen == [256, 44]
 
 
+@pytest.mark.parametrize(("kind", "expected"), [("cpu", [4] * 5), ("meta", [20])])
+def test_a_cpu_sees_fewer_pixels_at_once(tmp_path: Path, kind: str, expected: list[int]) -> None:
+    data = write_pictures(tmp_path, classes=["red", "blue"], count=10)
+    draw = Classification(data, evaluation=data, image_size=256).draw(0)
+    batches = draw._parts["query"].batches(torch.device(kind))
+    assert [len(images) for images, _ in batches] == expected
+
+
 def test_the_description_holds_no_paths(tmp_path: Path) -> None:
     described = Classification(write_pictures(tmp_path), shots=2).describe()
     assert described["shots"] == 2

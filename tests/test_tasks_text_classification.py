@@ -352,7 +352,7 @@ def test_rows_come_in_order_whatever_the_batches(
     work: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     module = "svftool.tasks.text_classification"
-    monkeypatch.setattr(f"{module}.TOKENS_AT_ONCE", 14)
+    monkeypatch.setattr(f"{module}.tokens_at_once", lambda device: 14)
     monkeypatch.setattr(f"{module}.WINDOW", 4)
     draw = task(work).draw(0)
     model = draw.prepare(bert()).model.eval()

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from svftool.errors import ModelError
 from svftool.models import DEFAULT_PREPROCESSING, Preprocessing
+from svftool.tasks.at_once import images_at_once
 from svftool.tasks.base import CHOOSE_SIZE, Part, Prepared, TaskMetric, device_of, forward_errors
 from svftool.tasks.class_names import check_labels, class_names, readable
 from svftool.tasks.heads import CosineHead, logits_of, pool
@@ -31,7 +32,6 @@ from svftool.tasks.two_sided import (
 )
 from svftool.tasks.views import ImageSet, ImageView, choose_view, with_normalisation
 
-PIXELS_PER_BATCH = 64 * 224 * 224
 LARGEST_BATCH = 256
 
 
@@ -58,7 +58,7 @@ class Examples:
     def batches(self, device: torch.device) -> Iterator[tuple[Tensor, Tensor]]:
         """All images in order, centred and normalised, in batches that suit their size."""
         height, width = self.images.view.size
-        size = max(1, min(LARGEST_BATCH, PIXELS_PER_BATCH // (height * width)))
+        size = min(LARGEST_BATCH, images_at_once(height * width, device))
         for start in range(0, len(self), size):
             positions = range(start, min(start + size, len(self)))
             batch = self.images.view.centre(self.take(positions))

@@ -18,6 +18,7 @@ from torch.nn.functional import cross_entropy
 
 from svftool.errors import DataError, ModelError, UsageError, are, counted
 from svftool.progress import SILENT, Progress
+from svftool.tasks.at_once import tokens_at_once
 from svftool.tasks.base import Part, Prepared, TaskMetric, device_of, forward_errors, to_device
 from svftool.tasks.chat import encode_chat
 from svftool.tasks.heads import logits_of, require_module
@@ -360,7 +361,8 @@ class LanguageDraw:
         tuple of Block and Tensor
             The block, its logits (T, V), its targets (T,), its tokens (T,); padded on the right.
         """
-        tokens = max(1, LOGITS_AT_ONCE // (vocabulary(model) or len(self._task.tokenizer)))
+        room = max(1, LOGITS_AT_ONCE // (vocabulary(model) or len(self._task.tokenizer)))
+        tokens = min(room, tokens_at_once(device_of(model)))
         model.eval()
         for positions in by_length(blocks, tokens):
             chosen = [blocks[position] for position in positions]

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from svftool.errors import DataError, ModelError, UsageError, are, counted
 from svftool.files.header import parse_json
 from svftool.models import find_head
+from svftool.tasks.at_once import tokens_at_once
 from svftool.tasks.base import Part, Prepared, TaskMetric, device_of, forward_errors, to_device
 from svftool.tasks.class_names import check_labels, class_names, readable
 from svftool.tasks.heads import (
@@ -46,8 +47,6 @@ from svftool.tasks.two_classes import texts_of_two_classes
 Pooling = Literal["mean", "cls"]
 
 LONGEST_DEFAULT = 512
-TOKENS_AT_ONCE = 1 << 14
-"""Tokens, padding included, that a model sees at once where nothing is trained."""
 WINDOW = 4096
 """Texts that are sorted by length at once."""
 _MUCH_UNKNOWN = 0.2
@@ -177,17 +176,17 @@ class TextExamples:
         blocks = [self.texts.blocks[self.indices[position]] for position in positions]
         return self.texts.encoding.batch(blocks)
 
-    def groups(self) -> Iterator[tuple[range, list[list[int]]]]:
+    def groups(self, device: torch.device) -> Iterator[tuple[range, list[list[int]]]]:
         """Yield windows of texts, and the positions of each in groups of like length."""
         for start in range(0, len(self), WINDOW):
             window = range(start, min(start + WINDOW, len(self)))
             blocks = [self.texts.blocks[self.indices[position]] for position in window]
-            found = by_length(blocks, TOKENS_AT_ONCE)
+            found = by_length(blocks, tokens_at_once(device))
             yield window, [[start + place for place in group] for group in found]
 
     def batches(self, device: torch.device) -> Iterator[tuple[dict[str, Tensor], Tensor]]:
         """All texts, those of like length together."""
-        for _, groups in self.groups():
+        for _, groups in self.groups(device):
             for group in groups:
                 yield to_device((self.take(group), self.labels[group]), device)
 
@@ -584,7 +583,7 @@ class TextDraw(ClassifierDraw[TextExamples, TextSetting]):
     def in_order(self, model: nn.Module, part: Part) -> Iterator[tuple[Tensor, Tensor]]:
         """Yield logits and labels in the order of the texts, a window of them at once."""
         examples, every = self._parts[part], self.logits(model, part)
-        for window, groups in examples.groups():
+        for window, groups in examples.groups(device_of(model)):
             rows = torch.cat([logits for logits, _ in islice(every, len(groups))])
             places = torch.tensor([place for group in groups for place in group]).argsort()
             yield rows[places.to(rows.device)], examples.labels[window.start : window.stop]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import signal
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -136,23 +137,36 @@ class _Comparison:
                 continue
             if self._interrupted():
                 return
-            tuning = self._tune(task, draw, regime, seed)
+            before = self._run_regime(task, draw, regime, seed, before, support)
             if self.stopped:
                 return
-            safeguard = self._judge(task, draw, regime, seed, tuning)
-            if self._interrupted():
-                return
-            with explain_out_of_memory(self._plan.settings.batch_size):
-                prepared = self._prepare(draw)
-                self._tell(prepared.said)
-                with suited_threads(prepared.model, draw, self._plan.settings.batch_size):
-                    if before is None:
-                        before = self._measure(draw, prepared.model)
-                        stem = file_stem("before", seed, task.shots, task.facts)
-                        self._illustrate(draw, prepared.model, stem)
-                    self._run(
-                        task, draw, prepared, regime, seed, before, tuning, safeguard, support
-                    )
+
+    def _run_regime(
+        self,
+        task: Task,
+        draw: Draw,
+        regime: str,
+        seed: int,
+        before: dict[str, float] | None,
+        support: Mapping[str, Any],
+    ) -> dict[str, float] | None:
+        """Choose rates and share, train and measure; return what the start measured."""
+        tuning = self._tune(task, draw, regime, seed)
+        if self.stopped:
+            return before
+        safeguard = self._judge(task, draw, regime, seed, tuning)
+        if self._interrupted():
+            return before
+        with explain_out_of_memory(self._plan.settings.batch_size):
+            prepared = self._prepare(draw)
+            self._tell(prepared.said)
+            with suited_threads(prepared.model, draw, self._plan.settings.batch_size):
+                if before is None:
+                    before = self._measure(draw, prepared.model)
+                    stem = file_stem("before", seed, task.shots, task.facts)
+                    self._illustrate(draw, prepared.model, stem)
+                self._run(task, draw, prepared, regime, seed, before, tuning, safeguard, support)
+        return before
 
     def _look(self, draw: Draw, task: Task, seed: int) -> dict[str, Any]:
         """Note the bytes of what is trained on; say where it is measured on too."""
@@ -186,6 +200,8 @@ class _Comparison:
         return self.stopped
 
     def _prepare(self, draw: Draw) -> Prepared:
+        # Hooks refer to their models: those of runs before would stay until Python finds the cycle.
+        gc.collect()
         prepared = self._ranks.together(
             lambda: draw.prepare(self._plan.build().to(self._plan.device))
         )

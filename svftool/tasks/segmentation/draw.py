@@ -241,7 +241,8 @@ class SegmentationDraw:
         """Yield positions, logits at the maps' own size, and labels, batch by batch."""
         model.eval()
         device = device_of(model)
-        for positions, images, maps in self._parts[part].batches(len(self._setting.classes)):
+        classes = len(self._setting.classes)
+        for positions, images, maps in self._parts[part].batches(classes, device):
             batch = self._setting.view.normalised(images).to(device)
             labels = torch.stack(maps).to(device, torch.int64)
             logits = enlarge(dense_logits(model(batch)), (labels.shape[1], labels.shape[2]))

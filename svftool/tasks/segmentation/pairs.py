@@ -11,10 +11,12 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 import numpy.typing as npt
+import torch
 from torch import Tensor
 
 from svftool.errors import DataError, counted, shortlist
 from svftool.files.texts import read_text
+from svftool.tasks.at_once import images_at_once
 from svftool.tasks.images import (
     LABELS,
     SUFFIXES,
@@ -361,14 +363,19 @@ class Chosen:
         indices = [self.indices[position] for position in positions]
         return self.source.images.load(indices), self.source.maps.load(indices)
 
-    def batches(self, classes: int) -> Iterator[tuple[list[int], list[Tensor], list[Tensor]]]:
+    def batches(
+        self, classes: int, device: torch.device
+    ) -> Iterator[tuple[list[int], list[Tensor], list[Tensor]]]:
         """Every pair in order, in batches of one size: positions, images, label maps."""
         positions: list[int] = []
         images: list[Tensor] = []
         maps: list[Tensor] = []
         for position in range(len(self)):
             (image,), (labels,) = self.take([position])
-            room = LOGITS_AT_ONCE // max(1, classes * labels.numel())
+            room = min(
+                LOGITS_AT_ONCE // max(1, classes * labels.numel()),
+                images_at_once(image.shape[-2] * image.shape[-1], device),
+            )
             other = bool(images) and (image.shape, labels.shape) != (images[0].shape, maps[0].shape)
             if images and (other or len(images) >= max(1, room)):
                 yield positions, images, maps
