@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import gc
 import math
 import os
 import signal
+import weakref
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -126,6 +128,29 @@ def test_runs_repeat_alone_and_in_company(plan: Callable[..., TrainingPlan]) -> 
     compare(plan(regimes=["svf"], seeds=[1]), alone)
     for name, value in alone.tensors["svf", 1].items():
         assert torch.equal(value, company.tensors["svf", 1][name]), name
+
+
+def test_a_model_goes_before_the_next_one_is_built(plan: Callable[..., TrainingPlan]) -> None:
+    built: list[weakref.ref[nn.Module]] = []
+    alive: list[int] = []
+
+    def build() -> nn.Module:
+        alive.append(sum(one() is not None for one in built))
+        model = SmallNet()
+        built.append(weakref.ref(model))
+        return model
+
+    gc.disable()  # nothing else shall find the cycles
+    try:
+        settings = {"tune_lr": True, "safeguard": "always"}
+        regimes = ["svf", "core:2", "lora:1", "full"]
+        compare(
+            replace(plan(regimes=regimes, seeds=[0, 1], settings=settings), build=build), Kept()
+        )
+    finally:
+        gc.enable()
+    assert len(built) > 2 * 6
+    assert set(alive) == {0}
 
 
 def test_training_helps_and_globs_limit_it(plan: Callable[..., TrainingPlan]) -> None:
