@@ -166,9 +166,9 @@ def _refuse_overlap(train: Sequence[ImageMaskPair], test: Sequence[ImageMaskPair
     both = sorted(tested & {pair.image for pair in train})
     if both:
         raise DataError(
-            "images that are tested or held out, and in the training lists too: "
-            f"{len(both)} of {len(tested)}, expected none: {shortlist(both, limit=3)}. Take them "
-            "out of the training lists"
+            f"{len(both)} of {len(tested)} images that are tested or held out are in the training "
+            f"lists too, expected none: {shortlist(both, limit=3)}. Take them out of the training "
+            "lists"
         )
 
 
