@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any, Literal, Protocol
@@ -19,6 +20,7 @@ from svftool.tasks.class_names import check_labels, class_names, readable
 from svftool.tasks.heads import CosineHead, logits_of, pool
 from svftool.tasks.images import LabelledImage, left_out, list_images, read_bytes, short_name
 from svftool.tasks.labelled import ClassifierDraw, ClassifierSetting, of_head
+from svftool.tasks.layout import in_suited_layout
 from svftool.tasks.options import ClassificationOptions, StrPath
 from svftool.tasks.splits import draw_shots, nothing_left, require_held_out, require_query
 from svftool.tasks.tokens import load_tokenizer
@@ -257,9 +259,12 @@ class ClassificationDraw(ClassifierDraw[Examples, ImageSetting]):
         batch = batch.to(device_of(model.eval()))
         height, width = self._task.view.size
         with forward_errors(f"images of {height} x {width}", CHOOSE_SIZE), torch.inference_mode():
-            if self._head_of(model) is None and has_text_side(model):
-                return image_embeddings(model, batch).shape[1]
-            return pool(logits_of(model(batch))).shape[1]
+            return in_suited_layout(model, partial(self._width_of_output, model, batch))
+
+    def _width_of_output(self, model: nn.Module, batch: Tensor) -> int:
+        if self._head_of(model) is None and has_text_side(model):
+            return image_embeddings(model, batch).shape[1]
+        return pool(logits_of(model(batch))).shape[1]
 
     def _head_of(self, model: nn.Module) -> str | None:
         # What the two sides end in is no head: it leads to the space of both.

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
@@ -16,6 +17,7 @@ from svftool.progress import SILENT, Progress
 from svftool.tasks.base import CHOOSE_SIZE, Part, Prepared, device_of, forward_errors
 from svftool.tasks.heads import require_module
 from svftool.tasks.images import read_bytes
+from svftool.tasks.layout import in_suited_layout
 from svftool.tasks.options import SegmentationOptions
 from svftool.tasks.segmentation.heads import (
     WithDenseHead,
@@ -127,7 +129,7 @@ class SegmentationDraw:
         setting = self._setting
         height, width = images.shape[-2:]
         with forward_errors(f"images of {height} x {width}", CHOOSE_SIZE), torch.inference_mode():
-            output = model(images)
+            output = in_suited_layout(model, partial(model, images))
         try:
             outputs = dense_logits(output).shape[1]
         except ModelError:
