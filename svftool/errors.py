@@ -145,23 +145,35 @@ def shortlist(items: Iterable[object], limit: int = 10) -> str:
 
 
 _SINGULAR = {"matrices": "matrix"}
+_OF_ONE = {"are": "is", "were": "was", "have": "has", "do": "does"}
 
 
-def counted(count: int, things: str) -> str:
-    """Write a number of things, of one in the singular.
+def counted(count: int, things: str, verb: str = "", *, of: int | None = None) -> str:
+    """Write a number of things, of one in the singular, and the verb that goes with it.
 
     Examples
     --------
-    >>> counted(1, "images"), counted(0, "classes"), counted(1, "classes")
-    ('1 image', '0 classes', '1 class')
+    >>> counted(1, "images"), counted(0, "classes"), counted(1, "classes", "have")
+    ('1 image', '0 classes', '1 class has')
+    >>> counted(1, "layers", "are", of=12)
+    '1 of 12 layers is'
     """
+    among = count if of is None else of
     one = _SINGULAR.get(things) or things.removesuffix("es" if things.endswith("sses") else "s")
-    return f"{count} {one if count == 1 else things}"
+    said = f"{count} " if of is None else f"{count} of {of} "
+    said += one if among == 1 else things
+    return f"{said} {agreeing(count, verb)}" if verb else said
 
 
-def are(count: int) -> str:
-    """Return the verb that goes with a number of things."""
-    return "is" if count == 1 else "are"
+def agreeing(count: int, verb: str) -> str:
+    """Return a verb as it goes with a number of things.
+
+    Examples
+    --------
+    >>> agreeing(1, "are"), agreeing(1, "differ"), agreeing(2, "differ")
+    ('is', 'differs', 'differ')
+    """
+    return _OF_ONE.get(verb, f"{verb}s") if count == 1 else verb
 
 
 def brief(value: object, limit: int = 60) -> str:

@@ -285,7 +285,7 @@ def test_layers_that_are_not_used_are_said_once(caplog: pytest.LogCaptureFixture
     for _ in range(2):
         model(torch.randn(2, 4))
     assert [record.getMessage() for record in caplog.records] == [
-        "1 layers were not used in the first training pass, so their singular values do not "
+        "1 layer was not used in the first training pass, so singular values there do not "
         "train: idle.weight"
     ]
 
@@ -363,7 +363,7 @@ def test_a_layer_without_a_place_is_an_error() -> None:
     other = small_net()
     with torch.no_grad():
         other[6].weight.normal_()
-    with pytest.raises(FactorsError, match=r"1 of 3 layers have no place .*elsewhere\.weight"):
+    with pytest.raises(FactorsError, match=r"1 of 3 layers has no place .*elsewhere\.weight"):
         svftool.attach(other, store)
     assert "svf" not in repr(other)
 
@@ -373,7 +373,7 @@ def test_other_weights_are_an_error() -> None:
     other = nn.Sequential(*small_net())
     with torch.no_grad():
         other[0].weight.normal_()
-    with pytest.raises(FactorsError, match=r"1 layers are not those of the model: 0\.weight"):
+    with pytest.raises(FactorsError, match=r"1 layer is not those of the model: 0\.weight"):
         svftool.attach(other, MemoryStore(small_net()))
     assert all(parameter.requires_grad for parameter in other.parameters())
 

@@ -299,8 +299,8 @@ def test_tensors_that_the_index_forgot_are_kept_and_said(tmp_path: Path) -> None
         assert checkpoint.passed_over == {f"a in {second}": 4}
         (warning,) = checkpoint.warnings
         assert warning in checkpoint.notes
-        assert warning.startswith(f"{second}: 1 tensors that lie in another shard too were not")
-        assert any("1 tensors of the shards are not in the index" in n for n in checkpoint.notes)
+        assert warning.startswith(f"{second}: 1 tensor was not read here, as another shard")
+        assert any("1 tensor of the shards not in the index" in n for n in checkpoint.notes)
 
 
 @pytest.mark.parametrize(
@@ -313,7 +313,7 @@ def test_tensors_that_the_index_forgot_are_kept_and_said(tmp_path: Path) -> None
         ({"a": ".hidden.safetensors"}, r"a: the shard is '.hidden.safetensors', expected"),
         ({"a": "x.py"}, r"a: the shard is 'x.py', expected the plain name of a weight file"),
         ({"a": 3}, r"a: the shard is 3, expected the plain name"),
-        ({"a": "gone.safetensors"}, r"gone.safetensors: no such file, expected 1 shards"),
+        ({"a": "gone.safetensors"}, r"gone.safetensors: no such file, expected 1 shard"),
     ],
 )
 def test_what_an_index_may_not_name(
@@ -373,7 +373,7 @@ def test_a_broken_config_is_named(tmp_path: Path, content: str) -> None:
 
 def test_a_folder_without_weights_says_what_is_expected(tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text("{}")
-    with pytest.raises(CheckpointError, match="no weights among 1 files, expected model"):
+    with pytest.raises(CheckpointError, match="no weights among 1 file, expected model"):
         open_checkpoint(tmp_path)
 
 

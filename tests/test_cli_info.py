@@ -191,7 +191,7 @@ def test_everything_that_does_not_hold_together_is_named(tmp_path: Path) -> None
     index = json.loads((folder / "model.safetensors.index.json").read_text())
     del index["weight_map"]["b.bias"]
     (folder / "model.safetensors.index.json").write_text(json.dumps(index))
-    assert "1 tensors of the shards are not in it: b.bias" in info(folder).contents.problems[0]
+    assert "1 tensor is in the shards and not in it: b.bias" in info(folder).contents.problems[0]
 
 
 def test_tied_names(tmp_path: Path) -> None:

@@ -207,7 +207,7 @@ def test_factors_with_other_vectors_are_refused_by_layer(
     alter(other, name, change)
     with open_factors(other) as store, pytest.raises(FactorsError) as caught:
         check_tuned(tuned, store)
-    assert f"1 layers do not fit the factors in {other}: {name} ({reason})" in str(caught.value)
+    assert f"1 layer does not fit the factors in {other}: {name} ({reason})" in str(caught.value)
 
 
 def test_rotated_vectors_that_were_not_trained_are_accepted(factors: Path, tmp_path: Path) -> None:

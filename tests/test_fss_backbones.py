@@ -414,7 +414,7 @@ def test_names_that_do_not_exist_are_shown_beside_those_that_do(net: SmallNet):
         plan_features(net, FeatureNames(("layer2", "layer7"), "layer7"))
     with pytest.raises(ModelError, match=r"fc gives \(1, 5\), expected a feature map"):
         plan_features(net, FeatureNames(("layer2", "layer3"), "fc"))
-    with pytest.raises(UsageError, match="1 names, expected two or three"):
+    with pytest.raises(UsageError, match="1 name, expected two or three"):
         parse_names("layer2")
     assert parse_names("a, b") == FeatureNames(("a", "b"), "b")
     assert parse_names("a,b,c") == FeatureNames(("a", "b"), "c")

@@ -140,7 +140,7 @@ def test_a_list_never_leaves_the_data_folder(voc: VocFolder, tmp_path: Path):
     lists.mkdir()
     for name in ("train.txt", "val.txt"):
         (lists / name).write_text("../secret.jpg SegmentationClassAug/a.png\n")
-    with pytest.raises(DataError, match=r"names 1 files .*\.\./secret\.jpg"):
+    with pytest.raises(DataError, match=r"names 1 file .*\.\./secret\.jpg"):
         open_source(root, lists=lists)
 
 

@@ -213,7 +213,7 @@ def test_images_without_masks_are_counted(tmp_path: Path):
 def test_empty_masks_are_counted(tmp_path: Path):
     root = write_pairs(tmp_path, {"a": 2, "b": 1, "c": 1, "d": 1})
     Image.fromarray(label_map({})).save(root / "a" / "1.png")
-    with pytest.raises(DataError, match=r"^1 masks are empty.*1\.png$"):
+    with pytest.raises(DataError, match=r"^1 mask is empty.*1\.png$"):
         open_source(root).fold(0)
 
 

@@ -178,7 +178,7 @@ def test_a_split_file_is_one(split: list[Path], tmp_path: Path) -> None:
 def test_a_part_that_is_missing_or_of_another_model(split: list[Path]) -> None:
     other = split[1].read_bytes()
     split[1].unlink()
-    with pytest.raises(CheckpointError, match=r"1 of the 3 files are missing \(m-00002-of-00003"):
+    with pytest.raises(CheckpointError, match=r"1 of 3 files is missing \(m-00002-of-00003"):
         open_checkpoint(split[0])
     split[1].write_bytes(split[2].read_bytes())
     with pytest.raises(CheckpointError, match="each once"):

@@ -159,7 +159,7 @@ def test_a_tensor_without_place_is_still_refused(tmp_path: Path) -> None:
     save_file({**net.state_dict(), "1.weight": torch.ones(2, 2)}, tmp_path / "n.safetensors")
     with open_checkpoint(tmp_path / "n.safetensors") as checkpoint:
         assert not is_read_whole("net.py:net", checkpoint)
-        with pytest.raises(ModelError, match=r"1 tensors have no place in the model: 1\.weight"):
+        with pytest.raises(ModelError, match=r"1 tensor has no place in the model: 1\.weight"):
             _load_rest(Prepared(net), TASK, checkpoint, set(net.state_dict()))
 
 

@@ -27,7 +27,7 @@ from svftool.adapters.parts import DENOISER, BaseModel, role_of
 from svftool.adapters.peft import is_lora, open_lora
 from svftool.adapters.peft_config import pattern_value
 from svftool.checkpoints import Checkpoint, TensorInfo, open_checkpoint
-from svftool.errors import CheckpointError, NumericalError, shortlist
+from svftool.errors import CheckpointError, NumericalError, counted, shortlist
 from svftool.files.header import parse_json
 
 _LEAF = r"(?:\.default)?\.weight"
@@ -334,7 +334,7 @@ class AdapterFile(Adapter):
             if self.layout != "kohya":
                 return self._renamed({name: self._bare(name) for name in found})
             raise CheckpointError(
-                f"{self.path}: none of the adapter's {len(found)} layers is in {path} "
+                f"{self.path}: none of the adapter's {counted(len(found), 'layers')} is in {path} "
                 f"({shortlist(sorted(found), 2)}), expected the adapter's base, with modules named "
                 "as its keys are. Name the base that it was trained on."
             )

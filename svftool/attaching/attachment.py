@@ -16,7 +16,7 @@ from svftool.attaching.layer import AttachedLayer, is_own
 from svftool.attaching.names import NameMap
 from svftool.attaching.weight import AttachedWeight
 from svftool.checkpoints import TensorInfo, replace_output
-from svftool.errors import FactorsError, ModelError, UsageError, shortlist
+from svftool.errors import FactorsError, ModelError, UsageError, counted, shortlist
 from svftool.factors import (
     FactorStore,
     SpectralChange,
@@ -165,8 +165,9 @@ class Attachment:
                 wrong.append(f"{name} ({reason})")
         if wrong:
             raise FactorsError(
-                f"{self.factors}: singular values for {len(wrong)} layers do not fit the attached "
-                f"model: {shortlist(wrong)}. Attach the factors that they were trained on."
+                f"{self.factors}: singular values for {counted(len(wrong), 'layers', 'do')} not "
+                f"fit the attached model: {shortlist(wrong)}. Attach the factors that they were "
+                "trained on."
             )
         for name, change in changes.items():
             self.layers[name].set_change(
@@ -221,8 +222,8 @@ def require_attachment(model: nn.Module) -> Attachment:
     paths = [path for path, part in model.named_modules() if KEY in part.__dict__]
     if len(paths) > 1:
         raise ModelError(
-            f"{len(paths)} parts have singular values of their own ({shortlist(paths)}), expected "
-            "one. Call this on each of them."
+            f"{counted(len(paths), 'parts', 'have')} singular values of their own "
+            f"({shortlist(paths)}), expected one. Call this on each of them."
         )
     return found
 
@@ -408,7 +409,7 @@ def _plan_whole(attachment: Attachment, tuned: TunedFile, store: FactorStore) ->
             homeless.append(name)
     if homeless:
         raise FactorsError(
-            f"{tuned.path}: {len(homeless)} tensors have no place in the model: "
+            f"{tuned.path}: {counted(len(homeless), 'tensors', 'have')} no place in the model: "
             f"{shortlist(homeless)}. Build the model with the head that the file was trained with."
         )
     _check_fits(attachment.model, planned, tuned.path)

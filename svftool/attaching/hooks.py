@@ -15,7 +15,7 @@ from svftool.attaching.fusion import FusionPlan, OwnHook
 from svftool.attaching.layer import PREFIX
 from svftool.attaching.proxy import Proxy
 from svftool.attaching.weight import AttachedWeight
-from svftool.errors import ModelError, shortlist
+from svftool.errors import ModelError, counted, shortlist
 
 logger = logging.getLogger(__name__)
 
@@ -126,9 +126,9 @@ class LeaveRoot(Leave):
             idle = [layer.name for s in recorded if not s.used for layer, _ in s.attached.layers()]
             if idle:
                 logger.warning(
-                    "%d layers were not used in the first training pass, so their singular values "
-                    "do not train: %s",
-                    len(idle),
+                    "%s not used in the first training pass, so singular values there do "
+                    "not train: %s",
+                    counted(len(idle), "layers", "were"),
                     shortlist(idle, 5),
                 )
         super().__call__(module, args, output)
@@ -184,9 +184,8 @@ def _check(bases: Collection[tuple[AttachedWeight, Tensor]], *, training: bool) 
     free = [layer.name for one, base in bases if one.freeze(base) for layer, _ in one.layers()]
     if free:
         logger.warning(
-            "%d attached weights were set free and are frozen again: only their singular values "
-            "train: %s",
-            len(free),
+            "set free and frozen again, because singular values train alone: %s: %s",
+            counted(len(free), "attached weights"),
             shortlist(free, 3),
         )
 

@@ -32,7 +32,15 @@ from svftool.choices.singular_values import (
     check_parametrisation,
     parse_band,
 )
-from svftool.errors import FactorsError, ModelError, ResourceError, UsageError, no_such, shortlist
+from svftool.errors import (
+    FactorsError,
+    ModelError,
+    ResourceError,
+    UsageError,
+    counted,
+    no_such,
+    shortlist,
+)
 from svftool.factors import FactorStore, open_factors
 from svftool.files.names import real
 
@@ -346,9 +354,10 @@ def _attach(
     homeless = [name for name in chosen if name not in names.placements]
     if homeless:
         raise FactorsError(
-            f"{store.path}: {len(homeless)} of {len(chosen)} layers have no place in the model "
-            f"({shortlist(homeless)}); the model has {shortlist(sorted(own_names(model)), 3)}. "
-            "Check the model, or leave them out with --exclude."
+            f"{store.path}: {counted(len(homeless), 'layers', 'have', of=len(chosen))} no place in "
+            f"the model ({shortlist(homeless)}); the model has "
+            f"{shortlist(sorted(own_names(model)), 3)}. Check the model, or leave them out with "
+            "--exclude."
         )
     chosen = _without_buffers(model, store, names, chosen)
     built = {
@@ -358,7 +367,7 @@ def _attach(
     faults = [fault for item in built.values() for fault in item.faults]
     if faults:
         raise FactorsError(
-            f"{store.path}: {len(faults)} layers are not those of the model: "
+            f"{store.path}: {counted(len(faults), 'layers', 'are')} not those of the model: "
             f"{shortlist(faults, 5)}. "
             "Load the checkpoint that was decomposed into the model before attaching."
         )

@@ -18,6 +18,7 @@ from svftool.auditing.likeness import FAR, NEAR, SAME, Likeness, Likenesses
 from svftool.auditing.renaming import Renaming, RenamingSearch, doubtful_pairs, named_parts
 from svftool.auditing.renumbering import Numbers, renumbered
 from svftool.checkpoints import TensorInfo, plain_name
+from svftool.errors import counted
 
 
 @dataclass(frozen=True)
@@ -196,7 +197,9 @@ def _by_own_names(
     used = {*pairs.values(), *(one.tuned for one in misshapen)}
     placed = {*pairs, *(one.base for one in misshapen)}
     renamed = sum(_last(a) != _last(b) for a, b in decided.items())
-    said = f"{renamed} tensors matched whose names end otherwise, such as gamma for weight"
+    said = (
+        f"{counted(renamed, 'tensors')} matched whose names end otherwise, such as gamma for weight"
+    )
     return replace(
         matching,
         pairs=tuple(NamePair(name, pairs[name]) for name in base if name in pairs),

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 
 from svftool.auditing.likeness import FAR, NEAR, SAME, Likenesses
 from svftool.checkpoints import TensorInfo, plain_name
+from svftool.errors import counted
 
 PREFIXES = (
     "module.", "_orig_mod.", "model.", "backbone.", "body.", "encoder.", "base_model.",
@@ -36,8 +37,8 @@ class Renaming:
 
     def __str__(self) -> str:
         return (
-            f"{self.count} tensors matched by taking {self.base or 'nothing'!r} off the base's "
-            f"names and {self.tuned or 'nothing'!r} off the fine-tune's"
+            f"{counted(self.count, 'tensors')} matched by taking {self.base or 'nothing'!r} off "
+            f"the base's names and {self.tuned or 'nothing'!r} off the fine-tune's"
         )
 
     @property

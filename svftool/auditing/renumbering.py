@@ -10,7 +10,7 @@ from torch import Tensor
 
 from svftool.auditing.likeness import FAR, NEAR, SAME
 from svftool.checkpoints import TensorInfo, plain_name
-from svftool.errors import shortlist
+from svftool.errors import counted, shortlist
 
 Numbers = Callable[[str, bool], Tensor | None]
 """Some numbers of a tensor of the base, or of the fine-tune where True; always the same places."""
@@ -69,7 +69,7 @@ def renumbered(
         }
         changes = [f"{index} for {order[index]}" for index in order if order[index] != index]
         said.append(
-            f"{len(order)} layers of {other.rstrip('.')} matched in another order: "
+            f"{counted(len(order), 'layers')} of {other.rstrip('.')} matched in another order: "
             f"{shortlist(changes, 4)}"
         )
     return renamed, said, turned

@@ -23,7 +23,7 @@ from svftool.checkpoints import (
     fingerprint_checkpoint,
     open_checkpoint,
 )
-from svftool.errors import FactorsError
+from svftool.errors import FactorsError, counted
 from svftool.factors import (
     FactorStore,
     TunedFile,
@@ -170,9 +170,8 @@ def _from_factors(store: FactorStore) -> AuditSource:
         return store.read_S(name) if layer is not None and layer.full_rank else None
 
     truncated = sum(not layer.full_rank for layer in store.layers.values())
-    note = (
-        f"{store.path.name}: {truncated} layers are truncated; what was cut off counts as changed"
-    )
+    cut = counted(truncated, "layers", "are")
+    note = f"{store.path.name}: {cut} truncated; what was cut off counts as changed"
     return AuditSource(
         path=store.path,
         kind="factors",

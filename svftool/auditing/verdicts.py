@@ -13,6 +13,7 @@ from dataclasses import dataclass, replace
 from typing import Literal
 
 from svftool.auditing.evidence import ROTATED, Evidence, Noise
+from svftool.errors import counted
 
 Confidence = Literal["high", "medium", "low"]
 
@@ -458,7 +459,8 @@ def _still(
         return Verdict(
             name,
             _joint(alike or others),
-            f"{rounded} of {len(matrices)} matrices, by {'quantisation' if coded else 'rounding'}",
+            f"{counted(rounded, 'matrices', of=len(matrices))}, by "
+            f"{'quantisation' if coded else 'rounding'}",
         )
     total = len(matrices) + len(others) + len(codes)
     return Verdict(UNTOUCHED, "high", f"all {total} tensors are equal")

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from svftool.checkpoints.dtypes import byte_size
-from svftool.errors import shortlist
+from svftool.errors import counted, shortlist
 from svftool.files.folder import Place
 from svftool.files.side_files import side_files
 from svftool.progress import Progress
@@ -273,7 +273,9 @@ class Checkpoint(Closing):
             file.close()
 
     def __repr__(self) -> str:
-        return f"Checkpoint({str(self.path)!r}, {self.format}, {len(self.infos)} tensors)"
+        return (
+            f"Checkpoint({str(self.path)!r}, {self.format}, {counted(len(self.infos), 'tensors')})"
+        )
 
     def _adopt(self, file: WeightFile, weight_map: Mapping[str, str] | None) -> Shard:
         """Take in the tensors of one file; one that several hold is where the index says."""
@@ -296,8 +298,8 @@ class Checkpoint(Closing):
         for file in files:
             yield from file.notes
         if place.weight_map is not None and len(self.infos) > len(place.weight_map):
-            extra = len(self.infos) - len(place.weight_map)
-            yield f"{place.index_file}: {extra} tensors of the shards are not in the index; kept"
+            extra = counted(len(self.infos) - len(place.weight_map), "tensors")
+            yield f"{place.index_file}: {extra} of the shards not in the index; kept"
         if self.prefix:
             yield f"{self.path.name}: every tensor name starts with {self.prefix!r}; names are kept"
 
@@ -305,8 +307,8 @@ class Checkpoint(Closing):
 def _say_again(file: str, named: Mapping[str, int]) -> str:
     # Loaders differ: transformers takes what the last shard holds, whatever the index says.
     return (
-        f"{file}: {len(named)} tensors that lie in another shard too were not read here "
-        f"({shortlist(named, 3)})"
+        f"{file}: {counted(len(named), 'tensors', 'were')} not read here, as another shard holds "
+        f"{'it' if len(named) == 1 else 'them'} too ({shortlist(named, 3)})"
     )
 
 

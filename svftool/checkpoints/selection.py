@@ -14,7 +14,7 @@ import torch
 from svftool.checkpoints.base import TensorInfo
 from svftool.checkpoints.dtypes import DECOMPOSABLE, FLOAT8
 from svftool.checkpoints.views import View, matrix_shape
-from svftool.errors import UsageError, brief
+from svftool.errors import UsageError, brief, counted
 
 # What a tensor is for, judged by its name: embedding, output head, table, scale, experts.
 
@@ -390,8 +390,8 @@ def check_patterns(patterns: Iterable[str], names: Iterable[str]) -> None:
             f"names such as {_closest(pattern, known)}" if known else "a checkpoint with some"
         )
         raise UsageError(
-            f"pattern {brief(pattern)} matches none of {len(known)} tensors, expected {expected}. "
-            "A pattern is for whole names: * stands for any part."
+            f"pattern {brief(pattern)} matches none of {counted(len(known), 'tensors')}, expected "
+            f"{expected}. A pattern is for whole names: * stands for any part."
         )
 
 

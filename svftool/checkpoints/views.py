@@ -8,6 +8,8 @@ from typing import Literal
 
 from torch import Tensor
 
+from svftool.errors import counted
+
 View = Literal["matrix", "batch"]
 
 
@@ -42,12 +44,14 @@ def matrix_shape(shape: Sequence[int], view: View = "matrix") -> tuple[int, ...]
     if view == "batch":
         if len(shape) != 3:
             raise ValueError(
-                f"shape {tuple(shape)} has {len(shape)} dimensions, view 'batch' needs 3"
+                f"shape {tuple(shape)} has {counted(len(shape), 'dimensions')}, "
+                "view 'batch' needs 3"
             )
         return tuple(shape)
     if len(shape) < 2:
         raise ValueError(
-            f"shape {tuple(shape)} has {len(shape)} dimensions, a matrix needs 2 or more"
+            f"shape {tuple(shape)} has {counted(len(shape), 'dimensions')}, "
+            "a matrix needs 2 or more"
         )
     return shape[0], math.prod(shape[1:])
 

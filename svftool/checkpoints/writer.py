@@ -17,7 +17,7 @@ from torch import Tensor
 from svftool.checkpoints.base import TensorInfo
 from svftool.checkpoints.dtypes import byte_size, code_of, stored_shape
 from svftool.checkpoints.sharding import shard_names, write_index
-from svftool.errors import ResourceError, shortlist, write_errors
+from svftool.errors import ResourceError, counted, shortlist, write_errors
 from svftool.files.header import format_header
 
 Layout = Mapping[str, tuple[torch.dtype, tuple[int, ...]]]
@@ -265,7 +265,7 @@ class CheckpointWriter:
         self.folder = folder
         self.files = tuple(files or shard_names(stem, len(shards)))
         if len(self.files) != len(shards):
-            raise ValueError(f"{len(self.files)} file names for {len(shards)} shards")
+            raise ValueError(f"{len(self.files)} file names for {counted(len(shards), 'shards')}")
         self._index_file = index_file or (
             f"{stem}.safetensors.index.json" if len(shards) > 1 else None
         )

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal, get_args
 
-from svftool.errors import UsageError, no_such
+from svftool.errors import UsageError, agreeing, counted, no_such
 
 Parametrisation = Literal["scale", "shift", "absolute"]
 """``S = S_base (1 + theta)``, ``S = S_base + theta``, or ``S = theta``."""
@@ -116,10 +116,9 @@ def say_band(rule: str | int | None, ranks: Sequence[int]) -> str:
     without = [k for k in ranks if not parse_band(rule).reaches(k)]
     if not without:
         return ""
-    have, keep = ("has", "keeps") if len(without) == 1 else ("have", "keep")
     return (
-        f"train rank {rule}: {len(without)} of {len(ranks)} layers {have} no singular values "
-        f"there, and {keep} those of the base"
+        f"train rank {rule}: {counted(len(without), 'layers', 'have', of=len(ranks))} no singular "
+        f"values there, and {agreeing(len(without), 'keep')} those of the base"
     )
 
 

@@ -27,7 +27,7 @@ from svftool.checkpoints import (
     tensor_digest,
     write_errors,
 )
-from svftool.errors import NumericalError, shortlist
+from svftool.errors import NumericalError, counted, shortlist
 from svftool.factors import CONFIG_FILE, FactorStore, TunedFile, write_tuned
 from svftool.factors.config_shapes import follow_classes, follow_shapes, is_output_head, untie
 from svftool.factors.mixture import LayerChange, Mixture
@@ -280,8 +280,9 @@ def verify_dense(mixture: DenseValues, partial: Path, target: Path, progress: Pr
             task.advance(detail=name)
     if wrong:
         raise NumericalError(
-            f"{target}: {len(wrong)} tensors read back differ from what was computed: "
-            f"{shortlist(wrong)}. Expected identical bytes; check the disk and the memory."
+            f"{target}: {counted(len(wrong), 'tensors', 'differ')} from what was computed when "
+            f"read back: {shortlist(wrong)}. Expected identical bytes; check the disk and the "
+            "memory."
         )
 
 

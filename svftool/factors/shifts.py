@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from svftool.checkpoints import Checkpoint, TensorInfo
-from svftool.errors import CheckpointError, FactorsError, NumericalError, shortlist
+from svftool.errors import CheckpointError, FactorsError, NumericalError, counted, shortlist
 from svftool.factors.store import FactorStore
 
 _SHIFT = ".delta"
@@ -109,9 +109,9 @@ def _check(file: Checkpoint, store: FactorStore, homes: Mapping[str, str]) -> No
     wrong = list(_misfits(file, store, homes))
     if wrong:
         raise FactorsError(
-            f"{file.path}: {len(wrong)} of {len(homes)} vectors do not fit the factors in "
-            f"{store.path}: {shortlist(wrong, 3)}. Decompose the base that they were trained on "
-            "at full rank."
+            f"{file.path}: {counted(len(wrong), 'vectors', 'do', of=len(homes))} not fit the "
+            f"factors in {store.path}: {shortlist(wrong, 3)}. Decompose the base that they were "
+            "trained on at full rank."
         )
 
 
@@ -125,4 +125,4 @@ def _misfits(file: Checkpoint, store: FactorStore, homes: Mapping[str, str]) -> 
             if not (is_vector and count == 1 and name.endswith(_SHIFT)):
                 yield f"{home} (not decomposed)"
         elif (count,) != (layer.rank,) or len(layer.matrix) > 2:
-            yield f"{home} ({count} values, expected {layer.rank})"
+            yield f"{home} ({counted(count, 'values')}, expected {layer.rank})"

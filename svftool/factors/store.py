@@ -20,7 +20,7 @@ from svftool.checkpoints import (
     tensor_digest,
 )
 from svftool.checkpoints.base import Closing
-from svftool.errors import CheckpointError, FactorsError, shortlist
+from svftool.errors import CheckpointError, FactorsError, counted, shortlist
 from svftool.factors.schema import CONFIG_FILE, FactorConfig, LayerRecord, read_config
 from svftool.files.names import real
 from svftool.progress import SILENT, Progress
@@ -193,8 +193,8 @@ class FactorStore(Closing):
         missing = sorted(factor_names - set(self._tensors.infos))
         if missing:
             raise FactorsError(
-                f"{self.path}: {len(missing)} factors that {CONFIG_FILE} names are missing "
-                f"({shortlist(missing, 3)}). Run 'svftool decompose' again."
+                f"{self.path}: {counted(len(missing), 'factors', 'are')} missing that "
+                f"{CONFIG_FILE} names ({shortlist(missing, 3)}). Run 'svftool decompose' again."
             )
         for name, layer in self.layers.items():
             self._check_layer(name, layer)

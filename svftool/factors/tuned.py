@@ -26,7 +26,7 @@ from svftool.checkpoints import (
     open_checkpoint,
     parse_json,
 )
-from svftool.errors import CheckpointError, FactorsError, brief, shortlist
+from svftool.errors import CheckpointError, FactorsError, brief, counted, shortlist
 from svftool.factors.spectral import PARTS, SpectralChange
 from svftool.factors.store import FactorStore
 from svftool.files.hub import named_in_cache
@@ -473,8 +473,8 @@ def check_tuned(tuned: TunedFile, store: FactorStore) -> TunedFile:
     wrong = list(_misfits(tuned, store)) if same else list(_disagreements(tuned, store))
     if wrong:
         raise FactorsError(
-            f"{tuned.path}: {len(wrong)} layers do not fit the factors in {store.path}: "
-            f"{shortlist(wrong, 3)}. Use the factors it was trained on."
+            f"{tuned.path}: {counted(len(wrong), 'layers', 'do')} not fit the factors in "
+            f"{store.path}: {shortlist(wrong, 3)}. Use the factors it was trained on."
         )
     signed = [name for name, parts in tuned.parts.items() if "index" in parts]
     if same or not signed:

@@ -16,7 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from svftool.errors import ModelError, UsageError, shortlist
+from svftool.errors import ModelError, UsageError, counted, shortlist
 from svftool.few_shot.trace import (
     Seen,
     is_channels_last,
@@ -65,7 +65,9 @@ def parse_names(text: str) -> FeatureNames:
     """
     names = tuple(name.strip() for name in text.split(",") if name.strip())
     if len(names) not in {2, 3}:
-        raise UsageError(f"--features {text!r}: {len(names)} names, expected two or three")
+        raise UsageError(
+            f"--features {text!r}: {counted(len(names), 'names')}, expected two or three"
+        )
     return FeatureNames(names[:2], names[-1])
 
 

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
-from svftool.errors import DataError
+from svftool.errors import DataError, counted
 
 FOLDS = 4
 
@@ -118,7 +118,9 @@ def split_classes(
     if inner == fold:
         raise DataError(f"inner fold {inner} is the fold that it stands in for, expected another")
     if count < FOLDS:
-        raise DataError(f"{count} classes cannot make {FOLDS} folds, expected at least {FOLDS}")
+        raise DataError(
+            f"{counted(count, 'classes')} cannot make {FOLDS} folds, expected at least {FOLDS}"
+        )
     labels = range(1, count + 1)
     outer = _classes_of(labels, fold, scheme)
     novel = outer if inner is None else _classes_of(labels, inner, scheme)

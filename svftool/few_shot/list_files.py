@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import Any, Never
 
-from svftool.errors import DataError, shortlist
+from svftool.errors import DataError, counted, shortlist
 from svftool.few_shot.masks import class_areas, mapped, read_label_map
 from svftool.files.texts import read_text
 from svftool.progress import SILENT, Progress
@@ -90,7 +90,7 @@ def locate(names: Iterable[tuple[str, str]], relocator: Relocator, source: Path)
             found.append(Listed(image, mask))
     if missing:
         raise DataError(
-            f"{source}: names {len(missing)} files that are not in the data folder: "
+            f"{source}: names {counted(len(missing), 'files')} not in the data folder: "
             f"{shortlist(missing, limit=3)}"
         )
     if not found:
@@ -135,8 +135,8 @@ def scan(
     beyond = [f"{f.mask} ({n})" for f, n in zip(files, highest, strict=True) if n > classes]
     if beyond:
         raise DataError(
-            f"{len(beyond)} masks hold numbers above {classes}, expected classes numbered 1 to "
-            f"{classes} without gaps, 0 for background and 255 for ignored pixels: "
+            f"{counted(len(beyond), 'masks', 'hold')} numbers above {classes}, expected classes "
+            f"numbered 1 to {classes} without gaps, 0 for background and 255 for ignored pixels: "
             f"{shortlist(beyond, limit=3)}. Renumber the masks"
         )
     return [areas for areas, _ in looked]
@@ -175,8 +175,8 @@ def read_pair_list(path: Path) -> list[Named]:
             wrong.append(number)
     if wrong:
         raise DataError(
-            f"{path}: {len(wrong)} lines are not 'image mask', the first is line {wrong[0]}: "
-            f"{lines[wrong[0] - 1][:60]!r}"
+            f"{path}: {counted(len(wrong), 'lines', 'are')} not 'image mask', the first is line "
+            f"{wrong[0]}: {lines[wrong[0] - 1][:60]!r}"
         )
     return names
 
@@ -219,7 +219,7 @@ def read_hsnet_lines(path: Path) -> list[tuple[str, int]]:
         else:
             wrong.append(line)
     if wrong or not entries:
-        found = f"{len(wrong)} lines such as {wrong[0]!r}" if wrong else "nothing"
+        found = f"{counted(len(wrong), 'lines')} such as {wrong[0]!r}" if wrong else "nothing"
         raise DataError(f"{path}: {found}, expected 'name__class' with class 01 to 20")
     return entries
 

@@ -234,7 +234,7 @@ def _read_pairs(
     empty = [image for (image, _), (_, filled) in zip(files, looked, strict=True) if not filled]
     if empty:
         raise DataError(
-            f"{len(empty)} masks are empty, expected the class in each: "
+            f"{counted(len(empty), 'masks', 'are')} empty, expected the class in each: "
             f"{shortlist((e.with_suffix('.png') for e in empty), limit=3)}"
         )
     identities = _identities([image for image, _ in files])

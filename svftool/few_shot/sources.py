@@ -6,7 +6,7 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Literal, Protocol
 
-from svftool.errors import DataError
+from svftool.errors import DataError, counted
 from svftool.few_shot.folds import COCO_CLASSES, VOC_CLASSES
 from svftool.few_shot.labelled import BamSource, HsnetSource, LabelledSource, ScannedSource
 from svftool.few_shot.list_files import Listed, Relocator, locate, read_pair_list
@@ -115,14 +115,16 @@ def _voc_lists(folder: Path) -> tuple[list[Listed], list[Listed]]:
     missing = [str(f.mask) for f in test if not f.mask.is_file()]
     if missing:
         raise DataError(
-            f"{sets / 'val.txt'}: names {len(missing)} masks that do not exist, such as "
+            f"{sets / 'val.txt'}: names {counted(len(missing), 'masks')} not there, such as "
             f"{missing[0]}"
         )
     held = set(test_names)
     train = [Listed(_jpeg(folder, n), path) for n, path in by_name.items() if n not in held]
     lost = [str(f.image) for f in (*train, *test) if not f.image.is_file()]
     if lost:
-        raise DataError(f"{folder}: {len(lost)} masks have no image, such as {lost[0]}")
+        raise DataError(
+            f"{folder}: {counted(len(lost), 'masks', 'have')} no image, such as {lost[0]}"
+        )
     return train, test
 
 
@@ -143,7 +145,11 @@ def _open_coco(folder: Path, lists: Path | None) -> LabelledSource:
         ]
         lost = [str(file.image) for file in files if not file.image.is_file()]
         if lost or not files:
-            found = f"{len(lost)} masks have no image, such as {lost[0]}" if lost else "no masks"
+            found = (
+                f"{counted(len(lost), 'masks', 'have')} no image, such as {lost[0]}"
+                if lost
+                else "no masks"
+            )
             raise DataError(
                 f"{masks}: {found}, expected a grey .png of class numbers (1 to 80) an image"
             )

@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from svftool.errors import CheckpointError, shortlist
+from svftool.errors import CheckpointError, counted, shortlist
 from svftool.files.folder import Place, check_shards, find_weights, read_config
 from svftool.files.gguf import MAGIC as GGUF_MAGIC
 from svftool.files.gguf import gguf_parts, read_gguf_header
@@ -208,10 +208,16 @@ def _against_index(
     extra = [one.name for one in tensors if one.name not in weight_map]
     if extra:
         few = shortlist(extra, 3)
-        yield f"{place.index_file}: {len(extra)} tensors of the shards are not in it: {few}"
+        yield (
+            f"{place.index_file}: {counted(len(extra), 'tensors', 'are')} in the shards and "
+            f"not in it: {few}"
+        )
     twice = [name for name, count in Counter(one.name for one in tensors).items() if count > 1]
     if twice:
-        yield f"{place.path}: {len(twice)} tensors lie in two shards: {shortlist(twice, 3)}"
+        yield (
+            f"{place.path}: {counted(len(twice), 'tensors', 'lie')} in two shards: "
+            f"{shortlist(twice, 3)}"
+        )
     stated = place.index_metadata.get("total_size")
     total = sum(one.nbytes for one in tensors)
     if isinstance(stated, int) and stated != total and not twice:

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from svftool.errors import CheckpointError, ModelError, brief, shortlist
+from svftool.errors import CheckpointError, ModelError, brief, counted, shortlist
 from svftool.files.header import parse_json
 from svftool.files.names import WEIGHT_SUFFIXES, is_plain_name
 
@@ -162,7 +162,7 @@ def _nothing_found(folder: Path, names: Sequence[str]) -> str:
             f"Name one of the folders in it: {shortlist(below, 6)}."
         )
     return (
-        f"{folder}: no weights among {len(names)} files, expected model.safetensors, "
+        f"{folder}: no weights among {counted(len(names), 'files')}, expected model.safetensors, "
         "a shard index, or one file with the suffix .safetensors, .bin, .pt or .pth. "
         "Check the path."
     )
@@ -264,8 +264,8 @@ def read_index(path: Path) -> tuple[dict[str, str], dict[str, Any]]:
     missing = [file for file in shards if not (path.parent / file).is_file()]
     if missing:
         raise CheckpointError(
-            f"{path}: {shortlist(missing, 4)}: no such file, expected {len(shards)} shards "
-            "beside the index. Copy or download what is missing."
+            f"{path}: {shortlist(missing, 4)}: no such file, expected "
+            f"{counted(len(shards), 'shards')} beside the index. Copy or download what is missing."
         )
     metadata = index.get("metadata")
     return weight_map, metadata if isinstance(metadata, dict) else {}

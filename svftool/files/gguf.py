@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO
 
-from svftool.errors import CheckpointError, shortlist
+from svftool.errors import CheckpointError, counted, shortlist
 
 MAGIC = b"GGUF"
 
@@ -125,8 +125,8 @@ def gguf_parts(path: Path) -> tuple[Path, ...]:
     missing = [one.name for one in parts if not one.is_file()]
     if missing:
         raise CheckpointError(
-            f"{path}: {len(missing)} of the {count} files are missing ({shortlist(missing, 3)}), "
-            "expected all in one folder. Download the rest."
+            f"{path}: {counted(len(missing), 'files', 'are', of=count)} missing "
+            f"({shortlist(missing, 3)}), expected all in one folder. Download the rest."
         )
     return parts
 
@@ -275,7 +275,7 @@ class _Reader:
         if kind == _ARRAY:
             inner, count = self._number("I"), self._count(self._size)
             self._skip(inner, count)
-            return f"[{count} values]"
+            return f"[{counted(count, 'values')}]"
         raise ValueError(f"a value of kind {kind}, which GGUF does not have")
 
     def _skip(self, kind: int, count: int) -> None:

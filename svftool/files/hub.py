@@ -11,6 +11,7 @@ from svftool.errors import (
     MissingDependencyError,
     ResourceError,
     UsageError,
+    counted,
     shortlist,
 )
 from svftool.files.folder import weight_candidates
@@ -121,8 +122,8 @@ def _check_some(hub_id: str, place: HubPlace, files: Sequence[str], wanted: Sequ
         )
     if not wanted:
         raise CheckpointError(
-            f"{hub_id}: no weights among {len(files)} files ({shortlist(files, 4)}), expected "
-            "safetensors, .bin, .pt or .pth. Check the name."
+            f"{hub_id}: no weights among {counted(len(files), 'files')} ({shortlist(files, 4)}), "
+            "expected safetensors, .bin, .pt or .pth. Check the name."
         )
 
 

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.nn.modules import module as modules
 
 from svftool.checkpoints import Checkpoint, TensorInfo
-from svftool.errors import ModelError, shortlist
+from svftool.errors import ModelError, counted, shortlist
 
 _SHOWN = 3
 """Tensors of each kind that an error names."""
@@ -182,10 +182,10 @@ def no_larger_than(checkpoint: Checkpoint) -> Iterator[None]:
         room[kind] -= amount
         if room[kind] < 0:
             raise ModelError(
-                f"{checkpoint.path}: holds {held:,} values in {len(checkpoint.infos)} tensors, and "
-                f"the model that is named for it has many more {kind}, expected one that it "
-                "fills. Name the model that the checkpoint was made for with --model, or repair "
-                "config.json."
+                f"{checkpoint.path}: holds {held:,} values in "
+                f"{counted(len(checkpoint.infos), 'tensors')}, and the model that is named for it "
+                f"has many more {kind}, expected one that it fills. Name the model that the "
+                "checkpoint was made for with --model, or repair config.json."
             )
 
     def register_value(kind: str) -> Callable[..., None]:

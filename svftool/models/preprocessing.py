@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from svftool.checkpoints import Checkpoint, parse_json
-from svftool.errors import ModelError, system_fault
+from svftool.errors import ModelError, counted, system_fault
 
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
@@ -334,7 +334,7 @@ def _normalisation(
 def _channels(values: Any, channels: int) -> tuple[float, ...]:
     numbers = values if isinstance(values, (list, tuple)) else [values]
     if len(numbers) not in {1, 3, channels}:
-        raise ValueError(f"{len(numbers)} channels, expected {channels}")
+        raise ValueError(f"{counted(len(numbers), 'channels')}, expected {channels}")
     return tuple(float(number) for number in (numbers * channels if len(numbers) == 1 else numbers))
 
 

@@ -191,7 +191,9 @@ def _four(one: Clash) -> tuple[float, float, float, float]:
 
 
 def _summary(result: CombineResult) -> Text:
-    lines = Text(f"{result.method}: {len(result.layers)} matrices of {len(result.inputs)} inputs")
+    lines = Text(
+        f"{result.method}: {counted(len(result.layers), 'matrices')} of {len(result.inputs)} inputs"
+    )
     for way, reasons in result.ways.items():
         named = shortlist(
             (
@@ -209,7 +211,9 @@ def _summary(result: CombineResult) -> Text:
     if result.clipped:
         count = sum(result.clipped.values())
         where = shortlist(map(safe, result.clipped), 4)
-        lines.append(f"clipped: {count} values that overflowed their dtype ({where})\n", "yellow")
+        lines.append(
+            f"clipped: {counted(count, 'values')} that overflowed their dtype ({where})\n", "yellow"
+        )
     if result.verified:
         lines.append(
             "verified: what was read back equals what was computed, bit for bit\n", "green"

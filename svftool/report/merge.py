@@ -7,7 +7,7 @@ from typing import Any
 from rich.console import Group, RenderableType
 from rich.text import Text
 
-from svftool.errors import shortlist
+from svftool.errors import counted, shortlist
 from svftool.report import json
 from svftool.report.names import Names
 from svftool.report.table import NameTable
@@ -67,7 +67,8 @@ def view(result: MergeResult) -> RenderableType:
 
 def _summary(result: MergeResult, changed: int) -> Text:
     text = Text(
-        f"{changed} layers changed, {result.unchanged} tensors bit-identical to the base.\n"
+        f"{counted(changed, 'layers')} changed, {counted(result.unchanged, 'tensors')} "
+        "bit-identical to the base.\n"
     )
     for title, names in (("added", result.added), ("replaced", result.replaced)):
         if names:

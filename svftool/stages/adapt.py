@@ -27,6 +27,7 @@ from svftool.errors import (
     ModelError,
     NumericalError,
     UsageError,
+    counted,
     shortlist,
 )
 from svftool.factors import FactorStore, TunedFile
@@ -121,9 +122,9 @@ def fit_adapter(base: AuditSource, adapter: Adapter, weight: float = 1.0) -> Fit
     """
     if adapter.unused:
         raise CheckpointError(
-            f"{adapter.path}: {len(adapter.unused)} tensors are understood in no way "
-            f"({shortlist(adapter.unused, 3)}), expected an adapter of layers. Merge it with the "
-            "program that made it."
+            f"{adapter.path}: {counted(len(adapter.unused), 'tensors', 'are')} understood in no "
+            f"way ({shortlist(adapter.unused, 3)}), expected an adapter of layers. Merge it with "
+            "the program that made it."
         )
     found = adapter_changes(base, adapter)
     bound = found.adapter

@@ -8,6 +8,7 @@ from typing import Any
 
 from svftool.adapters.live_names import live_names
 from svftool.checkpoints import TensorInfo
+from svftool.errors import counted
 from svftool.files.folder import read_config
 from svftool.progress import Progress
 
@@ -45,14 +46,14 @@ def names_for(
     renamed = [name for name in changed if name in live.names]
     if renamed:
         progress.note(
-            f"{len(renamed)} tensors are named as the live model of transformers {live.version} "
-            f"has them, such as {live.names[renamed[0]]} for {renamed[0]}"
+            f"{counted(len(renamed), 'tensors', 'are')} named as the live model of transformers "
+            f"{live.version} has them, such as {live.names[renamed[0]]} for {renamed[0]}"
         )
     inside = [name for name in changed if name in live.inside]
     if inside:
         progress.warn(
-            f"{len(inside)} tensors are a part of a larger one in transformers {live.version}, "
-            f"such as {inside[0]} of {live.inside[inside[0]]}: PEFT finds them only where it "
-            "knows of that"
+            f"{counted(len(inside), 'tensors', 'are')} a part of a larger one in transformers "
+            f"{live.version}, such as {inside[0]} of {live.inside[inside[0]]}: PEFT finds them "
+            "only where it knows of that"
         )
     return live.names

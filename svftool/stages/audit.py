@@ -60,7 +60,7 @@ from svftool.checkpoints import (
 )
 from svftool.checkpoints.dtypes import FLOAT8
 from svftool.engine import Job, run_layers, share
-from svftool.errors import CheckpointError, FactorsError, UsageError
+from svftool.errors import CheckpointError, FactorsError, UsageError, counted
 from svftool.files.vocabulary import read_vocabulary
 from svftool.machine import pick_device
 from svftool.numerics import ThreadPool
@@ -471,8 +471,8 @@ def _say_estimates(jobs: Sequence[Job], progress: Progress) -> None:
     )
     if full > _LONG:
         progress.note(
-            f"comparing {len(jobs)} matrices takes about {_say_time(full)}; --screen takes about "
-            f"{_say_time(screen)} (a verdict without singular values), --fast about "
+            f"comparing {counted(len(jobs), 'matrices')} takes about {_say_time(full)}; --screen "
+            f"takes about {_say_time(screen)} (a verdict without singular values), --fast about "
             f"{_say_time(fast)} (without singular vectors)"
         )
 

@@ -25,7 +25,7 @@ from svftool.checkpoints import TensorInfo, dtype_name, to_matrix
 from svftool.checkpoints.dtypes import dtype_named
 from svftool.choices.adapters import AdapterRank
 from svftool.choices.dtypes import DTYPES
-from svftool.errors import CheckpointError, UsageError, shortlist
+from svftool.errors import CheckpointError, UsageError, counted, shortlist
 from svftool.progress import Progress
 from svftool.stages.adapter_names import names_for
 from svftool.stages.conversion import ConvertOptions, Layer, Work, plain_ranks, sides_of
@@ -83,8 +83,8 @@ def refuse_unused(adapter: Adapter) -> None:
     """Refuse an adapter that is not understood as a whole."""
     if adapter.unused:
         raise CheckpointError(
-            f"{adapter.path}: {len(adapter.unused)} tensors are understood in no way "
-            f"({shortlist(adapter.unused, 3)}), expected pairs, alphas, differences and DoRA "
+            f"{adapter.path}: {counted(len(adapter.unused), 'tensors', 'are')} understood in no "
+            f"way ({shortlist(adapter.unused, 3)}), expected pairs, alphas, differences and DoRA "
             "scales alone. Remove them, or convert with the program that made them."
         )
 
@@ -351,7 +351,7 @@ def _written(
     dense = [one.name for one in layers if one.rank is None]
     if dense and rank is None:
         raise UsageError(
-            f"{adapter.path}: {len(dense)} layers are no product of two matrices "
+            f"{adapter.path}: {counted(len(dense), 'layers', 'are')} no product of two matrices "
             f"({shortlist(dense, 2)}), expected --rank. Say which rank they get."
         )
     lost = 0.0

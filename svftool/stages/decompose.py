@@ -26,7 +26,7 @@ from svftool.checkpoints.dtypes import dtype_named
 from svftool.choices.dtypes import check_dtype
 from svftool.engine import PROCESS_BYTES, parse_rank, peak_memory
 from svftool.engine.examine import examination_bytes
-from svftool.errors import UsageError, no_such, shortlist
+from svftool.errors import UsageError, counted, no_such, shortlist
 from svftool.factors import FactorConfig, LayerSpool, check_names, check_storable
 from svftool.machine import peak_memory_bytes, pick_device
 from svftool.numerics import Method
@@ -215,9 +215,9 @@ def _emptiness(source: Checkpoint, planned: DecompositionPlan) -> Iterator[str]:
     weights = [name for name in empty if name.endswith("weight")]
     if weights:
         yield (
-            f"{source.path}: {len(weights)} of {len(source.infos)} tensors are weights without a "
-            f"value ({shortlist(weights, 3)}), as a model saved under ZeRO-3 or FSDP has them "
-            "whose parts were not gathered. Save it again from gathered weights."
+            f"{source.path}: {counted(len(weights), 'tensors', 'are', of=len(source.infos))} "
+            f"weights without a value ({shortlist(weights, 3)}), as a model saved under ZeRO-3 or "
+            "FSDP has them whose parts were not gathered. Save it again from gathered weights."
         )
     if not planned.layers:
         reasons = Counter(planned.left_whole.values()).most_common(3)

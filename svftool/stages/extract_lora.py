@@ -32,7 +32,7 @@ from svftool.checkpoints.dtypes import DECOMPOSABLE, dtype_named
 from svftool.choices.adapters import AdapterRank, parse_adapter_rank
 from svftool.choices.dtypes import DTYPES, check_dtype
 from svftool.engine import Job, run_values
-from svftool.errors import CheckpointError, UnchangedError, UsageError, shortlist
+from svftool.errors import CheckpointError, UnchangedError, UsageError, counted, shortlist
 from svftool.factors import is_tuned
 from svftool.files.output import discard_folder, kept_folder
 from svftool.machine import pick_device
@@ -505,7 +505,8 @@ def _write(
         filled = sum(rank < most for rank in ranks.values())
         if filled:
             progress.note(
-                f"{filled} of {len(ranks)} layers are filled up to rank {most} with zeros"
+                f"{counted(filled, 'layers', 'are', of=len(ranks))} filled up to rank {most} with "
+                "zeros"
             )
         ranks = dict.fromkeys(ranks, most)
     size = _assemble(work, ranks, partial, spool)
@@ -558,8 +559,8 @@ def _say(
     floored = [row.name for row in rows if row.floored]
     if floored:
         progress.note(
-            f"{len(floored)} of {len(rows)} layers: the rank ends where rounding of the fine-tune "
-            f"begins ({shortlist(floored, 2)})"
+            f"{counted(len(floored), 'layers', of=len(rows))}: the rank ends where rounding of the "
+            f"fine-tune begins ({shortlist(floored, 2)})"
         )
     if dropped:
         listed = shortlist((f"{one.name} ({_reason(one)})" for one in dropped), 4)

@@ -30,7 +30,7 @@ from svftool.checkpoints import (
 )
 from svftool.engine import Job, RankRule, run_svds, share
 from svftool.engine.examine import LARGEST, SMALLEST, Examination, examine
-from svftool.errors import NumericalError, shortlist
+from svftool.errors import NumericalError, counted, shortlist
 from svftool.factors import (
     BaseRecord,
     FactorConfig,
@@ -221,15 +221,17 @@ class Factorisation:
         if seen.non_finite and not self.settings.skip_bad:
             listed = shortlist(f"{name!r} ({what})" for name, what in seen.non_finite.items())
             raise NumericalError(
-                f"{self.source.path}: {len(seen.non_finite)} of {len(names)} layers hold values "
-                f"that are not finite: {listed}. Expected finite weights; leave such layers whole "
-                "with --skip-bad."
+                f"{self.source.path}: "
+                f"{counted(len(seen.non_finite), 'layers', 'hold', of=len(names))} values that are "
+                f"not finite: {listed}. Expected finite weights; leave such layers whole with "
+                "--skip-bad."
             )
         if seen.out_of_range and not self.settings.skip_bad:
             listed = shortlist(f"{name!r} ({what})" for name, what in seen.out_of_range.items())
             raise NumericalError(
-                f"{self.source.path}: {len(seen.out_of_range)} of {len(names)} layers are beyond "
-                f"the singular values that factors hold: {listed}. Expected the largest between "
+                f"{self.source.path}: "
+                f"{counted(len(seen.out_of_range), 'layers', 'are', of=len(names))} beyond the "
+                f"singular values that factors hold: {listed}. Expected the largest between "
                 f"{SMALLEST:.0e} and {LARGEST:.1e}; leave such layers whole with --skip-bad."
             )
         bad = {name: f"not finite ({what})" for name, what in seen.non_finite.items()}
@@ -268,7 +270,9 @@ class Factorisation:
         # A meeting, too: everyone has looked at what is finished before anyone adds to it.
         done = set[str]().union(*self.processes.gather(held(mine)))
         if done:
-            self.progress.note(f"resuming: {len(done)} of {len(self.layers)} layers are finished")
+            self.progress.note(
+                f"resuming: {counted(len(done), 'layers', 'are', of=len(self.layers))} finished"
+            )
         return done
 
     def _decomposed(

@@ -13,7 +13,7 @@ from typing import Any
 
 from svftool.adapters.layouts import adapter_kind, adapter_layout
 from svftool.adapters.peft_config import CONFIG_FILE as ADAPTER_FILE
-from svftool.errors import CheckpointError, SvftoolError, shortlist
+from svftool.errors import CheckpointError, SvftoolError, counted, shortlist
 from svftool.files.contents import Contents, TensorEntry, read_contents, storage_of, tied_names
 from svftool.files.folder import read_object
 from svftool.files.given import check_exists
@@ -150,8 +150,8 @@ def _factors(folder: Path, path: str) -> Info:
     ]
     if missing:
         contents.problems.append(
-            f"{folder}: {len(missing)} factors that {FACTORS_FILE} names are not stored: "
-            f"{shortlist(missing, 3)}"
+            f"{folder}: {counted(len(missing), 'factors', 'are')} not stored that {FACTORS_FILE} "
+            f"names: {shortlist(missing, 3)}"
         )
     base = config.get("base")
     facts = {

@@ -29,7 +29,7 @@ from svftool.auditing.kinship import (
 from svftool.auditing.sources import AuditSource, open_source
 from svftool.auditing.ways import is_count, is_number
 from svftool.checkpoints import plain_name
-from svftool.errors import CheckpointError, SvftoolError, UsageError
+from svftool.errors import CheckpointError, SvftoolError, UsageError, counted
 from svftool.numerics import singular_values
 from svftool.numerics.chance import log_product
 from svftool.numerics.rounding import precision_of
@@ -281,7 +281,7 @@ def _related(a: _Model, b: _Model) -> Pair:
     z, most = score(agreements), score(own)
     p = upper_tail(z) if agreements else None
     way = "names" if agreements else ""
-    said = f"{len(agreements)} layers of one name, score {z:.1f}" if way else ""
+    said = f"{counted(len(agreements), 'layers')} of one name, score {z:.1f}" if way else ""
     if equal:
         p, way, said = 0.0, "names", f"all {len(names)} weights of one name are equal"
     if p is None or p >= DERIVED:

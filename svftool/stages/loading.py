@@ -11,7 +11,7 @@ from torch import nn
 
 from svftool.attaching import attach, detach, load_tuned, map_names
 from svftool.checkpoints import Checkpoint
-from svftool.errors import ModelError, shortlist
+from svftool.errors import ModelError, counted, shortlist
 from svftool.factors import FactorStore, TunedFile
 from svftool.models import is_read_whole
 from svftool.progress import Progress
@@ -52,7 +52,7 @@ def fit(
             prepared.begin()
             return prepared.model.eval()
         raise ModelError(
-            f"{source.paths[-1]}: no head for the data's {len(classes)} classes "
+            f"{source.paths[-1]}: no head for the data's {counted(len(classes), 'classes')} "
             f"({shortlist(classes, 4)}), expected one trained for them. Give the classes of "
             "the checkpoint's head with --classes, or the file from 'svftool finetune' with --tuned"
         )
@@ -90,8 +90,9 @@ def _load_rest(
             homeless.append(name)
     if homeless:
         raise ModelError(
-            f"{checkpoint.path}: {len(homeless)} tensors have no place in the model: "
-            f"{shortlist(homeless)}. Name the model that the checkpoint was made for with --model"
+            f"{checkpoint.path}: {counted(len(homeless), 'tensors', 'have')} no place in the "
+            f"model: {shortlist(homeless)}. Name the model that the checkpoint was made for with "
+            "--model"
         )
     # Of a head for other classes nothing fits, and the classes are what is wrong.
     if of_head and (classes is None or any(name.startswith(str(head)) for name in loaded)):
@@ -134,9 +135,9 @@ def _require_whole_head(
         first = wrong[0]
         raise ModelError(
             f"{path}: {first} is {found.get(first, 'missing')}, expected "
-            f"{expected.get(first, 'no such tensor')}, and so on for {len(wrong)} tensors of the "
-            "head. Give the options that it was trained with (few-shot segmentation: --host, "
-            "--start, --width, --shots)"
+            f"{expected.get(first, 'no such tensor')}, and so on for "
+            f"{counted(len(wrong), 'tensors')} of the head. Give the options that it was trained "
+            "with (few-shot segmentation: --host, --start, --width, --shots)"
         )
 
 

@@ -24,7 +24,7 @@ from svftool.checkpoints.dtypes import dtype_named
 from svftool.checkpoints.pickle_writer import rivals
 from svftool.choices.dtypes import check_dtype
 from svftool.choices.merging import parse_weighted
-from svftool.errors import NumericalError, UsageError, shortlist
+from svftool.errors import NumericalError, UsageError, counted, shortlist
 from svftool.factors import (
     FactorStore,
     TunedFile,
@@ -349,8 +349,9 @@ def _verify_mixed(expected: TunedFile, partial: Path, target: Path) -> None:
     ]
     if wrong:
         raise NumericalError(
-            f"{target}: {len(wrong)} tensors read back differ from what was computed: "
-            f"{shortlist(wrong)}. Expected identical bytes; check the disk and the memory."
+            f"{target}: {counted(len(wrong), 'tensors', 'differ')} from what was computed when "
+            f"read back: {shortlist(wrong)}. Expected identical bytes; check the disk and the "
+            "memory."
         )
 
 

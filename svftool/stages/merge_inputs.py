@@ -16,7 +16,7 @@ from torch import Tensor
 
 from svftool.auditing import AuditSource, Counterparts, Tuned, counterparts, open_source
 from svftool.checkpoints import Checkpoint, class_labels, open_checkpoint
-from svftool.errors import CheckpointError, FactorsError, ModelError, shortlist
+from svftool.errors import CheckpointError, FactorsError, ModelError, counted, shortlist
 from svftool.factors import FactorStore, TunedFile, check_tuned, is_factors, open_factors, rebuild
 from svftool.factors.stated import read_stated
 from svftool.files.side_files import named
@@ -246,7 +246,7 @@ def _beside(base: MergeBase, source: AuditSource, progress: Progress) -> Counter
     tuned, lora = source.tuned, source.lora
     if lora is not None and lora.unused:
         raise CheckpointError(
-            f"{lora.path}: {len(lora.unused)} tensors are understood in no way "
+            f"{lora.path}: {counted(len(lora.unused), 'tensors', 'are')} understood in no way "
             f"({shortlist(lora.unused, 3)}), expected an adapter of layers. Merge it with the "
             "program that made it."
         )
@@ -329,8 +329,8 @@ def absent_from(one: MergeInput, placed: set[str], progress: Progress) -> Absent
         extra[unread.name] = size
     if missing:
         progress.warn(
-            f"{one.path}: has no {shortlist(missing, 3)} ({len(missing)} tensors) as the base has "
-            "them; the other inputs are merged there"
+            f"{one.path}: has no {shortlist(missing, 3)} ({counted(len(missing), 'tensors')}) as "
+            "the base has them; the other inputs are merged there"
         )
     if extra:
         progress.warn(f"{one.path}: left out, as the base has no place: {named(extra)}")

@@ -26,7 +26,7 @@ from svftool.checkpoints import (
 )
 from svftool.choices.merging import MergeSpec
 from svftool.engine import Job, budget, run_layers, share
-from svftool.errors import CheckpointError
+from svftool.errors import CheckpointError, counted
 from svftool.factors.delta import norm
 from svftool.factors.mixture import LayerChange
 from svftool.factors.overflow import Rounding
@@ -246,7 +246,9 @@ class LayerMerge:
         """Merge the matrices that are not finished; each process does its share."""
         done = {name for name, one in spool.finished().items() if spool.intact(one)}
         if done:
-            progress.note(f"resuming: {len(done)} of {len(self.matrices)} layers are finished")
+            progress.note(
+                f"resuming: {counted(len(done), 'layers', 'are', of=len(self.matrices))} finished"
+            )
         jobs = [self.plans[name].job for name in self.matrices if name not in done]
         mine = share(jobs, processes.count)[processes.rank]
         # Everyone has looked at what is finished before anyone adds to it.

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from svftool.attaching import map_names
 from svftool.attaching.names import Placement
 from svftool.checkpoints import Checkpoint
-from svftool.errors import DataError, ModelError, SvftoolError, shortlist
+from svftool.errors import DataError, ModelError, SvftoolError, counted, shortlist
 from svftool.factors.dense import computed, write_dense
 from svftool.factors.stated import Support
 from svftool.files.output import remove
@@ -270,9 +270,9 @@ def _places(model: nn.Module, checkpoint: Checkpoint, names: Sequence[str]) -> d
     lost = [name for name in names if name not in found]
     if lost:
         raise ModelError(
-            f"{checkpoint.path}: {len(lost)} tensors are not in the model as they are in the file: "
-            f"{shortlist(lost, 3)}, expected to replace them there for every trial. Give weights "
-            "as FILE@0.5, and measure each with svftool evaluate."
+            f"{checkpoint.path}: {counted(len(lost), 'tensors', 'are')} not in the model as they "
+            f"are in the file: {shortlist(lost, 3)}, expected to replace them there for every "
+            "trial. Give weights as FILE@0.5, and measure each with svftool evaluate."
         )
     return found
 

@@ -12,7 +12,7 @@ from typing import Any, Generic, TypeVar, Unpack
 
 from svftool.checkpoints import replace_output, write_errors
 from svftool.engine import parse_rank
-from svftool.errors import FactorsError, UnchangedError, UsageError, shortlist
+from svftool.errors import FactorsError, UnchangedError, UsageError, counted, shortlist
 from svftool.factors import open_factors, read_tuned
 from svftool.files.names import FACTORS_FILE, TUNED_SUFFIX, WEIGHT_SUFFIXES
 from svftool.files.pipeline import Pipeline, counterpart_folders, read_pipeline
@@ -240,7 +240,7 @@ def _each(
 ) -> dict[str, _T]:
     found = {}
     for number, name in enumerate(names, 1):
-        progress.note(f"{name} ({number} of {len(names)} components)")
+        progress.note(f"{name} ({counted(number, 'components', of=len(names))})")
         found[name] = work(name, partial / name)
     return found
 

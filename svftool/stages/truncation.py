@@ -18,7 +18,7 @@ from svftool.checkpoints import tensor_digest
 from svftool.choices.adapters import AdapterRank
 from svftool.engine import Job, job_bytes, run_layers, share
 from svftool.engine.gpu import to_host
-from svftool.errors import CheckpointError
+from svftool.errors import CheckpointError, counted
 from svftool.factors.spool import Spool
 from svftool.numerics import ThreadPool
 from svftool.processes import Processes
@@ -131,7 +131,7 @@ class Truncation:
         """Truncate what is not finished; each process does its share."""
         done = {name for name, one in spool.finished().items() if spool.intact(name, one)}
         if done:
-            progress.note(f"resuming: {len(done)} of {len(jobs)} layers are finished")
+            progress.note(f"resuming: {counted(len(done), 'layers', 'are', of=len(jobs))} finished")
         mine = share([job for job in jobs if job.name not in done], processes.count)
         # Everyone has looked at what is finished before anyone adds to it.
         processes.meet()

@@ -117,5 +117,5 @@ def check_labels(examples: Sequence[Labelled], classes: Sequence[str], source: o
         count = sum(one.label in unknown for one in examples)
         raise DataError(
             f"{source}: unknown class {shortlist(unknown)}, expected one of {shortlist(classes)}. "
-            f"Remove the {count} of {len(examples)} examples, or give some to train on"
+            f"Remove the {counted(count, 'examples', of=len(examples))}, or give some to train on"
         )

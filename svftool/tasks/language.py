@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
-from svftool.errors import DataError, ModelError, UsageError, are, counted
+from svftool.errors import DataError, ModelError, UsageError, counted
 from svftool.progress import SILENT, Progress
 from svftool.tasks.at_once import tokens_at_once
 from svftool.tasks.base import Part, Prepared, TaskMetric, device_of, forward_errors, to_device
@@ -405,12 +405,12 @@ def describe_cuts(parts: Sequence[Corpus], length: int) -> list[str]:
     said = []
     if cuts:
         said.append(
-            f"{cuts} of {counted(total, 'texts')} {are(cuts)} longer than the {length} tokens "
+            f"{counted(cuts, 'texts', 'are', of=total)} longer than the {length} tokens "
             "that the model sees at once: cut in blocks; see --sequence-length"
         )
     if short:
         said.append(
-            f"{short} of {counted(total, 'prompts')} {are(short)} too long for {length} tokens: "
+            f"{counted(short, 'prompts', 'are', of=total)} too long for {length} tokens: "
             f"{'it loses its' if short == 1 else 'they lose their'} beginning"
         )
     if untold:

@@ -12,7 +12,7 @@ from typing import Any, Literal, Protocol
 import torch
 from torch import Tensor, nn
 
-from svftool.errors import DataError, ModelError, UsageError, are, counted
+from svftool.errors import DataError, ModelError, UsageError, agreeing, counted
 from svftool.files.header import parse_json
 from svftool.models import find_head
 from svftool.tasks.at_once import tokens_at_once
@@ -500,8 +500,9 @@ class TextDraw(ClassifierDraw[TextExamples, TextSetting]):
         cut = sum(part.cut for part in parts)
         if cut:
             said.append(
-                f"{cut} of {counted(sum(map(len, parts)), 'texts')} {are(cut)} longer than "
-                f"{counted(encoding.length, 'tokens')} and {are(cut)} cut to them; see --max-length"
+                f"{counted(cut, 'texts', 'are', of=sum(map(len, parts)))} longer than "
+                f"{counted(encoding.length, 'tokens')} and {agreeing(cut, 'are')} cut to them; see "
+                "--max-length"
             )
         _tell_padding(model, encoding.padding)
         return said

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from svftool.attaching import Trainable, apply_regime, parse_regime, weight_gradients
 from svftool.choices.acting import acting
-from svftool.errors import are, counted
+from svftool.errors import agreeing, counted
 from svftool.factors.stated import Support
 from svftool.machine import explain_out_of_memory, peak_memory, reset_peak_memory
 from svftool.progress import SILENT, Progress
@@ -190,12 +190,12 @@ class _Comparison:
         seen = support.count(draw.contents("query"))
         if seen:
             among = draw.measured if isinstance(draw, Sized) else None
-            found = counted(seen, "examples")
-            found = found if among is None else f"{seen} of {counted(among, 'examples')}"
+            found = counted(seen, "examples", of=among)
             where = "".join(f", {name} {number}" for name, number in task.facts.items())
             self._progress.warn(
-                f"seed {seed}{where}: {found} that measure the result {are(seen)} also trained on, "
-                "byte for byte; what is measured on them is no result. Remove them from one side"
+                f"seed {seed}{where}: {found} that measure the result {agreeing(seen, 'are')} also "
+                "trained on, byte for byte; what is measured on them is no result. Remove them "
+                "from one side"
             )
         return support.to_plain()
 

@@ -19,7 +19,7 @@ from svftool.checkpoints.base import TensorInfo
 from svftool.checkpoints.positions import fill
 from svftool.checkpoints.quantised.gguf_names import naming
 from svftool.checkpoints.quantised.gguf_steps import steps
-from svftool.errors import CheckpointError, MissingDependencyError, brief, system_fault
+from svftool.errors import CheckpointError, MissingDependencyError, brief, counted, system_fault
 from svftool.files.gguf import BLOCKS, GGUFEntry, GGUFHeader, gguf_parts, read_gguf_header
 
 _SIZES = {name: (values, size) for name, values, size in BLOCKS.values()}
@@ -126,7 +126,10 @@ class GGUFFile:
     def _said(self) -> tuple[str, ...]:
         count = sum(bool(one.storage) for one in self.infos.values())
         kinds = sorted({one.storage for one in self.infos.values() if one.storage})
-        blocks = f"{self.path.name}: {count} tensors are stored as {', '.join(kinds)} blocks"
+        blocks = (
+            f"{self.path.name}: {counted(count, 'tensors', 'are')} stored as "
+            f"{', '.join(kinds)} blocks"
+        )
         said = (f"{blocks}; read as the numbers that they stand for",) if count else ()
         return (*said, self._naming.note) if self._naming.note else said
 
@@ -135,8 +138,8 @@ class GGUFFile:
             return ()
         names = ", ".join(list(self.passed_over)[:3])
         return (
-            f"{self.path.name}: {len(self.passed_over)} tensors have no place in transformers' "
-            f"model and are not read: {names}",
+            f"{self.path.name}: {counted(len(self.passed_over), 'tensors', 'have')} no place in "
+            f"transformers' model and are not read: {names}",
         )
 
     def _raw(self, entry: GGUFEntry) -> Tensor:
@@ -196,8 +199,9 @@ def _joined(parts: Sequence[Path]) -> tuple[GGUFHeader, dict[str, Path]]:
     stated = first.metadata.get("split.tensors.count", len(entries)) if len(parts) > 1 else None
     if len(homes) != len(entries) or stated not in (None, len(entries)):
         raise CheckpointError(
-            f"{parts[0]}: its {len(parts)} parts hold {len(homes)} tensors of {len(entries)}, "
-            f"expected {stated}, each once. Download them again, all of one model."
+            f"{parts[0]}: its {counted(len(parts), 'parts', 'hold')} "
+            f"{counted(len(homes), 'tensors')} of {len(entries)}, expected {stated}, each once. "
+            "Download them again, all of one model."
         )
     return replace(first, entries=entries), homes
 

@@ -20,7 +20,7 @@ from svftool.checkpoints.quantised.tables import (
     mxfp4,
     nvfp4,
 )
-from svftool.errors import CheckpointError
+from svftool.errors import CheckpointError, counted
 from svftool.files.folder import Place
 
 FORMATS: tuple[Callable[[StoredParts], Iterable[Coded]], ...] = (
@@ -144,5 +144,5 @@ class QuantisedCheckpoint(Checkpoint):
 
 def _say(name: str, coded: Iterable[Coded]) -> Iterator[str]:
     for storage, count in Counter(one.storage for one in coded).items():
-        tensors = "1 tensor is" if count == 1 else f"{count} tensors are"
+        tensors = counted(count, "tensors", "are")
         yield f"{name}: {tensors} stored as {storage}; read as the numbers that the codes stand for"

@@ -323,7 +323,7 @@ def _alone(one: Comparison, shown: Shown) -> Iterator[RenderableType]:
     )
     yield ""
     yield from _left_out(one.left_out)
-    yield Text(f"{len(rows)} matrices of {one.totals[0]} tensors", "dim")
+    yield Text(f"{counted(len(rows), 'matrices')} of {one.totals[0]} tensors", "dim")
 
 
 def _spectrum_cells(row: Row) -> Iterator[Text]:

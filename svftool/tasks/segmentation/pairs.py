@@ -197,7 +197,7 @@ def list_pairs(
     lonely = [name for name in pictures if name + mask_suffix not in maps]
     if lonely:
         raise DataError(
-            f"{data / masks}: no label map for {len(lonely)} of {len(pictures)} images "
+            f"{data / masks}: no label map for {counted(len(lonely), 'images', of=len(pictures))} "
             f"({shortlist(lonely, _SHOWN)}), expected one of the same name "
             f"({', '.join(sorted(MAP_SUFFIXES))}). Add the maps or remove the images; where the "
             "maps' names end differently give --mask-suffix"
