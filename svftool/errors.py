@@ -238,7 +238,7 @@ def no_such(what: str, name: str, names: Iterable[object]) -> str:
     )
 
 
-_LISTED = 12
+_LISTED = 16
 """Names that a message lists."""
 
 

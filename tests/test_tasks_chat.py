@@ -109,11 +109,11 @@ def test_a_conversation_that_no_template_takes_is_refused(tokenizer: Any) -> Non
 @pytest.mark.parametrize(
     ("messages", "message"),
     [
-        ("hello", "'messages' is str, not a list"),
-        ([], "'messages' is list, not a list of messages"),
-        (["hello"], "message 1 is str, not an object"),
+        ("hello", "'messages' is a string, not a list"),
+        ([], "'messages' is empty"),
+        (["hello"], "message 1 is a string, not an object"),
         ([*CHAT, {"content": "x"}], "message 5: no 'role'"),
-        ([{"role": "assistant", "content": ["x"]}], "message 1: 'content' is list, not a string"),
+        ([{"role": "assistant", "content": ["x"]}], "message 1: 'content' is a list, not a string"),
         (CHAT[:1], "no message of the role 'assistant'"),
         ([CHAT[0], {"role": "assistant", "content": " "}], "no message of the role 'assistant'"),
     ],

@@ -64,8 +64,8 @@ def test_both_forms_are_read_from_a_folder_of_files(tmp_path: Path) -> None:
         ('{"prompt": "a"}', r"line 2: no 'completion' \(it has prompt\)"),
         ('{"completion": "a"}', r"line 2: no 'prompt'"),
         ('{"body": "a"}', r"line 2: no 'text' \(it has body\)"),
-        ('{"text": 3}', "line 2: 'text' is int, not a string"),
-        ('["a"]', "line 2: list, not an object"),
+        ('{"text": 3}', "line 2: 'text' is a number, not a string"),
+        ('["a"]', "line 2: a list, not an object"),
         ('{"text": ', "line 2: no JSON"),
     ],
 )

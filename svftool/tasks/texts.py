@@ -157,7 +157,7 @@ def _record(row: Any) -> Mapping[str, Any]:
         except (ValueError, RecursionError) as error:
             raise _Fault(f"no JSON ({error})") from None
     if not isinstance(row, Mapping):
-        raise _Fault(f"{type(row).__name__}, not an object")
+        raise _Fault(f"{_kind(row)}, not an object")
     return row
 
 
@@ -193,12 +193,14 @@ def _text(file: Path, line: int, record: Mapping[str, Any], prompts: bool) -> Te
 
 def _turns(messages: Any) -> tuple[tuple[str, str], ...]:
     """Read the messages of a conversation in which an assistant says something."""
-    if not isinstance(messages, (list, tuple)) or not messages:
-        raise _Fault(f"'messages' is {type(messages).__name__}, not a list of messages")
+    if not isinstance(messages, (list, tuple)):
+        raise _Fault(f"'messages' is {_kind(messages)}, not a list of messages")
+    if not messages:
+        raise _Fault("'messages' is empty")
     turns = []
     for number, message in enumerate(messages, 1):
         if not isinstance(message, Mapping):
-            raise _Fault(f"message {number} is {type(message).__name__}, not an object")
+            raise _Fault(f"message {number} is {_kind(message)}, not an object")
         try:
             turns.append((_words(message, "role"), _string(message, "content")))
         except _Fault as fault:
@@ -215,12 +217,28 @@ def _words(record: Mapping[str, Any], key: str) -> str:
     return words
 
 
+def _kind(value: object) -> str:
+    """Name the kind of a value as JSON does."""
+    return _KINDS.get(type(value)) or type(value).__name__
+
+
+_KINDS: Mapping[type, str] = {
+    type(None): "null",
+    bool: "true or false",
+    int: "a number",
+    float: "a number",
+    str: "a string",
+    list: "a list",
+    dict: "an object",
+}
+
+
 def _string(record: Mapping[str, Any], key: str) -> str:
     if key not in record:
         raise _Fault(f"no {key!r} (it has {shortlist(record, _SHOWN) or 'no keys'})")
     value = record[key]
     if not isinstance(value, str):
-        raise _Fault(f"{key!r} is {type(value).__name__}, not a string")
+        raise _Fault(f"{key!r} is {_kind(value)}, not a string")
     if not encodable(value):
         raise _Fault(f"{key!r} has half a surrogate pair, which no tokenizer takes")
     return value
@@ -336,7 +354,7 @@ def _labelled_text(
     # A number, as pandas writes classes, is a name like any other.
     name = str(value) if isinstance(value, int) else value
     if label not in record or not isinstance(name, str):
-        kind = "missing" if label not in record else type(value).__name__
+        kind = "missing" if label not in record else _kind(value)
         raise _Fault(f"{label!r} is {kind}, not the name of a class")
     if not name.strip():
         raise _Fault(f"{label!r} is empty")
