@@ -19,12 +19,8 @@ from svftool.progress import Silent
 from svftool.stages.catalogue import ModelFacts, make_tasks
 from svftool.tasks.class_names import readable
 from svftool.tasks.labelled import ClassificationCount
-from svftool.tasks.text_classification import (
-    TextClassification,
-    TextClassifier,
-    stored_pooling,
-    text_features,
-)
+from svftool.tasks.text_classification import TextClassification
+from svftool.tasks.text_encoders import TextClassifier, stored_pooling, text_features
 from svftool.tasks.texts import list_labelled
 from svftool.training import Settings
 
@@ -351,7 +347,7 @@ def test_pooling_is_said_to_do_nothing_for_a_classifier(work: Path) -> None:
 def test_rows_come_in_order_whatever_the_batches(
     work: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    module = "svftool.tasks.text_classification"
+    module = "svftool.tasks.encoded_texts"
     monkeypatch.setattr(f"{module}.tokens_at_once", lambda device: 14)
     monkeypatch.setattr(f"{module}.WINDOW", 4)
     draw = task(work).draw(0)

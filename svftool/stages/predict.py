@@ -32,6 +32,7 @@ from svftool.stages.measured import (
 from svftool.stages.settings import SourcedSetting, settings_of
 from svftool.tasks.class_names import class_names
 from svftool.tasks.classification import TextSide
+from svftool.tasks.encoded_texts import encoding_of
 from svftool.tasks.inputs import TEXTS, list_pictures, list_prompts, unlike_names
 from svftool.tasks.language import Language
 from svftool.tasks.option import options_in
@@ -44,7 +45,7 @@ from svftool.tasks.options import (
     recorded,
 )
 from svftool.tasks.segmentation.views import choose_dense_view
-from svftool.tasks.text_classification import encoding_of, pooling_of
+from svftool.tasks.text_encoders import pooling_of
 from svftool.tasks.unlabelled import NewMessages, NewPictures, NewScenes, NewTexts, Unlabelled
 from svftool.tasks.views import ImageView, choose_view, with_normalisation
 

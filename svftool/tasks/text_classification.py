@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from itertools import islice
 from pathlib import Path
 from types import MappingProxyType
@@ -12,16 +12,13 @@ from typing import Any, Literal, Protocol
 import torch
 from torch import Tensor, nn
 
-from svftool.errors import DataError, ModelError, UsageError, agreeing, counted
-from svftool.files.header import parse_json
-from svftool.models import find_head
-from svftool.tasks.at_once import tokens_at_once
+from svftool.errors import ModelError, agreeing, counted
 from svftool.tasks.base import Part, Prepared, TaskMetric, device_of, forward_errors, to_device
 from svftool.tasks.class_names import check_labels, class_names, readable
+from svftool.tasks.encoded_texts import Encoded, Encoding, TextExamples, encoding_of
 from svftool.tasks.heads import (
     ClassifierType,
     CosineHead,
-    WithHead,
     logits_of,
     pool,
     start_head,
@@ -29,14 +26,17 @@ from svftool.tasks.heads import (
 from svftool.tasks.labelled import ClassificationCount, ClassifierDraw, ClassifierSetting, of_head
 from svftool.tasks.options import StrPath, TextClassificationOptions
 from svftool.tasks.splits import draw_shots, nothing_left, require_held_out, require_query
+from svftool.tasks.text_encoders import (
+    Pooling,
+    TextClassifier,
+    is_classifier,
+    pooling_of,
+    tell_padding,
+    text_features,
+    without_pooling,
+)
 from svftool.tasks.texts import LabelledText, list_labelled
 from svftool.tasks.tokens import (
-    Block,
-    Placed,
-    by_length,
-    collate,
-    length_limit,
-    load_tokenizer,
     padding_within,
     refuse_misfit,
     refuse_unknown,
@@ -44,243 +44,8 @@ from svftool.tasks.tokens import (
 )
 from svftool.tasks.two_classes import texts_of_two_classes
 
-Pooling = Literal["mean", "cls"]
-
-LONGEST_DEFAULT = 512
-WINDOW = 4096
-"""Texts that are sorted by length at once."""
 _MUCH_UNKNOWN = 0.2
 _SAID = 40
-
-
-# A text to what a model takes.
-
-
-class Encoding:
-    """A tokenizer, and how long the model's texts may be.
-
-    Parameters
-    ----------
-    tokenizer : object
-        One of transformers.
-    length : int
-        Tokens of a text at most, those included that the tokenizer adds.
-
-    Attributes
-    ----------
-    padding : int
-        The token that texts are padded with; it is masked.
-    """
-
-    def __init__(self, tokenizer: Any, length: int) -> None:
-        self.tokenizer = tokenizer
-        self.length = length
-        pad, end = tokenizer.pad_token_id, tokenizer.eos_token_id
-        self.padding: int = next((token for token in (pad, end) if token is not None), 0)
-
-    def encode(self, texts: Sequence[str]) -> tuple[list[Block], frozenset[int]]:
-        """Return the tokens of each text, and which texts were cut.
-
-        A cut text keeps its beginning, and the special tokens that the tokenizer puts at its end.
-        """
-        if not texts:
-            return [], frozenset()
-        whole = self.tokenizer(list(texts), verbose=False)["input_ids"]
-        long = [place for place, ids in enumerate(whole) if len(ids) > self.length]
-        if long:
-            short = self.tokenizer(
-                [texts[place] for place in long],
-                truncation=True,
-                max_length=self.length,
-                verbose=False,
-            )["input_ids"]
-            for place, ids in zip(long, short, strict=True):
-                whole[place] = ids
-        blocks = [
-            Block(torch.tensor(ids, dtype=torch.int64), torch.zeros(len(ids), dtype=torch.bool), i)
-            for i, ids in enumerate(whole)
-        ]
-        return blocks, frozenset(long)
-
-    def batch(self, blocks: Sequence[Block]) -> dict[str, Tensor]:
-        """Pad on the right; see `svftool.tasks.tokens.collate`."""
-        padded = collate(blocks, self.padding)
-        return {name: padded[name] for name in ("input_ids", "attention_mask")}
-
-    def unknown(self, blocks: Sequence[Block]) -> float:
-        """Return the share of tokens that stand for what the tokenizer does not know."""
-        token = self.tokenizer.unk_token_id
-        if token is None:
-            return 0.0
-        total = sum(len(block.ids) for block in blocks)
-        return sum(int((block.ids == token).sum()) for block in blocks) / max(1, total)
-
-
-@dataclass(frozen=True)
-class Encoded:
-    """Texts, their tokens, and which of them were cut."""
-
-    texts: Sequence[Placed]
-    words: Sequence[str]
-    blocks: Sequence[Block]
-    cut: frozenset[int]
-    encoding: Encoding
-
-    @classmethod
-    def of(cls, texts: Sequence[Placed], words: Sequence[str], encoding: Encoding) -> Encoded:
-        """Encode texts.
-
-        Raises
-        ------
-        DataError
-            If one has no tokens.
-        """
-        blocks, cut = encoding.encode(words)
-        for text, block in zip(texts, blocks, strict=True):
-            if not len(block.ids):
-                raise DataError(
-                    f"{text.file}: line {text.line}: no token, expected one or more. Remove the "
-                    "line, or name the model's own tokenizer with --tokenizer"
-                )
-        return cls(texts, words, blocks, cut, encoding)
-
-
-@dataclass(frozen=True)
-class TextExamples:
-    """Labelled texts: where they are kept, which of them, and their classes."""
-
-    texts: Encoded
-    indices: tuple[int, ...]
-    labels: Tensor
-
-    def __len__(self) -> int:
-        return len(self.indices)
-
-    @property
-    def blocks(self) -> list[Block]:
-        """The tokens of each text."""
-        return [self.texts.blocks[index] for index in self.indices]
-
-    @property
-    def cut(self) -> int:
-        """How many texts were longer than the model takes."""
-        return sum(index in self.texts.cut for index in self.indices)
-
-    def at(self, positions: Sequence[int]) -> TextExamples:
-        """Return the texts at positions of `indices` as examples of their own."""
-        indices = tuple(self.indices[position] for position in positions)
-        return TextExamples(self.texts, indices, self.labels[list(positions)])
-
-    def take(self, positions: Sequence[int]) -> dict[str, Tensor]:
-        """Pad the texts at positions of `indices`."""
-        blocks = [self.texts.blocks[self.indices[position]] for position in positions]
-        return self.texts.encoding.batch(blocks)
-
-    def groups(self, device: torch.device) -> Iterator[tuple[range, list[list[int]]]]:
-        """Yield windows of texts, and the positions of each in groups of like length."""
-        for start in range(0, len(self), WINDOW):
-            window = range(start, min(start + WINDOW, len(self)))
-            blocks = [self.texts.blocks[self.indices[position]] for position in window]
-            found = by_length(blocks, tokens_at_once(device))
-            yield window, [[start + place for place in group] for group in found]
-
-    def batches(self, device: torch.device) -> Iterator[tuple[dict[str, Tensor], Tensor]]:
-        """All texts, those of like length together."""
-        for _, groups in self.groups(device):
-            for group in groups:
-                yield to_device((self.take(group), self.labels[group]), device)
-
-
-# An encoder without a classifier.
-
-
-class TextClassifier(WithHead):
-    """An encoder, and a classifier on the features of a text.
-
-    Parameters
-    ----------
-    backbone : nn.Module
-        Gives hidden states, (N, T, F).
-    head : nn.Module
-        Takes features, (N, F).
-    pooling : {"mean", "cls"}
-        The mean over a text's tokens, or its first one.
-    """
-
-    def __init__(self, backbone: nn.Module, head: nn.Module, pooling: Pooling) -> None:
-        super().__init__(backbone, head)
-        self.pooling = pooling
-
-    def forward(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor:  # type: ignore[override]
-        """Logits, (N, classes)."""
-        features = text_features(self.backbone, input_ids, attention_mask, self.pooling)
-        logits: Tensor = self.head(features.to(next(self.head.parameters()).dtype))
-        return logits
-
-
-def text_features(
-    model: nn.Module, input_ids: Tensor, attention_mask: Tensor, pooling: Pooling
-) -> Tensor:
-    """Run an encoder and pool its last hidden states to (N, F).
-
-    Of a model with another head, and of one with a decoder, the encoder alone is run.
-
-    Raises
-    ------
-    ModelError
-        If it gives no hidden states.
-    """
-    output = _encoder(model)(input_ids=input_ids, attention_mask=attention_mask)
-    hidden = getattr(output, "last_hidden_state", output)
-    if not isinstance(hidden, Tensor):
-        hidden = logits_of(output)
-    if hidden.ndim == 2:
-        return hidden
-    if hidden.ndim != 3 or hidden.shape[:2] != input_ids.shape:
-        raise ModelError(
-            f"the model returns {tuple(hidden.shape)} for {input_ids.shape[0]} texts of "
-            f"{input_ids.shape[1]} tokens, expected a vector for each token. Name an encoder or a "
-            "text classifier with --model"
-        )
-    if pooling == "cls":
-        return hidden[:, 0]
-    mask = attention_mask.unsqueeze(-1).to(hidden.dtype)
-    return (hidden * mask).sum(1) / mask.sum(1)
-
-
-def _encoder(model: nn.Module) -> nn.Module:
-    inner: Any = getattr(model, "base_model", model)
-    config = getattr(model, "config", None)
-    if getattr(config, "is_encoder_decoder", False) and hasattr(inner, "get_encoder"):
-        inner = inner.get_encoder()
-    return inner if isinstance(inner, nn.Module) else model
-
-
-def is_classifier(model: nn.Module) -> bool:
-    """Whether a model is a text classifier by the name that transformers gives these.
-
-    A network of one's own is one if it has a head.
-    """
-    if hasattr(model, "config") and hasattr(model, "base_model"):
-        return "ForSequenceClassification" in type(model).__name__
-    return find_head(model) is not None
-
-
-def stored_pooling(folder: Path | None) -> Pooling | None:
-    """Return how sentence-transformers pools an encoder, by ``1_Pooling`` beside its weights."""
-    file = None if folder is None else folder / "1_Pooling" / "config.json"
-    if file is None or not file.is_file():
-        return None
-    try:
-        said = parse_json(file.read_bytes())
-    except (OSError, ValueError):
-        return None
-    if not isinstance(said, Mapping):
-        return None
-    return "cls" if said.get("pooling_mode_cls_token") is True else "mean"
-
-
-# The task.
 
 
 class TextClassification:
@@ -401,44 +166,6 @@ def _listed(data: Path, chosen: TextClassificationOptions) -> list[LabelledText]
     return list_labelled(data, text=chosen.text_column, label=chosen.label_column)
 
 
-def encoding_of(
-    chosen: TextClassificationOptions,
-    config: Mapping[str, Any],
-    folder: Path | None,
-    *,
-    trust_remote_code: bool,
-) -> Encoding:
-    """Load the tokenizer, and find how long a text may be.
-
-    Raises
-    ------
-    ModelError
-        If there is no tokenizer, or none that cuts texts to so few tokens.
-    UsageError
-        If the length asked for is none that the model takes.
-    """
-    place = folder if chosen.tokenizer is None else chosen.tokenizer
-    tokenizer = load_tokenizer(place, trust_remote_code=trust_remote_code, task=chosen.task)
-    limit = length_limit(config, tokenizer)
-    length = chosen.max_length
-    if length is None:
-        length = min(LONGEST_DEFAULT, limit or LONGEST_DEFAULT)
-    added = len(tokenizer("", verbose=False)["input_ids"])
-    if length <= added:
-        raise UsageError(
-            f"--max-length is {length}, expected at least {added + 1}: the tokenizer adds {added} "
-            "tokens to every text"
-        )
-    if limit is not None and length > limit:
-        raise UsageError(f"--max-length is {length}, the model takes {limit} tokens at most")
-    return Encoding(tokenizer, length)
-
-
-def pooling_of(chosen: TextClassificationOptions, folder: Path | None) -> Pooling:
-    """Return what the features of an encoder are: as asked, as stored, or the mean."""
-    return chosen.pooling or stored_pooling(folder) or "mean"
-
-
 class TextSetting(ClassifierSetting, Protocol):
     """What all draws of one task share."""
 
@@ -479,7 +206,7 @@ class TextDraw(ClassifierDraw[TextExamples, TextSetting]):
         said = self._check_tokens(model, start=start)
         prepared = super().prepare(model, start=start)
         if start and self._task.options.pooling is not None:
-            said += _without_pooling(prepared.model)
+            said += without_pooling(prepared.model)
         return replace(prepared, said=(*said, *prepared.said))
 
     def _check_tokens(self, model: nn.Module, *, start: bool) -> list[str]:
@@ -504,7 +231,7 @@ class TextDraw(ClassifierDraw[TextExamples, TextSetting]):
                 f"{counted(encoding.length, 'tokens')} and {agreeing(cut, 'are')} cut to them; see "
                 "--max-length"
             )
-        _tell_padding(model, encoding.padding)
+        tell_padding(model, encoding.padding)
         return said
 
     def _outputs(self, model: nn.Module) -> int:
@@ -598,20 +325,3 @@ class TextDraw(ClassifierDraw[TextExamples, TextSetting]):
         for index, row in zip(examples.indices, found, strict=True):
             text = examples.texts.texts[index]
             yield {"file": text.file.name, "line": text.line, **row}
-
-
-def _without_pooling(model: nn.Module) -> list[str]:
-    """Say that a classifier pools in its own way, whatever was asked for."""
-    if isinstance(model, TextClassifier):
-        return []
-    return ["--pooling does nothing here: the model is a classifier, and pools in a way of its own"]
-
-
-def _tell_padding(model: nn.Module, padding: int) -> None:
-    """Tell a classifier of transformers what it is padded with, if its configuration does not.
-
-    Decoders look for the last token of a text by it.
-    """
-    config = getattr(model, "config", None)
-    if config is not None and getattr(config, "pad_token_id", padding) is None:
-        config.pad_token_id = padding

@@ -15,6 +15,7 @@ from svftool.errors import ModelError
 from svftool.models import find_head
 from svftool.tasks.base import Draw, device_of
 from svftool.tasks.classification import ClassificationDraw, Examples, TextSide
+from svftool.tasks.encoded_texts import Encoded, Encoding, TextExamples
 from svftool.tasks.heads import logits_of, pool
 from svftool.tasks.images import image_size
 from svftool.tasks.inputs import Picture
@@ -29,13 +30,8 @@ from svftool.tasks.segmentation.draw import SegmentationDraw, Setting, write_map
 from svftool.tasks.segmentation.heads import dense_logits
 from svftool.tasks.segmentation.pairs import Chosen, ImagePair, Pairs
 from svftool.tasks.segmentation.views import DenseView
-from svftool.tasks.text_classification import (
-    Encoded,
-    Encoding,
-    Pooling,
-    TextDraw,
-    TextExamples,
-)
+from svftool.tasks.text_classification import TextDraw
+from svftool.tasks.text_encoders import Pooling
 from svftool.tasks.texts import Text
 from svftool.tasks.tokens import Block
 from svftool.tasks.views import Decoded, ImageSet, ImageView
