@@ -1,14 +1,9 @@
-"""Adapter files of kohya's tools, ComfyUI and diffusers, read by their keys alone.
-
-A key is a module and a role (``lora_down``, ``hada_w1_a``, ``alpha``). The module names a tensor of
-a part of a pipeline: with dots, or as one word in kohya's layout, which only a base can resolve.
-"""
+"""Adapter files of kohya's tools, ComfyUI and diffusers, read by their keys alone."""
 
 from __future__ import annotations
 
 import math
 import os
-import re
 from collections import defaultdict
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass
@@ -21,6 +16,7 @@ from torch import Tensor
 
 from svftool.adapters import products
 from svftool.adapters.adapter import Adapter
+from svftool.adapters.layout_keys import ending, module_of, role_of_part, split_key, split_module
 from svftool.adapters.layouts import adapter_kind, adapter_layout
 from svftool.adapters.low_rank import LowRank
 from svftool.adapters.parts import DENOISER, BaseModel, role_of
@@ -30,39 +26,6 @@ from svftool.checkpoints import Checkpoint, TensorInfo, open_checkpoint
 from svftool.errors import CheckpointError, NumericalError, counted, shortlist
 from svftool.files.header import parse_json
 
-_LEAF = r"(?:\.default)?\.weight"
-_ROLES: tuple[tuple[str, str], ...] = (
-    ("down", rf"\.(?:lora_down|lora\.down|lora_A|lora_linear_layer\.down){_LEAF}"),
-    ("up", rf"\.(?:lora_up|lora\.up|lora_B|lora_linear_layer\.up){_LEAF}"),
-    ("mid", r"\.lora_mid\.weight"),
-    ("up_bias", r"\.(?:lora_up|lora_B)\.bias"),
-    ("alpha", r"\.alpha"),
-    ("magnitude", r"\.(?:dora_scale|lora_magnitude_vector(?:\.weight)?)"),
-    *((one, rf"\.{one}") for one in ("hada_w1_a", "hada_w1_b", "hada_w2_a", "hada_w2_b")),
-    *((one, rf"\.{one}") for one in ("hada_t1", "hada_t2", "lokr_t2")),
-    *((f"lokr_w{n}{x}", rf"\.lokr_w{n}{x}") for n in "12" for x in ("", "_a", "_b")),
-    ("diff", r"\.(?:diff|w_norm)"),
-    ("diff_b", r"\.(?:diff_b|b_norm)"),
-    ("set_weight", r"\.set_weight"),
-)
-_KEY = re.compile(
-    r"(?P<module>.+?)(?:" + "|".join(f"(?P<{role}>{ending})" for role, ending in _ROLES) + ")"
-)
-_PROCESSOR = re.compile(r"(?P<module>.+)\.processor\.(?P<part>\w+)_lora\.(?P<role>down|up)\.weight")
-"""Attention processors, as diffusers named them before it used PEFT."""
-
-_KOHYA = re.compile(
-    r"(?P<part>lora_unet|lora_te\d*|lora_transformer|lora_prior_unet|lycoris)_(?P<module>.+)"
-)
-_DOTTED = re.compile(
-    r"(?P<part>diffusion_model|unet|transformer(_\d)?|text_encoder(_\d)?)\.(?P<module>.+)"
-)
-_TEXT = {
-    "te": "text_encoder",
-    "te1": "text_encoder",
-    "te2": "text_encoder_2",
-    "te3": "text_encoder_3",
-}
 STATED_KEY = "lora_adapter_metadata"
 _AGAIN = "Save or download the adapter again."
 
@@ -96,7 +59,7 @@ class FileLayer:
     @property
     def role(self) -> str:
         """Part of the pipeline, as adapters tell them apart."""
-        return role_of(_TEXT.get(self.part, self.part))
+        return role_of_part(self.part)
 
 
 def is_adapter_file(names: Collection[str]) -> bool:
@@ -107,7 +70,7 @@ def is_adapter_file(names: Collection[str]) -> bool:
     layout = adapter_layout(names)
     if layout is None or (layout == "peft" and any(".base_layer." in name for name in names)):
         return False
-    return 2 * sum(_role(name) is not None for name in names) >= len(names)
+    return 2 * sum(split_key(name) is not None for name in names) >= len(names)
 
 
 def is_adapter(path: str | os.PathLike[str]) -> bool:
@@ -164,7 +127,7 @@ class AdapterFile(Adapter):
         modules: dict[str, dict[str, str]] = defaultdict(dict)
         unused = []
         for key in tensors.infos:
-            found = _role(key)
+            found = split_key(key)
             if found is None:
                 unused.append(key)
                 continue
@@ -211,12 +174,12 @@ class AdapterFile(Adapter):
                 biases[f"{name}.bias"] = (keys[role], factor)
 
     def _split(self, module: str) -> tuple[str, str]:
-        found = (_KOHYA if self.layout == "kohya" else _DOTTED).fullmatch(module)
+        found = split_module(module, words=self.layout == "kohya")
         if found is None:
             raise self._fault(
                 module, "no part of a pipeline", f"a name of the {self.layout} layout"
             )
-        return found["part"].removeprefix("lora_"), found["module"]
+        return found
 
     def _kind(self, module: str, keys: Mapping[str, str]) -> str | None:
         """Tell how a module's change is stored; refuse halves of it, and two at once."""
@@ -233,7 +196,7 @@ class AdapterFile(Adapter):
         kind = kinds[0] if kinds else None
         missing = [one for one in self._needed(kind, keys) if one not in keys]
         if missing or (kind in (None, "diff") and {"alpha", "magnitude"} & set(keys)):
-            endings = shortlist(_said(self.layout, one) for one in missing or ("down", "up"))
+            endings = shortlist(ending(self.layout, one) for one in missing or ("down", "up"))
             held = shortlist(key.removeprefix(f"{module}.") for key in keys.values())
             raise CheckpointError(
                 f"{self.path}: module {module!r} has {held} and no {endings}, expected both halves "
@@ -328,8 +291,8 @@ class AdapterFile(Adapter):
             for name, one in self._all_layers()
         }
         for name, (key, _) in self.biases.items():
-            part, inner = self._split(_module(key))
-            found[name] = self._home(names, role_of(_TEXT.get(part, part)), inner, "bias")
+            part, inner = self._split(module_of(key))
+            found[name] = self._home(names, role_of_part(part), inner, "bias")
         if not any(found.values()):
             if self.layout != "kohya":
                 return self._renamed({name: self._bare(name) for name in found})
@@ -347,8 +310,8 @@ class AdapterFile(Adapter):
         """Return a name without the part, where only one part is changed."""
         if len({one.role for one in self.layers.values()}) > 1:
             return name
-        found = _DOTTED.fullmatch(name)
-        return name if found is None else found["module"]
+        found = split_module(name, words=False)
+        return name if found is None else found[1]
 
     def _home(self, names: _Names, role: str, inner: str, leaf: str) -> str | None:
         homes = names.of(role, inner, leaf)
@@ -417,7 +380,7 @@ class AdapterFile(Adapter):
                 parts = {
                     role: torch.empty(self.info(key).shape) for role, key in layer.keys.items()
                 }
-                return tuple(_formed(layer.kind, parts).shape)
+                return tuple(products.multiplied_out(layer.kind, parts).shape)
         except (RuntimeError, IndexError, ValueError):
             found = shortlist(f"{key} {self.info(key).shape}" for key in layer.keys.values())
             raise self._fault(
@@ -457,7 +420,7 @@ class AdapterFile(Adapter):
             for role, key in layer.keys.items()
             if role not in ("alpha", "up_bias", "diff_b")
         }
-        product = _formed(layer.kind, parts) * layer.scale
+        product = products.multiplied_out(layer.kind, parts) * layer.scale
         change = (product.mT if turned else product).reshape(weight.shape)
         if "magnitude" in parts:
             magnitude = parts["magnitude"]
@@ -530,65 +493,6 @@ class _Names:
 
     def _spelled(self, name: str) -> str:
         return name.replace(".", "_") if self._words else name
-
-
-def _role(key: str) -> tuple[str, str] | None:
-    """Split a key into its module and its role; None where it is of no adapter."""
-    old = _PROCESSOR.fullmatch(key)
-    if old is not None:
-        # The output of attention is the first of two modules.
-        part = "to_out.0" if old["part"] == "to_out" else old["part"]
-        return f"{old['module']}.{part}", old["role"]
-    found = _KEY.fullmatch(key)
-    if found is None:
-        return None
-    return found["module"], next(role for role, _ in _ROLES if found[role] is not None)
-
-
-def _module(key: str) -> str:
-    found = _role(key)
-    assert found is not None
-    return found[0]
-
-
-def _said(layout: str, role: str) -> str:
-    """Return how a layout calls a role."""
-    names = {"down": "lora_down", "up": "lora_up"}
-    if layout == "diffusers":
-        names = {"down": "lora_A", "up": "lora_B"}
-    return names.get(role, role)
-
-
-def _formed(kind: str, parts: Mapping[str, Tensor]) -> Tensor:
-    """Multiply the tensors of a layer out, before they are scaled."""
-    if kind == "diff":
-        return parts["diff"].double()
-    if kind == "loha":
-        sides = [
-            tuple(
-                parts[one] for one in (f"hada_w{n}_a", f"hada_w{n}_b", f"hada_t{n}") if one in parts
-            )
-            for n in "12"
-        ]
-        return products.hadamard(sides[0], sides[1])
-    if kind == "lokr":
-        one, two = (
-            products.factor(
-                tuple(
-                    parts[name]
-                    for name in (f"lokr_w{n}", f"lokr_w{n}_a", f"lokr_w{n}_b", f"lokr_t{n}")
-                    if name in parts
-                )
-            )
-            for n in "12"
-        )
-        return products.kronecker(one, two)
-    up, down = parts["up"].double(), parts["down"].double()
-    if "mid" in parts:
-        down = products.through_core(parts["mid"], down)
-    if set(up.shape[2:]) - {1} or up.shape[1] != down.shape[0] or down.ndim < 2:
-        raise ValueError("no product of two matrices")
-    return (up.flatten(1) @ down.flatten(1)).reshape(up.shape[0], *down.shape[1:])
 
 
 def _ones_apart(one: tuple[int, ...], two: tuple[int, ...]) -> bool:

@@ -5,8 +5,42 @@ Formulas as LyCORIS (2309.14859) and DoRA (2402.09353) define them; all in float
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 import torch
 from torch import Tensor
+
+
+def multiplied_out(kind: str, parts: Mapping[str, Tensor]) -> Tensor:
+    """Multiply the tensors of a layer out, before they are scaled."""
+    if kind == "diff":
+        return parts["diff"].double()
+    if kind == "loha":
+        sides = [
+            tuple(
+                parts[one] for one in (f"hada_w{n}_a", f"hada_w{n}_b", f"hada_t{n}") if one in parts
+            )
+            for n in "12"
+        ]
+        return hadamard(sides[0], sides[1])
+    if kind == "lokr":
+        one, two = (
+            factor(
+                tuple(
+                    parts[name]
+                    for name in (f"lokr_w{n}", f"lokr_w{n}_a", f"lokr_w{n}_b", f"lokr_t{n}")
+                    if name in parts
+                )
+            )
+            for n in "12"
+        )
+        return kronecker(one, two)
+    up, down = parts["up"].double(), parts["down"].double()
+    if "mid" in parts:
+        down = through_core(parts["mid"], down)
+    if set(up.shape[2:]) - {1} or up.shape[1] != down.shape[0] or down.ndim < 2:
+        raise ValueError("no product of two matrices")
+    return (up.flatten(1) @ down.flatten(1)).reshape(up.shape[0], *down.shape[1:])
 
 
 def through_core(core: Tensor, down: Tensor) -> Tensor:
