@@ -6,8 +6,10 @@ import copy
 from collections.abc import Mapping
 from pathlib import Path
 
+import hypothesis.strategies as st
 import pytest
 import torch
+from hypothesis import given
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 from torch.func import functional_call
@@ -15,6 +17,7 @@ from torch.utils.checkpoint import checkpoint
 
 import svftool
 from svftool.attaching import AttachedLayer, Attachment, parse_regime, weight_gradients
+from svftool.attaching.extras import band_places, largest_places
 from svftool.errors import UsageError
 from svftool.factors import LayerFactors
 from tests.attaching import MemoryStore, randomise
@@ -130,6 +133,23 @@ def test_entries_by_gradient_are_the_steepest_of_their_numbers() -> None:
     torch.testing.assert_close(
         layer.extras.entry.grad.abs().sort().values, steep.topk(4).values.sort().values
     )
+
+
+@pytest.mark.parametrize("k", [1, 2, 7])
+def test_a_band_grows_from_the_diagonal(k: int) -> None:
+    # By offset, then by the larger of the two values, then row by row.
+    order = sorted(range(k * k), key=lambda at: (abs(at // k - at % k), min(at // k, at % k), at))
+    assert band_places(k).tolist() == order
+    for count in range(k * k + 1):
+        assert band_places(k, count).tolist() == order[:count]
+
+
+@given(st.lists(st.sampled_from([0.0, 1.0, 2.0, torch.inf]), min_size=16, max_size=16))
+def test_the_largest_places_are_those_of_a_sort(numbers: list[float]) -> None:
+    sizes, band = torch.tensor(numbers).reshape(4, 4), band_places(4).tolist()
+    order = sorted(band, key=lambda at: -numbers[at])
+    for count in range(1, 17):
+        assert sorted(largest_places(sizes, count).tolist()) == sorted(order[:count])
 
 
 @pytest.mark.parametrize(

@@ -298,37 +298,75 @@ def _choose(
     if spectral.choice == "random":
         chosen = torch.randperm(k * k, generator=_generator(name, seed))[:count]
     elif spectral.choice == "band":
-        chosen = band_places(k)[:count]
+        chosen = band_places(k, count)
     else:
-        chosen = _steepest(factors, unit, gradient)[:count]
+        chosen = _steepest(factors, unit, gradient, count)
     return chosen.sort().values
 
 
-def band_places(k: int) -> Tensor:
-    """Return all places of M, those of the nearest diagonals first, from the largest values on.
+def band_places(k: int, count: int | None = None) -> Tensor:
+    """Return places of M, those of the nearest diagonals first, from the largest values on.
+
+    Parameters
+    ----------
+    k : int
+        M is (k, k).
+    count : int or None
+        How many; all of them by default.
 
     Examples
     --------
-    >>> band_places(3)[:5].tolist()
+    >>> band_places(3, 5).tolist()
     [0, 4, 8, 1, 3]
     """
-    i, j = torch.arange(k)[:, None], torch.arange(k)
-    return torch.argsort(((i - j).abs() * k + torch.minimum(i, j)).flatten(), stable=True)
+    count = k * k if count is None else min(count, k * k)
+    found, missing = [torch.arange(min(k, count)) * (k + 1)], count - k
+    for away in range(1, k):
+        if missing <= 0:
+            break
+        least = torch.arange(k - away)
+        both = torch.stack((least * k + least + away, (least + away) * k + least), dim=1)
+        found.append(both.flatten()[:missing])
+        missing -= both.numel()
+    return torch.cat(found)
 
 
-def _steepest(factors: LayerFactors, unit: Tensor, gradient: Tensor | None) -> Tensor:
-    """Return all places of M by the gradient of their trained number, the largest first.
+def largest_places(sizes: Tensor, count: int) -> Tensor:
+    """Return the places of M with the largest numbers; of equal ones those that a band takes first.
 
-    Places without one come last, as a band's: a layer that the loss does not reach has no other.
+    Parameters
+    ----------
+    sizes : (k, k) Tensor
+    count : int
+
+    Returns
+    -------
+    (count,) Tensor
+        Flat places, in no order.
     """
-    order = band_places(unit.shape[-1])
+    k, flat = len(sizes), sizes.flatten()
+    least = flat.topk(count).values[-1]
+    above, equal = (torch.nonzero(one).flatten() for one in (flat > least, flat == least))
+    missing = count - len(above)
+    if missing < len(equal):
+        i, j = equal // k, equal % k
+        near = (i - j).abs() * k + torch.minimum(i, j)
+        equal = equal[near.argsort(stable=True)[:missing]]
+    return torch.cat((above, equal))
+
+
+def _steepest(factors: LayerFactors, unit: Tensor, gradient: Tensor | None, count: int) -> Tensor:
+    """Return the places of M with the largest gradients of their trained numbers.
+
+    A layer that the loss does not reach has a band.
+    """
+    k = unit.shape[-1]
     if gradient is None:
-        return order
+        return band_places(k, count)
     U, Vh = factors.U.float().cpu(), factors.Vh.float().cpu()
     rows = gradient.detach().float().cpu().reshape(*U.shape[:-1], Vh.shape[-1])
     squares = ((U.mT @ rows @ Vh.mT) * unit.float()).square()
-    flat = squares.reshape(-1, squares.shape[-1] ** 2).sum(0)
-    return order[torch.argsort(flat[order], descending=True, stable=True)]
+    return largest_places(squares.reshape(-1, k, k).sum(0), count)
 
 
 def _generator(name: str, seed: int) -> torch.Generator:

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from svftool.adapters.low_rank import truncate
-from svftool.attaching.extras import band_places
+from svftool.attaching.extras import band_places, largest_places
 from svftool.choices.adapters import AdapterRank
 from svftool.choices.regimes import LayerNumbers, Spectral
 from svftool.factors import LayerFactors, SpectralChange
@@ -121,22 +121,23 @@ def _entries(
     spectral: Spectral, numbers: LayerNumbers, factors: LayerFactors, change: Tensor
 ) -> SpectralChange:
     k = len(factors.S)
-    inner = (factors.U.mT @ change @ factors.Vh.mT).flatten()
+    inner = factors.U.mT @ change @ factors.Vh.mT
     if spectral.core is not None:
         side = torch.arange(numbers.side)
         chosen = (side[:, None] * k + side).flatten()
     elif spectral.choice == "band":
-        chosen = band_places(k)[: numbers.entries]
+        chosen = band_places(k, numbers.entries)
     else:
-        chosen = inner.abs().argsort(descending=True, stable=True)[: numbers.entries]
+        chosen = largest_places(inner.abs(), numbers.entries)
     chosen = chosen.sort().values
     on = chosen % (k + 1) == 0
     delta = torch.zeros(k, dtype=torch.float64)
-    delta[chosen[on] // k] = inner[chosen[on]]
+    flat = inner.flatten()
+    delta[chosen[on] // k] = flat[chosen[on]]
     beside = chosen[~on]
     if not len(beside):
         return SpectralChange(delta)
-    return SpectralChange(delta, index=beside, value=inner[beside])
+    return SpectralChange(delta, index=beside, value=flat[beside])
 
 
 def _with_remainder(
