@@ -55,6 +55,19 @@ def test_every_kind_that_the_package_decodes(kind: str, tmp_path: Path) -> None:
         assert torch.equal(bits(found.read("a.weight")), bits(torch.from_numpy(expected.copy())))
 
 
+@pytest.mark.filterwarnings("ignore:.*encountered in:RuntimeWarning")
+@pytest.mark.parametrize("rows", [128, 300, 1000])
+@pytest.mark.parametrize("kind", ["Q4_1", "Q6_K"])
+def test_large_tensors_are_decoded_in_parts(
+    kind: str, rows: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("svftool.checkpoints.quantised.gguf_file._ROWS", 2)
+    data = blocks(kind, rows)
+    expected = quants.dequantize(data, gguf.GGMLQuantizationType[kind])
+    with open_checkpoint(write(tmp_path / "m.gguf", {"a.weight": (data, kind)})) as found:
+        assert torch.equal(bits(found.read("a.weight")), bits(torch.from_numpy(expected.copy())))
+
+
 @pytest.mark.parametrize("kind", ["F32", "F16", "BF16"])
 def test_plain_numbers_come_in_float32(kind: str, tmp_path: Path) -> None:
     values = np.random.default_rng(0).standard_normal((4, 64)).astype(np.float32)
