@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -20,13 +20,13 @@ class Numbers:
     ----------
     values : Tensor
         float32, in the shape of the tensor.
-    step : Tensor
-        Distance from each value to the next one that its code could have stood for; of the two
-        neighbours the farther one. Broadcasts to `values`.
+    step : callable
+        Computes the distance from each value to the next one that its code could have stood for; of
+        the two neighbours the farther one. A tensor that broadcasts to `values`.
     """
 
     values: Tensor
-    step: Tensor
+    step: Callable[[], Tensor]
 
 
 @dataclass(frozen=True)
@@ -102,8 +102,10 @@ def gaps(levels: Tensor) -> Tensor:
     return torch.maximum(torch.cat((none, apart)), torch.cat((apart, none)))[where]
 
 
-def unpacked(words: Tensor, bits: int) -> Tensor:
-    """Take whole words apart into codes, low bits first: ``(..., k)`` to ``(..., k * codes)``.
+def unpacked(
+    words: Tensor, bits: int, *, dim: int = -1, order: Sequence[int] | None = None
+) -> Tensor:
+    """Take whole words apart into codes: ``(..., k, ...)`` to ``(..., k * codes, ...)``.
 
     Parameters
     ----------
@@ -111,7 +113,30 @@ def unpacked(words: Tensor, bits: int) -> Tensor:
         uint8 or int32.
     bits : int
         Of a code; divides those of a word.
+    dim : int
+        Dimension of `words` along which codes lie.
+    order : sequence of int, optional
+        Which codes of a word come one after the other, counted from its low bits; as they lie, by
+        default.
     """
-    shifts = torch.arange(0, 8 * words.dtype.itemsize, bits, dtype=words.dtype)
-    codes = (words.unsqueeze(-1) >> shifts) & (2**bits - 1)
-    return torch.flatten(codes, -2)
+    dim %= words.ndim
+    places = torch.tensor(order or range(8 * words.dtype.itemsize // bits), dtype=words.dtype)
+    shifts = (bits * places).view(-1, *[1] * (words.ndim - 1 - dim))
+    codes = (words.unsqueeze(dim + 1) >> shifts) & (2**bits - 1)
+    return torch.flatten(codes, dim, dim + 1)
+
+
+def looked_up(pairs: Tensor, levels: Tensor, *, high_first: bool = False) -> Tensor:
+    """Return the levels that two codes a byte stand for: ``(..., k)`` to ``(..., 2 k)``.
+
+    Parameters
+    ----------
+    pairs : Tensor
+        uint8.
+    levels : (16,) Tensor
+    high_first : bool
+        Whether the code in a byte's high half is the first one.
+    """
+    low, high = levels.repeat(16), levels.repeat_interleave(16)
+    both = torch.stack((high, low) if high_first else (low, high), dim=-1)
+    return both[pairs.int()].flatten(-2)

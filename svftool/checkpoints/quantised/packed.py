@@ -90,16 +90,14 @@ def _whole(part: int, whole: int) -> int:
 
 
 def _decode_gptq(parts: Mapping[str, Tensor], *, bits: int, shift: int, size: int) -> Numbers:
-    codes = unpacked(parts["codes"].mT, bits)
-    zero = ((unpacked(parts["zero"], bits) + shift) & (2**bits - 1)).mT.float()
-    scale = parts["scale"].mT.float()
-    order = parts.get("order")
-    if order is None:
-        order = torch.arange(codes.shape[1]) // size
-    if bool((order < 0).any()):
-        raise IndexError(f"group {int(order.min())} among {scale.shape[1]}")
-    zero, scale = (one[:, order.long()] for one in (zero, scale))
-    return Numbers((codes.float() - zero).mul_(scale), scale.abs())
+    codes = unpacked(parts["codes"], bits, dim=0)
+    zero = ((unpacked(parts["zero"], bits) + shift) & (2**bits - 1)).float()
+    scale, order = parts["scale"].float(), parts.get("order")
+    if order is not None and bool((order < 0).any()):
+        raise IndexError(f"group {int(order.min())} among {len(scale)}")
+    groups = _Groups(0, len(codes), len(scale), size, order)
+    values = groups.scaled(codes.float(), zero, scale)
+    return Numbers(values.mT, lambda: groups.spread(scale.abs()).mT)
 
 
 def awq(source: StoredParts) -> Iterator[Coded]:
@@ -123,16 +121,11 @@ def awq(source: StoredParts) -> Iterator[Coded]:
 
 
 def _decode_awq(parts: Mapping[str, Tensor], *, size: int) -> Numbers:
-    codes, zero = (_in_order(unpacked(parts[key], 4)).mT for key in ("codes", "zero"))
-    scale = parts["scale"].mT.float()
-    group = torch.arange(codes.shape[1]) // size
-    zero, scale = (one[:, group] for one in (zero.float(), scale))
-    return Numbers((codes.float() - zero).mul_(scale), scale.abs())
-
-
-def _in_order(codes: Tensor) -> Tensor:
-    words = codes.reshape(*codes.shape[:-1], -1, 8)
-    return words[..., list(_AWQ_ORDER)].reshape(codes.shape)
+    codes, zero = (unpacked(parts[key], 4, order=_AWQ_ORDER).float() for key in ("codes", "zero"))
+    scale = parts["scale"].float()
+    groups = _Groups(0, len(codes), len(scale), size)
+    values = groups.scaled(codes, zero, scale)
+    return Numbers(values.mT, lambda: groups.spread(scale.abs()).mT)
 
 
 def compressed(source: StoredParts) -> Iterator[Coded]:
@@ -208,9 +201,45 @@ def _decode_compressed(
     if "zero" in parts:
         zero = unpacked(parts["zero"].mT, bits)[:, :out].mT.float().sub_(2 ** (bits - 1))
     order = parts.get("order")
-    if order is None or bool((order < 0).any()):
-        order = torch.arange(columns) // size
-    scale = scale[:, order.long()]
-    if zero is not None:
-        codes -= zero[:, order.long()]
-    return Numbers(codes.mul_(scale), scale.abs())
+    if order is not None and bool((order < 0).any()):
+        order = None
+    groups = _Groups(1, columns, scale.shape[1], size, order)
+    return Numbers(groups.scaled(codes, zero, scale), lambda: groups.spread(scale.abs()))
+
+
+class _Groups:
+    """Which entries along a dimension have a scale and a zero point in common.
+
+    Parameters
+    ----------
+    dim, count : int
+        The dimension, and its entries.
+    groups, size : int
+        How many groups there are, and entries of one.
+    order : (count,) Tensor, optional
+        The group of each entry; one group after the other by default.
+    """
+
+    def __init__(
+        self, dim: int, count: int, groups: int, size: int, order: Tensor | None = None
+    ) -> None:
+        plain = torch.arange(count) // size
+        self._dim = dim
+        self._index = plain if order is None else order.long()
+        self._even = groups * size == count and torch.equal(self._index, plain)
+        self._size = size
+
+    def spread(self, each: Tensor) -> Tensor:
+        """Give each entry what its group has."""
+        return each.index_select(self._dim, self._index)
+
+    def scaled(self, codes: Tensor, zero: Tensor | None, scale: Tensor) -> Tensor:
+        """Return ``(codes - zero) * scale``, in the memory of the codes."""
+        rows, rest = codes.shape[: self._dim], codes.shape[self._dim + 1 :]
+        found = codes.reshape(*rows, -1, self._size, *rest) if self._even else codes
+        if zero is not None:
+            found -= self._fitting(zero)
+        return found.mul_(self._fitting(scale)).reshape(codes.shape)
+
+    def _fitting(self, each: Tensor) -> Tensor:
+        return each.unsqueeze(self._dim + 1) if self._even else self.spread(each)

@@ -122,10 +122,14 @@ def _decode(parts: Mapping[str, Tensor], *, block: Block) -> Numbers:
     codes = parts["codes"]
     scale = _spread(parts["scale"].float(), block, codes.shape)
     values = codes.float()
-    step = torch.ones(1) if codes.dtype == torch.int8 else spacing(values, codes.dtype)
     if "zero" in parts:
         values -= _spread(parts["zero"].float(), block, codes.shape)
-    return Numbers(values.mul_(scale), step * scale.abs())
+
+    def step() -> Tensor:
+        whole = codes.dtype == torch.int8
+        return (torch.ones(1) if whole else spacing(codes.float(), codes.dtype)) * scale.abs()
+
+    return Numbers(values.mul_(scale), step)
 
 
 def _spread(scale: Tensor, block: Block, shape: tuple[int, ...]) -> Tensor:

@@ -20,7 +20,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from svftool.checkpoints.quantised.coded import Coded, Numbers, StoredParts, gaps, unpacked
+from svftool.checkpoints.quantised.coded import Coded, Numbers, StoredParts, gaps, looked_up
 
 _FP4 = torch.tensor(
     [0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0, -0.0, -0.5, -1.0, -1.5, -2.0, -3.0, -4.0, -6.0]
@@ -90,8 +90,6 @@ def _decode_4bit(parts: Mapping[str, Tensor], *, facts: Mapping[str, Any]) -> Nu
     shape, block = facts["shape"], facts["blocksize"]
     count = math.prod(shape)
     block = min(block, count)
-    packed = parts["codes"].flatten()
-    codes = torch.stack((packed >> 4, packed & 15), dim=-1).flatten()[:count].int()
     absmax = parts["absmax"].flatten()
     if "nested_absmax" in parts:
         inner = min(facts["nested_blocksize"], len(absmax))
@@ -99,9 +97,12 @@ def _decode_4bit(parts: Mapping[str, Tensor], *, facts: Mapping[str, Any]) -> Nu
         offset = torch.tensor(float(facts["nested_offset"]))
         absmax = parts["nested_table"][absmax.int()] * scales + offset
     scale = absmax.repeat_interleave(block)[:count]
-    values = parts["table"][codes].mul_(scale)
-    step = gaps(parts["table"])[codes].mul_(scale.abs())
-    return Numbers(values.reshape(shape), step.reshape(shape))
+
+    def times(levels: Tensor, scale: Tensor) -> Tensor:
+        found = looked_up(parts["codes"].flatten(), levels, high_first=True)[:count]
+        return found.mul_(scale).reshape(shape)
+
+    return Numbers(times(parts["table"], scale), lambda: times(gaps(parts["table"]), scale.abs()))
 
 
 def bitsandbytes_int8(source: StoredParts) -> Iterator[Coded]:
@@ -123,7 +124,7 @@ def bitsandbytes_int8(source: StoredParts) -> Iterator[Coded]:
 
 def _decode_int8(parts: Mapping[str, Tensor]) -> Numbers:
     scale = parts["scale"].reshape(-1, 1)
-    return Numbers(parts["codes"] * scale * _PER_127, scale.abs() * _PER_127)
+    return Numbers((parts["codes"] * scale).mul_(_PER_127), lambda: scale.abs() * _PER_127)
 
 
 def mxfp4(source: StoredParts) -> Iterator[Coded]:
@@ -142,13 +143,13 @@ def mxfp4(source: StoredParts) -> Iterator[Coded]:
 
 
 def _decode_mxfp4(parts: Mapping[str, Tensor]) -> Numbers:
-    codes = unpacked(parts["codes"], 4).int()
-    exponent = (parts["scale"].int() - 127).unsqueeze(-1)
-    values, step = (
-        torch.ldexp(levels[codes], exponent).flatten(-2) for levels in (_FP4, gaps(_FP4))
-    )
-    turned = values.ndim > 2
-    return Numbers(*(one.mT if turned else one for one in (values, step)))
+    scale = torch.pow(2.0, parts["scale"].int() - 127).unsqueeze(-1)
+
+    def times(levels: Tensor) -> Tensor:
+        found = looked_up(parts["codes"], levels).mul_(scale).flatten(-2)
+        return found.mT if found.ndim > 2 else found
+
+    return Numbers(times(_FP4), lambda: times(gaps(_FP4)))
 
 
 def nvfp4(source: StoredParts) -> Iterator[Coded]:
@@ -166,6 +167,10 @@ def nvfp4(source: StoredParts) -> Iterator[Coded]:
 
 
 def _decode_nvfp4(parts: Mapping[str, Tensor]) -> Numbers:
-    codes = unpacked(parts["codes"], 4).int()
-    scale = (parts["scale"].float() / parts["over"].reshape(())).repeat_interleave(16, dim=1)
-    return Numbers(_FP4[codes] * scale, gaps(_FP4)[codes] * scale.abs())
+    scale = (parts["scale"].float() / parts["over"].reshape(())).unsqueeze(-1)
+
+    def times(levels: Tensor, scale: Tensor) -> Tensor:
+        found = looked_up(parts["codes"], levels)
+        return found.view(len(found), -1, 16).mul_(scale).flatten(1)
+
+    return Numbers(times(_FP4, scale), lambda: times(gaps(_FP4), scale.abs()))

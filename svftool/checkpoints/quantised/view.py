@@ -107,7 +107,7 @@ class QuantisedCheckpoint(Checkpoint):
 
     def step(self, name: str) -> Tensor | None:
         """Return the distance of neighbouring values of a tensor, None where it is no codes."""
-        return self.numbers(name).step if name in self._coded else super().step(name)
+        return self.numbers(name).step() if name in self._coded else super().step(name)
 
     def numbers(self, name: str) -> Numbers:
         """Decode one tensor.
