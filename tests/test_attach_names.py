@@ -12,7 +12,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 import svftool
-from svftool.attaching import apply_regime, map_names
+from svftool.attaching import apply_regime, map_names, transformers_names
 from svftool.checkpoints import open_checkpoint
 from svftool.models import build_model
 from tests.attaching import MemoryStore, randomise
@@ -122,6 +122,24 @@ TRANSFORMERS = {
     "gpt2": _language("GPT2", n_embd=32, n_layer=2, n_head=4, bos_token_id=1, eos_token_id=2),
     "vit": _vision,
 }
+
+
+def test_a_part_is_the_same_however_the_live_tensor_lies(monkeypatch: pytest.MonkeyPatch) -> None:
+    class PreTrainedModel(nn.Conv2d):
+        """Taken for one of transformers, by its name."""
+
+    def revert(model: nn.Module, state: dict[str, Tensor]) -> dict[str, Tensor]:
+        weight = state["weight"]
+        return {"bias": state["bias"], "view": weight[:1], "copy": weight[1:].clone()}
+
+    monkeypatch.setattr(transformers_names, "_revert", lambda: revert)
+    model = PreTrainedModel(2, 4, 3).to(memory_format=torch.channels_last)
+    assert not model.weight.is_contiguous()
+    found = transformers_names.transformers_regions(model)
+    expected = revert(model, model.state_dict())
+    for name, (live, region) in found.items():
+        assert torch.equal(region.of(model.state_dict()[live]), expected[name])
+    assert found.keys() == expected.keys()
 
 
 @pytest.mark.parametrize("include", [(), ("*.weight",)], ids=["default", "everything"])

@@ -73,8 +73,9 @@ def _trace(model: nn.Module, revert: Revert) -> dict[str, tuple[str, Region]]:
 
 
 def _live_tensors(model: nn.Module) -> dict[str, Tensor]:
+    # A region is one of values row by row, however the live tensor lies.
     return {
-        name: tensor.detach()
+        name: tensor.detach().contiguous()
         for name, tensor in model.state_dict(keep_vars=True).items()
         if is_own(name) and isinstance(tensor, Tensor)
     }
