@@ -94,7 +94,7 @@ SETS = (
         "~smollm2/SmolLM2-135M-Instruct.Q4_1.gguf",
         *_SHAKESPEARE,
         _LANGUAGE,
-        Settings(steps=40, batch_size=4),
+        Settings(steps=20, batch_size=4),
         seeds=3,
         shots=(10, 50),
         left_out=HEAD + WITHOUT_BIASES,
