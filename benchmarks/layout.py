@@ -1,7 +1,7 @@
 """Convolutions on a CPU with the channels of each pixel together and apart, in turns.
 
     python benchmarks/layout.py                       networks of torchvision, random weights
-    python benchmarks/layout.py resnet18 alexnet      these
+    python benchmarks/layout.py resnet18 vgg11        these
     python benchmarks/layout.py --commands DATA WORK  ``finetune`` on DATA's textures
 
 The first prints a training step of the norms and the head, and a pass without gradients: 8 images

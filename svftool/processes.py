@@ -14,7 +14,7 @@ from typing import TypeVar
 
 import torch.distributed as dist
 
-from svftool.errors import ResourceError, SvftoolError, counted
+from svftool.errors import ResourceError, SvftoolError
 
 T = TypeVar("T")
 PATIENCE = timedelta(days=7)
@@ -114,7 +114,7 @@ class Processes:
             yield
         except RuntimeError as error:
             raise ResourceError(
-                f"process {self.rank}: another of the {counted(self.count, 'processes')} was lost. "
+                f"process {self.rank}: another of the {self.count} processes was lost. "
                 "What is finished is kept; run the same command again with --resume."
             ) from error
 

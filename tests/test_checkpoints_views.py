@@ -16,6 +16,7 @@ from svftool.checkpoints.dtypes import (
     stored_shape,
     torch_shape,
 )
+from svftool.errors import counted
 
 SHAPES = st.lists(st.integers(1, 5), min_size=2, max_size=5)
 
@@ -48,7 +49,9 @@ def test_a_strided_tensor_has_a_view_too() -> None:
 
 @pytest.mark.parametrize("shape", [(), (5,)])
 def test_too_few_dimensions_are_named(shape: tuple[int, ...]) -> None:
-    with pytest.raises(ValueError, match=rf"has {len(shape)} dimensions?, a matrix needs 2"):
+    with pytest.raises(
+        ValueError, match=f"has {counted(len(shape), 'dimensions')}, a matrix needs 2"
+    ):
         matrix_shape(shape)
 
 

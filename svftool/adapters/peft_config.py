@@ -10,7 +10,7 @@ from re import _constants as sre  # type: ignore[attr-defined]
 from re import _parser  # type: ignore[attr-defined]
 from typing import Any
 
-from svftool.errors import CheckpointError, counted, shortlist, system_fault
+from svftool.errors import CheckpointError, shortlist, system_fault
 from svftool.files.header import parse_json
 
 # Match a regular expression in time that grows with the text, whatever the pattern is.
@@ -53,9 +53,7 @@ def ends_with(pattern: str, text: str) -> bool:
     False
     """
     if len(pattern) > LONGEST:
-        raise ValueError(
-            f"a pattern of {counted(len(pattern), 'characters')}, expected at most {LONGEST}"
-        )
+        raise ValueError(f"a pattern of {len(pattern)} characters, expected at most {LONGEST}")
     whole = rf"(?:.*\.)?(?:{pattern})"
     if _PLAIN.fullmatch(pattern):
         return re.fullmatch(whole, text) is not None

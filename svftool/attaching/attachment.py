@@ -222,8 +222,8 @@ def require_attachment(model: nn.Module) -> Attachment:
     paths = [path for path, part in model.named_modules() if KEY in part.__dict__]
     if len(paths) > 1:
         raise ModelError(
-            f"{counted(len(paths), 'parts', 'have')} singular values of their own "
-            f"({shortlist(paths)}), expected one. Call this on each of them."
+            f"{len(paths)} parts have singular values of their own ({shortlist(paths)}), expected "
+            "one. Call this on each of them."
         )
     return found
 

@@ -184,8 +184,8 @@ def _check(bases: Collection[tuple[AttachedWeight, Tensor]], *, training: bool) 
     free = [layer.name for one, base in bases if one.freeze(base) for layer, _ in one.layers()]
     if free:
         logger.warning(
-            "set free and frozen again, because singular values train alone: %s: %s",
-            counted(len(free), "attached weights"),
+            "%s set free and frozen again, as only singular values train: %s",
+            counted(len(free), "attached weights", "were"),
             shortlist(free, 3),
         )
 

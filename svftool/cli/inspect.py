@@ -20,7 +20,7 @@ from svftool.cli.common import (
     check_device,
     is_first_process,
 )
-from svftool.errors import GateError, UsageError, counted, shortlist
+from svftool.errors import GateError, UsageError, shortlist
 from svftool.files.given import check_exists
 from svftool.files.output import check_output
 from svftool.files.pipeline import counterpart_folders, is_pipeline, located, read_pipeline
@@ -142,7 +142,7 @@ class Scope:
             raise UsageError("--save-directions: how many? Add --directions, as in --directions 8.")
         if len(others) != 1:
             raise UsageError(
-                f"--save-directions: {counted(len(others), 'fine-tunes')}, expected one to a file. "
+                f"--save-directions: {len(others)} fine-tunes, expected one to a file. "
                 "Name one at a time."
             )
         if saved.suffix != ".safetensors":

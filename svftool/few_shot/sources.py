@@ -115,7 +115,7 @@ def _voc_lists(folder: Path) -> tuple[list[Listed], list[Listed]]:
     missing = [str(f.mask) for f in test if not f.mask.is_file()]
     if missing:
         raise DataError(
-            f"{sets / 'val.txt'}: names {counted(len(missing), 'masks')} not there, such as "
+            f"{sets / 'val.txt'}: names {counted(len(missing), 'masks')} without a file, such as "
             f"{missing[0]}"
         )
     held = set(test_names)

@@ -9,7 +9,6 @@ from rich.console import Group, RenderableType
 from rich.text import Text
 from rich.tree import Tree
 
-from svftool.errors import counted
 from svftool.report import json
 from svftool.report.drawing import require_jinja
 from svftool.report.inspect.svg import room, svg, text
@@ -168,7 +167,7 @@ def page(found: Lineage) -> str:
     rendered: str = markup.from_string(template.read_text("utf-8")).render(
         style=style.read_text("utf-8"),
         version=__version__,
-        title=counted(len(names), "checkpoints"),
+        title=f"{len(names)} checkpoints",
         lead=", ".join(f"{count} {what}" for what, count in _counts(found).items()),
         picture=picture(found),
         wide=round(1.25 * _width(found)),

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
-from svftool.errors import DataError, MissingDependencyError, ModelError, counted, shortlist
+from svftool.errors import DataError, MissingDependencyError, ModelError, shortlist
 from svftool.models import find_head
 from svftool.progress import SILENT, Progress
 from svftool.tasks.base import Part, Prepared, device_of
@@ -379,10 +379,7 @@ class ClassifierDraw(Generic[E, S]):
         if wanted != "auto" or head is None:
             return _HeadChoice(kept=fits and wanted != "new")
         if relation == "part" and outputs == task.of_head.outputs:
-            note = (
-                f"the checkpoint's head knows these {counted(len(task.classes), 'classes')} "
-                "and others: "
-            )
+            note = f"the checkpoint's head knows these {len(task.classes)} classes and others: "
             return _HeadChoice(
                 False,
                 (note + f"{len(task.classes)} of its {outputs} outputs are kept",),
@@ -409,9 +406,8 @@ class ClassifierDraw(Generic[E, S]):
         of = f"{trial.right} of {trial.images} support {self.unit}"
         if not trial.decidable:
             note = (
-                f"the checkpoint's head is kept for its {counted(len(classes), 'outputs')}: {of} "
-                "are right, too few to tell whether it is for these classes. Decide with --head "
-                "keep or new"
+                f"the checkpoint's head is kept for its {len(classes)} outputs: {of} are right, "
+                "too few to tell whether it is for these classes. Decide with --head keep or new"
             )
             return _HeadChoice(True, (note, *([] if order is None else [order])), facts)
         if not trial.at_chance:

@@ -195,7 +195,7 @@ def _parts(blocks: NDArray[np.uint8], each: int) -> Iterator[tuple[int, NDArray[
 
     The package decodes 16 rows at a time, and rows of one block take it 15 times as long.
     """
-    many = max(1, _ROW // each)
+    many = _ROW // each
     whole = len(blocks) // many * many
     for first in range(0, whole, many * _ROWS):
         rows = blocks[first : min(first + many * _ROWS, whole)]
