@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from functools import partial
 from pathlib import Path
 
 import hypothesis.strategies as st
@@ -14,10 +15,19 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from torch.func import functional_call
 from torch.utils.checkpoint import checkpoint
+from torch.utils.flop_counter import FlopCounterMode
 
 import svftool
-from svftool.attaching import AttachedLayer, Attachment, parse_regime, weight_gradients
+from svftool.attaching import (
+    AttachedLayer,
+    Attachment,
+    Mode,
+    parse_regime,
+    spectral_step,
+    weight_gradients,
+)
 from svftool.attaching.extras import band_places, largest_places
+from svftool.attaching.weight import count_operations
 from svftool.errors import UsageError
 from svftool.factors import LayerFactors
 from tests.attaching import MemoryStore, randomise
@@ -66,6 +76,53 @@ def weight_by_definition(
 def test_gradients_are_those_of_autograd(
     case: str, regime: str, mode: str, rank: int | None
 ) -> None:
+    check_gradients(case, regime, mode, rank)
+
+
+@pytest.mark.filterwarnings("ignore:Using padding='same' with even kernel")
+@pytest.mark.parametrize("folds", [False, True])
+@pytest.mark.parametrize("mode", ["factored", "residual"])
+@pytest.mark.parametrize("regime", ["entries:3:random+scale", "entries:3x:band", "core:2"])
+@pytest.mark.parametrize("case", CASES)
+def test_entries_may_go_with_activations_or_with_left_vectors(
+    case: str, regime: str, mode: str, folds: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    counted = (1, 0) if folds else (0, 1)
+    monkeypatch.setattr(spectral_step, "_entry_operations", lambda *_: counted)
+    check_gradients(case, regime, mode, None)
+
+
+@pytest.mark.parametrize("mode", ["factored", "residual", "composed"])
+@pytest.mark.parametrize(
+    "regime",
+    ["svf", "rows", "svf+scale", "core:6", "core:6+scale", "salt:3", "entries:5x:random",
+     "entries:300:band"],
+)  # fmt: skip
+@pytest.mark.parametrize("count", [4, 40, 400])
+@pytest.mark.parametrize(
+    "build",
+    [partial(torch.nn.Linear, 48, 64), partial(torch.nn.Conv2d, 8, 64, (2, 3)),
+     partial(torch.nn.ConvTranspose2d, 64, 8, (3, 2))],
+)  # fmt: skip
+def test_a_step_takes_the_operations_that_are_counted(
+    build: Callable[[], torch.nn.Module], count: int, regime: str, mode: Mode
+) -> None:
+    torch.manual_seed(0)
+    model = torch.nn.Sequential(build())
+    attached = svftool.attach(
+        model, MemoryStore(model, dtype=torch.float32), mode=mode, regime=regime
+    )
+    linear = isinstance(model[0], torch.nn.Linear)
+    x = torch.randn((count, 48) if linear else (1, model[0].in_channels, count + 1, 4))
+    y = model(x.requires_grad_())
+    positions = (x if isinstance(model[0], torch.nn.ConvTranspose2d) else y).numel() // 64
+    with FlopCounterMode(display=False) as counter:
+        model(x).sum().backward()
+    expected = count_operations(attached.layers["0.weight"], positions)[mode]
+    assert counter.get_total_flops() == pytest.approx(2 * expected, rel=0.03)
+
+
+def check_gradients(case: str, regime: str, mode: str, rank: int | None) -> None:
     torch.manual_seed(0)
     build, sample = CASES[case]
     model = build().double()

@@ -133,34 +133,39 @@ class Extras(KeepsDtype):
         """Return the layer's change with a change of its singular values."""
         if self.empty:
             return SpectralChange(delta)
-        index, value, block = self._beside(delta)
+        k, device = delta.shape[-1], delta.device
+        index, value = self._beside(k, device)
         parts = {
             name: one if name in self.trained else one.detach()
             for name in ("row", "col", "B", "A")
             if (one := self._parameters[name]) is not None
         }
-        return SpectralChange(delta, **parts, index=index, value=value, block=block)
+        return SpectralChange(delta, **parts, index=index, value=value, block=self.block(k, device))
 
-    def _beside(self, delta: Tensor) -> tuple[Tensor | None, Tensor | None, EntryBlock | None]:
-        """Return the entries beside the diagonal, trained ones first."""
+    def _beside(self, k: int, device: torch.device) -> tuple[Tensor | None, Tensor | None]:
+        """Return places and values of the entries beside the diagonal, trained ones first."""
         index, value = [], []
         if self.entry is not None and self.unit is not None:
-            places = self._places(delta.shape[-1], delta.device)
+            places = self._places(k, device)
             if len(places.off):
                 value.append((self.entry * self.unit.detach())[..., places.off])
                 index.append(places.index.expand(value[0].shape))
         if self.still is not None:
             value.append(self.still.detach())
-            index.append(self._still_index.to(delta.device))
-        if not value:
-            return None, None, None
-        together = torch.cat(index, dim=-1)
-        if together.ndim > 1:
-            return together, torch.cat(value, dim=-1), None
-        block = self._block
-        if block is None or block.place.device != delta.device:
-            block = self._block = EntryBlock.of(together, delta.shape[-1])
-        return together, torch.cat(value, dim=-1), block
+            index.append(self._still_index.to(device))
+        return (torch.cat(index, dim=-1), torch.cat(value, dim=-1)) if value else (None, None)
+
+    def block(self, k: int, device: torch.device) -> EntryBlock | None:
+        """Return where the entries beside the diagonal lie; None for a stack, and without any."""
+        if self.entry is None and self.still is None:
+            return None
+        if self._block is None or self._block.place.device != device:
+            with torch.no_grad():
+                index, _ = self._beside(k, device)
+            if index is None or index.ndim > 1:
+                return None
+            self._block = EntryBlock.of(index, k)
+        return self._block
 
     @torch.no_grad()
     def set(self, change: SpectralChange, *, like: Tensor) -> None:

@@ -14,22 +14,18 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from svftool.attaching.functions import (
+from svftool.attaching.functions import SplitLayer, region
+from svftool.attaching.fusion import affine_in, mark_rectified
+from svftool.attaching.spectral_step import run_change
+from svftool.attaching.split_maps import (
     ConvMap,
     EmbeddingMap,
     LinearMap,
-    SplitLayer,
     SplitMap,
     TransposedConvMap,
-    region,
 )
-from svftool.attaching.fusion import affine_in, mark_rectified
-from svftool.attaching.layer import AttachedLayer
 from svftool.attaching.weight import AttachedWeight, choose_way
 from svftool.errors import ModelError
-
-Kernels = Callable[[Tensor, Tensor, torch.dtype], tuple[Tensor, Tensor]]
-"""Turns left (m, c) and right (c, ...) vectors of a weight into what each half step takes."""
 
 Plain = Callable[[Tensor, Tensor, Tensor | None], Tensor]
 
@@ -144,7 +140,6 @@ def _run(
     plain: Plain,
     *,
     split: SplitMap | None,
-    kernels: Kernels,
     positions: int = 0,
 ) -> Tensor:
     """Run a layer the cheapest way, with the norm and ReLU behind it fused in where there are."""
@@ -160,18 +155,15 @@ def _run(
             return plain(x, weight.composed(), bias)
         outer = 0 if split is None else split.outer
         return affine.mark(plain(x, affine.rows(weight.composed(), outer), affine.bias(bias)))
-    base = weight.base.t() if kernels is _columns else weight.base
-    dense = base.to(dtype) if way == "residual" else None
-    if not layer.plain:
-        weight.next_norm = weight.next_relu = None
-        x = x.to(dtype) if x.is_floating_point() else x
-        bias = None if bias is None else bias.to(dtype)
-        with torch.autocast(x.device.type, enabled=False):
-            return _run_parts(x, layer, dense, bias, split, kernels, dtype)
-    right, left = kernels(layer.U, layer.Vh, dtype)
-    s = layer.delta() if way == "residual" else layer.values()
+    dense = weight.base.to(dtype) if way == "residual" else None
     x = x.to(dtype) if x.is_floating_point() else x
     bias = None if bias is None else bias.to(dtype)
+    if not layer.plain:
+        weight.next_norm = weight.next_relu = None
+        with torch.autocast(x.device.type, enabled=False):
+            return run_change(x, layer, dense, bias, split, dtype=dtype, positions=positions)
+    right, left = split.kernels(layer.U.to(dtype), layer.Vh.to(dtype))
+    s = layer.delta() if way == "residual" else layer.values()
     rows = None
     if affine is not None:
         rows, bias = affine.scale, affine.bias(bias)
@@ -181,28 +173,6 @@ def _run(
         y: Tensor = SplitLayer.apply(x, s, right, left, dense, bias, split, rows, relu is not None)
     y = y if affine is None else affine.mark(y)
     return y if relu is None else mark_rectified(y, relu)
-
-
-def _run_parts(
-    x: Tensor,
-    layer: AttachedLayer,
-    dense: Tensor | None,
-    bias: Tensor | None,
-    split: SplitMap,
-    kernels: Kernels,
-    dtype: torch.dtype,
-) -> Tensor:
-    """Run a layer that has more than singular values, through two thin matrices.
-
-    Their product is the weight, or beside the dense weight its change. Gradients come by autograd.
-    """
-    matrices = layer.factors()
-    U, S, Vh = (one.to(dtype) for one in (matrices.U, matrices.S, matrices.Vh))
-    change = layer.present().to(U)
-    thin = change.weight(U, S, Vh) if dense is None else change.product(U, S, Vh)
-    right, left = kernels(thin[0], thin[1].reshape(-1, *layer.shape[1:]), dtype)
-    y = split.left(split.right(x, right), left, bias)
-    return y if dense is None else y + split.whole(x, dense, None)
 
 
 def _compute_dtype(x: Tensor, weight: Tensor) -> torch.dtype:
@@ -216,15 +186,7 @@ def _linear(input: Tensor, weight: Any, bias: Tensor | None = None) -> Any:  # n
     if not isinstance(weight, Proxy) or isinstance(input, Proxy):
         return NotImplemented
     count = input.numel() // max(1, input.shape[-1])
-    return _run(input, weight, bias, F.linear, split=LinearMap(), kernels=_rows, positions=count)
-
-
-def _rows(U: Tensor, Vh: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    return Vh.to(dtype), U.to(dtype)
-
-
-def _columns(U: Tensor, Vh: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    return U.to(dtype).t(), Vh.to(dtype).t()
+    return _run(input, weight, bias, F.linear, split=LinearMap(), positions=count)
 
 
 def _matmul(input: Tensor, other: Any) -> Any:  # noqa: A002
@@ -232,11 +194,8 @@ def _matmul(input: Tensor, other: Any) -> Any:  # noqa: A002
         return NotImplemented
     other.next_norm = other.next_relu = None  # its rows are no output channels
     count = input.numel() // max(1, input.shape[-1])
-    return _run(input, other, None, _multiply, split=LinearMap(), kernels=_columns, positions=count)
-
-
-def _multiply(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    return x @ weight if bias is None else torch.addmm(bias, x, weight)
+    split = LinearMap(swapped=True)
+    return _run(input, other, None, split.whole, split=split, positions=count)
 
 
 def _addmm(input: Tensor, mat1: Tensor, mat2: Any, *, beta: float = 1, alpha: float = 1) -> Any:  # noqa: A002
@@ -244,9 +203,8 @@ def _addmm(input: Tensor, mat1: Tensor, mat2: Any, *, beta: float = 1, alpha: fl
     if not plain or not isinstance(mat2, Proxy) or isinstance(mat1, Proxy):
         return NotImplemented
     mat2.next_norm = mat2.next_relu = None
-    return _run(
-        mat1, mat2, input, _multiply, split=LinearMap(), kernels=_columns, positions=mat1.shape[0]
-    )
+    split = LinearMap(swapped=True)
+    return _run(mat1, mat2, input, split.whole, split=split, positions=mat1.shape[0])
 
 
 def _embedding(
@@ -266,16 +224,11 @@ def _embedding(
     def plain(x: Tensor, dense: Tensor, bias: Tensor | None) -> Tensor:
         return F.embedding(x, dense, padding_idx)
 
-    split = EmbeddingMap()
-    y = _run(input, weight, None, plain, split=split, kernels=_lookup, positions=input.numel())
+    y = _run(input, weight, None, plain, split=EmbeddingMap(), positions=input.numel())
     if padding_idx is None:
         return y
     padding = input == padding_idx % weight.shape[0]
     return torch.where(padding.unsqueeze(-1), y.detach(), y)
-
-
-def _lookup(U: Tensor, Vh: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    return U.to(dtype), Vh.to(dtype).t()
 
 
 def _conv(
@@ -300,7 +253,7 @@ def _conv(
     map_ = ConvMap(steps, _tuple(padding, dims), spread, groups)
     split = map_ if groups == 1 else None
     count = x.shape[0] * _outputs(x.shape[2:], weight.shape[2:], map_)
-    y = _run(x, weight, bias, map_.whole, split=split, kernels=_convolution, positions=count)
+    y = _run(x, weight, bias, map_.whole, split=split, positions=count)
     return y if batched else y.squeeze(0)
 
 
@@ -330,10 +283,6 @@ def _outputs(size: tuple[int, ...], kernel: tuple[int, ...], split: ConvMap) -> 
     return count
 
 
-def _convolution(U: Tensor, Vh: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    return Vh.to(dtype), _pointwise(U.to(dtype), Vh.ndim - 2)
-
-
 def _conv_transpose(
     input: Tensor,  # noqa: A002
     weight: Any,
@@ -354,15 +303,7 @@ def _conv_transpose(
         _tuple(dilation, dims),
     )
     count = input.numel() // max(1, input.shape[1])
-    return _run(input, weight, bias, split.whole, split=split, kernels=_transposed, positions=count)
-
-
-def _transposed(U: Tensor, Vh: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    return _pointwise(U.to(dtype).t(), Vh.ndim - 2), Vh.to(dtype)
-
-
-def _pointwise(matrix: Tensor, dims: int) -> Tensor:
-    return matrix.reshape(*matrix.shape, *(1,) * dims)
+    return _run(input, weight, bias, split.whole, split=split, positions=count)
 
 
 _HANDLERS: dict[Callable[..., Any], Callable[..., Any]] = {

@@ -18,6 +18,7 @@ from torch.autograd.function import once_differentiable
 from svftool.attaching import functions
 from svftool.attaching.keeping import KeepsDtype
 from svftool.attaching.layer import AttachedLayer, Region, belongs, unit_roundoff
+from svftool.attaching.spectral_step import count_change
 from svftool.errors import ModelError
 from svftool.factors import SpectralChange, add_change
 
@@ -412,9 +413,8 @@ def choose_way(weight: AttachedWeight, positions: int) -> Way:
 
     Operations of one training step, counted in multiply-adds for N positions of an m x n weight of
     rank k: factored ``2 N k (m + n)``; residual that and ``2 N m n``; composed ``3 N m n`` for the
-    layer and its weight gradient and ``2 m n k`` for the weight and its projection. Whatever is
-    trained beside singular values is formed into the factors, whose gradient takes half as much
-    again.
+    layer and its weight gradient and ``2 m n k`` for the weight and its projection. `count_change`
+    counts what is trained beside singular values.
 
     Parameters
     ----------
@@ -440,11 +440,12 @@ def count_operations(layer: AttachedLayer, positions: int) -> dict[Way, int]:
     """Return the multiply-adds of one training step for each way to run a layer."""
     m, k = layer.U.shape
     n = layer.Vh.numel() // k
-    factored = (2 if layer.plain else 3) * positions * k * (m + n)
+    values = 2 * positions * k * (m + n)
+    factored, residual, composed = count_change(layer, positions)
     return {
-        "factored": factored,
-        "residual": factored + 2 * positions * m * n,
-        "composed": 3 * positions * m * n + (2 if layer.plain else 4) * m * n * k,
+        "factored": values + factored,
+        "residual": values + 2 * positions * m * n + residual,
+        "composed": 3 * positions * m * n + 2 * m * n * k + composed,
     }
 
 

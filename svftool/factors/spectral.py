@@ -42,6 +42,11 @@ class EntryBlock:
         columns, j = torch.unique(index % k, return_inverse=True)
         return cls(rows, columns, i * len(columns) + j)
 
+    def filled(self, value: Tensor) -> Tensor:
+        """Return the (a, b) block of entries (q,); those of one place add up."""
+        flat = value.new_zeros(len(self.rows) * len(self.columns))
+        return flat.scatter_add(0, self.place, value).view(len(self.rows), len(self.columns))
+
 
 @dataclass(frozen=True)
 class SpectralChange:
@@ -132,7 +137,7 @@ class SpectralChange:
         U, S, Vh : (..., m, k), (..., k), (..., k, n) Tensor
             Factors of the base; `S` is ``S_base``. All in the dtype of the change.
         """
-        moved = self._moved(U)
+        moved = self.moved(U)
         left, right = [moved], [Vh]
         if not self.linear:
             whole = U * S.unsqueeze(-2) + moved
@@ -145,28 +150,15 @@ class SpectralChange:
             left, right = [*left, self.B], [*right, self.A]
         return torch.cat(left, dim=-1), torch.cat(right, dim=-2)
 
-    def weight(self, U: Tensor, S: Tensor, Vh: Tensor) -> tuple[Tensor, Tensor]:
-        """Return two thin matrices whose product is the changed weight, of exact factors."""
-        left, right = U * S.unsqueeze(-2) + self._moved(U), Vh
-        if self.row is not None:
-            left = left * (1.0 + self.row).unsqueeze(-1)
-        if self.col is not None:
-            right = right * (1.0 + self.col).unsqueeze(-2)
-        if self.B is None or self.A is None:
-            return left, right
-        return torch.cat((left, self.B), dim=-1), torch.cat((right, self.A), dim=-2)
-
-    def _moved(self, U: Tensor) -> Tensor:
-        """Return ``U (M - diag(S_base))``."""
+    def moved(self, U: Tensor) -> Tensor:
+        """Return ``U (M - diag(S_base))``, (..., m, k)."""
         moved = U * self.delta.unsqueeze(-2)
         if self.index is None or self.value is None:
             return moved
         if self.index.ndim > 1:
             return moved + U @ self.beside(U.shape[-1])
         block = self.block or EntryBlock.of(self.index, U.shape[-1])
-        flat = self.value.new_zeros(len(block.rows) * len(block.columns))
-        small = flat.scatter_add(0, block.place, self.value)
-        mixed = U[:, block.rows] @ small.view(len(block.rows), len(block.columns))
+        mixed = U[:, block.rows] @ block.filled(self.value)
         return moved.index_add(1, block.columns, mixed)
 
     def parts(self) -> dict[str, Tensor]:
